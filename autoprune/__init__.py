@@ -1,0 +1,1 @@
+"""Prune a trained network to a target, unattended."""

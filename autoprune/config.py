@@ -1,0 +1,302 @@
+"""What a user asks for: a `Study`, and the values inside it.
+
+A study is Python. Every default of the product is written here and nowhere else. Nothing here imports
+torch: a study is checked, and all its problems are shown together, before anything heavy starts.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Literal, get_args
+
+from autoprune.errors import AutopruneError, ConfigError, UsageError
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+    from autoprune.data import Data, Split
+
+Decay = Literal["cosine", "linear", "step", "exponential"]
+DECAYS: tuple[Decay, ...] = get_args(Decay)
+Metric = Literal["macs", "params", "size", "latency"]
+METRICS: tuple[Metric, ...] = get_args(Metric)
+
+UNITS: dict[str, tuple[Metric, float]] = {
+    "b": ("size", 1), "kb": ("size", 1e3), "mb": ("size", 1e6), "gb": ("size", 1e9),
+    "us": ("latency", 1e-6), "ms": ("latency", 1e-3), "s": ("latency", 1.0),
+}  # fmt: skip
+COUNTS = {"": 1.0, "k": 1e3, "m": 1e6, "g": 1e9}
+DURATIONS_S = {"s": 1.0, "m": 60.0, "h": 3600.0}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Target:
+    """What the final model may cost: a fraction of the original (`relative`) or an absolute value.
+
+    Absolute values are multiply-adds (`macs`), parameters (`params`), bytes (`size`) or seconds (`latency`).
+    """
+
+    metric: Metric
+    value: float
+    relative: bool
+
+    @classmethod
+    def parse(cls, text: str) -> Target:
+        """Read `macs=0.5`, `params=300k`, `size=2MB` or `latency=4ms`.
+
+        Raises:
+            UsageError: the text names no known metric, or its value is out of range.
+        """
+        hint = "write for example macs=0.5, params=300k, size=2MB or latency=4ms"
+        match = re.fullmatch(r"\s*([a-z]+)\s*=\s*([0-9.]+(?:e[0-9]+)?)\s*([a-zA-Z]*)\s*", text)
+        if match is None:
+            raise UsageError(f"target {text!r} is not of the form metric=value", hint)
+        metric, number, unit = match[1], match[2], match[3].lower()
+        if metric not in METRICS:
+            raise UsageError(f"target {text!r} names {metric!r}; known are {', '.join(METRICS)}", hint)
+        try:
+            value = float(number)
+        except ValueError:
+            raise UsageError(f"target {text!r}: {number!r} is not a number", hint) from None
+        if unit in UNITS and UNITS[unit][0] == metric:
+            return cls(metric=metric, value=value * UNITS[unit][1], relative=False)
+        if unit in COUNTS and metric in ("macs", "params") and (unit or value > 1):
+            return cls(metric=metric, value=value * COUNTS[unit], relative=False)
+        if unit or not 0 < value < 1:
+            raise UsageError(f"target {text!r}: a fraction lies between 0 and 1, or give a unit", hint)
+        return cls(metric=metric, value=value, relative=True)
+
+    def absolute(self, original: float) -> float:
+        """The allowed cost, given the original network's."""
+        return self.value * original if self.relative else self.value
+
+    def __str__(self) -> str:
+        return f"{self.metric}={self.value:g}"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Budget:
+    """How much a run may spend: wall-clock seconds, or epochs of fine-tuning in all trials together."""
+
+    seconds: float | None = None
+    epochs: float | None = None
+
+    @classmethod
+    def parse(cls, text: str) -> Budget:
+        """Read `90s`, `30m`, `8h`, `1h30m` or `epochs=40`.
+
+        Raises:
+            UsageError: the text is neither a duration nor a number of epochs.
+        """
+        error = UsageError(
+            f"budget {text!r} is neither a duration nor a number of epochs",
+            "write for example 30m, 8h, 1h30m or epochs=40",
+        )
+        if text.startswith("epochs="):
+            try:
+                epochs = float(text.removeprefix("epochs="))
+            except ValueError:
+                raise error from None
+            if not 0 < epochs < float("inf"):
+                raise error
+            return cls(epochs=epochs)
+        parts = re.findall(r"([0-9.]+)([smh])", text)
+        if not parts or "".join(f"{n}{u}" for n, u in parts) != text:
+            raise error
+        try:
+            seconds = sum(float(n) * DURATIONS_S[u] for n, u in parts)
+        except ValueError:
+            raise error from None
+        if seconds <= 0:
+            raise error
+        return cls(seconds=seconds)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Baseline:
+    """How a study trains its own baseline when it brings no weights: SGD, one-cycle learning rate."""
+
+    epochs: float
+    lr: float = 0.1
+    batch_size: int = 128
+    weight_decay: float = 5e-4
+
+
+@dataclass(frozen=True, kw_only=True)
+class Finetune:
+    """What every trial's fine-tuning has in common; the search chooses `lr` and `decay`.
+
+    Attributes:
+        share: part of the train split that trials see, in (0, 1].
+        momentum: of SGD with Nesterov's update.
+        weight_decay: on weights of more than one dimension; never on norms and biases.
+        warmup: share of the steps that raise the rate linearly from a tenth of it.
+        distill: weight of the distillation loss against the original network, in [0, 1]; 0 turns it off.
+        temperature: of the distillation (Hinton et al. 2015, section 2).
+        recalibrate_batches: batches that re-estimate the batch-norm statistics after pruning.
+    """
+
+    share: float = 1.0
+    batch_size: int = 128
+    momentum: float = 0.9
+    weight_decay: float = 5e-4
+    warmup: float = 0.1
+    distill: float = 0.5
+    temperature: float = 2.0
+    label_smoothing: float = 0.0
+    recalibrate_batches: int = 20
+
+
+@dataclass(frozen=True, kw_only=True)
+class Analysis:
+    """Sensitivity: each group alone at each of `ratios`, on `share` of the search split (at least half)."""
+
+    ratios: tuple[float, ...] = (0.25, 0.5, 0.75)
+    share: float = 1.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Search:
+    """One round's Optuna study.
+
+    Attributes:
+        trials: per round attempt; None lets the budget decide.
+        epochs: of one trial's fine-tuning; None lets the budget decide.
+        lr: the range searched, log-uniform.
+        criteria: ranking criteria searched.
+        strategies: allocation strategies searched.
+        sampler: `tpe`, `gp` or `random`.
+    """
+
+    trials: int | None = None
+    epochs: float | None = None
+    lr: tuple[float, float] = (1e-3, 0.2)
+    decays: tuple[Decay, ...] = DECAYS
+    criteria: tuple[str, ...] = ("l2", "taylor", "bn_scale")
+    strategies: tuple[str, ...] = ("sensitivity",)
+    sampler: Literal["tpe", "gp", "random"] = "tpe"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Control:
+    """How the controller moves the ceiling of the pruning rate (fractions of the baseline's MACs).
+
+    Attributes:
+        first_ceiling: highest rate of the first round.
+        max_ceiling: never searched above.
+        raise_factor: after a promotion the ceiling is multiplied by this.
+        lower_factor: after a failed round the ceiling is multiplied by this.
+        min_rate: a ceiling below this is useless: go back once, then stop.
+        max_rounds: round attempts in one run.
+        budget_growth: fine-tuning epochs are multiplied by this after going back.
+    """
+
+    first_ceiling: float = 0.35
+    max_ceiling: float = 0.6
+    raise_factor: float = 1.25
+    lower_factor: float = 0.5
+    min_rate: float = 0.025
+    max_rounds: int = 24
+    budget_growth: float = 2.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Study:
+    """Everything that a run needs to know.
+
+    Attributes:
+        name: of the run; its folder's and its Optuna studies' prefix.
+        model: the trained network, or a function that builds it (with its weights loaded).
+        data: the three splits, or a function that makes them.
+        target: what the final model may cost, see `Target.parse`.
+        max_drop: allowed loss of top-1 against the baseline on the search split, in percentage points.
+        budget: see `Budget.parse`.
+        baseline: how to train the network first; None when it comes trained.
+        loss: (model output, target) -> scalar loss; None is cross-entropy.
+        evaluate: (model, split, device) -> score in [0, 1], higher is better; None is top-1.
+        exclude: module names or globs whose channels stay; unmatched patterns are an error.
+        only: module names or globs whose channels alone may go.
+        round_to: kept channel counts are multiples of this; None is 8 where a group is wide enough.
+    """
+
+    name: str
+    model: nn.Module | Callable[[], nn.Module]
+    data: Data | Callable[[], Data]
+    target: str = "macs=0.5"
+    max_drop: float = 1.0
+    budget: str = "30m"
+    seed: int = 0
+    device: str = "auto"
+    baseline: Baseline | None = None
+    loss: Callable[[Any, Tensor], Tensor] | None = None
+    evaluate: Callable[[nn.Module, Split, str], float] | None = None
+    exclude: tuple[str, ...] = ()
+    only: tuple[str, ...] = ()
+    round_to: int | None = None
+    finetune: Finetune = field(default_factory=Finetune)
+    analysis: Analysis = field(default_factory=Analysis)
+    search: Search = field(default_factory=Search)
+    control: Control = field(default_factory=Control)
+
+
+def check_study(study: Study) -> None:
+    """Check all settings of a study.
+
+    Raises:
+        ConfigError: with every problem found, not only the first.
+    """
+    problems = [*_parse_problems(study), *_range_problems(study), *_choice_problems(study)]
+    if problems:
+        raise ConfigError(problems)
+
+
+def _parse_problems(study: Study) -> list[AutopruneError]:
+    problems: list[AutopruneError] = []
+    for parse, text in ((Target.parse, study.target), (Budget.parse, study.budget)):
+        try:
+            parse(text)
+        except UsageError as error:
+            problems.append(error)
+    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", study.name):
+        problems.append(
+            UsageError(f"study name {study.name!r} is no file name", "use letters, digits, . _ -")
+        )
+    return problems
+
+
+def _range_problems(study: Study) -> list[AutopruneError]:
+    tune, control, search = study.finetune, study.control, study.search
+    checks: Sequence[tuple[bool, str, str]] = (
+        (0 <= study.max_drop <= 100, f"max_drop={study.max_drop}", "percentage points from 0 to 100"),
+        (0.5 <= study.analysis.share <= 1, f"analysis.share={study.analysis.share}",
+         "at least half of the search split (0.5 to 1): less says too little about the layers"),
+        (all(0 < r < 1 for r in study.analysis.ratios) and bool(study.analysis.ratios),
+         f"analysis.ratios={study.analysis.ratios}", "one or more ratios between 0 and 1"),
+        (0 < tune.share <= 1, f"finetune.share={tune.share}", "a share above 0, up to 1"),
+        (tune.batch_size >= 2, f"finetune.batch_size={tune.batch_size}", "2 or more"),
+        (0 <= tune.distill <= 1, f"finetune.distill={tune.distill}", "a weight from 0 to 1"),
+        (0 <= tune.warmup < 1, f"finetune.warmup={tune.warmup}", "a share from 0, below 1"),
+        (tune.temperature > 0, f"finetune.temperature={tune.temperature}", "above 0"),
+        (0 < search.lr[0] <= search.lr[1], f"search.lr={search.lr}", "a range above 0, low before high"),
+        (search.trials is None or search.trials >= 1, f"search.trials={search.trials}", "1 or more"),
+        (search.epochs is None or search.epochs > 0, f"search.epochs={search.epochs}", "above 0"),
+        (0 < control.min_rate <= control.first_ceiling <= control.max_ceiling < 1,
+         "control: min_rate, first_ceiling, max_ceiling", "0 < min_rate <= first_ceiling <= max_ceiling < 1"),
+        (0 < control.lower_factor < 1 <= control.raise_factor,
+         "control: lower_factor, raise_factor", "lower_factor below 1, raise_factor 1 or more"),
+        (control.budget_growth >= 1, f"control.budget_growth={control.budget_growth}", "1 or more"),
+        (control.max_rounds >= 1, f"control.max_rounds={control.max_rounds}", "1 or more"),
+        (study.round_to is None or study.round_to >= 1, f"round_to={study.round_to}", "1 or more"),
+    )  # fmt: skip
+    return [UsageError(f"{given} is not allowed", f"{given.split('=')[0]} takes {allowed}")
+            for ok, given, allowed in checks if not ok]  # fmt: skip
+
+
+def _choice_problems(study: Study) -> list[AutopruneError]:
+    chosen = study.search.decays
+    unknown = [d for d in chosen if d not in DECAYS]
+    if unknown or not chosen:
+        return [UsageError(f"search.decays={chosen} is not allowed", f"choose from {', '.join(DECAYS)}")]
+    return []

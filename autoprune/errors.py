@@ -1,0 +1,64 @@
+"""Every error meant for people: what was given, what is allowed, and what to do next."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+
+class AutopruneError(Exception):
+    """Base of all errors that a user can act on.
+
+    Args:
+        message: what is wrong, with the offending value and where it came from.
+        hint: what to do next, as an instruction.
+    """
+
+    exit_code = 1
+
+    def __init__(self, message: str, hint: str) -> None:
+        super().__init__(message)
+        self.message = message
+        self.hint = hint
+
+    def __str__(self) -> str:
+        return f"{self.message}\nhint: {self.hint}"
+
+
+class UsageError(AutopruneError):
+    """The command, the study, the data or a key is wrong; nothing was started or written."""
+
+    exit_code = 2
+
+
+class ConfigError(UsageError):
+    """One or more settings of a study are wrong; all of them are listed together."""
+
+    def __init__(self, problems: Sequence[AutopruneError]) -> None:
+        self.problems = tuple(problems)
+        lines = [p.message for p in problems]
+        message = (
+            lines[0]
+            if len(lines) == 1
+            else "the study has several problems:\n" + "\n".join(f"  - {line}" for line in lines)
+        )
+        super().__init__(message, "; ".join(dict.fromkeys(p.hint for p in problems)))
+
+
+class TraceError(UsageError):
+    """The network cannot be traced to an operator graph."""
+
+
+class DataError(UsageError):
+    """A data set is missing, damaged, overlapping or too small."""
+
+
+class ArtifactError(AutopruneError):
+    """A delivered or stored file is damaged, unknown, or cannot be decrypted."""
+
+
+class VerificationError(AutopruneError):
+    """The dense network does not compute what the masked original computes."""
+
+
+class RunError(AutopruneError):
+    """A run cannot go on; everything finished so far is kept."""

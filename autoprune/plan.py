@@ -1,0 +1,145 @@
+"""A pruning plan: which units stay, per group.
+
+A plan speaks about one `ChannelGraph`. Groups that it does not mention stay whole. Plans compose: a plan
+for an already pruned network, seen from the original, is one plan again, so any number of rounds comes
+down to one set of kept indices into the original's channels.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from autoprune.errors import ArtifactError, UsageError
+
+Indices = NDArray[np.int64]
+
+
+class HasUnits(Protocol):
+    """A group, as far as a plan needs to know it."""
+
+    @property
+    def name(self) -> str:
+        """The group's name, stable over pruning."""
+
+    @property
+    def num_units(self) -> int:
+        """How many units the group has."""
+
+
+class HasGroups(Protocol):
+    """A graph, as far as a plan needs to know it."""
+
+    @property
+    def groups(self) -> Iterable[HasUnits]:
+        """All prunable groups."""
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class PruningPlan:
+    """What stays.
+
+    Attributes:
+        keep: group name -> sorted unit indices, int64 (kept,), at least one each.
+        num_units: group name -> width before this plan, for the same names.
+    """
+
+    keep: Mapping[str, Indices]
+    num_units: Mapping[str, int]
+
+    def __post_init__(self) -> None:
+        for name, kept in self.keep.items():
+            width = self.num_units.get(name)
+            if width is None:
+                raise UsageError(
+                    f"the plan keeps units of {name!r} but gives no width for it", "make it again"
+                )
+            if len(kept) == 0 or kept[0] < 0 or kept[-1] >= width or np.any(np.diff(kept) <= 0):
+                raise UsageError(
+                    f"the plan for group {name!r} keeps no unit, or units outside 0..{width - 1}",
+                    "keep at least one unit of every group, sorted, each once",
+                )
+
+    @classmethod
+    def full(cls, graph: HasGroups) -> PruningPlan:
+        """The plan that removes nothing."""
+        widths = {g.name: g.num_units for g in graph.groups}
+        return cls(keep={n: np.arange(w, dtype=np.int64) for n, w in widths.items()}, num_units=widths)
+
+    @classmethod
+    def random(cls, graph: HasGroups, ratio: float, seed: int) -> PruningPlan:
+        """Remove `ratio` of every group's units at random, never all of them. Mostly for tests."""
+        rng = np.random.default_rng(seed)
+        widths = {g.name: g.num_units for g in graph.groups}
+        keep = {}
+        for name, width in widths.items():
+            kept = max(1, width - round(ratio * width))
+            keep[name] = np.sort(rng.permutation(width)[:kept]).astype(np.int64)
+        return cls(keep=keep, num_units=widths)
+
+    def kept(self, name: str, num_units: int) -> Indices:
+        """The kept units of one group, all `num_units` of them where the plan does not mention it."""
+        return self.keep[name] if name in self.keep else np.arange(num_units, dtype=np.int64)
+
+    def compose(self, other: PruningPlan) -> PruningPlan:
+        """The plan that does this one first and `other`, made for its result, second.
+
+        Raises:
+            UsageError: `other` was not made for the network that this plan leaves.
+        """
+        keep, widths = dict(self.keep), dict(self.num_units)
+        for name, second in other.keep.items():
+            first = keep.get(name)
+            if first is None:
+                keep[name], widths[name] = second, other.num_units[name]
+            elif len(first) != other.num_units[name]:
+                raise UsageError(
+                    f"plans do not compose: the first leaves {len(first)} units of {name!r}, "
+                    f"the second expects {other.num_units[name]}",
+                    "make the second plan from a graph of the network that the first one leaves",
+                )
+            else:
+                keep[name] = first[second]
+        return PruningPlan(keep=keep, num_units=widths)
+
+    def to_json(self) -> str:
+        """A stable text form: names sorted, ranges of kept indices written out."""
+        groups = {
+            name: {"num_units": int(self.num_units[name]), "keep": [int(i) for i in self.keep[name]]}
+            for name in sorted(self.keep)
+        }
+        return json.dumps({"autoprune_plan": 1, "groups": groups}, separators=(",", ":"))
+
+    @classmethod
+    def from_json(cls, text: str) -> PruningPlan:
+        """Read what `to_json` wrote.
+
+        Raises:
+            ArtifactError: the text is not a plan of a known version.
+        """
+        try:
+            document = json.loads(text)
+            if document["autoprune_plan"] != 1:
+                raise ValueError
+            groups = document["groups"].items()
+            keep = {str(n): np.asarray(g["keep"], dtype=np.int64) for n, g in groups}
+            return cls(keep=keep, num_units={str(n): int(g["num_units"]) for n, g in groups})
+        except (ValueError, KeyError, TypeError, AttributeError, OverflowError) as error:
+            raise ArtifactError("the text is not a pruning plan of version 1", "export it again") from error
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 of the text form, hexadecimal."""
+        return hashlib.sha256(self.to_json().encode()).hexdigest()
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, PruningPlan) and self.to_json() == other.to_json()
+
+    def __hash__(self) -> int:
+        return hash(self.to_json())
