@@ -62,3 +62,15 @@ class VerificationError(AutopruneError):
 
 class RunError(AutopruneError):
     """A run cannot go on; everything finished so far is kept."""
+
+
+class UnreachableError(UsageError):
+    """No plan costs what was asked for; `nearest_cost` is the nearest that one costs."""
+
+    def __init__(self, message: str, hint: str, *, nearest_cost: float) -> None:
+        super().__init__(message, hint)
+        self.nearest_cost = nearest_cost
+
+
+class TrialError(AutopruneError):
+    """One trial failed (its loss is no number); the run goes on without it."""
