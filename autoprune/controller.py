@@ -1,0 +1,284 @@
+"""The controller: after each round, promote, lower the ceiling, go back once, finish or stop.
+
+A pure state machine: `decide` takes a `State` and what a round's trials scored, and gives the next `State`
+with the reason in plain words. Nothing is remembered elsewhere, so the state of a run is the fold of
+`decide` over its finished rounds (`replay`), and resuming is replaying.
+
+Costs are shares of the original's cost in the target's metric; rates are shares of the round's starting
+model. Along the way from 1 to the target (in log cost) the floor falls from the baseline's top-1 to the
+final floor, so that early rounds cannot eat all of the allowed drop.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+
+from autoprune.config import Control
+from autoprune.record import Action, StoppedBy
+
+EXACT = 1e-12  # float noise in sums and ratios of counts
+
+
+@dataclass(frozen=True, kw_only=True)
+class Goal:
+    """What the run is after.
+
+    Attributes:
+        baseline_top1: the original's, on the search split.
+        max_drop_pp: allowed loss of top-1, in percentage points.
+        target_share: allowed cost, as a share of the original's; 1 or more means nothing is to be done.
+    """
+
+    baseline_top1: float
+    max_drop_pp: float
+    target_share: float
+
+    @property
+    def floor(self) -> float:
+        """Lowest top-1 that is ever accepted."""
+        return self.baseline_top1 - self.max_drop_pp / 100
+
+    def floor_at(self, cost_share: float) -> float:
+        """The floor of a model of this cost on its way to the target."""
+        if cost_share >= 1 and self.target_share < 1:
+            return self.baseline_top1
+        if cost_share <= self.target_share:
+            return self.floor
+        way = math.log(cost_share) / math.log(self.target_share)
+        return self.baseline_top1 - way * self.max_drop_pp / 100
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrialSummary:
+    """What the controller needs to know of a finished trial; `prune_rate` is the one achieved."""
+
+    number: int
+    prune_rate: float
+    cost_share: float
+    top1: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class Promotion:
+    """A model that a round may start from: round and trial that made it, (0, 0) for the baseline."""
+
+    round: int
+    trial: int
+    cost_share: float
+    top1: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class State:
+    """Where the run stands.
+
+    Attributes:
+        round: round attempts decided so far.
+        ceiling: highest pruning rate of the next round.
+        epochs_scale: factor on the fine-tuning epochs of the next round.
+        path: the promotions that led to the current model, the baseline first.
+        best: the cheapest model inside the goal's floor so far: it is delivered if the target cannot be had.
+            It may not be on `path`: the floor of its round may have been higher, or the run went back.
+        went_back: going back is allowed once.
+        ended: why there is no next round; None while there is one.
+    """
+
+    round: int
+    ceiling: float
+    epochs_scale: float
+    path: tuple[Promotion, ...]
+    best: Promotion
+    went_back: bool
+    ended: StoppedBy | None
+
+    @property
+    def current(self) -> Promotion:
+        """The model that the next round starts from."""
+        return self.path[-1]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Decision:
+    """What the controller did after a round; `promoted` is the trial that became the next baseline."""
+
+    action: Action
+    reason: str
+    promoted: int | None
+    state: State
+
+
+@dataclass(frozen=True, kw_only=True)
+class RoundOutcome:
+    """A finished round, as `replay` reads it: its scored trials, and whether budget was left after it."""
+
+    trials: tuple[TrialSummary, ...]
+    budget_left: bool
+
+
+def start(goal: Goal, control: Control) -> State:
+    """The state before the first round."""
+    baseline = Promotion(round=0, trial=0, cost_share=1.0, top1=goal.baseline_top1)
+    return State(
+        round=0,
+        ceiling=_bounded(control.first_ceiling, goal, control, 1.0),
+        epochs_scale=1.0,
+        path=(baseline,),
+        best=baseline,
+        went_back=False,
+        ended="target" if goal.target_share >= 1 else None,
+    )
+
+
+def floor_of_round(goal: Goal, state: State) -> float:
+    """Lowest top-1 at which a trial of the next round counts as recovered.
+
+    It is the floor on the way to the target at the depth that the ceiling allows; where the current model
+    is already below that, it may lose nothing more. Never below the goal's floor.
+    """
+    on_the_way = goal.floor_at(state.current.cost_share * (1 - state.ceiling))
+    return max(goal.floor, min(on_the_way, state.current.top1))
+
+
+def has_recovered(goal: Goal, state: State, trial: TrialSummary) -> bool:
+    """Whether a trial of the next round keeps its floor and removed something.
+
+    A trial that reaches the target has no way left to save for: the goal's floor is its floor.
+    """
+    reaches = trial.cost_share <= goal.target_share + EXACT
+    floor = goal.floor if reaches else floor_of_round(goal, state)
+    removed = trial.cost_share < state.current.cost_share - EXACT
+    return removed and trial.top1 >= floor - EXACT
+
+
+def winner(goal: Goal, state: State, trials: Iterable[TrialSummary]) -> TrialSummary | None:
+    """Among the recovered trials, the one that removed most; ties go to accuracy, then to the earlier."""
+    recovered = [t for t in trials if has_recovered(goal, state, t)]
+    return min(recovered, key=lambda t: (t.cost_share, -t.top1, t.number), default=None)
+
+
+def decide(goal: Goal, control: Control, state: State, outcome: RoundOutcome) -> Decision:
+    """Judge the round that `state` asked for."""
+    assert state.ended is None, "the run has ended; there is no round to judge"
+    best = winner(goal, state, outcome.trials)
+    seen = replace(state, best=_deepest(goal, state, outcome.trials))
+    decision = _promote(goal, control, seen, best) if best else _retreat(goal, control, seen, outcome)
+    return _limited(control, decision, outcome.budget_left)
+
+
+def replay(goal: Goal, control: Control, outcomes: Sequence[RoundOutcome]) -> State:
+    """The state after these rounds."""
+    state = start(goal, control)
+    for outcome in outcomes:
+        state = decide(goal, control, state, outcome).state
+    return state
+
+
+def _deepest(goal: Goal, state: State, trials: Iterable[TrialSummary]) -> Promotion:
+    inside = [
+        t for t in trials if t.top1 >= goal.floor - EXACT and t.cost_share < state.best.cost_share - EXACT
+    ]
+    if not inside:
+        return state.best
+    best = min(inside, key=lambda t: (t.cost_share, -t.top1, t.number))
+    return _promotion(state, best)
+
+
+def _promotion(state: State, trial: TrialSummary) -> Promotion:
+    return Promotion(round=state.round + 1, trial=trial.number, cost_share=trial.cost_share, top1=trial.top1)
+
+
+def _promote(goal: Goal, control: Control, state: State, best: TrialSummary) -> Decision:
+    ceiling = _bounded(best.prune_rate * control.raise_factor, goal, control, best.cost_share)
+    reached = best.cost_share <= goal.target_share + EXACT
+    after = replace(
+        state,
+        round=state.round + 1,
+        ceiling=ceiling,
+        path=(*state.path, _promotion(state, best)),
+        ended="target" if reached else None,
+    )
+    kept = (
+        f"trial {best.number} removed {best.prune_rate:.1%} and kept top-1 {best.top1:.4f}, "
+        f"at or above the floor {goal.floor if reached else floor_of_round(goal, state):.4f}"
+    )
+    if reached:
+        return Decision(action="finish", reason=f"{kept}; the target is reached",
+                        promoted=best.number, state=after)  # fmt: skip
+    moved = _moved(state.ceiling, ceiling)
+    return Decision(action="promote", reason=f"{kept}; {moved}", promoted=best.number, state=after)
+
+
+def _moved(before: float, after: float) -> str:
+    if after > before:
+        return f"the ceiling rises from {before:.1%} to {after:.1%}"
+    if after < before:
+        return f"the next ceiling is {after:.1%}: no more is needed, or no more was recovered from"
+    return f"the ceiling stays at {after:.1%}"
+
+
+def _retreat(goal: Goal, control: Control, state: State, outcome: RoundOutcome) -> Decision:
+    lowered = state.ceiling * control.lower_factor
+    missed = _missed(goal, state, outcome.trials)
+    after = replace(state, round=state.round + 1)
+    if lowered >= control.min_rate:
+        return Decision(
+            action="lower",
+            reason=f"{missed}; the ceiling falls from {state.ceiling:.1%} to {lowered:.1%}",
+            promoted=None,
+            state=replace(after, ceiling=lowered),
+        )
+    useless = f"{missed}; a ceiling below {control.min_rate:.1%} is useless"
+    if state.went_back:
+        return Decision(action="stop", reason=f"{useless}, and going back was tried already",
+                        promoted=None, state=replace(after, ended="floor"))  # fmt: skip
+    return _go_back(goal, control, after, useless)
+
+
+def _go_back(goal: Goal, control: Control, state: State, why: str) -> Decision:
+    path = state.path[:-1] or state.path
+    scale = state.epochs_scale * control.budget_growth
+    where = f"the model of round {path[-1].round}" if path[-1].round else "the baseline"
+    after = replace(
+        state,
+        path=path,
+        epochs_scale=scale,
+        went_back=True,
+        ceiling=_bounded(control.first_ceiling, goal, control, path[-1].cost_share),
+    )
+    reason = f"{why}, so the search goes back once, to {where}, with {scale:g} times the epochs"
+    return Decision(action="go_back", reason=reason, promoted=None, state=after)
+
+
+def _missed(goal: Goal, state: State, trials: Sequence[TrialSummary]) -> str:
+    floor = floor_of_round(goal, state)
+    if not trials:
+        return "no trial could be scored"
+    nearest = max(trials, key=lambda t: t.top1)
+    return (
+        f"none of {len(trials)} trials recovered to the floor {floor:.4f} "
+        f"(nearest: {nearest.top1:.4f} with {nearest.prune_rate:.1%} removed)"
+    )
+
+
+def _limited(control: Control, decision: Decision, budget_left: bool) -> Decision:
+    """End the run where its limits say so, keeping what was decided about the round."""
+    if decision.state.ended is not None:
+        return decision
+    ended: StoppedBy
+    if not budget_left:
+        ended, why = "budget", "the budget is used up"
+    elif decision.state.round >= control.max_rounds:
+        ended, why = "rounds", f"all of {control.max_rounds} rounds are used up"
+    else:
+        return decision
+    action: Action = "promote" if decision.action == "promote" else "stop"
+    reason = f"{decision.reason.split('; ')[0]}; {why}"
+    return replace(decision, action=action, reason=reason, state=replace(decision.state, ended=ended))
+
+
+def _bounded(ceiling: float, goal: Goal, control: Control, cost_share: float) -> float:
+    """At least `min_rate`, at most `max_ceiling`, and never more than the target needs."""
+    needed = max(0.0, 1 - goal.target_share / cost_share)
+    return min(max(ceiling, control.min_rate), control.max_ceiling, needed)

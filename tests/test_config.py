@@ -1,0 +1,71 @@
+from __future__ import annotations
+
+import pytest
+
+from autoprune.config import Analysis, Budget, Finetune, Search, Study, Target, check_study
+from autoprune.errors import ConfigError, UsageError
+
+
+def study(**changes: object) -> Study:
+    return Study(**{"name": "s", "model": lambda: None, "data": lambda: None, **changes})  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("macs=0.5", ("macs", 0.5, True)),
+        ("params=300k", ("params", 300e3, False)),
+        ("macs=2e6", ("macs", 2e6, False)),
+        ("size=2MB", ("size", 2e6, False)),
+        ("latency=4ms", ("latency", 0.004, False)),
+        ("latency=0.7", ("latency", 0.7, True)),
+    ],
+)
+def test_targets_are_read(text: str, expected: tuple[str, float, bool]) -> None:
+    target = Target.parse(text)
+    assert (target.metric, target.value, target.relative) == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("text", ["flops=0.5", "macs", "macs=1.5.2", "macs=0", "size=3", "latency=2MB", ""])
+def test_other_targets_are_refused(text: str) -> None:
+    with pytest.raises(UsageError) as caught:
+        Target.parse(text)
+    assert "macs=0.5" in caught.value.hint
+
+
+def test_relative_targets_are_taken_of_the_original() -> None:
+    assert Target.parse("macs=0.5").absolute(1000) == 500
+    assert Target.parse("params=300").absolute(1000) == 300
+
+
+@pytest.mark.parametrize(("text", "seconds"), [("90s", 90), ("30m", 1800), ("1h30m", 5400), ("0.5h", 1800)])
+def test_durations_are_read(text: str, seconds: float) -> None:
+    assert Budget.parse(text) == Budget(seconds=seconds)
+
+
+def test_epoch_budgets_are_read() -> None:
+    assert Budget.parse("epochs=40") == Budget(epochs=40)
+
+
+@pytest.mark.parametrize(
+    "text", ["", "30", "m", "0s", "epochs=", "epochs=0", "epochs=inf", "epochs=nan", "5 m"]
+)
+def test_other_budgets_are_refused(text: str) -> None:
+    with pytest.raises(UsageError, match="neither"):
+        Budget.parse(text)
+
+
+def test_defaults_are_allowed() -> None:
+    check_study(study())
+
+
+def test_all_problems_are_told_together() -> None:
+    bad = study(
+        name="a/b", target="flops=2", max_drop=-1, analysis=Analysis(share=0.3),
+        finetune=Finetune(batch_size=1), search=Search(decays=("cubic",)),  # type: ignore[arg-type]
+    )  # fmt: skip
+    with pytest.raises(ConfigError) as caught:
+        check_study(bad)
+    for word in ("a/b", "flops", "max_drop", "analysis.share", "batch_size", "cubic"):
+        assert word in caught.value.message
+    assert caught.value.exit_code == 2
