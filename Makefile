@@ -1,0 +1,48 @@
+# make demo   prune the bundled digits network, from nothing to the encrypted file
+# make test   lint, format, types, tests with coverage
+# make bench  the benchmarks' own list (benchmarks/README.md)
+# Each of them calls `setup`, which makes .venv once and again only when pyproject.toml changes.
+
+SHELL       := bash
+.SHELLFLAGS := -euo pipefail -c
+.DELETE_ON_ERROR:
+.PHONY: help setup demo test bench clean-demo
+
+PYTHON ?= python3
+BIN    := .venv/bin
+STAMP  := .venv/.installed
+KEY    := runs/demo-key.txt
+
+help:
+	@sed -n 's/^# make /  make /p' Makefile
+
+setup: $(STAMP)
+
+$(STAMP): pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+	  { echo "error: $(PYTHON) is older than 3.11" >&2; \
+	    echo "hint: make $(MAKECMDGOALS) PYTHON=/path/to/python3.11" >&2; exit 2; }
+	@test -x $(BIN)/python || { echo "setup: making .venv"; $(PYTHON) -m venv .venv; }
+	@echo "setup: installing autoprune and its tools into .venv (PyTorch is 5 GB: minutes the first time)"
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[dev]'
+	@touch $@
+
+# A run is never overwritten, so an earlier demo is moved to runs/digits.previous (replacing the one before).
+demo: $(STAMP) $(KEY)
+	@if test -e runs/digits; then rm -rf runs/digits.previous; mv runs/digits runs/digits.previous; \
+	  echo "demo: the earlier run is now runs/digits.previous"; fi
+	@$(BIN)/autoprune run digits --out runs/digits --recipient $(KEY)
+
+$(KEY): | $(STAMP)
+	@mkdir -p runs
+	@$(BIN)/autoprune keygen $@
+
+test: $(STAMP)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/pytest --cov --cov-report=term:skip-covered
+
+bench: $(STAMP)
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[bench]'
+	@$(BIN)/python -m benchmarks

@@ -1,0 +1,241 @@
+"""The pictures of a run, each a function from a `RunRecord` to a matplotlib figure.
+
+One drawing serves twice: as a PNG on white paper, and as an SVG inside the report, where the colours below
+become CSS variables, so that the page decides between light and dark and between fonts.
+"""
+
+from __future__ import annotations
+
+import io
+import re
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import matplotlib as mpl
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import NullLocator, StrMethodFormatter
+
+from autoprune.record import RoundRecord, RunRecord, TrialRecord
+from autoprune.wording import percent, signed
+
+# Name of the CSS variable -> its colour on white. All differ, since the SVG is searched for them.
+COLOURS = {
+    "ink": "#1c2126", "muted": "#68727d", "rule": "#dfe3e7", "paper": "#fefefe",
+    "accent": "#2463c9", "good": "#147a52", "bad": "#b9480e", "pale": "#c9d6ea",
+}  # fmt: skip
+WIDTH_IN = 8.4
+METRICS = {"macs": "MACs", "params": "parameters", "size": "file size", "latency": "latency"}
+STYLE: Any = {
+    "svg.fonttype": "none", "svg.hashsalt": "autoprune", "font.size": 9, "axes.labelsize": 9,
+    "axes.titlesize": 9, "xtick.labelsize": 8.5, "ytick.labelsize": 8.5, "legend.fontsize": 8.5,
+    "axes.edgecolor": COLOURS["rule"], "axes.labelcolor": COLOURS["muted"], "text.color": COLOURS["ink"],
+    "xtick.color": COLOURS["muted"], "ytick.color": COLOURS["muted"], "axes.spines.top": False,
+    "axes.spines.right": False, "axes.grid": True, "axes.axisbelow": True, "grid.color": COLOURS["rule"],
+    "grid.linewidth": 0.6, "xtick.major.size": 0, "ytick.major.size": 0, "figure.facecolor": COLOURS["paper"],
+    "axes.facecolor": "none", "lines.solid_capstyle": "round", "axes.unicode_minus": True,
+    "figure.constrained_layout.use": True,
+}  # fmt: skip
+MAX_LABELLED = 70  # layers or groups whose names are written out; beyond, names would overlap
+
+Draw = Callable[[RunRecord], Figure | None]
+
+
+@contextmanager
+def style() -> Iterator[None]:
+    """Our look, and matplotlib's own again afterwards."""
+    with mpl.rc_context(STYLE):
+        yield
+
+
+def draw_all(record: RunRecord) -> dict[str, Figure]:
+    """Every picture that this record has the numbers for, by name."""
+    with style():
+        drawn = {name: draw(record) for name, draw in PLOTS.items()}
+    return {name: figure for name, figure in drawn.items() if figure is not None}
+
+
+def save_png(figure: Figure, path: Path) -> None:
+    """Write a figure as a PNG on white."""
+    with style():
+        figure.savefig(path, dpi=160)
+
+
+def to_svg(figure: Figure, name: str) -> str:
+    """A figure as an `<svg>` element whose colours and fonts are the page's; `name` keeps its ids apart."""
+    text = io.StringIO()
+    with style():
+        figure.savefig(text, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
+    svg = text.getvalue()
+    svg = svg[svg.index("<svg") :]
+    svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
+    svg = re.sub(r'(\bid="|href="#|url\(#)', rf"\g<1>{name}-", svg)
+    svg = re.sub(r"(font: [^;\"]*?px) [^;\"]+", r"\1 var(--font)", svg)
+    svg = re.sub(r'(<svg[^>]*?) width="[^"]*"', r"\1", svg, count=1)
+    svg = re.sub(r'(<svg[^>]*?) height="[^"]*"', r"\1", svg, count=1)
+    for variable, colour in COLOURS.items():
+        svg = svg.replace(colour, f"var(--{variable})")
+    return svg.replace("<svg", '<svg role="img"', 1)
+
+
+def path(record: RunRecord) -> Figure | None:
+    """Accuracy over cost: every trial, the promoted line, the floor and the target."""
+    trials = [t for r in record.rounds for t in r.trials if t.top1 is not None and t.cost_share is not None]
+    if not trials:
+        return None
+    figure = Figure(figsize=(WIDTH_IN, 4.0))
+    axes = figure.add_subplot()
+    metric = METRICS.get(record.target_metric, record.target_metric)
+    start = 100 * record.before.search_top1
+    bottom = _bottom(trials, start, 100 * record.floor)
+    _dots(axes, trials, bottom)
+    _promoted_line(axes, record, start)
+    axes.axhline(100 * record.floor, color=COLOURS["bad"], linewidth=1, dashes=(5, 3))
+    axes.axvline(100 * record.target_share, color=COLOURS["muted"], linewidth=1, dashes=(2, 2))
+    axes.set_xlim(102, min(100 * record.target_share, *(100 * _share(t) for t in trials)) - 4)
+    axes.set_ylim(bottom, max([start, *(100 * _top1(t) for t in trials)]) + 0.08 * (start - bottom))
+    axes.annotate(f"floor {percent(record.floor)}", (101.5, 100 * record.floor), (0, -4), va="top",
+                  textcoords="offset points", color=COLOURS["bad"], fontsize=8.5)  # fmt: skip
+    axes.annotate(f"target {percent(record.target_share, 0)}", (100 * record.target_share, 1), (4, -3),
+                  xycoords=("data", "axes fraction"), textcoords="offset points", va="top",
+                  color=COLOURS["muted"], fontsize=8.5)  # fmt: skip
+    axes.set_xlabel(f"{metric} left, % of the original")
+    axes.set_ylabel("top-1 on the search split, %")
+    axes.legend(frameon=False, loc="lower left", handletextpad=0.4)
+    return figure
+
+
+def _top1(trial: TrialRecord) -> float:
+    return trial.top1 if trial.top1 is not None else 0.0
+
+
+def _share(trial: TrialRecord) -> float:
+    return trial.cost_share if trial.cost_share is not None else 1.0
+
+
+def _bottom(trials: list[TrialRecord], start: float, floor: float) -> float:
+    """Keep the floor's neighbourhood readable: what fell far below it is drawn at the lower edge."""
+    room = max(start - floor, 0.5)
+    lowest = min(100 * _top1(t) for t in trials)
+    return max(min(lowest, floor) - 0.3 * room, floor - 4 * room)
+
+
+def _dots(axes: Axes, trials: list[TrialRecord], bottom: float) -> None:
+    kinds = (
+        ("recovered", [t for t in trials if t.recovered], "o", COLOURS["good"], COLOURS["good"]),
+        ("below the round's floor", [t for t in trials if not t.recovered and 100 * _top1(t) >= bottom],
+         "o", "none", COLOURS["muted"]),
+        ("far below", [t for t in trials if 100 * _top1(t) < bottom], "v", "none", COLOURS["muted"]),
+    )  # fmt: skip
+    for label, chosen, marker, face, edge in kinds:
+        if chosen:
+            axes.scatter([100 * _share(t) for t in chosen],
+                         [max(100 * _top1(t), bottom + 0.05) for t in chosen],
+                         s=26, marker=marker, facecolors=face, edgecolors=edge, linewidths=1.1, label=label,
+                         zorder=3, clip_on=False)  # fmt: skip
+
+
+def _promoted_line(axes: Axes, record: RunRecord, start: float) -> None:
+    points = [(100.0, start)]
+    for one in record.rounds:
+        winner = next((t for t in one.trials if t.promoted), None)
+        if winner is not None:
+            points.append((100 * _share(winner), 100 * _top1(winner)))
+            axes.annotate(str(one.number), points[-1], (0, 8), textcoords="offset points", ha="center",
+                          fontsize=9, fontweight="bold", color=COLOURS["accent"])  # fmt: skip
+    axes.plot(*zip(*points, strict=True), color=COLOURS["accent"], linewidth=1.8, zorder=4,
+              label="promoted, by round",
+              marker="o", markersize=6.5, markerfacecolor=COLOURS["paper"], markeredgewidth=1.8)  # fmt: skip
+    axes.annotate("original", points[0], (0, 9), textcoords="offset points", ha="center", fontsize=8.5,
+                  color=COLOURS["accent"])  # fmt: skip
+
+
+def widths(record: RunRecord) -> Figure | None:
+    """Channels of every layer, in the network's order, before and after."""
+    after = record.after
+    if after is None or not after.widths:
+        return None
+    names = [n for n in record.before.widths if n in after.widths]
+    old, new = [record.before.widths[n] for n in names], [after.widths[n] for n in names]
+    figure = Figure(figsize=(WIDTH_IN, 0.7 + 0.2 * min(len(names), MAX_LABELLED)))
+    axes = figure.add_subplot()
+    rows = range(len(names))
+    axes.barh(rows, old, height=0.72, color=COLOURS["pale"], label="before")
+    axes.barh(rows, new, height=0.72, color=COLOURS["accent"], label="after")
+    axes.set_ylim(len(names) - 0.4, -0.6)
+    axes.set_xlim(0, 1.12 * max(old))
+    if len(names) <= MAX_LABELLED:
+        axes.set_yticks(list(rows), names)
+        for row, (was, now) in enumerate(zip(old, new, strict=True)):
+            text = f"{was} → {now}" if was != now else f"{was}"
+            axes.annotate(text, (was, row), (5, 0), textcoords="offset points", va="center", fontsize=8,
+                          color=COLOURS["ink"] if was != now else COLOURS["muted"])  # fmt: skip
+    else:
+        axes.set_ylabel(f"{len(names)} layers, input at the top")
+        axes.set_yticks([])
+    axes.grid(visible=False, axis="y")
+    axes.set_xlabel("output channels")
+    axes.legend(frameon=False, ncols=2, loc="lower left", bbox_to_anchor=(0, 1), handlelength=1, borderpad=0)
+    return figure
+
+
+def sensitivity(record: RunRecord) -> Figure | None:
+    """Accuracy lost when one group alone is pruned, as the first round saw it."""
+    first = next((r for r in record.rounds if r.sensitivity), None)
+    return None if first is None else _heat_map(first)
+
+
+def _heat_map(one: RoundRecord) -> Figure:
+    groups = list(dict.fromkeys(c.group for c in one.sensitivity))
+    ratios = sorted({c.ratio for c in one.sensitivity})
+    lost = {(c.group, c.ratio): c for c in one.sensitivity}
+    worst = max(1.0, *(c.drop_pp for c in one.sensitivity))
+    figure = Figure(figsize=(WIDTH_IN, 0.6 + 0.21 * min(len(groups), MAX_LABELLED)))
+    axes = figure.add_subplot()
+    axes.set_xlim(-0.5, len(ratios) - 0.5)
+    axes.set_ylim(len(groups) - 0.5, -0.5)
+    for row, group in enumerate(groups):
+        for column, ratio in enumerate(ratios):
+            cell = lost.get((group, ratio))
+            if cell is None:
+                continue
+            strength = min(1.0, max(0.0, cell.drop_pp) / worst) ** 0.5  # the root keeps small losses visible
+            axes.barh(row, 0.97, left=column - 0.485, height=0.9, color=COLOURS["bad"], alpha=0.85 * strength)
+            if len(groups) <= MAX_LABELLED:
+                axes.annotate(signed(-cell.drop_pp), (column, row), ha="center", va="center", fontsize=8,
+                              color=COLOURS["ink"])  # fmt: skip
+    axes.grid(visible=False)
+    axes.spines[:].set_visible(False)
+    axes.xaxis.tick_top()
+    axes.set_xticks(range(len(ratios)), [f"{percent(r, 0)} removed" for r in ratios])
+    axes.set_yticks(range(len(groups)), groups) if len(groups) <= MAX_LABELLED else axes.set_yticks([])
+    return figure
+
+
+def curves(record: RunRecord) -> Figure | None:
+    """Training loss and learning rate of every trial; the promoted ones stand out."""
+    trials = [t for r in record.rounds for t in r.trials if len(t.epochs) > 1]
+    if not trials:
+        return None
+    figure = Figure(figsize=(WIDTH_IN, 3.0))
+    left, right = figure.subplots(1, 2)
+    for one in sorted(trials, key=lambda t: t.promoted):
+        look = {"color": COLOURS["accent"], "linewidth": 1.8} if one.promoted else {
+            "color": COLOURS["muted"], "linewidth": 0.8, "alpha": 0.55}  # fmt: skip
+        epochs = [p.epoch for p in one.epochs]
+        left.plot(epochs, [p.train_loss for p in one.epochs], **look)
+        right.plot(epochs, [p.lr for p in one.epochs], **look)
+    highest = max((p.lr for t in trials for p in t.epochs), default=1.0) or 1.0
+    right.set_yscale("log")
+    right.set_ylim(highest / 1000, highest * 1.5)  # decays end at or near zero: three decades tell enough
+    right.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
+    right.yaxis.set_minor_locator(NullLocator())
+    for axes, title in ((left, "training loss"), (right, "learning rate")):
+        axes.set_title(title, loc="left", color=COLOURS["ink"])
+        axes.set_xlabel("epochs of fine-tuning")
+    return figure
+
+
+PLOTS: dict[str, Draw] = {"path": path, "widths": widths, "sensitivity": sensitivity, "curves": curves}

@@ -1,0 +1,187 @@
+"""The result of a run for people: one self-contained HTML page, the same numbers as JSON, plots as PNG.
+
+Everything is made from a `RunRecord`, that is from storage alone, so a report can be made again at any time,
+also while the run goes on. The page needs no network and no script; it follows light and dark.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass
+from datetime import datetime
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment, StrictUndefined
+from markupsafe import Markup
+
+from autoprune import plots, wording
+from autoprune.record import RoundRecord, RunRecord, TrialRecord
+
+ACTIONS = {
+    "promote": "promoted",
+    "lower": "rate lowered",
+    "go_back": "went back",
+    "finish": "target reached",
+    "stop": "stopped",
+}
+DELIVERED = {
+    "model.autoprune.age": "the delivered model, encrypted (age v1)",
+    "model.autoprune": "the delivered model: weights, .pt2, ONNX and manifest in one file",
+    "study.sqlite3": "every round and trial (Optuna storage)",
+    "report.json": "every number of this page",
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class DeliveredFile:
+    """A file beside the report that a reader may want."""
+
+    name: str
+    meaning: str
+    size_bytes: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class HowToLoad:
+    """A sentence and the lines of Python that load the delivered model."""
+
+    text: str
+    code: str
+
+
+def write_report(record: RunRecord, out: Path) -> Path:
+    """Write `report.html`, `report.json` and `plots/*.png` into `out`; returns the page's path.
+
+    What is there is replaced, each file at once, so a page that is open elsewhere is never half written.
+    """
+    figures = plots.draw_all(record)
+    (out / "plots").mkdir(parents=True, exist_ok=True)
+    for name, figure in figures.items():
+        plots.save_png(figure, out / "plots" / f"{name}.png")
+    _replace(out / "report.json", to_json(record))
+    svgs = {name: Markup(plots.to_svg(figure, name)) for name, figure in figures.items()}  # noqa: S704 our own
+    _replace(out / "report.html", _render(record, out, svgs))
+    return out / "report.html"
+
+
+def _replace(path: Path, text: str) -> None:
+    part = path.with_name(path.name + ".part")
+    part.write_text(text, encoding="utf-8")
+    part.replace(path)
+
+
+def to_json(record: RunRecord) -> str:
+    """Every number of the page: the answer, the derived differences, and the record itself."""
+    document = {
+        "answer": wording.answer(record),
+        "derived": derived(record),
+        "comparison": [asdict(r) for r in wording.comparison(record.before, record.after, record.difference)],
+        "record": asdict(record),
+    }
+    return json.dumps(_finite(document), indent=1, allow_nan=False) + "\n"
+
+
+def derived(record: RunRecord) -> dict[str, float | None]:
+    """The numbers that are computed from the record for showing."""
+    before, after = record.before, record.after
+    if after is None:
+        return {}
+    return {
+        "top1_delta_pp": 100 * (after.top1 - before.top1),
+        "macs_removed": 1 - after.macs / before.macs,
+        "params_removed": 1 - after.params / before.params,
+        "size_removed": 1 - after.size_bytes / before.size_bytes,
+        "speedup": before.latency_ms / after.latency_ms if before.latency_ms and after.latency_ms else None,
+    }
+
+
+def _finite(value: Any) -> Any:
+    """JSON has no infinity: a diverged trial's loss becomes null."""
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, Mapping):
+        return {str(k): _finite(v) for k, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(v) for v in value]
+    return value
+
+
+def _render(record: RunRecord, out: Path, svgs: Mapping[str, Markup]) -> str:
+    page = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+    page.filters |= {
+        "percent": wording.percent, "duration": wording.duration, "size": wording.size,
+        "setting": wording.setting, "when": _when, "fate": _fate, "unbroken": _unbroken,
+    }  # fmt: skip
+    template = page.from_string((files("autoprune") / "report.html.j2").read_text(encoding="utf-8"))
+    return template.render(
+        record=record,
+        out=out,
+        answer=wording.answer(record),
+        rows=wording.comparison(record.before, record.after, record.difference),
+        plots={name: svgs.get(name) for name in plots.PLOTS},
+        actions=ACTIONS,
+        winners=list(_winners(record)),
+        params=list(dict.fromkeys(p for r in record.rounds for t in r.trials for p in t.params)),
+        total_s=sum(t.seconds for t in record.timings),
+        files=_delivered(out),
+        load=_how_to_load(out),
+        settings=list(_flat(record.study)),
+    )
+
+
+def _winners(record: RunRecord) -> Iterator[tuple[RoundRecord, TrialRecord]]:
+    yield from ((r, t) for r in record.rounds for t in r.trials if t.promoted)
+
+
+def _unbroken(text: str) -> str:
+    """Keep a number and its unit on one line."""
+    return re.sub(r" (?=[%→]|pp\b|MACs\b|top-1\b)|(?<=→) ", "\u00a0", text)
+
+
+def _when(started: str) -> str:
+    try:
+        return datetime.fromisoformat(started).strftime("%Y-%m-%d %H:%M %Z").strip()
+    except ValueError:
+        return started
+
+
+def _fate(trial: TrialRecord) -> str:
+    if trial.state == "running":
+        return "running"
+    if trial.state == "failed":
+        return trial.failure or "failed"
+    return "promoted" if trial.promoted else "recovered" if trial.recovered else "below the floor"
+
+
+def _delivered(out: Path) -> list[DeliveredFile]:
+    return [
+        DeliveredFile(name=name, meaning=meaning, size_bytes=(out / name).stat().st_size)
+        for name, meaning in DELIVERED.items()
+        if (out / name).is_file()
+    ]
+
+
+def _how_to_load(out: Path) -> HowToLoad | None:
+    encrypted, plain = out / "model.autoprune.age", out / "model.autoprune"
+    if encrypted.is_file():
+        text = "The encrypted file loads in memory, with the key (or passphrase=...) it was encrypted to."
+        call = f'autoprune.load("{encrypted}", identity="KEY.txt")'
+    elif plain.is_file():
+        text, call = "The file loads without the training code.", f'autoprune.load("{plain}")'
+    else:
+        return None
+    return HowToLoad(text=text, code=f"import autoprune\n\nmodel = {call}")
+
+
+def _flat(settings: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:
+    for name, value in settings.items():
+        if isinstance(value, Mapping):
+            yield from _flat(value, f"{prefix}{name}.")
+        else:
+            shown = ", ".join(map(str, value)) if isinstance(value, list | tuple) else str(value)
+            yield f"{prefix}{name}", shown

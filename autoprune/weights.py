@@ -1,0 +1,99 @@
+"""Load trained weights into a network, without running anything that a file could smuggle in.
+
+Weights come as `.safetensors`, or as what `torch.save` writes, read with `weights_only=True`. The usual
+wrappings are understood: a checkpoint dict around the state dict, and key prefixes left by wrappers.
+"""
+
+from __future__ import annotations
+
+import pickle
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from autoprune.errors import UsageError
+
+WRAPPERS = ("state_dict", "model_state_dict", "model")
+PREFIXES = ("module.", "_orig_mod.")  # DataParallel and DistributedDataParallel; torch.compile
+
+
+def load_weights_(model: nn.Module, path: str | Path) -> None:
+    """Load the weights in `path` into `model`, in place; every key has to fit.
+
+    Raises:
+        UsageError: the file is missing or no weights file, or its keys do not fit the model's; the message
+            names the first missing, unexpected and mis-shaped key.
+    """
+    weights = read_weights(path)
+    problem = _misfit(model.state_dict(), weights)
+    if problem:
+        raise UsageError(
+            f"the weights in {path} do not fit the network: {problem}",
+            "check the network's name, its number of classes, and that the file belongs to it",
+        )
+    model.load_state_dict(dict(weights))
+
+
+def read_weights(path: str | Path) -> dict[str, Tensor]:
+    """The state dict in a `.safetensors` file or a `torch.save` checkpoint, unwrapped.
+
+    Raises:
+        UsageError: there is no such file, or it holds no state dict that is safe to read.
+    """
+    file = Path(path).expanduser()
+    if not file.is_file():
+        raise UsageError(f"there is no weights file {path}", "give a .safetensors, .pt or .pth file")
+    weights = _unwrapped(_read(file))
+    if weights is None:
+        raise UsageError(
+            f"{path} holds no state dict",
+            "save one: torch.save(model.state_dict(), FILE), or safetensors.torch.save_file",
+        )
+    return _without_prefixes(weights)
+
+
+def _read(file: Path) -> object:
+    try:
+        if file.suffix == ".safetensors":
+            return load_file(file)
+        return torch.load(file, map_location="cpu", weights_only=True)
+    except (SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError, ValueError) as error:
+        first_line = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise UsageError(
+            f"{file} cannot be read as weights: {first_line[:160]}",
+            "a state dict is needed, not a pickled module: torch.save(model.state_dict(), FILE)",
+        ) from error
+
+
+def _unwrapped(found: object) -> Mapping[str, Tensor] | None:
+    while isinstance(found, Mapping):
+        inner = next((found[w] for w in WRAPPERS if isinstance(found.get(w), Mapping)), None)
+        if inner is None:
+            break
+        found = inner
+    if isinstance(found, Mapping) and found and all(isinstance(v, Tensor) for v in found.values()):
+        return found
+    return None
+
+
+def _without_prefixes(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    found = dict(weights)
+    for prefix in PREFIXES * 2:
+        if all(name.startswith(prefix) for name in found):
+            found = {name.removeprefix(prefix): value for name, value in found.items()}
+    return found
+
+
+def _misfit(wanted: Mapping[str, Any], given: Mapping[str, Tensor]) -> str:
+    missing = [n for n in wanted if n not in given]
+    unexpected = [n for n in given if n not in wanted]
+    shapes = {n: (tuple(given[n].shape), tuple(w.shape)) for n, w in wanted.items() if n in given}
+    misshaped = [f"{n} is {list(g)} in the file, {list(w)} in the network"
+                 for n, (g, w) in shapes.items() if g != w]  # fmt: skip
+    kinds = (("missing", missing), ("unexpected", unexpected), ("mis-shaped", misshaped))
+    return "; ".join(f"{len(found)} {kind}, first {found[0]}" for kind, found in kinds if found)

@@ -1,0 +1,159 @@
+"""How numbers are said to people: one way for each kind, in the terminal and in the report alike.
+
+Percentages of a whole are written with a space before the sign, differences of percentages are `pp`, counts
+have SI prefixes and three digits, and a minus is a minus, not a hyphen. A missing number is a dash.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from autoprune.record import Difference, ModelSummary, RunRecord
+
+MISSING = "–"  # noqa: RUF001 an en dash, the usual sign for "no value" in a table
+MINUS = "−"  # noqa: RUF001
+
+
+def percent(share: float | None, digits: int = 1) -> str:
+    """A share in [0, 1] as a percentage: 0.9173 -> `91.7 %`."""
+    return MISSING if share is None else f"{100 * share:.{digits}f} %"
+
+
+def signed(value: float, digits: int = 1) -> str:
+    """A difference with its sign, and none on a zero: -0.23 -> `−0.2`."""
+    text = f"{abs(value):.{digits}f}"
+    if float(text) == 0:
+        return text
+    return f"{MINUS if value < 0 else '+'}{text}"
+
+
+def count(value: float | None) -> str:
+    """A count with three digits and an SI prefix: 40813184 -> `40.8 M`."""
+    return MISSING if value is None else _scaled(value, ("", "k", "M", "G", "T"))
+
+
+def size(num_bytes: float | None) -> str:
+    """A file size in decimal units: 1085000 -> `1.09 MB`."""
+    return MISSING if num_bytes is None else _scaled(num_bytes, ("B", "kB", "MB", "GB", "TB"))
+
+
+def _scaled(value: float, units: tuple[str, ...]) -> str:
+    step = 0
+    while abs(value) >= 999.5 and step < len(units) - 1:
+        value, step = value / 1000, step + 1
+    digits = 0 if step == 0 else max(0, 3 - len(str(int(abs(value)))))
+    return f"{value:.{digits}f} {units[step]}".rstrip()
+
+
+def milliseconds(value: float | None) -> str:
+    """A latency with three digits: 4.187 -> `4.19 ms`."""
+    if value is None:
+        return MISSING
+    return f"{value:.{max(0, 3 - len(str(int(value))))}f} ms"
+
+
+def duration(seconds: float) -> str:
+    """A time span: 83 -> `1:23 min`, 4.2 -> `4.2 s`, 7325 -> `2:02 h`."""
+    if seconds < 59.95:
+        return f"{seconds:.1f} s"
+    whole = round(seconds)
+    minutes = whole // 60
+    return f"{minutes}:{whole % 60:02d} min" if minutes < 60 else f"{minutes // 60}:{minutes % 60:02d} h"
+
+
+def clock(seconds: float) -> str:
+    """A running time that does not change its width every second: 83 -> `0:01:23`."""
+    whole = int(seconds)
+    return f"{whole // 3600}:{whole // 60 % 60:02d}:{whole % 60:02d}"
+
+
+def setting(value: object) -> str:
+    """One trial parameter or setting: floats with three digits, everything else as it is."""
+    return f"{value:.3g}" if isinstance(value, float) else str(value)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Row:
+    """One line of the before/after table; `change` says the difference in the way that fits the number."""
+
+    label: str
+    before: str
+    after: str
+    change: str
+    note: str = ""
+
+
+def comparison(before: ModelSummary, after: ModelSummary | None, difference: Difference | None) -> list[Row]:
+    """The before/after table: accuracy, MACs, parameters, size, latency."""
+    rows = [
+        Row(
+            label="top-1",
+            before=percent(before.top1, 2),
+            after=percent(after.top1, 2) if after else MISSING,
+            change=f"{signed(100 * (after.top1 - before.top1), 2)} pp" if after else MISSING,
+            note=interval(difference) if difference else "",
+        ),
+        Row(
+            label="95 % interval",
+            before=_band(before),
+            after=_band(after) if after else MISSING,
+            change="",
+            note=f"test split, n = {before.num_samples:,}",
+        ),
+    ]
+    costs = (
+        ("MACs", before.macs, after.macs if after else None, count),
+        ("parameters", before.params, after.params if after else None, count),
+        ("file size", before.size_bytes, after.size_bytes if after else None, size),
+    )
+    for label, old, new, say in costs:
+        rows.append(Row(label=label, before=say(old), after=say(new), change=_shrunk(old, new)))
+    if before.latency_ms is not None:
+        rows.append(_latency(before, after))
+    return rows
+
+
+def interval(difference: Difference) -> str:
+    """The paired interval of an accuracy difference, in words."""
+    return f"95 % interval {signed(difference.low_pp, 2)} to {signed(difference.high_pp, 2)} pp"
+
+
+def _band(model: ModelSummary) -> str:
+    return f"{100 * model.low:.2f} to {100 * model.high:.2f}"
+
+
+def _shrunk(old: float, new: float | None) -> str:
+    return MISSING if new is None or not old else f"{signed(100 * (new / old - 1))} %"
+
+
+def _latency(before: ModelSummary, after: ModelSummary | None) -> Row:
+    new = after.latency_ms if after else None
+    change = f"{before.latency_ms / new:.2f}× faster" if before.latency_ms and new else MISSING  # noqa: RUF001
+    if before.latency_ms and new and new > before.latency_ms:
+        change = f"{new / before.latency_ms:.2f}× slower"  # noqa: RUF001
+    spreads = [m.latency_spread_ms for m in (before, after) if m and m.latency_spread_ms is not None]
+    return Row(
+        label="latency",
+        before=milliseconds(before.latency_ms),
+        after=milliseconds(new),
+        change=change,
+        note=f"median, ± {' and '.join(f'{s:.2f}' for s in spreads)} ms" if spreads else "median",
+    )
+
+
+def answer(record: RunRecord) -> str:
+    """The whole run in one sentence."""
+    before, after = record.before, record.after
+    if after is None:
+        done = sum(r.action is not None for r in record.rounds)
+        return f"{record.name}: not finished; {done} rounds decided so far."
+    parts = [
+        f"{100 * (1 - after.macs / before.macs):.1f} % fewer MACs",
+        f"{100 * before.top1:.2f} → {100 * after.top1:.2f} % top-1 "
+        f"({signed(100 * (after.top1 - before.top1), 2)} pp"
+        + (f", {interval(record.difference)})" if record.difference else ")"),
+    ]
+    if before.latency_ms and after.latency_ms:
+        where = record.environment.get("device", "this machine")
+        parts.append(f"{_latency(before, after).change} on {where}")
+    return f"{record.name}: {', '.join(parts)}."
