@@ -241,6 +241,22 @@ class Study:
     control: Control = field(default_factory=Control)
 
 
+@dataclass(frozen=True, kw_only=True)
+class Lock:
+    """Who can open the delivered file: whoever has a key, whoever knows the passphrase, or everyone.
+
+    Attributes:
+        recipients: age public keys (`age1...`, `ssh-...`) or files with one a line. None of them and no
+            passphrase: the default identity's key, which is made on first use.
+        passphrase: instead of recipients.
+        plain: not encrypted at all.
+    """
+
+    recipients: tuple[str, ...] = ()
+    passphrase: str | None = field(default=None, repr=False)
+    plain: bool = False
+
+
 def check_study(study: Study) -> None:
     """Check all settings of a study.
 

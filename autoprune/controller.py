@@ -200,7 +200,7 @@ def _promote(goal: Goal, control: Control, state: State, best: TrialSummary) -> 
         ended="target" if reached else None,
     )
     kept = (
-        f"trial {best.number} removed {best.prune_rate:.1%} and kept top-1 {best.top1:.4f}, "
+        f"trial {best.number} removed {_percent(best.prune_rate)} and kept top-1 {best.top1:.4f}, "
         f"at or above the floor {goal.floor if reached else floor_of_round(goal, state):.4f}"
     )
     if reached:
@@ -212,10 +212,10 @@ def _promote(goal: Goal, control: Control, state: State, best: TrialSummary) -> 
 
 def _moved(before: float, after: float) -> str:
     if after > before:
-        return f"the ceiling rises from {before:.1%} to {after:.1%}"
+        return f"the ceiling rises from {_percent(before)} to {_percent(after)}"
     if after < before:
-        return f"the next ceiling is {after:.1%}: no more is needed, or no more was recovered from"
-    return f"the ceiling stays at {after:.1%}"
+        return f"the next ceiling is {_percent(after)}: no more is needed, or no more was recovered from"
+    return f"the ceiling stays at {_percent(after)}"
 
 
 def _retreat(goal: Goal, control: Control, state: State, outcome: RoundOutcome) -> Decision:
@@ -225,11 +225,11 @@ def _retreat(goal: Goal, control: Control, state: State, outcome: RoundOutcome) 
     if lowered >= control.min_rate:
         return Decision(
             action="lower",
-            reason=f"{missed}; the ceiling falls from {state.ceiling:.1%} to {lowered:.1%}",
+            reason=f"{missed}; the ceiling falls from {_percent(state.ceiling)} to {_percent(lowered)}",
             promoted=None,
             state=replace(after, ceiling=lowered),
         )
-    useless = f"{missed}; a ceiling below {control.min_rate:.1%} is useless"
+    useless = f"{missed}; a ceiling below {_percent(control.min_rate)} is useless"
     if state.went_back:
         return Decision(action="stop", reason=f"{useless}, and going back was tried already",
                         promoted=None, state=replace(after, ended="floor"))  # fmt: skip
@@ -258,7 +258,7 @@ def _missed(goal: Goal, state: State, trials: Sequence[TrialSummary]) -> str:
     nearest = max(trials, key=lambda t: t.top1)
     return (
         f"none of {len(trials)} trials recovered to the floor {floor:.4f} "
-        f"(nearest: {nearest.top1:.4f} with {nearest.prune_rate:.1%} removed)"
+        f"(nearest: {nearest.top1:.4f} with {_percent(nearest.prune_rate)} removed)"
     )
 
 
@@ -282,3 +282,7 @@ def _bounded(ceiling: float, goal: Goal, control: Control, cost_share: float) ->
     """At least `min_rate`, at most `max_ceiling`, and never more than the target needs."""
     needed = max(0.0, 1 - goal.target_share / cost_share)
     return min(max(ceiling, control.min_rate), control.max_ceiling, needed)
+
+
+def _percent(share: float) -> str:
+    return f"{100 * share:.1f} %"

@@ -7,8 +7,8 @@ those in `before` and `after` are on the test split, which nothing else has seen
 
 from __future__ import annotations
 
-import json
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal
 
 Action = Literal["promote", "lower", "go_back", "finish", "stop"]
@@ -64,7 +64,7 @@ class TrialRecord:
         before_tuning: the same before fine-tuning, after batch-norm recalibration.
         recovered: at or above the round's floor.
         promoted: became the next round's baseline.
-        seconds: all of the trial.
+        seconds: all of the trial; `tuning_seconds` of them went into fine-tuning.
         failure: why it failed, in one sentence; empty otherwise.
     """
 
@@ -84,6 +84,7 @@ class TrialRecord:
     promoted: bool = False
     epochs: tuple[EpochPoint, ...] = ()
     seconds: float = 0.0
+    tuning_seconds: float = 0.0
     failure: str = ""
 
 
@@ -210,6 +211,25 @@ class RunRecord:
     frozen: tuple[FrozenPart, ...]
     environment: dict[str, str]
 
-    def to_json(self) -> str:
-        """The record as indented JSON, field by field under the names above."""
-        return json.dumps(asdict(self), indent=1, allow_nan=False)
+
+@dataclass(frozen=True, kw_only=True)
+class RunResult:
+    """What `run` gives back; `record` holds every number.
+
+    Attributes:
+        reached: the target was met inside the floor; otherwise the deepest model inside the floor is
+            delivered, and `message` says in one sentence what stopped the run and what to change.
+        before, after: the original and the delivered model, on the test split.
+        model_file: the delivered file, encrypted unless asked otherwise.
+        report: the page.
+    """
+
+    reached: bool
+    stopped_by: StoppedBy
+    message: str
+    before: ModelSummary
+    after: ModelSummary
+    out: Path
+    model_file: Path
+    report: Path
+    record: RunRecord

@@ -1,0 +1,224 @@
+"""Read a run's studies back: the controller's outcomes, the rounds as records, the run as a record.
+
+Everything here is derived from the storage alone, which is what makes resuming a replay and lets the report
+be made again at any time. `RoundPlan` is what a round's study was created with.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, fields
+from typing import Any, TypeVar
+
+import optuna
+from optuna.trial import FrozenTrial, TrialState
+
+from autoprune.controller import Goal, RoundOutcome, TrialSummary
+from autoprune.record import (
+    Difference,
+    EpochPoint,
+    FrozenPart,
+    ModelSummary,
+    Outcome,
+    RoundRecord,
+    RunRecord,
+    SensitivityCell,
+    SplitSummary,
+    StageTime,
+    TrialRecord,
+)
+from autoprune.store import FINAL, RunStore
+
+RESULT = "result"  # a trial's record, complete but for number, state and params
+CHECKPOINT = "checkpoint"  # a trial's model, where it is kept
+STATES: dict[TrialState, Any] = {TrialState.COMPLETE: "complete", TrialState.RUNNING: "running"}
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, kw_only=True)
+class RoundPlan:
+    """What a round attempt is to do; kept as attributes of its study.
+
+    Attributes:
+        number: of the attempt, from 1.
+        started_from: round whose promoted model is the start, `checkpoint` its weights.
+        trials: to be finished; `epochs` of fine-tuning each.
+        analysis_seconds: spent on `sensitivity`; 0 where an earlier attempt's was taken over.
+    """
+
+    number: int
+    started_from: int
+    checkpoint: str
+    ceiling: float
+    floor: float
+    cost_share: float
+    trials: int
+    epochs: float
+    sensitivity: tuple[SensitivityCell, ...]
+    analysis_seconds: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class Spent:
+    """What a run has used so far; `tuning_seconds` is the part of the time that went into `epochs`."""
+
+    seconds: float
+    epochs: float
+    tuning_seconds: float
+
+
+def read_goal(store: RunStore) -> Goal:
+    """The run's goal, as its baseline was measured."""
+    return _read(Goal, _baseline(store)["goal"])
+
+
+def read_plan(study: optuna.Study) -> RoundPlan:
+    """What this round was to do."""
+    return _read(RoundPlan, study.user_attrs)
+
+
+def is_decided(study: optuna.Study) -> bool:
+    """Whether the controller has judged this round."""
+    return "action" in study.user_attrs
+
+
+def summaries(study: optuna.Study) -> tuple[TrialSummary, ...]:
+    """The round's scored trials, as the controller reads them."""
+    return tuple(
+        TrialSummary(number=t.number, prune_rate=t.prune_rate, cost_share=t.cost_share, top1=t.top1)
+        for t in read_trials(study)
+        if t.prune_rate is not None and t.cost_share is not None and t.top1 is not None
+    )
+
+
+def outcomes(store: RunStore) -> list[RoundOutcome]:
+    """All decided rounds, for `controller.replay`."""
+    return [
+        RoundOutcome(trials=summaries(study), budget_left=study.user_attrs["budget_left"])
+        for study in store.rounds()
+        if is_decided(study)
+    ]
+
+
+def checkpoint_of(store: RunStore, number: int, trial: int) -> str:
+    """The artifact of a trial's model; round 0 is the baseline."""
+    study = store.study(number)
+    assert study is not None, f"round {number} is not in the store"
+    artifact = study.trials[trial].user_attrs[CHECKPOINT]
+    assert isinstance(artifact, str)
+    return artifact
+
+
+def read_trials(study: optuna.Study) -> tuple[TrialRecord, ...]:
+    """All trials of a round, those that failed or still run included."""
+    promoted = study.user_attrs.get("promoted")
+    return tuple(
+        _read_trial(t, promoted=t.number == promoted)
+        for t in study.get_trials(deepcopy=False)
+        if t.state is not TrialState.WAITING
+    )
+
+
+def read_round(study: optuna.Study) -> RoundRecord:
+    """One round attempt; `action` is None while it is undecided."""
+    plan, attributes = read_plan(study), study.user_attrs
+    trials = read_trials(study)
+    return RoundRecord(
+        number=plan.number,
+        started_from=plan.started_from,
+        ceiling=plan.ceiling,
+        floor=plan.floor,
+        planned_trials=plan.trials,
+        epochs=plan.epochs,
+        cost_share=plan.cost_share,
+        trials=trials,
+        sensitivity=plan.sensitivity,
+        action=attributes.get("action"),
+        reason=attributes.get("reason", ""),
+        seconds=plan.analysis_seconds + sum(t.seconds for t in trials),
+    )
+
+
+def spent(store: RunStore) -> Spent:
+    """What the finished parts of the run have used, over all its processes."""
+    rounds = [read_round(study) for study in store.rounds()]
+    trials = [t for r in rounds for t in r.trials]
+    return Spent(
+        seconds=_baseline(store)["seconds"] + sum(r.seconds for r in rounds),
+        epochs=sum(t.epochs[-1].epoch for t in trials if t.epochs),
+        tuning_seconds=sum(t.tuning_seconds for t in trials),
+    )
+
+
+def read_run(store: RunStore) -> RunRecord:
+    """Everything about the run, finished or not."""
+    start = _baseline(store)
+    final_study = store.study(FINAL)
+    final = final_study.user_attrs if final_study is not None else {}
+    rounds = tuple(read_round(study) for study in store.rounds())
+    goal = read_goal(store)
+    times = _stage_times(start, rounds, final)
+    return RunRecord(
+        name=store.name,
+        command=start["command"],
+        started=start["started"],
+        seconds=sum(t.seconds for t in times),
+        study=start["settings"],
+        target=start["target"],
+        target_metric=start["target_metric"],
+        target_share=goal.target_share,
+        max_drop_pp=goal.max_drop_pp,
+        floor=goal.floor,
+        before=_read(ModelSummary, final.get("before", start["before"])),
+        after=_read(ModelSummary, final["after"]) if "after" in final else None,
+        difference=_read(Difference, final["difference"]) if "difference" in final else None,
+        rounds=rounds,
+        outcome=_read(Outcome, final["outcome"]) if "outcome" in final else None,
+        timings=times,
+        data=_read_all(SplitSummary, start["data"]),
+        frozen=_read_all(FrozenPart, start["frozen"]),
+        environment=start["environment"],
+    )
+
+
+def _baseline(store: RunStore) -> dict[str, Any]:
+    study = store.study(0)
+    assert study is not None, "a store is opened only where there is a baseline"
+    return study.user_attrs
+
+
+def _stage_times(
+    start: Mapping[str, Any], rounds: Iterable[RoundRecord], final: Mapping[str, Any]
+) -> tuple[StageTime, ...]:
+    trials = sum(t.seconds for r in rounds for t in r.trials)
+    analysis = sum(r.seconds for r in rounds) - trials
+    times = {"baseline": start["seconds"], "analysis": analysis, "search": trials}
+    if "seconds" in final:
+        times["finish"] = final["seconds"]
+    return tuple(StageTime(stage=stage, seconds=seconds) for stage, seconds in times.items())
+
+
+def _read_trial(trial: FrozenTrial, *, promoted: bool) -> TrialRecord:
+    result: Mapping[str, Any] = trial.user_attrs.get(RESULT, {})
+    state = STATES.get(trial.state, "failed")
+    if result.get("failure"):
+        state = "failed"
+    stopped = "" if state != "failed" or result else "the process that ran it was stopped"
+    known = {"failure": stopped} | dict(result)
+    merged = known | {"number": trial.number, "state": state, "params": trial.params, "promoted": promoted}
+    return _read(TrialRecord, merged)
+
+
+def _read(kind: type[T], values: Mapping[str, Any]) -> T:
+    """A record from plain values; more keys than it has fields may be there."""
+    nested: dict[str, Any] = {"sensitivity": SensitivityCell, "epochs": EpochPoint}
+    chosen = {f.name: values[f.name] for f in fields(kind) if f.name in values}  # type: ignore[arg-type]
+    for name, inner in nested.items():
+        if isinstance(chosen.get(name), list | tuple):
+            chosen[name] = _read_all(inner, chosen[name])
+    return kind(**chosen)
+
+
+def _read_all(kind: type[T], values: Iterable[Mapping[str, Any]]) -> tuple[T, ...]:
+    return tuple(_read(kind, v) for v in values)

@@ -1,0 +1,239 @@
+"""One round: an Optuna study whose trials choose how much to prune, how to rank, and how to fine-tune.
+
+The value of a trial is lexicographic: recovered trials count what they removed, the others what they are
+short of the floor (negative), so that the sampler, the dashboard and the controller agree on what is best.
+The first trials are known-good points; a fresh sampler is seeded for every trial from (seed, round, seat),
+so a run that was stopped and resumed asks for the same trials as one that was not. The seat of a trial is
+its place among the finished ones: a trial of a killed process gives its seat, and its parameters, back.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any, get_args
+
+import optuna
+import torch
+from torch import nn
+
+from autoprune import events as ev
+from autoprune.budget import Meter, Speed
+from autoprune.config import Decay, Search
+from autoprune.controller import Goal, State, TrialSummary, has_recovered
+from autoprune.densify import densify
+from autoprune.errors import TrialError
+from autoprune.history import CHECKPOINT, RESULT, RoundPlan, read_trials
+from autoprune.record import TrialRecord
+from autoprune.splits import derive_seed
+from autoprune.store import RunStore, fail_left_running_, put, scored
+from autoprune.train import EpochRecord
+from autoprune.trial import Ground, TrialParams, TrialResult, run_trial
+
+FAILED_VALUE = -1.0  # top-1 cannot fall short by more; NaN would teach the sampler nothing
+STARTUP_TRIALS = 4  # measured on a surrogate, FACTS section 10
+SHALLOW = 0.5  # the lowest rate searched, as a share of the ceiling
+SNAP = 0.95  # rates from this share of the ceiling on become the ceiling, or targets are missed by a hair
+CAUTION = 0.3  # the second point's learning rate, of the prior's
+
+Point = dict[str, Any]
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class RoundJob:
+    """All that a round works with."""
+
+    ground: Ground
+    plan: RoundPlan
+    goal: Goal
+    state: State
+    store: RunStore
+    meter: Meter
+    speed: Speed
+    on_event: ev.OnEvent
+
+    @property
+    def search(self) -> Search:
+        """The study's search settings."""
+        return self.ground.study.search
+
+
+def search_round(job: RoundJob, study: optuna.Study, known: Sequence[Point]) -> None:
+    """Run the round's trials until the planned number is finished or the budget affords no more.
+
+    Args:
+        job: what to work with.
+        study: of this round; its finished trials count, those that a stopped process left are tried again.
+        known: points to start with, most promising first.
+    """
+    again = [t.params for t in fail_left_running_(study) if t.params]
+    while (seat := len(scored(study))) < job.plan.trials and _affordable(job, study):
+        if again:
+            study.enqueue_trial(again.pop(0))
+        elif seat < len(known):
+            study.enqueue_trial(known[seat])
+        study.sampler = make_sampler(job.search.sampler, derive_seed(job.ground.seed, seat))
+        _one_trial(job, study, seat)
+
+
+def make_sampler(kind: str, seed: int) -> optuna.samplers.BaseSampler:
+    """The sampler that a study names."""
+    if kind == "gp":
+        return optuna.samplers.GPSampler(n_startup_trials=STARTUP_TRIALS, seed=seed % 2**32)
+    if kind == "random":
+        return optuna.samplers.RandomSampler(seed=seed % 2**32)
+    return optuna.samplers.TPESampler(n_startup_trials=STARTUP_TRIALS, seed=seed % 2**32)
+
+
+def suggest(trial: optuna.Trial, search: Search, ceiling: float) -> TrialParams:
+    """Let the sampler choose a trial's parameters, those of its decay included."""
+    rate = trial.suggest_float("prune_rate", SHALLOW * ceiling, ceiling)
+    lr = trial.suggest_float("lr", *search.lr, log=True)
+    decay: Decay = trial.suggest_categorical("decay", search.decays)
+    criterion = trial.suggest_categorical("criterion", search.criteria)
+    strategy = trial.suggest_categorical("strategy", search.strategies)
+    gamma, milestones, final = None, None, 0.0
+    if decay == "step":
+        gamma = trial.suggest_float("step_gamma", 0.1, 0.5)
+        milestones = trial.suggest_int("step_milestones", 1, 3)
+    elif decay == "exponential":
+        gamma = trial.suggest_float("exponential_gamma", 1e-3, 1e-1, log=True)
+    else:
+        final = trial.suggest_float(f"{decay}_final", 0.0, 0.1)
+    return TrialParams(
+        prune_rate=ceiling if rate >= SNAP * ceiling else rate, lr=lr, decay=decay, gamma=gamma,
+        milestones=milestones, final=final, criterion=criterion, strategy=strategy,
+    )  # fmt: skip
+
+
+def value_of(record: TrialRecord, job: RoundJob) -> float:
+    """What the sampler maximises: the rate removed if recovered, otherwise minus the shortfall."""
+    if record.top1 is None or record.prune_rate is None:
+        return FAILED_VALUE
+    if _recovered(record, job):
+        return record.prune_rate
+    return max(FAILED_VALUE, min(-1e-9, record.top1 - job.plan.floor))
+
+
+def first_points(job: RoundJob) -> list[Point]:
+    """Where the first round starts: a learning rate from how much of the weights' norm goes (ALLR).
+
+    Zimmer et al. 2023, "How I learned to stop worrying and love retraining", section 3: the highest rate
+    times the relative change of the weights over the root of the sparsity, linearly to zero.
+    """
+    search, ceiling = job.search, job.plan.ceiling
+    deep = _point(search, ceiling, _adaptive_lr(job), "linear")
+    shallow = _point(search, SHALLOW * ceiling, CAUTION * deep["lr"], "cosine")
+    return [deep, shallow]
+
+
+def next_points(job: RoundJob, previous: optuna.Study) -> list[Point]:
+    """Where a later round starts: the last round's best at the new ceiling, and at a safe low rate."""
+    trials = [t for t in read_trials(previous) if t.top1 is not None]
+    if not trials:
+        return first_points(job)
+    best = next((t for t in trials if t.promoted), max(trials, key=lambda t: t.top1 or 0.0))
+    ceiling = job.plan.ceiling
+    return [best.params | {"prune_rate": ceiling}, best.params | {"prune_rate": SHALLOW * ceiling}]
+
+
+def _one_trial(job: RoundJob, study: optuna.Study, seat: int) -> None:
+    trial = study.ask()
+    params = suggest(trial, job.search, job.plan.ceiling)
+    job.on_event(ev.TrialStarted(round=job.plan.number, trial=trial.number, params=trial.params))
+    result = run_trial(
+        job.ground, params, epochs=job.plan.epochs, seed=derive_seed(job.ground.seed, seat),
+        on_epoch=lambda e: _tell_epoch(job, trial.number, e),
+    )  # fmt: skip
+    _keep(job, study, trial, result)
+
+
+def _keep(job: RoundJob, study: optuna.Study, trial: optuna.Trial, result: TrialResult) -> None:
+    """Store the model first, then the result, then that the trial is finished."""
+    record = result.record
+    if record.top1 is not None and record.top1 >= job.goal.floor - 1e-9:
+        assert result.model is not None
+        assert result.plan is not None
+        put(trial, **{CHECKPOINT: job.store.save(result.model, result.plan)})
+    if record.epochs:
+        job.meter.spend(record.epochs[-1].epoch)
+    put(trial, **{RESULT: _with_verdict(record, job)})
+    study.tell(trial, value_of(record, job))
+    told = next(t for t in read_trials(study) if t.number == trial.number)
+    job.on_event(ev.TrialFinished(round=job.plan.number, record=told))
+    tell_budget(job.meter, job.on_event)
+
+
+def tell_budget(meter: Meter, on_event: ev.OnEvent) -> None:
+    """Say how much is used."""
+    on_event(
+        ev.BudgetUsed(
+            seconds=meter.seconds, seconds_total=meter.budget.seconds,
+            epochs=meter.epochs, epochs_total=meter.budget.epochs,
+        )
+    )  # fmt: skip
+
+
+def _with_verdict(record: TrialRecord, job: RoundJob) -> TrialRecord:
+    return replace(record, recovered=_recovered(record, job))
+
+
+def _recovered(record: TrialRecord, job: RoundJob) -> bool:
+    if record.top1 is None or record.prune_rate is None or record.cost_share is None:
+        return False
+    summary = TrialSummary(
+        number=record.number, prune_rate=record.prune_rate, cost_share=record.cost_share, top1=record.top1
+    )
+    return has_recovered(job.goal, job.state, summary)
+
+
+def _affordable(job: RoundJob, study: optuna.Study) -> bool:
+    """Whether one more trial fits, by what the round's trials took or, before the first, by the estimate."""
+    took = [t.seconds for t in read_trials(study) if t.epochs]
+    estimate = job.plan.epochs * job.speed.epoch_s + job.speed.trial_s
+    return job.meter.affords(max(took) if took else estimate, job.plan.epochs)
+
+
+def _tell_epoch(job: RoundJob, trial: int, epoch: EpochRecord) -> None:
+    job.on_event(
+        ev.EpochFinished(
+            round=job.plan.number, trial=trial, epoch=epoch.epoch, epochs=job.plan.epochs,
+            lr=epoch.lr, train_loss=epoch.train_loss, images_per_s=epoch.images_per_s,
+        )
+    )  # fmt: skip
+    if job.meter.left().seconds < 0:
+        raise TrialError("the time budget ran out during fine-tuning", "give the run a larger --budget")
+
+
+def _point(search: Search, rate: float, lr: float, decay: Decay) -> Point:
+    chosen = decay if decay in search.decays else search.decays[0]
+    bounded = min(max(lr, search.lr[0]), search.lr[1])
+    point: Point = {"prune_rate": rate, "lr": bounded, "decay": chosen,
+                    "criterion": search.criteria[0], "strategy": search.strategies[0]}  # fmt: skip
+    if chosen in ("cosine", "linear"):
+        point[f"{chosen}_final"] = 0.0
+    return point
+
+
+def _adaptive_lr(job: RoundJob) -> float:
+    """The learning rate that suits how much the deepest plan of this round takes away."""
+    ground, search = job.ground, job.search
+    params = TrialParams(
+        prune_rate=job.plan.ceiling, lr=search.lr[1], decay=get_args(Decay)[0],
+        criterion=search.criteria[0], strategy=search.strategies[0],
+    )  # fmt: skip
+    plan = ground.choose(params)
+    pruned = densify(ground.model, ground.graph, plan)
+    before, after = _norm_and_count(ground.model), _norm_and_count(pruned)
+    sparsity = 1 - after[1] / before[1]
+    if sparsity <= 0:
+        return search.lr[0]
+    change = math.sqrt(max(0.0, 1 - (after[0] / before[0]) ** 2))
+    return search.lr[1] * min(1.0, change / math.sqrt(sparsity))
+
+
+def _norm_and_count(model: nn.Module) -> tuple[float, int]:
+    weights = [p.detach() for p in model.parameters() if p.ndim > 1]
+    square = sum(float(torch.sum(w.double() ** 2)) for w in weights)
+    return math.sqrt(square), sum(w.numel() for w in weights)

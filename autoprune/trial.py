@@ -1,0 +1,210 @@
+"""One trial: choose the units, make the smaller network, recover its accuracy, measure it.
+
+A trial works on the round's dense starting network and knows nothing of Optuna: parameters in, a record
+and a model out. Running out of memory and a loss that is no number fail the trial, not the run.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+
+from autoprune.allocation import allocate
+from autoprune.config import Decay, Metric, Study
+from autoprune.cost import Cost
+from autoprune.criteria import Scores, score
+from autoprune.data import Data
+from autoprune.densify import densify
+from autoprune.errors import AutopruneError, TrialError, UnreachableError
+from autoprune.evaluation import evaluate, recalibrate_
+from autoprune.graph import ChannelGraph
+from autoprune.metrics import Evaluation
+from autoprune.plan import PruningPlan
+from autoprune.record import EpochPoint, TrialRecord
+from autoprune.schedule import Schedule
+from autoprune.sensitivity import SensitivityTable
+from autoprune.splits import derive_seed
+from autoprune.train import EpochRecord, finetune_
+
+OUT_OF_MEMORY = ("can't allocate memory", "not enough memory", "out of memory")  # torch's RuntimeErrors
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrialParams:
+    """What one trial tries; the fields after `strategy` belong to one decay each."""
+
+    prune_rate: float
+    lr: float
+    decay: Decay
+    criterion: str
+    strategy: str
+    gamma: float | None = None
+    milestones: int | None = None
+    final: float = 0.0
+
+    def schedule(self, warmup: float) -> Schedule:
+        """The learning rate over the trial."""
+        return Schedule(
+            lr=self.lr, decay=self.decay, gamma=self.gamma, milestones=self.milestones,
+            final=self.final, warmup=warmup,
+        )  # fmt: skip
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Ground:
+    """What all trials of a round stand on.
+
+    Attributes:
+        original: the teacher, and the network that plans are composed for.
+        model: the round's dense starting network; `plan` leads from the original to it, `graph` is its own.
+        original_cost, target_cost: in the target's metric.
+        floor: of the round.
+        seed: of the round.
+        cached_scores: by criterion: they depend on the round only.
+    """
+
+    study: Study
+    data: Data
+    device: torch.device
+    metric: Metric
+    original: nn.Module
+    original_cost: float
+    target_cost: int
+    model: nn.Module
+    graph: ChannelGraph
+    plan: PruningPlan
+    table: SensitivityTable | None
+    seed: int
+    cached_scores: dict[str, Scores] = field(default_factory=dict)
+
+    def scores(self, criterion: str) -> Scores:
+        """The units' scores by this criterion."""
+        if criterion not in self.cached_scores:
+            self.cached_scores[criterion] = score(
+                self.model, self.graph, criterion, split=self.data.train, device=self.device,
+                loss=self.study.loss, seed=self.seed,
+            )  # fmt: skip
+        return self.cached_scores[criterion]
+
+    def choose(self, params: TrialParams) -> PruningPlan:
+        """The plan that removes `prune_rate` of the starting network's cost, or the nearest to it."""
+        limit = self.limit(params.prune_rate)
+        scores = self.scores(params.criterion)
+        table = self.table if params.strategy == "sensitivity" else None
+        try:
+            return self._allocate(scores, limit, params.strategy, table)
+        except UnreachableError as error:
+            return self._allocate(scores, math.ceil(error.nearest_cost), params.strategy, table)
+
+    def limit(self, prune_rate: float) -> int:
+        """What a network pruned by this rate may cost; never less than the target needs."""
+        present = cost_in(self.metric, self.graph.cost())
+        return max(self.target_cost, math.floor((1 - prune_rate) * present))
+
+    def _allocate(
+        self, scores: Scores, limit: int, strategy: str, table: SensitivityTable | None
+    ) -> PruningPlan:
+        return allocate(self.graph, scores, metric=self.metric, limit=limit, strategy=strategy, table=table)
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class TrialResult:
+    """A trial's record (number and state are the storage's), and its model with the composed plan."""
+
+    record: TrialRecord
+    model: nn.Module | None
+    plan: PruningPlan | None
+
+
+def cost_in(metric: Metric, cost: Cost) -> int:
+    """A cost in the unit that a target is given in."""
+    return {"macs": cost.macs, "params": cost.params, "size": cost.size_bytes}[metric]
+
+
+def run_trial(
+    ground: Ground, params: TrialParams, *, epochs: float, seed: int,
+    on_epoch: Callable[[EpochRecord], None] | None = None,
+) -> TrialResult:  # fmt: skip
+    """Prune the ground's network by these parameters, fine-tune it and measure it on the search split."""
+    began = time.perf_counter()
+    try:
+        return _run(ground, params, epochs, seed, on_epoch)
+    except (TrialError, torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
+        if not _fails_the_trial_only(error):
+            raise
+        reason = error.message if isinstance(error, AutopruneError) else f"out of memory: {error}"
+        with suppress(RuntimeError):
+            torch.cuda.empty_cache()
+        record = _record(failure=reason.splitlines()[0][:300], seconds=time.perf_counter() - began)
+        return TrialResult(record=record, model=None, plan=None)
+
+
+def _run(
+    ground: Ground, params: TrialParams, epochs: float, seed: int,
+    on_epoch: Callable[[EpochRecord], None] | None,
+) -> TrialResult:  # fmt: skip
+    began = time.perf_counter()
+    study, data = ground.study, ground.data
+    plan = ground.choose(params)
+    model = densify(ground.model, ground.graph, plan)
+    recalibrate_(
+        model, data.train, num_batches=study.finetune.recalibrate_batches,
+        batch_size=study.finetune.batch_size, device=ground.device, seed=ground.seed,
+    )  # fmt: skip
+    untuned = measure(ground, model)
+    tuning_began = time.perf_counter()
+    curve = finetune_(
+        model, data.train, schedule=params.schedule(study.finetune.warmup), settings=study.finetune,
+        epochs=epochs, seed=derive_seed(seed, 1), device=ground.device, teacher=ground.original,
+        loss=study.loss, on_epoch=on_epoch,
+    )  # fmt: skip
+    tuning_seconds = time.perf_counter() - tuning_began
+    tuned = measure(ground, model)
+    cost = ground.graph.cost(plan)
+    present, after = cost_in(ground.metric, ground.graph.cost()), cost_in(ground.metric, cost)
+    record = _record(
+        prune_rate=1 - after / present,
+        cost_share=after / ground.original_cost,
+        macs=cost.macs,
+        num_params=cost.params,
+        top1=tuned.top1,
+        low=tuned.interval.low,
+        high=tuned.interval.high,
+        loss=tuned.loss if math.isfinite(tuned.loss) else None,
+        before_tuning=untuned.top1,
+        epochs=points(curve),
+        tuning_seconds=tuning_seconds,
+        seconds=time.perf_counter() - began,
+    )
+    return TrialResult(record=record, model=model, plan=ground.plan.compose(plan))
+
+
+def measure(ground: Ground, model: nn.Module) -> Evaluation:
+    """The model on the search split."""
+    study = ground.study
+    return evaluate(model, ground.data.search, device=ground.device, loss=study.loss, score=study.evaluate)
+
+
+def points(curve: list[EpochRecord]) -> tuple[EpochPoint, ...]:
+    """A fine-tuning's epochs, as they are recorded."""
+    return tuple(
+        EpochPoint(epoch=e.epoch, lr=e.lr, train_loss=e.train_loss, images_per_s=e.images_per_s)
+        for e in curve
+    )
+
+
+def _record(**values: Any) -> TrialRecord:
+    return TrialRecord(number=-1, state="running", params={}, **values)
+
+
+def _fails_the_trial_only(error: BaseException) -> bool:
+    if isinstance(error, TrialError | torch.OutOfMemoryError | MemoryError):
+        return True
+    return any(words in str(error) for words in OUT_OF_MEMORY)
