@@ -36,6 +36,7 @@ DATABASE = "study.sqlite3"
 ARTIFACTS = "artifacts"
 BUSY_TIMEOUT_S = 60
 FINAL = "final"
+BASELINE = "/round-00"
 PLAN_KEY = "autoprune_plan"
 
 
@@ -60,7 +61,7 @@ class RunStore:
         create: make the database; otherwise it has to exist.
 
     Raises:
-        UsageError: there is no run of this name in the folder.
+        UsageError: there is no database in the folder, or it holds a run of another name.
     """
 
     def __init__(self, folder: Path, name: str, *, create: bool = False) -> None:
@@ -70,10 +71,11 @@ class RunStore:
         (folder / ARTIFACTS).mkdir(parents=True, exist_ok=True)
         self.storage = _open_sqlite(folder / DATABASE)
         self.artifacts = FileSystemArtifactStore(folder / ARTIFACTS)
-        if not create and self.study(0) is None:
+        others = {n.split("/")[0] for n in optuna.get_all_study_names(self.storage)} - {name}
+        if others:
             self.close()
             raise UsageError(
-                f"{folder} holds no started run named {name!r}",
+                f"{folder} holds the run {min(others)!r}, not {name!r}",
                 "resume it with the study that started it, or choose another --out",
             )
 
@@ -96,6 +98,10 @@ class RunStore:
         )
         put(study, **attributes)
         return study
+
+    def drop_study(self, number: int | str) -> None:
+        """Forget a study whose making was interrupted."""
+        optuna.delete_study(study_name=self._study_name(number), storage=self.storage)
 
     def rounds(self) -> Iterator[optuna.Study]:
         """The studies of the round attempts so far, in order."""
@@ -146,6 +152,30 @@ class RunStore:
 
     def _study_name(self, number: int | str) -> str:
         return f"{self.name}/{number}" if isinstance(number, str) else f"{self.name}/round-{number:02d}"
+
+
+def name_in(folder: Path) -> str:
+    """The name of the run in a folder.
+
+    Raises:
+        UsageError: there is no run, or it has not measured its baseline yet.
+    """
+    if not (folder / DATABASE).is_file():
+        raise UsageError(
+            f"there is no run in {folder}", "give the folder that autoprune run wrote: runs/NAME"
+        )
+    storage = _open_sqlite(folder / DATABASE)
+    try:
+        names = [s.study_name for s in storage.get_all_studies()]
+    finally:
+        storage.remove_session()
+        storage.engine.dispose()
+    started = [n.removesuffix(BASELINE) for n in names if n.endswith(BASELINE)]
+    if not started:
+        raise UsageError(
+            f"the run in {folder} has not measured its baseline yet", "wait for it, or start it again"
+        )
+    return started[0]
 
 
 def put(where: optuna.Study | optuna.Trial, **attributes: Any) -> None:
