@@ -1,0 +1,235 @@
+"""The data of a run: three splits that share no sample.
+
+Fine-tuning sees `train`, sensitivity and trials see `search`, `test` is read twice in a run (the baseline
+and the final model). Cuts are deterministic and stratified by class where classes are known; a sample in
+two splits is refused, whoever made the cut.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from itertools import combinations
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+from torch.utils.data import Dataset
+
+from autoprune.datasets import READERS, Source
+from autoprune.errors import DataError
+from autoprune.splits import LoaderSplit, Normalization, Split, TensorSplit
+
+__all__ = [
+    "Cut",
+    "Data",
+    "LoaderSplit",
+    "Normalization",
+    "Split",
+    "TensorSplit",
+    "cut",
+    "from_datasets",
+    "load_data",
+]
+
+SEARCH_SHARE = 0.1
+
+
+@dataclass(frozen=True, kw_only=True)
+class Data:
+    """Three splits and what one must know to feed the network.
+
+    Attributes:
+        num_classes: 0 where the targets are no classes.
+        class_names: empty where they are not known.
+        input_shape: of one sample, for images (C, H, W).
+        normalization: how pixels in [0, 1] become inputs; None where the dataset does that itself.
+
+    Raises:
+        DataError: a split is empty, or two splits share a sample.
+    """
+
+    train: Split
+    search: Split
+    test: Split
+    num_classes: int
+    class_names: tuple[str, ...] = ()
+    input_shape: tuple[int, ...]
+    normalization: Normalization | None = None
+
+    def __post_init__(self) -> None:
+        splits = {"train": self.train, "search": self.search, "test": self.test}
+        for name, split in splits.items():
+            if len(split) == 0:
+                raise DataError(
+                    f"the {name} split is empty", "give each of train, search and test some samples"
+                )
+        check_overlap(splits)
+
+    @property
+    def mean(self) -> tuple[float, ...]:
+        """Per channel; empty where the dataset normalises itself."""
+        return () if self.normalization is None else self.normalization.mean
+
+    @property
+    def std(self) -> tuple[float, ...]:
+        """Per channel; empty where the dataset normalises itself."""
+        return () if self.normalization is None else self.normalization.std
+
+    @property
+    def digests(self) -> dict[str, str]:
+        """Split name -> SHA-256 of what it holds."""
+        return {"train": self.train.digest(), "search": self.search.digest(), "test": self.test.digest()}
+
+
+def check_overlap(splits: Mapping[str, Split]) -> None:
+    """See that no sample is in two splits.
+
+    Raises:
+        DataError: one is; the message counts them.
+    """
+    keys = {name: frozenset(split.identities()) for name, split in splits.items()}
+    for first, second in combinations(splits, 2):
+        shared = len(keys[first] & keys[second])
+        if shared:
+            raise DataError(
+                f"{shared} of the {len(splits[second])} {second} samples are in the {first} split too",
+                "cut the data so that no sample is in two splits: results on seen samples mean nothing",
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cut:
+    """A split in two: `part` holds the share that was asked for, `rest` the others."""
+
+    rest: Split
+    part: Split
+
+
+def cut(split: Split, share: float, *, seed: int) -> Cut:
+    """Cut a split in two, at random but always the same for a seed, stratified where labels are known.
+
+    Raises:
+        DataError: either side would be empty.
+    """
+    order = np.random.default_rng([seed, len(split)]).permutation(len(split))
+    count = round(share * len(split))
+    if isinstance(split, TensorSplit):
+        taken = order[_spread(split.labels_N.numpy()[order], share)]
+    else:
+        taken = order[:count]
+    if not 0 < len(taken) < len(split):
+        raise DataError(
+            f"a share of {share:g} of {len(split)} samples leaves one side empty", "give more samples"
+        )
+    is_taken = np.zeros(len(split), dtype=bool)
+    is_taken[taken] = True
+    return Cut(rest=split.take(np.flatnonzero(~is_taken)), part=split.take(np.flatnonzero(is_taken)))
+
+
+def _spread(labels: NDArray[np.int64], share: float) -> NDArray[np.int64]:
+    """Positions of the first `share` of each class."""
+    by_class = [np.flatnonzero(labels == c) for c in np.unique(labels)]
+    return np.concatenate([where[: round(share * len(where))] for where in by_class])
+
+
+def from_datasets(
+    train: Dataset[Any], test: Dataset[Any], *, val: Dataset[Any] | None = None,
+    augmented: Dataset[Any] | None = None, search_share: float = SEARCH_SHARE, num_workers: int = 0,
+) -> Data:  # fmt: skip
+    """Make the splits of any map-style datasets of (input tensor, target) pairs.
+
+    Args:
+        train: for fine-tuning, with the transforms of evaluation.
+        test: read twice in a run.
+        val: the search split; None cuts `search_share` of `train`.
+        augmented: the samples of `train`, in the same order, with random transforms.
+        search_share: see `val`.
+        num_workers: loading processes; 0 loads in this one.
+
+    Raises:
+        DataError: a dataset is empty, gives no pairs of tensors, or two share a sample.
+    """
+    known = LoaderSplit(train, augmented=augmented, num_workers=num_workers)
+    if augmented is not None and len(augmented) != len(known):  # type: ignore[arg-type]  # map-style have a length
+        raise DataError(
+            f"`augmented` does not have the {len(known)} samples of `train`",
+            "give the same dataset with random transforms",
+        )
+    if val is None:
+        parts = cut(known, search_share, seed=0)
+        known_train, search = parts.rest, parts.part
+    else:
+        known_train, search = known, LoaderSplit(val, num_workers=num_workers)
+    class_names = tuple(str(name) for name in getattr(train, "classes", ()))
+    return Data(
+        train=known_train, search=search, test=LoaderSplit(test, num_workers=num_workers),
+        num_classes=len(class_names) or _count_classes(train), class_names=class_names,
+        input_shape=_input_shape(known_train),
+    )  # fmt: skip
+
+
+def _count_classes(dataset: Dataset[Any]) -> int:
+    """From the `targets` that torchvision's datasets carry; 0 where there are none."""
+    targets = np.asarray(getattr(dataset, "targets", ()))
+    return int(targets.max()) + 1 if targets.size and targets.dtype.kind in "iu" else 0
+
+
+def _input_shape(split: Split) -> tuple[int, ...]:
+    if len(split) == 0:
+        raise DataError("the train split is empty", "give each of train, search and test some samples")
+    try:
+        inputs, _ = next(iter(split.take(np.zeros(1, dtype=np.int64)).batches(1)))
+        return tuple(inputs.shape[1:])
+    except (TypeError, ValueError, AttributeError) as error:
+        raise DataError(
+            f"the dataset's first sample is no pair of an input tensor and a target ({error})",
+            "let its transform end in a tensor, and let it return (input, target)",
+        ) from error
+
+
+def load_data(
+    spec: str, *, seed: int = 0, search_from: Literal["train", "test"] = "test",
+    normalization: Normalization | None = None,
+) -> Data:  # fmt: skip
+    """Load `digits`, `cifar10:DIR`, `fashionmnist:DIR` or `imagefolder:DIR` and cut it.
+
+    Args:
+        spec: the name, and the folder where the data lie.
+        seed: of the cut.
+        search_from: where the search split is cut from. `test` for weights that came trained: they have
+            seen the training set, so half of the official test set is for the search. `train` when the
+            baseline is trained here.
+        normalization: what the weights were trained with, where it is not the data set's own.
+
+    Raises:
+        DataError: the name, the folder or its files are not what they should be.
+    """
+    name, _, folder = spec.partition(":")
+    if name not in READERS:
+        near = difflib.get_close_matches(name, READERS, n=1)
+        known = ", ".join(n if n == "digits" else f"{n}:DIR" for n in READERS)
+        raise DataError(
+            f"there is no data set {name!r}",
+            f"did you mean {near[0]}? known are {known}" if near else f"known are {known}",
+        )
+    return _from_source(READERS[name](Path(folder) if folder else None, normalization), seed, search_from)
+
+
+def _from_source(source: Source, seed: int, search_from: Literal["train", "test"]) -> Data:
+    train, test = source.train, source.test
+    if test is None:
+        held_out = cut(train, source.test_share, seed=seed)
+        train, test = held_out.rest, held_out.part
+    if search_from == "test":
+        halves = cut(test, 0.5, seed=seed)
+        test, search = halves.rest, halves.part
+    else:
+        parts = cut(train, source.search_share, seed=seed)
+        train, search = parts.rest, parts.part
+    return Data(
+        train=train, search=search, test=test, num_classes=len(source.class_names),
+        class_names=source.class_names, input_shape=source.input_shape, normalization=source.normalization,
+    )  # fmt: skip

@@ -1,0 +1,246 @@
+"""Readers of the data sets that a command line can name.
+
+Each reader turns a folder into a `Source`: the official train and test split and what goes with them. No
+reader downloads, unpickles or writes anything. Formats: npz archives and the binary batches of CIFAR-10
+(Krizhevsky 2009), gzipped idx files of Fashion-MNIST (Xiao et al. 2017), a folder per class for
+`imagefolder`, and scikit-learn's bundled copy of the UCI digits.
+"""
+
+from __future__ import annotations
+
+import gzip
+import os
+import zipfile
+import zlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from autoprune.errors import DataError
+from autoprune.splits import IMAGENET, Augmentation, LoaderSplit, Normalization, Split, TensorSplit
+
+Bytes = NDArray[np.uint8]
+CIFAR10_CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
+FASHION_CLASSES = (
+    "t-shirt", "trouser", "pullover", "dress", "coat", "sandal", "shirt", "sneaker", "bag", "ankle boot",
+)  # fmt: skip
+# Mean and standard deviation of the pixels of each official train split, computed from it.
+CIFAR10 = Normalization(mean=(0.4914, 0.4822, 0.4465), std=(0.2470, 0.2435, 0.2616))
+FASHION = Normalization(mean=(0.2860,), std=(0.3530,))
+DIGITS = Normalization(mean=(0.3053,), std=(0.3760,))
+DIGITS_TEST_SHARE = 0.25  # scikit-learn's copy has no official cut; ours is stratified and always the same
+FOLDER_TEST_SHARE = 0.2
+MAX_WORKERS = 8  # loading processes; more only contend for the disk
+
+
+@dataclass(frozen=True, kw_only=True)
+class Source:
+    """A data set as its makers cut it.
+
+    Attributes:
+        train: what a network may learn from.
+        test: the official test set; None where there is none and a part of `train` has to do.
+        search_share: of `train`, when the search split is cut from there.
+        test_share: of `train`, when `test` is None.
+    """
+
+    train: Split
+    test: Split | None
+    class_names: tuple[str, ...]
+    input_shape: tuple[int, ...]
+    normalization: Normalization
+    search_share: float = 0.1
+    test_share: float = 0.0
+
+
+def read_digits(folder: Path | None, normalization: Normalization | None) -> Source:
+    """1,797 grey images of handwritten digits, 8 x 8, every pixel doubled to 16 x 16."""
+    if folder is not None:
+        raise DataError(f"digits comes with scikit-learn, not from a folder ({folder})", "write just digits")
+    from sklearn.datasets import load_digits
+
+    digits = load_digits()
+    images = np.rint(digits.images * (255 / 16)).astype(np.uint8)[:, None]
+    images = images.repeat(2, axis=2).repeat(2, axis=3)
+    used = normalization or DIGITS
+    return Source(
+        train=TensorSplit(
+            torch.from_numpy(images), torch.from_numpy(digits.target),
+            normalization=used, augmentation=Augmentation(crop_pad=2),
+        ),
+        test=None, test_share=DIGITS_TEST_SHARE, search_share=0.3, class_names=tuple("0123456789"),
+        input_shape=(1, 16, 16), normalization=used,
+    )  # fmt: skip
+
+
+def read_cifar10(folder: Path | None, normalization: Normalization | None) -> Source:
+    """60,000 colour images, 32 x 32, from `train.npz` and `test.npz` or from the binary batches."""
+    found = _existing("cifar10", folder)
+    binary = next(
+        (f for f in (found, found / "cifar-10-batches-bin") if (f / "test_batch.bin").is_file()), None
+    )
+    used = normalization or CIFAR10
+    parts = []
+    for part, batches in (("train", [f"data_batch_{i}" for i in range(1, 6)]), ("test", ["test_batch"])):
+        if binary is not None:
+            images, labels = _cifar_binary([binary / f"{name}.bin" for name in batches])
+        else:
+            images, labels = _cifar_npz(found / f"{part}.npz")
+        parts.append(_tensor_split(images, labels, used, Augmentation(crop_pad=4, flip=True)))
+    return Source(
+        train=parts[0],
+        test=parts[1],
+        class_names=CIFAR10_CLASSES,
+        input_shape=(3, 32, 32),
+        normalization=used,
+    )
+
+
+def read_fashionmnist(folder: Path | None, normalization: Normalization | None) -> Source:
+    """70,000 grey images of clothes, 28 x 28, from the gzipped idx files."""
+    found = _existing("fashionmnist", folder)
+    raw = next((f for f in (found / "FashionMNIST" / "raw", found / "raw") if f.is_dir()), found)
+    used = normalization or FASHION
+    parts = [
+        _tensor_split(
+            _idx(raw / f"{part}-images-idx3-ubyte.gz", 3)[:, None],
+            _idx(raw / f"{part}-labels-idx1-ubyte.gz", 1),
+            used, Augmentation(crop_pad=2, flip=True),
+        ) for part in ("train", "t10k")
+    ]  # fmt: skip
+    return Source(
+        train=parts[0],
+        test=parts[1],
+        class_names=FASHION_CLASSES,
+        input_shape=(1, 28, 28),
+        normalization=used,
+    )
+
+
+def read_imagefolder(folder: Path | None, normalization: Normalization | None) -> Source:
+    """Photographs in one folder a class, below `train` and `val` (or `test`), or directly in the folder.
+
+    Preprocessing is that of ImageNet's classifiers: 224 x 224 from a shorter side of 256.
+    """
+    found = _existing("imagefolder", folder)
+    used = normalization or IMAGENET
+    held_out = next((found / name for name in ("val", "test") if (found / name).is_dir()), None)
+    train = _folder_split(found / "train" if (found / "train").is_dir() else found, used)
+    test = None if held_out is None else _folder_split(held_out, used)
+    classes = tuple(train.dataset.classes)  # type: ignore[attr-defined]  # torchvision ships no types
+    if test is not None and tuple(test.dataset.classes) != classes:  # type: ignore[attr-defined]
+        odd = sorted(set(classes) ^ set(test.dataset.classes))  # type: ignore[attr-defined]
+        raise DataError(
+            f"{found}/train and {held_out} do not have the same classes; only one has {', '.join(odd[:5])}",
+            "give every class a folder of the same name in both",
+        )
+    return Source(
+        train=train, test=test, class_names=classes, input_shape=(3, 224, 224), normalization=used,
+        test_share=FOLDER_TEST_SHARE,
+    )  # fmt: skip
+
+
+READERS: dict[str, Callable[[Path | None, Normalization | None], Source]] = {
+    "digits": read_digits,
+    "cifar10": read_cifar10,
+    "fashionmnist": read_fashionmnist,
+    "imagefolder": read_imagefolder,
+}
+
+
+def _existing(name: str, folder: Path | None) -> Path:
+    if folder is None:
+        raise DataError(f"{name} needs a folder", f"write {name}:DIR")
+    if not folder.is_dir():
+        nearest = next((p for p in folder.absolute().parents if p.is_dir()), Path("/"))
+        raise DataError(
+            f"{name}: there is no folder {folder}", f"the nearest folder that exists is {nearest}"
+        )
+    return folder
+
+
+def _missing(path: Path, looked_for: str) -> DataError:
+    present = sorted(p.name for p in path.parent.iterdir())[:8] if path.parent.is_dir() else []
+    return DataError(
+        f"{path} does not exist",
+        f"looked for {looked_for}; the folder holds {', '.join(present) or 'nothing'}",
+    )
+
+
+def _damaged(path: Path, wanted: str) -> DataError:
+    return DataError(f"{path} is damaged or of another kind", f"it must hold {wanted}")
+
+
+def _tensor_split(images: Bytes, labels: NDArray[Any], used: Normalization, how: Augmentation) -> TensorSplit:
+    return TensorSplit(
+        torch.tensor(np.ascontiguousarray(images)), torch.from_numpy(labels.astype(np.int64)),
+        normalization=used, augmentation=how,
+    )  # fmt: skip
+
+
+def _cifar_npz(path: Path) -> tuple[Bytes, NDArray[Any]]:
+    if not path.is_file():
+        raise _missing(path, "train.npz and test.npz, or the binary batches of CIFAR-10")
+    wanted = "`images` (N, 32, 32, 3) of uint8 and `labels` (N,) from 0 to 9"
+    try:
+        with np.load(path, allow_pickle=False) as archive:
+            images, labels = archive["images"], archive["labels"]
+    except (ValueError, KeyError, EOFError, OSError, zipfile.BadZipFile, zlib.error) as error:
+        raise _damaged(path, wanted) from error
+    shape_ok = images.shape == (len(labels), 32, 32, 3) and images.dtype == np.uint8
+    if not shape_ok or labels.min(initial=0) < 0 or labels.max(initial=0) > 9:
+        raise _damaged(path, wanted)
+    return images.transpose(0, 3, 1, 2), labels
+
+
+def _cifar_binary(paths: list[Path]) -> tuple[Bytes, NDArray[Any]]:
+    rows = []
+    for path in paths:
+        if not path.is_file():
+            raise _missing(path, "data_batch_1.bin to data_batch_5.bin and test_batch.bin")
+        data = np.fromfile(path, dtype=np.uint8)
+        if len(data) == 0 or len(data) % 3073 or data[::3073].max() > 9:
+            raise _damaged(path, "records of one label and 3,072 pixels")
+        rows.append(data.reshape(-1, 3073))
+    records = np.concatenate(rows)
+    return records[:, 1:].reshape(-1, 3, 32, 32), records[:, 0]
+
+
+def _idx(path: Path, num_dims: int) -> Bytes:
+    """Read an idx file of bytes: a magic number, the lengths as big-endian 32-bit numbers, the data."""
+    if not path.is_file():
+        raise _missing(path, "the gzipped idx files, in the folder, in raw or in FashionMNIST/raw")
+    wanted = f"{num_dims}-dimensional bytes in the idx format, gzipped"
+    try:
+        data = gzip.decompress(path.read_bytes())
+    except (OSError, EOFError, zlib.error) as error:
+        raise _damaged(path, wanted) from error
+    start = 4 + 4 * num_dims
+    shape = tuple(int.from_bytes(data[i : i + 4], "big") for i in range(4, start, 4))
+    if data[:4] != bytes((0, 0, 8, num_dims)) or len(data) != start + int(np.prod(shape)):
+        raise _damaged(path, wanted)
+    return np.frombuffer(data, dtype=np.uint8, offset=start).reshape(shape)
+
+
+def _folder_split(folder: Path, normalization: Normalization) -> LoaderSplit:
+    from torchvision.datasets import ImageFolder
+    from torchvision.transforms import v2
+
+    normalize = v2.Normalize(normalization.mean, normalization.std)
+    finish = [v2.ToImage(), v2.ToDtype(torch.float32, scale=True), normalize]
+    plain = v2.Compose([v2.Resize(256), v2.CenterCrop(224), *finish])
+    varied = v2.Compose([v2.RandomResizedCrop(224), v2.RandomHorizontalFlip(), *finish])
+    try:
+        dataset, augmented = ImageFolder(folder, plain), ImageFolder(folder, varied)
+    except FileNotFoundError as error:
+        raise DataError(
+            f"imagefolder: {folder} holds no images in folders of classes ({error})",
+            "looked for DIR/train/CLASS/IMAGE and DIR/val/CLASS/IMAGE, or DIR/CLASS/IMAGE",
+        ) from error
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return LoaderSplit(dataset, augmented=augmented, num_workers=min(MAX_WORKERS, cores))

@@ -1,0 +1,99 @@
+"""The learning rate over a fine-tuning: a warm-up, then one of four decays, one step per batch.
+
+Everything is one of `torch.optim.lr_scheduler`'s own schedulers. That the rate ends low within the given
+budget matters more than the shape on the way down (Li et al. 2020, "Budgeted training"); the warm-up is
+that of Zimmer et al. 2023 (section 4).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import (
+    CosineAnnealingLR,
+    ExponentialLR,
+    LinearLR,
+    LRScheduler,
+    MultiStepLR,
+    SequentialLR,
+)
+
+from autoprune.config import DECAYS, Decay
+from autoprune.errors import UsageError
+
+WARMUP_START = 0.1  # of the rate; the warm-up rises linearly from there
+
+
+@dataclass(frozen=True, kw_only=True)
+class Schedule:
+    """How the learning rate moves.
+
+    Attributes:
+        lr: the highest rate, reached after the warm-up.
+        decay: the shape of what follows.
+        gamma: `step`: the factor of each drop; `exponential`: the last rate over the first; in (0, 1).
+        milestones: `step` only: how many drops, evenly spread over the steps after the warm-up.
+        final: `cosine` and `linear` only: the last rate over the first, in [0, 1).
+        warmup: share of all steps, in [0, 1).
+
+    Raises:
+        UsageError: a value is out of range, missing, or cannot take effect with this decay.
+    """
+
+    lr: float
+    decay: Decay
+    gamma: float | None = None
+    milestones: int | None = None
+    final: float = 0.0
+    warmup: float = 0.1
+
+    def __post_init__(self) -> None:
+        wants_gamma = self.decay in ("step", "exponential")
+        problems = (
+            (self.decay not in DECAYS, f"decay={self.decay!r}", f"one of {', '.join(DECAYS)}"),
+            (not 0 < self.lr < float("inf"), f"lr={self.lr}", "a number above 0"),
+            (not 0 <= self.warmup < 1, f"warmup={self.warmup}", "a share from 0, below 1"),
+            (not 0 <= self.final < 1, f"final={self.final}", "a share from 0, below 1"),
+            (wants_gamma and (self.gamma is None or not 0 < self.gamma < 1),
+             f"gamma={self.gamma}", f"a factor between 0 and 1 with {self.decay} decay"),
+            (not wants_gamma and self.gamma is not None, f"gamma={self.gamma}", "step or exponential decay"),
+            (wants_gamma and self.final != 0, f"final={self.final}", "cosine or linear decay"),
+            (self.decay == "step" and (self.milestones or 0) < 1,
+             f"milestones={self.milestones}", "1 or more with step decay"),
+            (self.decay != "step" and self.milestones is not None,
+             f"milestones={self.milestones}", "step decay"),
+        )  # fmt: skip
+        for wrong, given, allowed in problems:
+            if wrong:
+                raise UsageError(
+                    f"schedule: {given} is not allowed", f"{given.split('=')[0]} takes {allowed}"
+                )
+
+
+def make_scheduler(optimizer: Optimizer, schedule: Schedule, num_steps: int) -> LRScheduler:
+    """The scheduler to step once after every batch of `num_steps`; sets the optimiser's rate at once."""
+    for group in optimizer.param_groups:
+        group["lr"] = group["initial_lr"] = schedule.lr
+    num_warmup = min(round(schedule.warmup * num_steps), num_steps - 1)
+    decay = _decay(optimizer, schedule, num_steps - num_warmup)
+    if num_warmup == 0:
+        return decay
+    rise = LinearLR(optimizer, start_factor=WARMUP_START, total_iters=num_warmup)
+    return SequentialLR(optimizer, [rise, decay], milestones=[num_warmup])
+
+
+def _decay(optimizer: Optimizer, schedule: Schedule, num_steps: int) -> LRScheduler:
+    """The part after the warm-up, over `num_steps` steps."""
+    if schedule.decay == "cosine":
+        return CosineAnnealingLR(optimizer, num_steps, eta_min=schedule.final * schedule.lr)
+    if schedule.decay == "linear":
+        return LinearLR(optimizer, start_factor=1.0, end_factor=schedule.final, total_iters=num_steps)
+    assert schedule.gamma is not None  # Schedule checked it
+    if schedule.decay == "exponential":
+        return ExponentialLR(optimizer, schedule.gamma ** (1 / num_steps))
+    assert schedule.milestones is not None
+    drops = schedule.milestones + 1
+    return MultiStepLR(
+        optimizer, [max(1, num_steps * i // drops) for i in range(1, drops)], gamma=schedule.gamma
+    )
