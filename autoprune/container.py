@@ -209,7 +209,7 @@ def _parse_directory(data: bytes, count: int) -> Iterator[Entry]:
 def write_beside(path: Path) -> Iterator[BinaryIO]:
     """A stream that becomes the file `path` when the block ends well, and leaves nothing otherwise.
 
-    The file is written next to `path` under another name, flushed to the disk and renamed; it is readable by its owner only.
+    It is written next to `path` under another name, flushed and renamed; only its owner can read it.
 
     Raises:
         ArtifactError: the folder cannot be written.

@@ -1,0 +1,307 @@
+"""Encryption: age v1 (C2SP `age`), binary, through pyrage; nothing of it is our own.
+
+A file is for one or more public keys, or for one passphrase, never for both. Before anything is decrypted
+the header's bounds are checked here (`docs/format.md`, section 8); what then fails, fails with one and the
+same error, so that nobody learns whether the key was wrong or the file damaged. Decryption goes to memory,
+or to a file that gets its name only after the last chunk was authenticated.
+"""
+
+from __future__ import annotations
+
+import io
+import re
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import BinaryIO
+
+import pyrage
+
+from autoprune.container import Buffer, write_beside
+from autoprune.errors import ArtifactError, UsageError
+from autoprune.keys import KeySource, default_identities, read_identities, read_recipients
+
+MAGIC = b"age-encryption.org/v1\n"
+ARMOUR = b"-----BEGIN AGE"
+MAX_HEADER = 64 << 10
+MAX_RECIPIENTS = 64
+MAX_WORK_FACTOR = 22  # the limit of the age tool; 4 GiB of memory
+STANZA = re.compile(rb"-> ([!-~]+)((?: [!-~]+)*)")
+BODY_FULL = re.compile(rb"[A-Za-z0-9+/]{64}")
+BODY_LAST = re.compile(rb"[A-Za-z0-9+/]{0,63}")
+MAC = re.compile(rb"--- [A-Za-z0-9+/]{43}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class AgeHeader:
+    """What everyone can see of an encrypted file.
+
+    Attributes:
+        kinds: one per recipient: `X25519`, `ssh-ed25519`, `ssh-rsa`, `scrypt` (a passphrase) or others.
+        size_bytes: of the header.
+    """
+
+    kinds: tuple[str, ...]
+    size_bytes: int
+
+    @property
+    def by_passphrase(self) -> bool:
+        """Whether a passphrase opens the file."""
+        return "scrypt" in self.kinds
+
+
+def cannot_open() -> ArtifactError:
+    """The one error for a wrong key, a wrong passphrase and a damaged file."""
+    return ArtifactError(
+        "the encrypted file cannot be opened: the key or passphrase is wrong, or the file is damaged",
+        "check the key with autoprune inspect, and compare the file with where it came from",
+    )
+
+
+def is_encrypted(source: BinaryIO) -> bool:
+    """Whether a stream starts as age does; the stream is left at its start.
+
+    Raises:
+        ArtifactError: it is age's ASCII armour, which is not a delivered file's form.
+    """
+    start = _start(source, len(MAGIC))
+    if start.startswith(ARMOUR):
+        raise ArtifactError(
+            "the file is in age's ASCII armour", "decrypt it with age first, or encrypt without -a"
+        )
+    return start == MAGIC
+
+
+def _start(source: BinaryIO, size: int) -> bytes:
+    source.seek(0)
+    data = source.read(size)
+    source.seek(0)
+    return data
+
+
+def read_header(source: BinaryIO) -> AgeHeader:
+    """The recipients of an encrypted file, without any key; the stream is left at its start.
+
+    Raises:
+        ArtifactError: it has no well-formed header within the bounds.
+    """
+    data = _start(source, MAX_HEADER)
+    end = data.find(b"\n--- ")
+    stop = data.find(b"\n", end + 1)
+    if not data.startswith(MAGIC) or end < 0 or stop < 0 or not MAC.fullmatch(data[end + 1 : stop]):
+        raise cannot_open()
+    stanzas = list(_stanzas(data[len(MAGIC) : end].split(b"\n")))
+    kinds = [kind for kind, _ in stanzas if not kind.endswith("-grease")]  # age's own decoys
+    scrypt = [arguments for kind, arguments in stanzas if kind == "scrypt"]
+    if (
+        not kinds
+        or len(stanzas) > MAX_RECIPIENTS
+        or (scrypt and (len(stanzas) > 1 or not _is_bounded(scrypt[0])))
+    ):
+        raise cannot_open()
+    return AgeHeader(kinds=tuple(kinds), size_bytes=stop + 1)
+
+
+def _is_bounded(arguments: Sequence[str]) -> bool:
+    return (
+        len(arguments) == 2
+        and bool(re.fullmatch(r"[1-9][0-9]?", arguments[1]))
+        and int(arguments[1]) <= MAX_WORK_FACTOR
+    )
+
+
+def _stanzas(lines: Sequence[bytes]) -> Iterator[tuple[str, list[str]]]:
+    rest = iter(lines)
+    for line in rest:
+        match = STANZA.fullmatch(line)
+        if match is None:
+            raise cannot_open()
+        body = next(rest, b"!")
+        while BODY_FULL.fullmatch(body):
+            body = next(rest, b"!")
+        if not BODY_LAST.fullmatch(body):
+            raise cannot_open()
+        yield match[1].decode("ascii"), match[2].decode("ascii").split()
+
+
+def check_lock(recipients: Sequence[KeySource], passphrase: str | None) -> None:
+    """Refuse what age refuses: a passphrase with keys, neither of them, or an empty passphrase.
+
+    Raises:
+        UsageError: one of these, or a recipient is no public key.
+    """
+    if recipients and passphrase is not None:
+        raise UsageError(
+            "a file is encrypted to keys or with a passphrase, not both", "choose one of the two"
+        )
+    if not recipients and not passphrase:
+        raise UsageError(
+            "nothing to encrypt with: no recipient, and no passphrase", "give a public key, or a passphrase"
+        )
+    if len(recipients) and not 1 <= len(read_recipients(recipients)) <= MAX_RECIPIENTS:
+        raise UsageError(f"more than {MAX_RECIPIENTS} recipients", f"give at most {MAX_RECIPIENTS}")
+
+
+class _Pieces(io.RawIOBase):
+    """A readable stream over an iterator of buffers, for pyrage; nothing is joined."""
+
+    def __init__(self, pieces: Iterator[Buffer]) -> None:
+        self._pieces = pieces
+        self._left = memoryview(b"")
+
+    def readable(self) -> bool:
+        return True
+
+    def read(self, size: int = -1) -> bytes:
+        while not self._left:
+            piece = next(self._pieces, None)
+            if piece is None:
+                return b""
+            self._left = memoryview(piece)
+        count = len(self._left) if size < 0 else size
+        data, self._left = bytes(self._left[:count]), self._left[count:]
+        return data
+
+
+def encrypt_chunks(
+    path: Path,
+    chunks: Iterator[Buffer],
+    *,
+    recipients: Sequence[KeySource] = (),
+    passphrase: str | None = None,
+) -> None:
+    """Write an encrypted file from pieces of plaintext; no plaintext touches the disk.
+
+    With recipients the memory needed is that of one piece. With a passphrase pyrage wants the whole at once.
+
+    Raises:
+        UsageError: keys and passphrase are mixed, missing or wrong.
+        ArtifactError: the file cannot be written; nothing is left of it.
+    """
+    check_lock(recipients, passphrase)
+    with write_beside(path) as target:
+        if passphrase is not None:
+            target.write(pyrage.passphrase.encrypt(b"".join(chunks), passphrase))
+        else:
+            pyrage.encrypt_io(_Pieces(chunks), target, read_recipients(recipients))
+
+
+def encrypt_file(
+    source: Path, target: Path, *, recipients: Sequence[KeySource] = (), passphrase: str | None = None
+) -> None:
+    """Encrypt a file into another.
+
+    Raises:
+        UsageError: keys and passphrase are mixed, missing or wrong.
+        ArtifactError: a file cannot be read or written; nothing is left of the target.
+    """
+    with open_file(source) as stream:
+        chunks = iter(lambda: stream.read(1 << 20), b"")
+        encrypt_chunks(target, chunks, recipients=recipients, passphrase=passphrase)
+
+
+@contextmanager
+def open_file(path: Path) -> Iterator[BinaryIO]:
+    """Open a delivered file for reading.
+
+    Raises:
+        ArtifactError: there is none, or it cannot be read.
+    """
+    try:
+        stream = path.open("rb")
+    except OSError as error:
+        raise ArtifactError(
+            f"cannot read {path}: {error.strerror}", "give the path of a delivered file"
+        ) from None
+    with stream:
+        yield stream
+
+
+def decryptor(
+    source: BinaryIO,
+    *,
+    identity: KeySource | Sequence[KeySource] | None = None,
+    passphrase: str | None = None,
+) -> Callable[[BinaryIO], None]:
+    """Check the header and the keys now; the function returned decrypts into a stream.
+
+    Without identity and passphrase the default identity is used.
+
+    Raises:
+        UsageError: both were given, or the identity cannot be read, or a passphrase is needed.
+        ArtifactError: the header is out of bounds, or there is no key at all.
+    """
+    if identity is not None and passphrase is not None:
+        raise UsageError("a file is opened by a key or by a passphrase, not both", "give one of the two")
+    header = read_header(source)
+    if passphrase is not None:
+        return lambda target: _decrypt_by_passphrase(source, target, passphrase)
+    if header.by_passphrase:
+        raise UsageError(
+            "the file is encrypted with a passphrase", "give it: --passphrase (in code: passphrase=...)"
+        )
+    identities = default_identities() if identity is None else read_identities(identity)
+
+    def decrypt(target: BinaryIO) -> None:
+        try:
+            pyrage.decrypt_io(source, target, identities)
+        except pyrage.DecryptError:
+            raise cannot_open() from None
+
+    return decrypt
+
+
+def _decrypt_by_passphrase(source: BinaryIO, target: BinaryIO, passphrase: str) -> None:
+    try:
+        target.write(pyrage.passphrase.decrypt(source.read(), passphrase))
+    except pyrage.DecryptError:
+        raise cannot_open() from None
+
+
+def decrypt_to_memory(
+    source: BinaryIO,
+    *,
+    identity: KeySource | Sequence[KeySource] | None = None,
+    passphrase: str | None = None,
+) -> io.BytesIO:
+    """The plaintext in memory, whole and authenticated; raises as `decryptor`, or `cannot_open()`."""
+    memory = io.BytesIO()
+    decryptor(source, identity=identity, passphrase=passphrase)(memory)
+    memory.seek(0)
+    return memory
+
+
+def decrypt_file(
+    source: Path,
+    target: Path,
+    *,
+    identity: KeySource | Sequence[KeySource] | None = None,
+    passphrase: str | None = None,
+) -> None:
+    """Write the plaintext of an encrypted file; the target appears only after all of it was authenticated."""
+    with open_file(source) as stream:
+        decrypt = decryptor(stream, identity=identity, passphrase=passphrase)
+        with write_beside(target) as plain:
+            decrypt(plain)
+
+
+def rewrap_file(
+    source: Path,
+    target: Path,
+    *,
+    recipients: Sequence[KeySource] = (),
+    new_passphrase: str | None = None,
+    identity: KeySource | Sequence[KeySource] | None = None,
+    passphrase: str | None = None,
+) -> None:
+    """Encrypt an encrypted file anew, for other recipients, through memory.
+
+    Raises:
+        UsageError, ArtifactError: as decrypting and encrypting do; the target is then left as it was.
+    """
+    check_lock(recipients, new_passphrase)
+    with open_file(source) as stream:
+        memory = decrypt_to_memory(stream, identity=identity, passphrase=passphrase)
+    chunks = iter(lambda: memory.read(1 << 20), b"")
+    encrypt_chunks(target, chunks, recipients=recipients, passphrase=new_passphrase)

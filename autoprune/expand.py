@@ -1,0 +1,70 @@
+"""The delivered weights in the original's shapes, zero where something was removed.
+
+The result loads into the user's untouched class. It needs neither that class nor its graph: the manifest
+says, per parameter and dimension, which of the original's indices are gone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from autoprune.errors import ArtifactError
+from autoprune.plan import PruningPlan
+
+if TYPE_CHECKING:
+    from autoprune.graph import ChannelGraph
+
+Removed = dict[str, dict[str, tuple[int, ...]]]
+
+
+def removed_indices(graph: ChannelGraph, plan: PruningPlan, dense: nn.Module) -> Removed:
+    """Per parameter and dimension, the original's indices that the plan removes."""
+    gone: dict[tuple[str, int], set[int]] = {}
+    for group in graph.groups:
+        kept = set(plan.kept(group.name, group.num_units).tolist())
+        units = [u for u in range(group.num_units) if u not in kept]
+        for member in group.members:
+            positions = member.index[units].ravel().tolist()
+            gone.setdefault((member.name, member.dim), set()).update(positions)
+    result: Removed = {}
+    names = dense.state_dict().keys()
+    for (name, dim), all_gone in gone.items():
+        for alias in _aliases(dense, name):
+            if all_gone and alias in names:
+                result.setdefault(alias, {})[str(dim)] = tuple(sorted(all_gone))
+    return result
+
+
+def _aliases(model: nn.Module, name: str) -> list[str]:
+    tensors = dict(model.named_parameters(remove_duplicate=False)) | dict(
+        model.named_buffers(remove_duplicate=False)
+    )
+    return [other for other, tensor in tensors.items() if tensor is tensors.get(name)]
+
+
+def expand_weights(weights: Mapping[str, Tensor], removed: Removed) -> dict[str, Tensor]:
+    """The delivered weights in the original's shapes, zero where something was removed.
+
+    Raises:
+        ArtifactError: the indices do not belong to these weights.
+    """
+    try:
+        return {name: _expand(tensor, removed.get(name, {})) for name, tensor in weights.items()}
+    except (ValueError, IndexError, RuntimeError):
+        raise ArtifactError("the removed indices do not fit the weights", "get the file again") from None
+
+
+def _expand(tensor: Tensor, removed: Mapping[str, tuple[int, ...]]) -> Tensor:
+    for text, gone in removed.items():
+        dim = int(text)
+        size = tensor.shape[dim] + len(gone)
+        kept = sorted(set(range(size)) - set(gone))
+        shape = list(tensor.shape)
+        shape[dim] = size
+        index = torch.tensor(kept, dtype=torch.int64)
+        tensor = torch.zeros(shape, dtype=tensor.dtype).index_copy_(dim, index, tensor)
+    return tensor

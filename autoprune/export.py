@@ -1,0 +1,243 @@
+"""Export: one network as safetensors, as an exported program, and as ONNX; each checked against torch.
+
+All three are made from a copy on the CPU in evaluation mode, so the caller's module stays as it is. ONNX is
+made from the same exported program that is delivered. The probe is a fixed input whose answer goes into the
+manifest: it tells a reader whether what was built computes the same.
+"""
+
+from __future__ import annotations
+
+import copy
+import logging
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from safetensors.torch import save
+from torch import Tensor, nn
+from torch.export import Dim, ExportedProgram
+
+from autoprune.errors import ArtifactError, VerificationError
+from autoprune.program import write_program
+
+OPSET = 18  # what torch's exporter writes exactly; FACTS: asked for 17 it leaves 18
+ONNX_LIMIT = (2 << 30) - (16 << 20)  # protobuf's 2 GiB, less room for everything but weights
+ONNX_TOLERANCE = 1e-5
+PROBE_VALUES = 64
+ExampleInputs = Tensor | tuple[Tensor, ...]
+Shapes = tuple[tuple[int | None, ...], ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Exported:
+    """One network in its three delivered forms; `onnx` is None where ONNX's size limit is exceeded.
+
+    Attributes:
+        input_shapes: one per input; None in place of the batch size where any goes.
+        input_dtypes: names as torch prints them, without `torch.`.
+        probe_batch: batch size of the probe; `probe` its answer, up to 64 values.
+    """
+
+    safetensors: bytes
+    pt2: bytes
+    onnx: bytes | None
+    input_shapes: tuple[tuple[int | None, ...], ...]
+    input_dtypes: tuple[str, ...]
+    probe_batch: int
+    probe: tuple[float, ...]
+
+
+def export_model(model: nn.Module, example_inputs: ExampleInputs) -> Exported:
+    """All delivered forms of a network.
+
+    Args:
+        model: left untouched, whatever its mode and device.
+        example_inputs: one tensor or a tuple of them; only shapes and types are used, never the values.
+
+    Raises:
+        ArtifactError: the network cannot be exported, or only to something unsafe.
+        VerificationError: ONNX Runtime or the exported program computes something else than torch.
+    """
+    network = inference_copy(model)
+    shapes, dtypes = _signature(example_inputs)
+    with _quiet(), torch.no_grad():  # inside no_grad, a no_grad of the network's own leaves no trace
+        program, free = _program(network, shapes, dtypes)
+    batch = 2 if free[0][:1] == (None,) else (shapes[0] or (1,))[0]
+    fits = sum(t.numel() * t.element_size() for t in network.state_dict().values()) < ONNX_LIMIT
+    return Exported(
+        safetensors=to_safetensors(network),
+        pt2=write_program(program),
+        onnx=to_onnx(program, network, free, dtypes) if fits else None,
+        input_shapes=free,
+        input_dtypes=dtypes,
+        probe_batch=batch,
+        probe=probe_answer(network, free, dtypes, batch),
+    )
+
+
+def inference_copy(model: nn.Module) -> nn.Module:
+    """A copy on the CPU, in evaluation mode, without gradients."""
+    return copy.deepcopy(model).cpu().eval().requires_grad_(False)
+
+
+def _signature(example: ExampleInputs) -> tuple[tuple[tuple[int, ...], ...], tuple[str, ...]]:
+    inputs = (example,) if isinstance(example, Tensor) else tuple(example)
+    return tuple(tuple(x.shape) for x in inputs), tuple(str(x.dtype).removeprefix("torch.") for x in inputs)
+
+
+def _program(
+    network: nn.Module, shapes: tuple[tuple[int, ...], ...], dtypes: tuple[str, ...]
+) -> tuple[ExportedProgram, Shapes]:
+    """The exported program, with a free batch size where the network allows one, and its input shapes."""
+    if all(shapes) and len({shape[0] for shape in shapes}) == 1:
+        free: Shapes = tuple((None, *shape[1:]) for shape in shapes)
+        try:
+            example = probe_inputs(free, dtypes, batch=2)
+            dynamic = tuple({0: Dim.AUTO} for _ in example)
+            program = torch.export.export(network, example, dynamic_shapes=dynamic)
+        except Exception:  # torch raises anything here; a network with a fixed batch is tried below
+            logging.getLogger(__name__).debug("no free batch size", exc_info=True)
+        else:
+            if _has_free_batch(program):
+                return program, free
+    try:
+        return torch.export.export(network, probe_inputs(shapes, dtypes, batch=1)), shapes
+    except Exception as error:
+        raise ArtifactError(
+            f"the network cannot be exported: {str(error).strip()[:300]}",
+            "see what torch.export.export says to the same network and inputs",
+        ) from error
+
+
+def _has_free_batch(program: ExportedProgram) -> bool:
+    names = set(program.graph_signature.user_inputs)
+    values = [n.meta["val"] for n in program.graph.nodes if n.op == "placeholder" and n.name in names]
+    return all(isinstance(value.shape[0], torch.SymInt) for value in values)
+
+
+def probe_inputs(
+    shapes: Sequence[Sequence[int | None]], dtypes: Sequence[str], *, batch: int
+) -> tuple[Tensor, ...]:
+    """The fixed inputs of `docs/format.md`, section 7, with `batch` samples where the batch size is free."""
+    return tuple(_probe_input(shape, dtype, batch) for shape, dtype in zip(shapes, dtypes, strict=True))
+
+
+def _probe_input(shape: Sequence[int | None], dtype: str, batch: int) -> Tensor:
+    sizes = [batch if size is None else size for size in shape]
+    kind = getattr(torch, dtype, None)
+    if not isinstance(kind, torch.dtype):
+        raise ArtifactError(f"the input type {dtype!r} is not known", "get the file again")
+    steps = torch.arange(int(torch.tensor(sizes).prod()) if sizes else 1, dtype=torch.float64)
+    values = torch.sin(0.37 * steps) if kind.is_floating_point else steps % 2
+    return values.to(kind).reshape(sizes)
+
+
+def flat_tensors(output: Any) -> list[Tensor]:
+    """All tensors in a network's output, in order."""
+    return [leaf for leaf in torch.utils._pytree.tree_leaves(output) if isinstance(leaf, Tensor)]
+
+
+def probe_answer(
+    network: nn.Module, shapes: Sequence[Sequence[int | None]], dtypes: Sequence[str], batch: int
+) -> tuple[float, ...]:
+    """Up to 64 values of the answer to the probe, evenly spread over all outputs."""
+    with torch.no_grad():
+        output = network(*probe_inputs(shapes, dtypes, batch=batch))
+    values = torch.cat([t.detach().double().cpu().flatten() for t in flat_tensors(output)])
+    picked = torch.linspace(0, len(values) - 1, min(PROBE_VALUES, len(values))).round().long()
+    return tuple(float(v) for v in values[picked])
+
+
+def to_safetensors(network: nn.Module) -> bytes:
+    """The state dict as safetensors; tensors that share memory are written under each of their names."""
+    tensors = {name: t.detach().cpu().clone().contiguous() for name, t in network.state_dict().items()}
+    return bytes(save(tensors))
+
+
+def to_onnx(program: ExportedProgram, network: nn.Module, shapes: Shapes, dtypes: Sequence[str]) -> bytes:
+    """ONNX of opset 18, checked in ONNX Runtime against `network` to 1e-5 of the largest output.
+
+    Raises:
+        ArtifactError: the network has an operator that ONNX has not.
+        VerificationError: ONNX Runtime computes something else.
+    """
+    try:
+        with _quiet():
+            exported = torch.onnx.export(program, dynamo=True, opset_version=OPSET, verbose=False)
+        assert exported is not None
+        proto = exported.model_proto
+    except Exception as error:  # the exporter wraps and raises anything
+        raise ArtifactError(
+            f"the network cannot be exported to ONNX: {str(error).strip()[:300]}",
+            "see what torch.onnx.export says to the same network",
+        ) from error
+    _tidy_(proto)
+    data = bytes(proto.SerializeToString())
+    for batch in (1, 3):
+        _compare(data, network, probe_inputs(shapes, dtypes, batch=batch))
+    return data
+
+
+def _tidy_(proto: Any) -> None:
+    """Name inputs, outputs and the batch; drop documentation and metadata, where source paths are kept."""
+    for kind, values in (("input", proto.graph.input), ("output", proto.graph.output)):
+        names = {v.name: kind if len(values) == 1 else f"{kind}_{i}" for i, v in enumerate(values)}
+        for value in values:
+            value.name = names[value.name]
+            for dim in value.type.tensor_type.shape.dim[:1]:
+                if dim.dim_param:
+                    dim.dim_param = "batch"
+        for node in proto.graph.node:
+            node.input[:] = [names.get(n, n) for n in node.input]
+            node.output[:] = [names.get(n, n) for n in node.output]
+    graph = proto.graph
+    del graph.value_info[:]  # its symbolic sizes have torch's names; the graph does not need it
+    parts = (proto, graph, *graph.node, *graph.initializer, *graph.input, *graph.output, *proto.functions)
+    for part in parts:
+        part.ClearField("doc_string")
+        part.ClearField("metadata_props")
+
+
+def _compare(data: bytes, network: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+    with torch.no_grad():
+        expected = flat_tensors(network(*inputs))
+    answers = [torch.as_tensor(answer) for answer in run_onnx(data, inputs)]
+    error = max((relative_error(a, b) for a, b in zip(answers, expected, strict=True)), default=0.0)
+    if error > ONNX_TOLERANCE:
+        raise VerificationError(
+            f"ONNX Runtime computes {error:.1e} (relative) beside torch, more than {ONNX_TOLERANCE:.0e}",
+            "report the network: its ONNX form cannot be delivered",
+        )
+
+
+def relative_error(answer: Tensor, expected: Tensor) -> float:
+    """max|answer - expected| / max|expected|, in float64; infinite for another shape or a NaN."""
+    if answer.shape != expected.shape:
+        return float("inf")
+    a, b = answer.double(), expected.detach().cpu().double()
+    if b.numel() == 0:
+        return 0.0
+    scale = float(b.abs().max())
+    error = float((a - b).abs().max()) / (scale or 1.0)
+    return error if error == error else float("inf")
+
+
+def run_onnx(data: bytes, inputs: Sequence[Tensor]) -> list[Any]:
+    """The outputs of an ONNX file's bytes on the CPU, as arrays."""
+    import onnxruntime
+
+    session = onnxruntime.InferenceSession(data, providers=["CPUExecutionProvider"])
+    names = [i.name for i in session.get_inputs()]
+    feed = {name: x.detach().cpu().numpy() for name, x in zip(names, inputs, strict=True)}
+    return list(session.run(None, feed))
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Silence what torch's exporters say about themselves; what they raise still comes through."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield

@@ -1,0 +1,228 @@
+"""What an exported program (`model.pt2`) may hold: a list, and a check that admits nothing else.
+
+`torch.export.load` trusts its input: it unpickles sample inputs and weights, loads libraries, passes shape
+expressions to `eval` and calls whatever below `torch` a node names. `check_program` runs before torch sees a
+byte. `docs/format.md`, section 5, is the specification; the schema is torch's `_export/serde/schema.py`.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import re
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+from autoprune.container import Container
+from autoprune.errors import ArtifactError
+from autoprune.strict_json import StrictJsonError, parse
+
+ROOT = "archive/"
+MODEL = ROOT + "models/model.json"
+WEIGHTS, CONSTANTS = ROOT + "data/weights/", ROOT + "data/constants/"
+WEIGHTS_CONFIG, CONSTANTS_CONFIG = (
+    WEIGHTS + "model_weights_config.json",
+    CONSTANTS + "model_constants_config.json",
+)
+SAMPLES = ROOT + "data/sample_inputs/model.pt"
+FIXED_MEMBERS = {
+    MODEL, WEIGHTS_CONFIG, CONSTANTS_CONFIG, SAMPLES, ROOT + "archive_format", ROOT + "archive_version",
+    ROOT + "byteorder", ROOT + ".data/version", ROOT + ".data/serialization_id",
+}  # fmt: skip
+MAX_MEMBERS = 100_000
+MAX_JSON = 256 << 20
+MAX_DEPTH = 32
+
+IDENTIFIER = re.compile(r"[A-Za-z_][A-Za-z0-9_]{0,200}")
+DOTTED = re.compile(r"[A-Za-z0-9_]+(\.[A-Za-z0-9_]+)*")
+SYMBOL = re.compile(
+    r"Symbol\('([suz][0-9]{1,9})'(, (positive|integer|nonnegative)=(True|False)){0,3}\)|\b[suz][0-9]{1,9}\b"
+)
+EXPRESSION = re.compile(
+    r"(?:\b(?:Integer|Add|Mul|Max|Min|Mod|PythonMod|FloorDiv|CleanDiv|CeilDiv|ModularIndexing|Equality"
+    r"|Unequality|GreaterThan|StrictGreaterThan|LessThan|StrictLessThan|And|Or|Not|true|false)\b"
+    r"|\b[0-9]{1,12}\b|[(), +-]|(?<!\*)\*(?!\*)|//)*"
+)
+MODE_WORD = re.compile(r"[A-Za-z0-9_ ,.<>=()-]{0,200}")
+ATEN = re.compile(r"torch\.ops\.aten\.([a-z0-9_]+)\.([A-Za-z0-9_]+)")
+SCALAR_OPERATORS = {
+    *(
+        f"_operator.{n}"
+        for n in [
+            "add",
+            "sub",
+            "mul",
+            "floordiv",
+            "truediv",
+            "mod",
+            "neg",
+            "pos",
+            "getitem",
+            "eq",
+            "ne",
+            "lt",
+            "le",
+            "gt",
+            "ge",
+            "and_",
+            "or_",
+        ]
+    ),
+    *(f"math.{n}" for n in ["ceil", "floor", "trunc"]),
+    *(f"torch.sym_{n}" for n in ["max", "min", "sum", "not", "int", "float", "ite"]),
+}
+CONTAINERS = {"builtins.tuple", "builtins.list", "builtins.dict", "collections.OrderedDict", None}
+TEXT_RULES = {
+    "name": IDENTIFIER, "as_name": IDENTIFIER, "forward_arg_names": IDENTIFIER,
+    "parameter_name": DOTTED, "buffer_name": DOTTED, "tensor_constant_name": DOTTED,
+    "as_string": MODE_WORD, "fqn": re.compile(""), "type": re.compile("cpu"),
+    "torch_version": re.compile(r"[0-9A-Za-z.+-]{1,60}"), "verifiers": re.compile("[A-Z]{1,20}"),
+    "path_name": re.compile("(weight|tensor)_[0-9]{1,9}"),
+}  # fmt: skip
+NAMED_MAPS = {
+    "tensor_values": IDENTIFIER, "sym_int_values": IDENTIFIER, "sym_float_values": IDENTIFIER,
+    "sym_bool_values": IDENTIFIER, "range_constraints": re.compile("[suz][0-9]{1,9}"), "config": DOTTED,
+}  # fmt: skip
+EMPTY = {"metadata", "guards_code", "custom_obj_values", "treespec_namedtuple_fields"}
+KNOWN_KEYS = {
+    *TEXT_RULES, *NAMED_MAPS, *EMPTY, "target", "expr_str", "in_spec", "out_spec", "graph_module",
+    "graph", "signature", "module_call_graph", "opset_version", "aten", "schema_version", "major",
+    "minor", "inputs", "outputs", "nodes", "arg", "kind", "is_hop_single_tensor_return",
+    "is_single_tensor_return", "input_specs", "output_specs", "parameter", "buffer", "tensor_constant",
+    "user_input", "user_output", "persistent", "min_val", "max_val", "dtype", "sizes", "strides",
+    "storage_offset", "requires_grad", "device", "index", "layout", "as_none", "as_tensor", "as_tensors",
+    "as_int", "as_ints", "as_float", "as_floats", "as_bool", "as_bools", "as_sym_int", "as_sym_ints",
+    "as_sym_bool", "as_sym_bools", "as_sym_float", "as_sym_floats", "as_scalar_type", "as_memory_format",
+    "as_layout", "as_device", "as_optional_tensor", "as_optional_tensors", "as_expr", "as_int_lists",
+    "as_nested_tensors", "hint", "is_param", "use_pickle", "tensor_meta",
+}  # fmt: skip
+
+
+def _refused(what: str) -> ArtifactError:
+    return ArtifactError(
+        f"model.pt2 holds what a delivered program may not hold: {what}",
+        "export it again; a network with custom operators or control flow has no safe program",
+    )
+
+
+def check_program(data: bytes) -> None:
+    """Refuse a program that could do anything but compute on its inputs.
+
+    Raises:
+        ArtifactError: the first thing found that is not on the list.
+    """
+    archive = Container(io.BytesIO(data), max_entries=MAX_MEMBERS)
+    if missing := FIXED_MEMBERS - set(archive.entries):
+        raise _refused(f"not all of its members ({min(missing)} is missing)")
+    if archive.entries[SAMPLES].size:
+        raise _refused("sample inputs")
+    allowed = set(FIXED_MEMBERS)
+    for config, folder in ((WEIGHTS_CONFIG, WEIGHTS), (CONSTANTS_CONFIG, CONSTANTS)):
+        allowed |= _check_payloads(_json(archive, config), folder, archive)
+    if extra := set(archive.entries) - allowed:
+        raise _refused(f"the member {min(extra)}")
+    document = _json(archive, MODEL)
+    _check_value(document, "", 0)
+
+
+def _json(archive: Container, name: str) -> Any:
+    try:
+        return parse(archive.read(name, limit=MAX_JSON))
+    except StrictJsonError:
+        raise _refused(f"{name} is no plain JSON") from None
+
+
+def _check_payloads(config: Any, folder: str, archive: Container) -> set[str]:
+    _check_value(config, "", 0)
+    members = set()
+    try:
+        for payload in config["config"].values():
+            member = folder + payload["path_name"]
+            members.add(member)
+            if payload["use_pickle"] is not False or member not in archive.entries:
+                raise _refused(f"a pickle, or no data, for {payload['path_name']}")
+            if _extent_bytes(payload["tensor_meta"]) > archive.entries[member].size:
+                raise _refused(f"a tensor larger than its data, {payload['path_name']}")
+    except (KeyError, TypeError, AttributeError):
+        raise _refused("an incomplete list of tensors") from None
+    return members
+
+
+def _extent_bytes(meta: Mapping[str, Any]) -> int:
+    sizes = [int(s["as_int"]) for s in meta["sizes"]]
+    strides = [int(s["as_int"]) for s in meta["strides"]]
+    offset = int(meta["storage_offset"]["as_int"])
+    if min([*sizes, *strides, offset]) < 0 or len(sizes) != len(strides):
+        raise _refused("a negative size")
+    if 0 in sizes:
+        return 0
+    last = offset + sum((size - 1) * stride for size, stride in zip(sizes, strides, strict=True))
+    return last + 1  # at least one byte an element; torch checks the rest against the data
+
+
+def _check_value(value: Any, key: str, depth: int) -> None:
+    if depth > MAX_DEPTH:
+        raise _refused("too much nesting")
+    if key in EMPTY and value:
+        raise _refused(f"a {key} that is not empty")
+    if isinstance(value, dict):
+        for name, inner in value.items():
+            _check_key(name, key)
+            _check_value(inner, key + "[]" if key in NAMED_MAPS else name, depth + 1)
+    elif isinstance(value, list):
+        for inner in value:
+            _check_value(inner, key, depth + 1)
+    elif isinstance(value, str):
+        _check_text(value, key)
+
+
+def _check_key(name: str, parent: str) -> None:
+    rule = NAMED_MAPS.get(parent)
+    if not (rule.fullmatch(name) if rule else name in KNOWN_KEYS):
+        raise _refused(f"the key {name[:60]!r}")
+
+
+def _check_text(text: str, key: str) -> None:
+    if key == "target":
+        _check_operator(text)
+    elif key == "expr_str":
+        if len(text) > 1000 or not EXPRESSION.fullmatch(SYMBOL.sub("1", text)):
+            raise _refused(f"the expression {text[:60]!r}")
+    elif key in ("in_spec", "out_spec"):
+        _check_tree(text)
+    elif key not in TEXT_RULES or not TEXT_RULES[key].fullmatch(text):
+        raise _refused(f"the text {text[:60]!r} as {key[:60]!r}")
+
+
+def _check_operator(target: str) -> None:
+    if target in SCALAR_OPERATORS:
+        return
+    match = ATEN.fullmatch(target)
+    packet = getattr(torch.ops.aten, match[1], None) if match else None
+    if match and isinstance(packet, torch._ops.OpOverloadPacket) and hasattr(packet, match[2]):
+        operator = getattr(packet, match[2])
+        is_operator = isinstance(operator, torch._ops.OpOverload)
+        if is_operator and not any(a.name == "filename" for a in operator._schema.arguments):
+            return
+    raise _refused(f"the operator {target[:80]!r}")
+
+
+def _check_tree(text: str) -> None:
+    def check(spec: Any) -> None:
+        if set(spec) != {"type", "context", "children_spec"} or spec["type"] not in CONTAINERS:
+            raise ValueError
+        keys = json.loads(spec["context"]) if spec["context"] is not None else None
+        if not (keys is None or (isinstance(keys, list) and all(isinstance(k, str | int) for k in keys))):
+            raise ValueError
+        for child in spec["children_spec"]:
+            check(child)
+
+    try:
+        version, spec = json.loads(text)
+        if version != 1:
+            raise ValueError
+        check(spec)
+    except (ValueError, TypeError, KeyError, RecursionError):
+        raise _refused("inputs or outputs other than tuples, lists and dictionaries of tensors") from None

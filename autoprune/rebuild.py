@@ -1,0 +1,195 @@
+"""The user's own class again: build the original from its source, apply the plan, load the weights.
+
+The source is a name in a file, and a file may be hostile: a name is only ever called if it is a subclass of
+`torch.nn.Module`, or a function annotated to return one, outside the standard library, with plain arguments.
+What was built counts only if it answers the probe as the delivered network did.
+"""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import re
+import sys
+import typing
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load as load_safetensors
+from torch import Tensor, nn
+
+from autoprune.errors import ArtifactError, AutopruneError
+from autoprune.export import probe_answer, probe_inputs
+from autoprune.graph import trace
+from autoprune.manifest import Architecture, Manifest
+from autoprune.plan import PruningPlan
+
+MAX_SAFETENSORS_HEADER = 32 << 20
+PROBE_TOLERANCE = 1e-4  # a guess: far above the rounding of another machine, far below another network
+FACTORY = re.compile(r"[A-Za-z_][A-Za-z0-9_.]*:[A-Za-z_][A-Za-z0-9_.]*", re.ASCII)
+WORD = re.compile(r"[A-Za-z0-9_.-]{1,64}", re.ASCII)  # no path, no address
+
+
+def architecture_of(model: nn.Module, source: object = None, **arguments: Any) -> Architecture:
+    """The architecture source of a network: its factory where that can be imported again, or its class.
+
+    Args:
+        model: the original.
+        source: the function or class that built it; None for the model's class, if it takes no arguments.
+        arguments: what the factory was called with.
+    """
+    class_name = f"{type(model).__module__}.{type(model).__qualname__}"
+    factory = source if source is not None and callable(source) else type(model)
+    name = f"{getattr(factory, '__module__', '')}:{getattr(factory, '__qualname__', '')}"
+    if not FACTORY.fullmatch(name) or not _can_call(factory, arguments) or name.startswith("__main__:"):
+        return Architecture(class_name=class_name)
+    return Architecture(class_name=class_name, factory=name, arguments=dict(arguments))
+
+
+def _can_call(factory: Callable[..., Any], arguments: Mapping[str, Any]) -> bool:
+    try:
+        inspect.signature(factory).bind(**arguments)
+    except (TypeError, ValueError):
+        return False
+    return all(_is_plain(value) for value in arguments.values())
+
+
+def _is_plain(value: object) -> bool:
+    return (
+        value is None
+        or isinstance(value, bool | int | float)
+        or bool(isinstance(value, str) and WORD.fullmatch(value))
+    )
+
+
+def find_factory(architecture: Architecture) -> Callable[..., nn.Module] | None:
+    """What builds the original, if it can be imported here and may be called; otherwise None."""
+    if architecture.factory is None or not FACTORY.fullmatch(architecture.factory):
+        return None
+    module_name, _, qualname = architecture.factory.partition(":")
+    if module_name.split(".")[0] in sys.stdlib_module_names or not all(
+        map(_is_plain, architecture.arguments.values())
+    ):
+        return None
+    try:
+        found: Any = importlib.import_module(module_name)
+        for part in qualname.split("."):
+            found = getattr(found, part)
+    except Exception:  # whatever a module does when it is imported: then it cannot be
+        return None
+    return found if _builds_module(found) else None
+
+
+def _builds_module(found: object) -> bool:
+    if inspect.isclass(found):
+        return issubclass(found, nn.Module)
+    if not inspect.isfunction(found):
+        return False
+    try:
+        built = typing.get_type_hints(found).get("return")
+    except Exception:  # annotations are text, and may name anything
+        return False
+    return inspect.isclass(built) and issubclass(built, nn.Module)
+
+
+def build_original(architecture: Architecture) -> nn.Module | None:
+    """The original network, freshly initialised, on the CPU; None if its source cannot be used here."""
+    factory = find_factory(architecture)
+    if factory is None:
+        return None
+    state = torch.get_rng_state()
+    try:
+        built = factory(**architecture.arguments)
+        return built.cpu().eval()
+    except Exception:  # the user's code, perhaps another version of it
+        return None
+    finally:
+        torch.set_rng_state(state)
+
+
+def rebuild_dense(manifest: Manifest, weights: Mapping[str, Tensor]) -> nn.Module | None:
+    """The delivered network in the user's class; None if its source cannot be used here.
+
+    Raises:
+        ArtifactError: the source was found, but what it builds is not the delivered network.
+    """
+    original = build_original(manifest.architecture)
+    if original is None:
+        return None
+    try:
+        dense = original if manifest.plan is None else _apply(original, manifest, manifest.plan)
+        load_exactly_(dense, weights)
+    except (AutopruneError, RuntimeError) as error:
+        raise _other_network(manifest, str(error).splitlines()[0]) from None
+    dense.eval()
+    if not answers_probe(dense, manifest):
+        raise _other_network(manifest, "it answers the probe differently")
+    return dense
+
+
+def _apply(original: nn.Module, manifest: Manifest, plan: PruningPlan) -> nn.Module:
+    from autoprune.densify import densify
+
+    shapes, dtypes = input_signature(manifest)
+    example = probe_inputs(shapes, dtypes, batch=manifest.probe.batch_size if manifest.probe else 2)
+    built: nn.Module = densify(original, trace(original, example), plan)
+    return built
+
+
+def _other_network(manifest: Manifest, why: str) -> ArtifactError:
+    return ArtifactError(
+        f"{manifest.architecture.factory} does not build the delivered network here: {why[:200]}",
+        "use the version of the code that the network was trained with",
+    )
+
+
+def input_signature(manifest: Manifest) -> tuple[list[tuple[int | None, ...]], list[str]]:
+    """Shapes and types of the inputs."""
+    return [i.shape for i in manifest.inputs], [i.dtype for i in manifest.inputs]
+
+
+def load_exactly_(network: nn.Module, weights: Mapping[str, Tensor]) -> None:
+    """Load a state dict in place; names, shapes and types have to be the network's own.
+
+    Raises:
+        ArtifactError: a type differs.
+        RuntimeError: a name or shape differs (from torch, which names them).
+    """
+    own = network.state_dict()
+    for name, tensor in weights.items():
+        if name in own and own[name].dtype != tensor.dtype:
+            raise ArtifactError(f"{name} is {tensor.dtype}, not {own[name].dtype}", "use the same type")
+    network.load_state_dict(dict(weights), strict=True)
+
+
+def answers_probe(network: nn.Module, manifest: Manifest) -> bool:
+    """Whether a network gives the answer in the manifest to the probe input."""
+    if manifest.probe is None:
+        return False
+    shapes, dtypes = input_signature(manifest)
+    try:
+        answer = probe_answer(network, shapes, dtypes, manifest.probe.batch_size)
+    except Exception:  # another network may fail in any way on these inputs
+        return False
+    expected = torch.tensor(manifest.probe.outputs, dtype=torch.float64)
+    if len(answer) != len(expected):
+        return False
+    error = (torch.tensor(answer, dtype=torch.float64) - expected).abs().max()
+    return bool(error <= PROBE_TOLERANCE * expected.abs().max())
+
+
+def read_weights(data: bytes) -> dict[str, Tensor]:
+    """The tensors of a safetensors member, after its header's size was checked.
+
+    Raises:
+        ArtifactError: it is no safetensors file, or its header is oversized.
+    """
+    size = int.from_bytes(data[:8], "little")
+    try:
+        if len(data) < 8 or size > min(MAX_SAFETENSORS_HEADER, len(data) - 8):
+            raise ArtifactError("the header of model.safetensors is oversized", "get the file again")
+        return load_safetensors(data)
+    except (SafetensorError, KeyError, ValueError, RuntimeError):
+        raise ArtifactError("model.safetensors is no safetensors file", "get the file again") from None

@@ -1,0 +1,120 @@
+"""Signatures: Ed25519 (RFC 8032) over the manifest's digest, so that a file says who made it.
+
+Encryption does not say it: anyone can encrypt to a public key. A signature is the public key and 64 bytes;
+it counts only against a key that the reader names (`docs/format.md`, section 4). Keys are files as
+`ssh-keygen -t ed25519` writes them, or PEM.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+
+from cryptography.exceptions import InvalidSignature, UnsupportedAlgorithm
+from cryptography.hazmat.primitives import serialization as forms
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
+
+from autoprune.errors import ArtifactError, UsageError
+from autoprune.keys import KeySource, read_key_file, write_secret
+
+CONTEXT = b"autoprune manifest v1\n\0"
+KEY_BYTES, SIGNATURE_BYTES = 32, 96
+RAW = forms.Encoding.Raw, forms.PublicFormat.Raw
+
+
+def signing_keygen(path: KeySource) -> str:
+    """Make an Ed25519 key in a new OpenSSH file, its public half in `PATH.pub`; returns the public line.
+
+    Raises:
+        UsageError: one of the files exists, or cannot be made.
+    """
+    key = Ed25519PrivateKey.generate()
+    secret = key.private_bytes(forms.Encoding.PEM, forms.PrivateFormat.OpenSSH, forms.NoEncryption())
+    public = key.public_key().public_bytes(forms.Encoding.OpenSSH, forms.PublicFormat.OpenSSH)
+    target = Path(path).expanduser()
+    public_file = target.with_name(target.name + ".pub")
+    if public_file.exists():
+        raise UsageError(f"{public_file} exists, and keys are never overwritten", "choose another name")
+    write_secret(target, secret)
+    public_file.write_bytes(public + b"\n")
+    return public.decode()
+
+
+def sign_manifest(manifest: bytes, key_file: KeySource) -> bytes:
+    """The signature of a manifest's bytes: public key and signature, 96 bytes.
+
+    Raises:
+        UsageError: the file holds no Ed25519 secret key without a passphrase.
+    """
+    key = _secret_key(Path(key_file).expanduser())
+    return key.public_key().public_bytes(*RAW) + key.sign(_signed_text(manifest))
+
+
+def _signed_text(manifest: bytes) -> bytes:
+    return CONTEXT + hashlib.sha256(manifest).digest()
+
+
+def _secret_key(path: Path) -> Ed25519PrivateKey:
+    content = read_key_file(path)
+    loaders = (forms.load_ssh_private_key, forms.load_pem_private_key)
+    for load in loaders:
+        try:
+            key = load(content, None)
+        except (ValueError, TypeError, UnsupportedAlgorithm):
+            continue
+        if isinstance(key, Ed25519PrivateKey):
+            return key
+    raise UsageError(
+        f"{path} holds no Ed25519 secret key that can be used without a passphrase",
+        "make one with: autoprune keygen --signing",
+    )
+
+
+def read_public_key(given: KeySource) -> bytes:
+    """The 32 bytes of an Ed25519 public key, from an `ssh-ed25519 ...` text, or a file with one, or PEM.
+
+    Raises:
+        UsageError: there is no such key.
+    """
+    is_text = isinstance(given, str) and given.startswith("ssh-ed25519 ")
+    content = str(given).encode() if is_text else read_key_file(Path(given).expanduser())
+    for load in (forms.load_ssh_public_key, forms.load_pem_public_key):
+        try:
+            key = load(content)
+        except (ValueError, TypeError, UnsupportedAlgorithm):
+            continue
+        if isinstance(key, Ed25519PublicKey):
+            return key.public_bytes(*RAW)
+    raise UsageError(f"{given} is no Ed25519 public key", "give the .pub file, or its line ssh-ed25519 ...")
+
+
+def check_signature(manifest: bytes, signature: bytes | None, *, required: KeySource | None) -> str | None:
+    """Check a signature, and that it is by the required key; returns its public key as an OpenSSH line.
+
+    Raises:
+        ArtifactError: it is wrong; or a key was required and it is missing or by another key.
+        UsageError: the required key cannot be read.
+    """
+    wanted = None if required is None else read_public_key(required)
+    if signature is None:
+        if wanted is not None:
+            raise ArtifactError(
+                "the file is not signed, and a signature was required", "ask its author for a signed one"
+            )
+        return None
+    if len(signature) != SIGNATURE_BYTES:
+        raise _wrong()
+    public = Ed25519PublicKey.from_public_bytes(signature[:KEY_BYTES])
+    try:
+        public.verify(signature[KEY_BYTES:], _signed_text(manifest))
+    except InvalidSignature:
+        raise _wrong() from None
+    if wanted is not None and wanted != signature[:KEY_BYTES]:
+        raise ArtifactError(
+            "the file is signed by another key than the required one", "ask its author which key it is"
+        )
+    return public.public_bytes(forms.Encoding.OpenSSH, forms.PublicFormat.OpenSSH).decode()
+
+
+def _wrong() -> ArtifactError:
+    return ArtifactError("the file's signature is wrong", "get the file again from its author")
