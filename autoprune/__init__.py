@@ -1,1 +1,76 @@
-"""Prune a trained network to a target, unattended."""
+"""Prune a trained network to a target, unattended.
+
+The names below are the public surface; each is imported when it is first used, because importing torch
+takes seconds and reading a help text should not. Everything else in the package is private.
+"""
+
+from __future__ import annotations
+
+import sys
+from importlib import import_module
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from autoprune.artifact import load as load
+    from autoprune.config import Analysis as Analysis
+    from autoprune.config import Baseline as Baseline
+    from autoprune.config import Control as Control
+    from autoprune.config import Finetune as Finetune
+    from autoprune.config import Lock as Lock
+    from autoprune.config import Search as Search
+    from autoprune.config import Study as Study
+    from autoprune.cost import Cost as Cost
+    from autoprune.data import Data as Data
+    from autoprune.data import from_datasets as from_datasets
+    from autoprune.data import load_data as load_data
+    from autoprune.densify import densify as densify
+    from autoprune.densify import masked as masked
+    from autoprune.errors import AutopruneError as AutopruneError
+    from autoprune.evaluation import evaluate as evaluate
+    from autoprune.graph import ChannelGraph as ChannelGraph
+    from autoprune.graph import trace as trace
+    from autoprune.pipeline import run as run
+    from autoprune.plan import PruningPlan as PruningPlan
+    from autoprune.record import RunResult as RunResult
+    from autoprune.sensitivity import sensitivity as sensitivity
+    from autoprune.train import finetune_
+    from autoprune.weights import load_weights_ as load_weights_
+
+    finetune = finetune_
+
+# Public name -> where it is: "module" or "module:name there".
+PUBLIC = {
+    "Analysis": "config", "AutopruneError": "errors", "Baseline": "config", "ChannelGraph": "graph",
+    "Control": "config", "Cost": "cost", "Data": "data", "Finetune": "config", "Lock": "config",
+    "PruningPlan": "plan", "RunResult": "record", "Search": "config", "Study": "config", "densify": "densify",
+    "evaluate": "evaluation", "finetune": "train:finetune_", "from_datasets": "data", "load": "artifact",
+    "load_data": "data", "load_weights_": "weights", "masked": "densify", "run": "pipeline",
+    "sensitivity": "sensitivity", "trace": "graph",
+}  # fmt: skip
+__all__ = sorted(PUBLIC)
+
+
+class _Package(ModuleType):
+    """This package, whose public functions keep their names when modules of the same name are imported."""
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if not (name in PUBLIC and isinstance(value, ModuleType)):
+            super().__setattr__(name, value)
+
+
+sys.modules[__name__].__class__ = _Package
+
+
+def __getattr__(name: str) -> Any:
+    place = PUBLIC.get(name)
+    if place is None:
+        raise AttributeError(f"module 'autoprune' has no attribute {name!r}")
+    module, _, inner = place.partition(":")
+    found = getattr(import_module(f"autoprune.{module}"), inner or name)
+    globals()[name] = found
+    return found
+
+
+def __dir__() -> list[str]:
+    return __all__

@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import Any
 
 from jinja2 import Environment, StrictUndefined
-from markupsafe import Markup
 
 from autoprune import plots, wording
 from autoprune.record import RoundRecord, RunRecord, TrialRecord
@@ -64,7 +63,7 @@ def write_report(record: RunRecord, out: Path) -> Path:
     for name, figure in figures.items():
         plots.save_png(figure, out / "plots" / f"{name}.png")
     _replace(out / "report.json", to_json(record))
-    svgs = {name: Markup(plots.to_svg(figure, name)) for name, figure in figures.items()}  # noqa: S704 our own
+    svgs = {name: plots.to_svg(figure, name) for name, figure in figures.items()}
     _replace(out / "report.html", _render(record, out, svgs))
     return out / "report.html"
 
@@ -111,7 +110,7 @@ def _finite(value: Any) -> Any:
     return value
 
 
-def _render(record: RunRecord, out: Path, svgs: Mapping[str, Markup]) -> str:
+def _render(record: RunRecord, out: Path, svgs: Mapping[str, str]) -> str:
     page = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     page.filters |= {
         "percent": wording.percent, "duration": wording.duration, "size": wording.size,

@@ -41,7 +41,7 @@ def load_study(text: str) -> Study:
     Raises:
         UsageError: there is no such study, the file fails, or it defines none or several.
     """
-    return _only_study(_import_file(find_study(text)))
+    return _only_study(import_file(find_study(text)))
 
 
 def find_study(text: str) -> Path:
@@ -66,7 +66,12 @@ def find_study(text: str) -> Path:
     )
 
 
-def _import_file(path: Path) -> ModuleType:
+def import_file(path: Path) -> ModuleType:
+    """Run a Python file of the user's as a module named after it, its folder first on `sys.path`.
+
+    Raises:
+        UsageError: it fails, or a module of its name is loaded already.
+    """
     folder = str(path.parent)
     if folder not in sys.path:
         sys.path.insert(0, folder)

@@ -1,0 +1,108 @@
+"""A study without a study file: `--model torchvision:resnet18 --weights FILE --data cifar10:DIR`.
+
+The network is one of torchvision's, or a class or function of the user's own (`FILE.py:NAME`), built with
+as many classes as the data have. Its weights came trained, so the search split is cut from the test data.
+"""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import re
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from autoprune.config import Study
+from autoprune.errors import AutopruneError, UsageError
+from autoprune.study_file import import_file, nearest
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from autoprune.data import Data
+
+FORMS = "write --model torchvision:resnet18, or --model FILE.py:CLASS_OR_FUNCTION"
+
+
+def study_of_flags(model: str, weights: str, data: str) -> Study:
+    """The study that the three options describe; network and data are made when the run asks for them.
+
+    Raises:
+        UsageError: the network is unknown, or the weights file does not exist.
+    """
+    factory = find_factory(model)
+    if not Path(weights).expanduser().is_file():
+        raise UsageError(
+            f"there is no weights file {weights}", "give --weights a .safetensors, .pt or .pth file"
+        )
+
+    @cache
+    def load() -> Data:
+        from autoprune.data import load_data
+
+        return load_data(data, search_from="test")
+
+    def build() -> nn.Module:
+        return _with_weights(factory, load().num_classes, weights)
+
+    words = (model.rpartition(":")[2], data.partition(":")[0])
+    name = re.sub(r"[^A-Za-z0-9._-]+", "-", "-".join(words)).strip("-.") or "run"
+    return Study(name=name, model=build, data=load)
+
+
+def find_factory(model: str) -> Callable[..., Any]:
+    """What builds the network that `--model` names.
+
+    Raises:
+        UsageError: there is none of this name; the hint names the nearest.
+    """
+    source, colon, name = model.rpartition(":")
+    if not colon:
+        raise UsageError(f"--model {model} names no source", FORMS)
+    if source == "torchvision":
+        return _torchvision(name)
+    if not source.endswith(".py"):
+        raise UsageError(f"--model {model}: {source!r} is neither torchvision nor a .py file", FORMS)
+    if not Path(source).expanduser().is_file():
+        raise UsageError(f"--model {model}: there is no file {source}", FORMS)
+    found = import_file(Path(source).expanduser().resolve())
+    made_here = {n for n, v in vars(found).items() if callable(v) and not n.startswith("_")}
+    if name not in made_here:
+        raise UsageError(f"{source} has no class or function {name!r}", nearest(name, made_here))
+    factory: Callable[..., Any] = getattr(found, name)
+    return factory
+
+
+def _torchvision(name: str) -> Callable[..., Any]:
+    models = importlib.import_module("torchvision.models")
+    known = models.list_models(module=models)
+    if name not in known:
+        raise UsageError(f"torchvision has no classifier {name!r}", nearest(name, known))
+    factory: Callable[..., Any] = models.get_model_builder(name)
+    return factory
+
+
+def _with_weights(factory: Callable[..., Any], num_classes: int, weights: str) -> nn.Module:
+    from torch import nn
+
+    from autoprune.weights import load_weights_
+
+    accepts = inspect.signature(factory).parameters
+    takes_any = any(p.kind is inspect.Parameter.VAR_KEYWORD for p in accepts.values())
+    try:
+        model = factory(num_classes=num_classes) if "num_classes" in accepts or takes_any else factory()
+    except AutopruneError:
+        raise
+    except Exception as error:
+        raise UsageError(
+            f"the network could not be built: {type(error).__name__}: {error}",
+            "the class or function is called with num_classes=N if it takes that, and with nothing else",
+        ) from error
+    if not isinstance(model, nn.Module):
+        raise UsageError(
+            f"--model made a {type(model).__name__}, not a torch.nn.Module", "name what builds the network"
+        )
+    load_weights_(model, weights)
+    return model

@@ -1,0 +1,122 @@
+"""What a command prints on stdout when it is asked to tell and not to do: plans, standings, tables."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING
+
+from rich.console import Group, RenderableType
+from rich.table import Table
+from rich.text import Text
+
+from autoprune.wording import Row, answer, count, duration, percent, signed
+
+if TYPE_CHECKING:
+    from autoprune.graph import ChannelGraph
+    from autoprune.preflight import RunPlan
+    from autoprune.record import RunRecord, TrialRecord
+    from autoprune.sensitivity import SensitivityTable
+
+GOOD, BAD, MUTED = "green", "yellow", "dim"
+
+
+def _table(*columns: str) -> Table:
+    """A plain table: the first column is text, the others are numbers."""
+    table = Table(box=None, padding=(0, 3, 0, 0), show_edge=False, header_style=MUTED)
+    table.add_column(columns[0], no_wrap=True)
+    for name in columns[1:]:
+        table.add_column(name, justify="right", no_wrap=True)
+    return table
+
+
+def comparison_table(rows: Sequence[Row]) -> Table:
+    """Before and after."""
+    table = _table("", "before", "after", "change")
+    for row in rows:
+        table.add_row(row.label, row.before, Text(row.after, "bold"), row.change)
+    return table
+
+
+def plan_text(plan: RunPlan) -> RenderableType:
+    """What a run would do, for `--dry-run`."""
+    samples = ", ".join(f"{n} {s:,}" for n, s in plan.num_samples.items())
+    known = (
+        f"top-1 {percent(plan.top1, 2)} on the search split, floor {percent(plan.floor, 2)}"
+        if plan.top1 is not None
+        else "trained by the run itself"
+    )
+    facts = (
+        ("run", f"{plan.name}: {plan.target}, budget {plan.budget}, on {plan.device}"),
+        (
+            "network",
+            f"{count(plan.macs)} MACs, {count(plan.params)} parameters, {plan.num_groups} prunable groups",
+        ),
+        ("baseline", known),
+        ("data", samples),
+    )
+    grid = Table.grid(padding=(0, 3, 0, 0))
+    for label, text in facts:
+        grid.add_row(Text(label, MUTED), text)
+    rounds = _table("round", "removes up to", f"{plan.metric} left", "floor")
+    for one in plan.rounds:
+        rounds.add_row(str(one.number), percent(one.ceiling), percent(one.cost_share), percent(one.floor, 2))
+    end = Text("Everything is in order. The rounds, if each succeeds at its ceiling:", GOOD)
+    return Group(grid, Text(), end, Text(), rounds)
+
+
+def status_text(record: RunRecord) -> RenderableType:
+    """Where a run stands: the answer, then a line for every round."""
+    table = _table("round", "from", "removes up to", "floor", "trials", "best", "left", "decision")
+    for one in record.rounds:
+        best = _best(one.trials)
+        table.add_row(
+            str(one.number), str(one.started_from or "original"), percent(one.ceiling), percent(one.floor, 2),
+            f"{len(one.trials)} of {one.planned_trials}", percent(best.top1 if best else None, 2),
+            percent(best.cost_share if best else None), one.action or "running",
+        )  # fmt: skip
+    end = record.outcome.message if record.outcome else f"{duration(record.seconds)} of work so far"
+    return Group(Text(answer(record), "bold"), Text(end), Text(), table)
+
+
+def _best(trials: Iterable[TrialRecord]) -> TrialRecord | None:
+    """The promoted trial, or the most accurate."""
+    scored = [t for t in trials if t.top1 is not None]
+    return max(scored, key=lambda t: (t.promoted, t.top1 or 0.0), default=None)
+
+
+def groups_table(graph: ChannelGraph) -> RenderableType:
+    """What may shrink, how wide it is, and what may not."""
+    cost = graph.cost()
+    table = _table("group", "channels", "MACs at stake", "share")
+    table.add_column("layers", overflow="fold")
+    for group in graph.groups:
+        table.add_row(
+            group.name,
+            str(group.num_units),
+            count(group.macs),
+            percent(group.macs / cost.macs),
+            ", ".join(group.layers),
+        )
+    total = f"{count(cost.macs)} MACs, {count(cost.params)} parameters; {len(graph.groups)} groups"
+    parts: list[RenderableType] = [table, Text(), Text(total, "bold")]
+    if graph.frozen:
+        frozen = _table("may not shrink")
+        frozen.add_column("why", overflow="fold")
+        for part in graph.frozen:
+            frozen.add_row(f"{part.name} [{part.dim}]", part.reason)
+        parts += [Text(), frozen]
+    return Group(*parts)
+
+
+def sensitivity_text(table: SensitivityTable) -> RenderableType:
+    """Change of top-1 in percentage points when one group alone loses a share of its channels."""
+    ratios = sorted({p.ratio for p in table.points})
+    shown = _table("group", *(f"{percent(r, 0)} removed" for r in ratios), "± 95 %")
+    for name in dict.fromkeys(p.group for p in table.points):
+        points = {p.ratio: p for p in table.points if p.group == name}
+        cells = [signed(-points[r].drop_pp) if r in points else "" for r in ratios]
+        widest = max((p.high_pp - p.low_pp) / 2 for p in points.values())
+        shown.add_row(name, *cells, f"{widest:.1f}")
+    base = table.baseline
+    head = f"top-1 {percent(base.top1, 2)} on n = {base.num_samples:,}; change in percentage points, before any tuning"
+    return Group(Text(head, "bold"), Text(), shown)

@@ -1,0 +1,61 @@
+from __future__ import annotations
+
+import pytest
+from example_record import FELL_SHORT, REACHED, UNFINISHED
+
+from autoprune import wording
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [
+        (0, "0"),
+        (999, "999"),
+        (999.6, "1.00 k"),
+        (40_813_184, "40.8 M"),
+        (269_722, "270 k"),
+        (4.1e9, "4.10 G"),
+    ],
+)
+def test_counts_have_three_digits_and_a_prefix(value: float, text: str) -> None:
+    assert wording.count(value) == text
+
+
+def test_sizes_and_latencies() -> None:
+    assert wording.size(621_000) == "621 kB"
+    assert wording.size(None) == wording.MISSING
+    assert wording.milliseconds(4.187) == "4.19 ms"
+    assert wording.milliseconds(123.4) == "123 ms"
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"), [(4.2, "4.2 s"), (59.96, "1:00 min"), (83, "1:23 min"), (7325, "2:02 h")]
+)
+def test_durations(seconds: float, text: str) -> None:
+    assert wording.duration(seconds) == text
+
+
+def test_a_difference_that_rounds_to_zero_has_no_sign() -> None:
+    assert wording.signed(-0.04) == "0.0"
+    assert wording.signed(-0.26) == f"{wording.MINUS}0.3"
+    assert wording.signed(0.26) == "+0.3"
+
+
+def test_the_answer_is_one_sentence_with_interval_and_machine() -> None:
+    sentence = wording.answer(REACHED)
+    assert sentence.startswith("resnet20-cifar10: 50.2 % fewer MACs, 91.73 → 91.21 % top-1")
+    assert "95 % interval" in sentence
+    assert sentence.endswith("1.55× faster on Intel Xeon, 2 cores.")  # noqa: RUF001
+    assert "not finished" in wording.answer(UNFINISHED)
+
+
+def test_a_slower_model_is_called_slower() -> None:
+    rows = wording.comparison(REACHED.before, REACHED.before, None)
+    assert "1.00×" in rows[-1].change  # noqa: RUF001
+    swapped = wording.comparison(FELL_SHORT.after or FELL_SHORT.before, FELL_SHORT.before, None)
+    assert swapped[-1].change.endswith("slower")
+
+
+def test_without_a_result_the_table_shows_the_original_alone() -> None:
+    rows = wording.comparison(UNFINISHED.before, None, None)
+    assert {r.after for r in rows} == {wording.MISSING}
