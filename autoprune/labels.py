@@ -1,0 +1,106 @@
+"""Labels: one integer for every position of every parameter dimension, tied by union-find.
+
+A *slot* is one dimension of one parameter (or one padded edge of an activation); it owns a contiguous range of
+labels, so that a label says at once which parameter, which dimension and which position it is. Operators
+*tie* labels that must stay or go together and *freeze* those that must stay. Ties are only collected while
+the network is walked; the classes are found once at the end, all together.
+
+`FIXED` (-1) stands for a position that has no label and therefore always stays.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy.sparse import coo_array
+from scipy.sparse.csgraph import connected_components
+
+LabelArray = NDArray[np.int64]
+Role = Literal["out", "in", "affine"]
+FIXED = -1
+
+
+@dataclass(slots=True)
+class Slot:
+    """One parameter dimension, or one padded edge (`pad_op` is the operator's position on the tape)."""
+
+    name: str
+    dim: int
+    start: int
+    size: int
+    role: Role | None = None
+    pad_op: int | None = None
+    side: Literal["left", "right"] = "left"
+
+
+@dataclass(frozen=True, slots=True)
+class Freeze:
+    """Why labels must stay; `is_structural` marks axes that never held channels (a kernel's width)."""
+
+    reason: str
+    labels: LabelArray
+    is_structural: bool = False
+
+
+class Labels:
+    """The collected ties and freezes of one network."""
+
+    def __init__(self) -> None:
+        self.slots: list[Slot] = []
+        self.size = 0
+        self.freezes: list[Freeze] = []
+        self._ties: list[tuple[LabelArray, LabelArray]] = []
+
+    def new(self, name: str, dim: int, size: int) -> LabelArray:
+        """Open a slot of `size` fresh labels."""
+        self.slots.append(Slot(name, dim, self.size, size))
+        self.size += size
+        return np.arange(self.size - size, self.size, dtype=np.int64)
+
+    def tie(self, left: LabelArray, right: LabelArray, reason: str) -> LabelArray:
+        """Tie two arrays position by position; a label that meets `FIXED` is frozen. Returns the merged array."""
+        if left is right:
+            return left
+        known = (left >= 0) & (right >= 0)
+        if known.all():
+            self._ties.append((left, right))
+            return left
+        self._ties.append((left[known], right[known]))
+        self.freeze(np.where(left >= 0, left, right)[~known], reason)
+        return np.where(known, left, FIXED)
+
+    def freeze(self, labels: LabelArray | None, reason: str, *, is_structural: bool = False) -> None:
+        """Keep these positions for good, for a reason that a person can read."""
+        if labels is None:
+            return
+        labels = labels[labels >= 0]
+        if labels.size:
+            self.freezes.append(Freeze(reason, labels, is_structural))
+
+    def mark(self, labels: LabelArray | None, role: Role) -> None:
+        """Say what the slots of these labels do; the first word stands."""
+        if labels is None:
+            return
+        starts = np.array([s.start for s in self.slots]) if len(self.slots) > self._marked else self._starts
+        self._starts, self._marked = starts, len(self.slots)
+        known = labels[labels >= 0]
+        if known.size:
+            for index in np.unique(np.searchsorted(starts, known, side="right") - 1):
+                slot = self.slots[int(index)]
+                slot.role = slot.role or role
+
+    _marked = 0
+    _starts: LabelArray = np.empty(0, np.int64)
+
+    def classes(self) -> NDArray[np.int32]:
+        """Class number of every label, (size,)."""
+        if not self._ties:
+            return np.arange(self.size, dtype=np.int32)
+        left = np.concatenate([a for a, _ in self._ties])
+        right = np.concatenate([b for _, b in self._ties])
+        edges = coo_array((np.ones(len(left), np.int8), (left, right)), shape=(self.size, self.size))
+        _, classes = connected_components(edges, directed=False)
+        return np.asarray(classes, dtype=np.int32)

@@ -1,0 +1,359 @@
+"""The operator table: what each family of operators does to labels.
+
+One small function per family. It gets the walk and the operator, ties or freezes what must be, and returns
+the axes of the outputs. An operator that is not here freezes what it touches: unknown operators cost
+prunable channels, never correctness. To teach a new one, write its function and enter its names below
+(docs/structure.md shows how); operators that only move axes are in `shape_ops`.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from autoprune.labels import LabelArray
+from autoprune.shape_ops import SHAPE_TABLE
+from autoprune.tape import Op, Ref
+from autoprune.walk import AttributeRule, Axes, Handler, Walk
+
+
+def unknown(walk: Walk, op: Op) -> list[Axes]:
+    """Freeze every axis of every input."""
+    for ref in op.inputs:
+        for axis in walk.get(ref):
+            walk.freeze(axis, f"operator {op.name!r} is not known to keep channels apart")
+    return _untracked(walk, op)
+
+
+def _untracked(walk: Walk, op: Op) -> list[Axes]:
+    return [[None] * len(walk.shape(r)) for r in op.outputs if r is not None]
+
+
+def constant(walk: Walk, op: Op) -> list[Axes]:
+    """A result that does not depend on the values of its inputs."""
+    return _untracked(walk, op)
+
+
+def pointwise(walk: Walk, op: Op) -> Axes:
+    """Position by position, with broadcasting: axes of the same length tie."""
+    out = op.outputs[0]
+    assert out is not None
+    shape = walk.shape(out)
+    operands = [r for r in op.inputs if len(walk.shape(r)) > 0]
+    if op.name == "copy":
+        operands = operands[:2]
+    axes: Axes = []
+    for axis, size in enumerate(shape):
+        parts = []
+        for ref in operands:
+            at = axis - len(shape) + len(walk.shape(ref))
+            if at >= 0 and walk.shape(ref)[at] == size:
+                parts.append(walk.get(ref)[at])
+        axes.append(walk.join(parts) if size > 1 else None)
+    return axes
+
+
+def like(walk: Walk, op: Op) -> Axes:
+    """A fresh tensor of the same shape."""
+    return list(walk.get(op.inputs[0]))
+
+
+def convolution(walk: Walk, op: Op) -> Axes:
+    """Reads the input's channels with the weight's second axis, makes new ones from the first."""
+    x, weight, bias = op.arg("input"), op.arg("weight"), op.arg("bias")
+    groups, transposed = op.arg("groups"), op.arg("transposed")
+    out = op.outputs[0]
+    assert out is not None
+    for axis in walk.get(weight)[2:]:
+        walk.freeze(axis, "a kernel's extent", is_structural=True)
+    for axis in walk.get(x)[2:]:
+        walk.freeze(axis, "convolved over")
+    _convolution_cost(walk, op, x if transposed else out)
+    if groups > 1:
+        made = _grouped_transposed(walk, op) if transposed else _grouped(walk, op)
+    else:
+        reads, makes = (0, 1) if transposed else (1, 0)
+        walk.contract((x, 1), (weight, reads))
+        made = walk.get(weight)[makes]
+    walk.mark(made, "out")
+    if bias is not None:
+        walk.mark(walk.get(bias)[0], "out")
+        made = walk.join([made, walk.get(bias)[0]])
+    return [walk.get(x)[0], made, *[None] * (len(walk.shape(out)) - 2)]
+
+
+def _convolution_cost(walk: Walk, op: Op, over: Ref) -> None:
+    weight = op.arg("weight")
+    kernel = walk.shape(weight)
+    positions = int(np.prod(walk.shape(over)[2:])) * walk.shape(op.arg("input"))[0]
+    axes = walk.get(weight)
+    walk.cost(positions * int(np.prod(kernel[2:])), [(kernel[0], axes[0]), (kernel[1], axes[1])])
+
+
+def _grouped(walk: Walk, op: Op) -> LabelArray | None:
+    """Whole groups go, or equal positions inside every group, whichever leaves more units.
+
+    An earlier pruning's choice stands (`autoprune_grouped` on the module), so that plans compose.
+    """
+    x, weight, groups = op.arg("input"), op.arg("weight"), op.arg("groups")
+    read, makes = walk.get(x)[1], walk.get(weight)[0]
+    per_in, per_out = walk.shape(weight)[1], walk.shape(weight)[0] // groups
+    owner = walk.tape.parameters.get(weight.index, "").rpartition(".")[0]
+    stamped = getattr(walk.modules.get(owner), "autoprune_grouped", None)
+    whole = per_in == 1 or (stamped == "whole" if stamped else groups >= max(per_in, per_out))
+    if per_in > 1:
+        walk.grouped[owner] = "whole" if whole else "positions"
+    if not whole:
+        first = walk.tie_rows(read.reshape(groups, per_in).T) if read is not None else None
+        walk.mark(walk.get(weight)[1], "in")
+        walk.join([first, walk.get(weight)[1]], "reads an axis of fixed length")
+        return np.tile(walk.tie_rows(makes.reshape(groups, per_out).T), groups) if makes is not None else None
+    walk.freeze(walk.get(weight)[1], "a group's own width", is_structural=True)
+    if read is None or makes is None:
+        axis = walk.join([read, makes]) if not walk.is_probe else (read if makes is None else makes)
+        return None if axis is None else np.repeat(axis.reshape(groups, -1)[:, 0], per_out)
+    rows = np.concatenate([read.reshape(groups, per_in), makes.reshape(groups, per_out)], axis=1)
+    units = walk.tie_rows(rows)
+    walk.rules += [
+        AttributeRule(owner, n, units) for n in _counters(walk, owner, groups, ("groups", "channels"))
+    ]
+    return np.repeat(units, per_out)
+
+
+def _counters(walk: Walk, owner: str, count: int, words: tuple[str, ...]) -> list[str]:
+    module = walk.modules.get(owner)
+    values = vars(module) if module is not None else {}
+    return [n for n, v in values.items() if type(v) is int and v == count and any(w in n for w in words)]
+
+
+def _grouped_transposed(walk: Walk, op: Op) -> LabelArray | None:
+    """Whole groups go: the weight is (in, out per group)."""
+    x, weight, groups = op.arg("input"), op.arg("weight"), op.arg("groups")
+    walk.freeze(walk.get(weight)[1], "a group's own width", is_structural=True)
+    axis = walk.join([walk.get(x)[1], walk.get(weight)[0]])
+    if axis is None:
+        return None
+    units = walk.tie_rows(axis.reshape(groups, -1))
+    owner = walk.tape.parameters.get(weight.index, "").rpartition(".")[0]
+    walk.rules += [AttributeRule(owner, n, units) for n in _counters(walk, owner, groups, ("groups",))]
+    return np.repeat(units, walk.shape(weight)[1])
+
+
+def matrix_product(walk: Walk, op: Op) -> Axes:
+    """(..., n, k) x (..., k, m), with an optional addend: the inner axes tie, batch axes tie."""
+    names = ("batch1", "batch2") if op.name == "baddbmm" else ("mat1", "mat2")
+    left, right = (op.arg(n, op.arg(s)) for n, s in zip(names, ("self", "mat2"), strict=True))
+    a, b = walk.get(left), walk.get(right)
+    shapes = walk.shape(left), walk.shape(right)
+    walk.contract((left, len(a) - 1), (right, len(b) - 2))
+    for ref, axis in ((left, len(a) - 2), (right, len(b) - 1)):
+        if walk.is_weight(ref):
+            walk.mark(walk.get(ref)[axis], "out")
+    batch = _batch_axes(walk, a[:-2], b[:-2])
+    sizes = [
+        *zip(shapes[0][:-2], batch, strict=True),
+        (shapes[0][-2], a[-2]),
+        (shapes[0][-1], a[-1] if a[-1] is not None else b[-2]),
+    ]
+    walk.cost(1, [*sizes, (shapes[1][-1], b[-1])])
+    result: Axes = [*batch, a[-2], b[-1]]
+    return _with_addend(walk, op, result) if op.name in ("addmm", "baddbmm") else result
+
+
+def _batch_axes(walk: Walk, *operands: Axes) -> Axes:
+    batch = [walk.join(parts) for parts in zip(*operands, strict=True)]
+    walk.votes += sum(a is not None for a in batch)
+    return batch
+
+
+def _with_addend(walk: Walk, op: Op, result: Axes) -> Axes:
+    addend = op.arg("self")
+    axes, shape = walk.get(addend), walk.shape(addend)
+    for back in range(1, len(shape) + 1):
+        if shape[-back] > 1:
+            if walk.is_weight(addend):
+                walk.mark(axes[-back], "out")
+            result[-back] = walk.join([result[-back], axes[-back]])
+    return result
+
+
+def matrix_vector(walk: Walk, op: Op) -> Axes:
+    """(n, k) x (k,)."""
+    matrix, vector = op.arg("self", op.arg("mat")), op.arg("vec")
+    walk.contract((matrix, 1), (vector, 0))
+    return [walk.get(matrix)[0]]
+
+
+def attention(walk: Walk, op: Op) -> list[Axes]:
+    """Fused scaled dot-product attention: batch and head axes tie, the value's width goes on."""
+    query, key, value = (op.arg(n) for n in ("query", "key", "value"))
+    q, k, v = walk.get(query), walk.get(key), walk.get(value)
+    for axis in (*q[-2:], *k[-2:], v[-2]):
+        walk.freeze(axis, "summed over in attention")
+    mask = op.arg("attn_mask", op.arg("attn_bias"))
+    batch = _batch_axes(walk, q[:-2], k[:-2], v[:-2])
+    if isinstance(mask, Ref):
+        _tie_mask(walk, mask, batch)
+    lead = list(zip(walk.shape(query)[:-2], batch, strict=True))
+    length, keys, width = walk.shape(query)[-2], walk.shape(key)[-2], walk.shape(query)[-1]
+    walk.cost(length * keys * width, lead)
+    walk.cost(length * keys, [*lead, (walk.shape(value)[-1], v[-1])])
+    first: Axes = [*batch, None, v[-1]]
+    rest = [[None] * len(walk.shape(r)) for r in op.outputs[1:] if r is not None]
+    return [first, *rest]
+
+
+def _tie_mask(walk: Walk, mask: Ref, batch: Axes) -> None:
+    shape, axes = walk.shape(mask), walk.get(mask)
+    for index in range(len(batch)):
+        at = index - len(batch) - 2 + len(shape)
+        if at >= 0 and shape[at] > 1:
+            batch[index] = walk.join([batch[index], axes[at]])
+    for axis in axes[-2:]:
+        walk.freeze(axis, "added to attention over positions")
+
+
+def batch_norm(walk: Walk, op: Op) -> list[Axes]:
+    """Each channel on its own: scale, shift and statistics follow the channel axis."""
+    x = op.arg("input")
+    axes = list(walk.get(x))
+    uses_batch = bool(op.arg("training", op.arg("use_input_stats", False))) or op.arg("running_mean") is None
+    for index, axis in enumerate(axes):
+        if index != 1 and uses_batch:
+            walk.freeze(axis, "normalised over")
+            axes[index] = None
+    for name in ("weight", "bias", "running_mean", "running_var"):
+        ref = op.arg(name)
+        if ref is not None:
+            axes[1] = walk.join([axes[1], walk.get(ref)[0]])
+    return [axes, *[[None] * len(walk.shape(r)) for r in op.outputs[1:] if r is not None]]
+
+
+def group_norm(walk: Walk, op: Op) -> list[Axes]:
+    """Whole normalisation groups go, because statistics over the kept part of one would differ."""
+    x, groups = op.arg("input"), op.arg("group", op.arg("num_groups"))
+    axes = list(walk.get(x))
+    for index, axis in enumerate(axes):
+        if index > 1:
+            walk.freeze(axis, "normalised over")
+    channels = axes[1]
+    if groups == 1:
+        for labels in (channels, *[walk.get(op.arg(n))[0] for n in ("weight", "bias") if op.arg(n)]):
+            walk.freeze(labels, "normalised over all channels")
+        channels = None
+    elif channels is not None:
+        units = walk.tie_rows(channels.reshape(groups, -1))
+        channels = np.repeat(units, walk.shape(x)[1] // groups)
+        owners = {
+            walk.tape.parameters.get(op.arg(n).index, "").rpartition(".")[0]
+            for n in ("weight", "bias")
+            if op.arg(n)
+        }
+        for owner in sorted(owners | {op.module}):
+            walk.rules += [
+                AttributeRule(owner, a, units) for a in _counters(walk, owner, groups, ("num_groups",))
+            ]
+    for name in ("weight", "bias"):
+        if op.arg(name) is not None and groups > 1:
+            channels = walk.join([channels, walk.get(op.arg(name))[0]])
+    axes = [axes[0], channels, *[None] * (len(axes) - 2)]
+    return [axes, *[[None] * len(walk.shape(r)) for r in op.outputs[1:] if r is not None]]
+
+
+def layer_norm(walk: Walk, op: Op) -> list[Axes]:
+    """The normalised axes stay: statistics over fewer channels are others."""
+    x, count = op.arg("input"), len(op.arg("normalized_shape"))
+    axes = list(walk.get(x))
+    for axis in axes[-count:]:
+        walk.freeze(axis, "layer norm over the channels")
+    for name in ("weight", "bias"):
+        if op.arg(name) is not None:
+            for axis in walk.get(op.arg(name)):
+                walk.freeze(axis, "layer norm over the channels")
+    axes[-count:] = [None] * count
+    return [axes, *[[None] * len(walk.shape(r)) for r in op.outputs[1:] if r is not None]]
+
+
+def reduction(walk: Walk, op: Op) -> list[Axes]:
+    """Sums, means, norms, extremes over some axes: those stay, the others go on."""
+    x = op.arg("self")
+    rank = len(walk.shape(x))
+    dims = op.arg("dim")
+    over = range(rank) if dims is None or dims == [] else [dims] if isinstance(dims, int) else dims
+    reduced = {d % rank for d in over} if rank else set()
+    axes = walk.get(x)
+    for d in reduced:
+        walk.freeze(axes[d], f"{op.name} over the channels")
+    keep = bool(op.arg("keepdim", False))
+    out: Axes = [None if d in reduced else a for d, a in enumerate(axes) if keep or d not in reduced]
+    return [list(out) for r in op.outputs if r is not None]
+
+
+def along(walk: Walk, op: Op) -> list[Axes]:
+    """Softmax, cumulative sums, sorting: the axis worked along stays, the others go on."""
+    x = op.arg("self", op.arg("input"))
+    axes = list(walk.get(x))
+    dim = op.arg("dim", -1)
+    if axes:
+        walk.freeze(axes[dim], f"{op.name} along the channels")
+        axes[dim] = None
+    return [list(axes) for r in op.outputs if r is not None]
+
+
+def spatial(walk: Walk, op: Op) -> list[Axes]:
+    """Pooling, resizing, padding by reflection: batch and channel axes go on, the rest is space."""
+    x = op.inputs[0]
+    axes = walk.get(x)
+    lead = len(axes) - SPACE[op.name]
+    for axis in axes[lead:]:
+        walk.freeze(axis, "a spatial axis")
+    return [[*axes[:lead], *[None] * (len(walk.shape(r)) - lead)] for r in op.outputs if r is not None]
+
+
+def embedding(walk: Walk, op: Op) -> Axes:
+    """Rows are looked up, so their number stays; the width goes on."""
+    weight, indices = op.arg("weight"), op.arg("indices")
+    rows, width = walk.get(weight)
+    walk.freeze(rows, "rows are looked up by index", is_structural=True)
+    walk.mark(width, "out")
+    return [*[None] * len(walk.shape(indices)), width]
+
+
+SPACE = {
+    f"{name}{suffix}": dims
+    for dims in (1, 2, 3)
+    for name, suffix in (
+        (f"max_pool{dims}d", ""), (f"max_pool{dims}d", "_with_indices"), (f"avg_pool{dims}d", ""),
+        (f"adaptive_avg_pool{dims}d", ""), (f"_adaptive_avg_pool{dims}d", ""), (f"adaptive_max_pool{dims}d", ""),
+        (f"reflection_pad{dims}d", ""), (f"replication_pad{dims}d", ""), (f"upsample_nearest{dims}d", ""),
+        (f"_upsample_nearest_exact{dims}d", ""),
+    )
+} | {"upsample_bilinear2d": 2, "_upsample_bilinear2d_aa": 2, "upsample_bicubic2d": 2, "_upsample_bicubic2d_aa": 2,
+     "upsample_linear1d": 1, "upsample_trilinear3d": 3}  # fmt: skip
+
+FAMILIES: dict[Handler, str] = {
+    constant: "empty empty_like_shape new_zeros new_ones new_full new_empty zeros ones full arange scalar_tensor "
+    "randn rand randint linspace eye tril_indices triu_indices empty_strided new_empty_strided",
+    like: "zeros_like ones_like full_like empty_like rand_like randn_like zero fill",
+    pointwise: "pointwise hardswish hardsigmoid hardtanh leaky_relu elu selu celu mish softplus hardshrink prelu "
+    "_prelu_kernel rrelu clone contiguous detach alias _to_copy to type_as lift_fresh lift_fresh_copy copy dropout "
+    "native_dropout alpha_dropout feature_dropout nan_to_num masked_fill where log_sigmoid log_sigmoid_forward "
+    "bernoulli gelu silu relu relu6 threshold softshrink",
+    convolution: "convolution convolution_overrideable _convolution mkldnn_convolution",
+    matrix_product: "mm addmm bmm baddbmm",
+    matrix_vector: "mv",
+    attention: "_scaled_dot_product_flash_attention_for_cpu _scaled_dot_product_flash_attention "
+    "_scaled_dot_product_efficient_attention _scaled_dot_product_cudnn_attention "
+    "_scaled_dot_product_fused_attention_overrideable scaled_dot_product_attention",
+    batch_norm: "native_batch_norm _native_batch_norm_legit _native_batch_norm_legit_no_training batch_norm "
+    "cudnn_batch_norm _batch_norm_with_update _batch_norm_no_update instance_norm",
+    group_norm: "native_group_norm group_norm",
+    layer_norm: "native_layer_norm layer_norm _fused_rms_norm rms_norm",
+    reduction: "mean sum amax amin prod any all var std var_mean std_mean logsumexp norm linalg_vector_norm argmax "
+    "argmin max min median nansum nanmean count_nonzero",
+    along: "_softmax softmax _log_softmax log_softmax _safe_softmax cumsum cumprod sort topk logcumsumexp",
+    spatial: " ".join(SPACE),
+    embedding: "embedding",
+    unknown: "unknown",
+}  # fmt: skip
+
+TABLE: dict[str, Handler] = {n: f for f, names in FAMILIES.items() for n in names.split()} | SHAPE_TABLE

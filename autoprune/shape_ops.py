@@ -1,0 +1,380 @@
+"""Operators that move axes: reshape, permute, split, concatenate, pad, index.
+
+The hard one is a reshape that splits a channel axis, such as attention heads or a channel shuffle. The pieces
+must stay a rectangle, so only one of the new axes can shrink; positions along the others are tied. Which one
+is found by probing where each would end: an axis that is summed over, normalised or indexed later cannot
+shrink, one that ends as the batch axis of a product (heads) should, otherwise the longest does.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Literal
+
+import numpy as np
+
+from autoprune.labels import LabelArray
+from autoprune.tape import Op, Ref
+from autoprune.walk import Axes, Handler, Site, Walk, fixed
+
+
+def reshape(walk: Walk, op: Op) -> Axes:
+    """Any change of shape that keeps the order of elements."""
+    x, out = op.inputs[0], op.outputs[0]
+    assert out is not None
+    before, after, axes = walk.shape(x), walk.shape(out), walk.get(x)
+    result: Axes = [None] * len(after)
+    if 0 in before:
+        return result
+    for sources, targets in _matched(before, after):
+        tracked = [d for d in sources if axes[d] is not None]
+        if not tracked:
+            continue
+        if len(tracked) > 1:
+            for d in tracked:
+                walk.freeze(axes[d], "merged with another axis of channels")
+            continue
+        axis = axes[tracked[0]]
+        assert axis is not None
+        if len(sources) == len(targets) == 1:
+            result[targets[0]] = axis
+            continue
+        walk.is_risky = True
+        block = np.broadcast_to(
+            axis.reshape([-1 if d == tracked[0] else 1 for d in sources]), [before[d] for d in sources]
+        ).reshape([after[d] for d in targets])
+        chosen, labels = _shrinking_axis(walk, out, targets, block)
+        if chosen is not None:
+            result[chosen] = labels
+    return result
+
+
+def _matched(before: tuple[int, ...], after: tuple[int, ...]) -> Iterator[tuple[list[int], list[int]]]:
+    """Smallest runs of axes of equal product; axes of length 1 are left out."""
+    left = [d for d, n in enumerate(before) if n > 1]
+    right = [d for d, n in enumerate(after) if n > 1]
+    i = j = 0
+    while i < len(left) and j < len(right):
+        start_i, start_j = i, j
+        product_i, product_j = before[left[i]], after[right[j]]
+        while product_i != product_j:
+            if product_i < product_j:
+                i += 1
+                product_i *= before[left[i]]
+            else:
+                j += 1
+                product_j *= after[right[j]]
+        i, j = i + 1, j + 1
+        yield left[start_i:i], right[start_j:j]
+
+
+def _shrinking_axis(
+    walk: Walk, out: Ref, targets: list[int], block: LabelArray
+) -> tuple[int | None, LabelArray | None]:
+    """The one axis of the block that may shrink, with its labels; the positions along the others are tied."""
+    varying = [d for d in range(block.ndim) if (block != block.take([0], axis=d)).any()]
+    if not varying:
+        walk.freeze(block.ravel(), "spread over several axes")
+        return None, None
+    if len(varying) == 1:
+        return targets[varying[0]], np.moveaxis(block, varying[0], 0).reshape(block.shape[varying[0]], -1)[
+            :, 0
+        ]
+    if walk.position in walk.choices:
+        options = (walk.choices[walk.position],)
+    else:
+        options = tuple(_ranked(walk, out, targets, varying))
+    if not options or options[0] is None:
+        walk.freeze(block.ravel(), "split into axes that must keep their length")
+        return None, None
+    chosen = options[0]
+    rows = np.moveaxis(block, targets.index(chosen), 0).reshape(walk.shape(out)[chosen], -1)
+    labels = walk.tie_rows(rows)
+    walk.sites.append(
+        Site(walk.position, labels, tuple(o for o in options if o is not None), chosen, block.size)
+    )
+    return chosen, labels
+
+
+def _ranked(walk: Walk, out: Ref, targets: list[int], varying: list[int]) -> list[int]:
+    if walk.is_probe:
+        return [targets[max(varying, key=lambda d: walk.shape(out)[targets[d]])]]
+    verdicts = {targets[d]: walk.probe(out, targets[d]) for d in varying}
+    free = [d for d, (is_stuck, _) in verdicts.items() if not is_stuck]
+    return sorted(free, key=lambda d: (-verdicts[d][1], -walk.shape(out)[d]))
+
+
+def permute(walk: Walk, op: Op) -> Axes:
+    """Axes in another order."""
+    axes = walk.get(op.inputs[0])
+    return [axes[d] for d in op.arg("dims")]
+
+
+def transpose(walk: Walk, op: Op) -> Axes:
+    """Two axes swapped."""
+    axes = list(walk.get(op.inputs[0]))
+    if len(axes) < 2:
+        return axes
+    a, b = (0, 1) if op.name == "t" else (op.arg("dim0"), op.arg("dim1"))
+    axes[a], axes[b] = axes[b], axes[a]
+    return axes
+
+
+def squeeze(walk: Walk, op: Op) -> Axes:
+    """Axes of length 1 dropped."""
+    x = op.inputs[0]
+    shape, axes, dims = walk.shape(x), walk.get(x), op.arg("dim")
+    if dims is None:
+        chosen = set(range(len(shape)))
+    else:
+        chosen = {d % len(shape) for d in ([dims] if isinstance(dims, int) else dims)} if shape else set()
+    return [a for d, a in enumerate(axes) if not (d in chosen and shape[d] == 1)]
+
+
+def unsqueeze(walk: Walk, op: Op) -> Axes:
+    """An axis of length 1 inserted."""
+    axes = list(walk.get(op.inputs[0]))
+    axes.insert(op.arg("dim") % (len(axes) + 1), None)
+    return axes
+
+
+def expand(walk: Walk, op: Op) -> Axes:
+    """Axes of length 1 repeated without a copy; the others go on."""
+    x, out = op.inputs[0], op.outputs[0]
+    assert out is not None
+    before, after, axes = walk.shape(x), walk.shape(out), walk.get(x)
+    lead = len(after) - len(before)
+    return [None] * lead + [
+        a if n == after[lead + d] else None for d, (a, n) in enumerate(zip(axes, before, strict=True))
+    ]
+
+
+def repeat(walk: Walk, op: Op) -> Axes:
+    """Axes tiled a number of times."""
+    x, times = op.inputs[0], op.arg("repeats")
+    axes = walk.get(x)
+    lead = len(times) - len(axes)
+    return [None] * lead + [
+        None if a is None else np.tile(a, t) for a, t in zip(axes, times[lead:], strict=True)
+    ]
+
+
+def concatenate(walk: Walk, op: Op) -> Axes:
+    """Labels one after the other along one axis, tied along the others."""
+    parts = [r for r in op.arg("tensors") if walk.shape(r) != (0,)]
+    rank = len(walk.shape(parts[0]))
+    dim = op.arg("dim", 0) % rank
+    result: Axes = []
+    for d in range(rank):
+        pieces = [walk.get(r)[d] for r in parts]
+        if d != dim:
+            result.append(walk.join(pieces) if walk.shape(parts[0])[d] > 1 else None)
+        elif all(p is None for p in pieces):
+            result.append(None)
+        else:
+            sizes = [walk.shape(r)[d] for r in parts]
+            result.append(
+                np.concatenate([fixed(n) if p is None else p for p, n in zip(pieces, sizes, strict=True)])
+            )
+    return result
+
+
+def stack(walk: Walk, op: Op) -> Axes:
+    """A new axis; the others tie."""
+    parts = op.arg("tensors")
+    result = [walk.join([walk.get(r)[d] for r in parts]) for d in range(len(walk.shape(parts[0])))]
+    result.insert(op.arg("dim", 0) % (len(result) + 1), None)
+    return result
+
+
+def split(walk: Walk, op: Op) -> list[Axes]:
+    """Equal parts of a channel axis tie to each other; unequal ones have lengths written in the program."""
+    x, dim = op.inputs[0], op.arg("dim", 0) % max(1, len(walk.shape(op.inputs[0])))
+    axes = walk.get(x)
+    outs = [r for r in op.outputs if r is not None]
+    sizes = [walk.shape(r)[dim] for r in outs]
+    axis = axes[dim]
+    pieces: Axes = [None] * len(outs)
+    if axis is not None and len(set(sizes)) == 1:
+        walk.is_risky = walk.is_risky or len(sizes) > 1
+        piece = walk.tie_rows(axis.reshape(len(outs), -1).T)
+        pieces = [piece for _ in outs]
+    else:
+        walk.freeze(axis, "split into parts of fixed, unequal length")
+    return [[p if d == dim else a for d, a in enumerate(axes)] for p in pieces]
+
+
+def unbind(walk: Walk, op: Op) -> list[Axes]:
+    """Every position of one axis becomes a tensor of its own."""
+    axes = walk.get(op.inputs[0])
+    dim = op.arg("dim", 0) % len(axes)
+    walk.freeze(axes[dim], "taken apart by position")
+    rest = [a for d, a in enumerate(axes) if d != dim]
+    return [list(rest) for r in op.outputs if r is not None]
+
+
+def select(walk: Walk, op: Op) -> Axes:
+    """One position of one axis."""
+    axes = walk.get(op.inputs[0])
+    dim = op.arg("dim", 0) % len(axes)
+    walk.freeze(axes[dim], "one channel is taken by its position")
+    return [a for d, a in enumerate(axes) if d != dim]
+
+
+def slice_(walk: Walk, op: Op) -> Axes:
+    """A stretch of one axis: all of it, or one of a few equal parts (they tie), or a fixed one (it stays)."""
+    x = op.inputs[0]
+    axes, dim = list(walk.get(x)), op.arg("dim", 0) % len(walk.shape(x))
+    axis, size = axes[dim], walk.shape(x)[dim]
+    if axis is None:
+        return axes
+    start, end, step = (op.arg(n) for n in ("start", "end", "step"))
+    first, last, stride = slice(start, end, step or 1).indices(size)
+    length = last - first
+    if stride == 1 and length == size:
+        return axes
+    if stride == 1 and length > 0 and size % length == 0 and first % length == 0 and size // length <= 4:
+        walk.is_risky = True
+        axes[dim] = walk.tie_rows(axis.reshape(-1, length).T)
+    else:
+        walk.freeze(axis, "a stretch of channels at fixed positions")
+        axes[dim] = None
+    return axes
+
+
+def flip(walk: Walk, op: Op) -> Axes:
+    """The order of positions reversed."""
+    axes = list(walk.get(op.inputs[0]))
+    for d in op.arg("dims"):
+        axis = axes[d]
+        axes[d] = None if axis is None else axis[::-1].copy()
+    return axes
+
+
+def roll(walk: Walk, op: Op) -> Axes:
+    """Positions shifted by a fixed number: of channels, that number would have to change."""
+    axes = list(walk.get(op.inputs[0]))
+    dims = op.arg("dims") or list(range(len(axes)))
+    for d in dims:
+        walk.freeze(axes[d], "channels shifted by a fixed number")
+        axes[d] = None
+    return axes
+
+
+def index(walk: Walk, op: Op) -> Axes:
+    """Positions taken by a tensor of indices: those axes stay, the others go on."""
+    x, out = op.inputs[0], op.outputs[0]
+    assert out is not None
+    axes, chosen = walk.get(x), list(op.arg("indices"))
+    chosen += [None] * (len(axes) - len(chosen))
+    used = [d for d, i in enumerate(chosen) if i is not None]
+    for d in used:
+        walk.freeze(axes[d], "channels are taken by index")
+    rest: Axes = [a for d, a in enumerate(axes) if d not in used]
+    new = len(walk.shape(out)) - len(rest)
+    adjacent = used == list(range(used[0], used[-1] + 1)) if used else True
+    at = used[0] if used and adjacent else 0
+    return [*rest[:at], *[None] * new, *rest[at:]]
+
+
+def index_select(walk: Walk, op: Op) -> Axes:
+    """Positions of one axis taken by a tensor of indices."""
+    axes = list(walk.get(op.inputs[0]))
+    dim = op.arg("dim")
+    walk.freeze(axes[dim], "channels are taken by index")
+    axes[dim] = None
+    return axes
+
+
+def pad(walk: Walk, op: Op) -> Axes:
+    """Constant padding: padded channels are positions of their own that a pruned module can pad fewer of."""
+    x, amounts = op.inputs[0], op.arg("pad")
+    axes = list(walk.get(x))
+    for back in range(len(amounts) // 2):
+        d, (left, right) = len(axes) - 1 - back, amounts[2 * back : 2 * back + 2]
+        axis = axes[d]
+        if axis is None or (left == 0 and right == 0):
+            continue
+        if left < 0 or right < 0:
+            walk.freeze(axis, "channels are cropped")
+            axes[d] = None
+        else:
+            axes[d] = np.concatenate(
+                [_edge(walk, op, left, d, "left"), axis, _edge(walk, op, right, d, "right")]
+            )
+    return axes
+
+
+PADDING_OPS = frozenset({"slice", "constant_pad_nd", "alias", "avg_pool2d"})
+
+
+def _edge(walk: Walk, op: Op, size: int, dim: int, side: Literal["left", "right"]) -> LabelArray:
+    """Fresh labels where a module of its own does the padding, so that it can be replaced; fixed ones elsewhere."""
+    module = walk.modules.get(op.module)
+    is_alone = module is not None and op.module != "" and not any(True for _ in module.children())
+    has_state = (
+        module is None or any(True for _ in module.parameters()) or any(True for _ in module.buffers())
+    )
+    does = {o.name for o in walk.tape.ops if o.module == op.module}
+    if walk.is_probe or not is_alone or has_state or does - PADDING_OPS or walk.tape.calls[op.module] != 1:
+        return fixed(size)
+    if size == 0:
+        return fixed(0)
+    labels = walk.labels.new(op.module, dim, size)
+    walk.labels.slots[-1].pad_op, walk.labels.slots[-1].side = walk.position, side
+    return labels
+
+
+def pixel_shuffle(walk: Walk, op: Op) -> Axes:
+    """(C r^2, H, W) -> (C, H r, W r): r^2 neighbours make one channel, and the other way round."""
+    x, out = op.inputs[0], op.outputs[0]
+    assert out is not None
+    axes = list(walk.get(x))
+    channels = axes[-3]
+    for axis in axes[-2:]:
+        walk.freeze(axis, "a spatial axis")
+    if channels is not None:
+        before, after = walk.shape(x)[-3], walk.shape(out)[-3]
+        if after < before:
+            channels = walk.tie_rows(channels.reshape(after, -1))
+        else:
+            channels = np.repeat(channels, after // before)
+    return [*axes[:-3], channels, None, None]
+
+
+def unfold(walk: Walk, op: Op) -> Axes:
+    """im2col: every channel appears once for each position of the kernel."""
+    x, out = op.inputs[0], op.outputs[0]
+    assert out is not None
+    axes = walk.get(x)
+    channels = axes[-3]
+    times = walk.shape(out)[-2] // walk.shape(x)[-3]
+    return [*axes[:-3], None if channels is None else np.repeat(channels, times), None]
+
+
+SHAPE_TABLE: dict[str, Handler] = {
+    name: handler
+    for handler, names in {
+        reshape: "view _unsafe_view reshape _reshape_alias flatten unflatten",
+        permute: "permute",
+        transpose: "transpose t swapaxes",
+        squeeze: "squeeze",
+        unsqueeze: "unsqueeze",
+        expand: "expand",
+        repeat: "repeat",
+        concatenate: "cat",
+        stack: "stack",
+        split: "split split_with_sizes unsafe_split unsafe_split_with_sizes chunk unsafe_chunk",
+        unbind: "unbind",
+        select: "select",
+        slice_: "slice",
+        flip: "flip",
+        roll: "roll",
+        index: "index",
+        index_select: "index_select",
+        pad: "constant_pad_nd",
+        pixel_shuffle: "pixel_shuffle pixel_unshuffle",
+        unfold: "im2col",
+    }.items()
+    for name in names.split()
+}

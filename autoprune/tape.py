@@ -1,0 +1,281 @@
+"""One recorded forward pass: the operators a network runs, with every parameter known by name.
+
+The network runs once, on tensors without storage (the `meta` device), under a dispatch mode that writes
+down each ATen operator with its arguments. No weight is read and nothing is computed, so this costs
+milliseconds where `torch.export` costs seconds, and any Python in `forward` is welcome. What cannot run
+without values (`.item()`, tensors kept outside the module's registry) is recorded with fake tensors, and
+at last with real ones.
+
+A tensor of the recorded pass is a `Ref`, an index into `Tape.shapes`. An operator applied in place gives
+back the Ref that it was given.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves, tree_map_only
+
+from autoprune.errors import TraceError
+
+LIBRARY_FOLDERS = (str(Path(torch.__file__).parent) + "/", str(Path(__file__).parent) + "/")
+
+
+@dataclass(frozen=True, slots=True)
+class Ref:
+    """A tensor of the recorded pass."""
+
+    index: int
+
+
+@dataclass(slots=True)
+class Op:
+    """One operator call.
+
+    Attributes:
+        name: of the operator without namespace, overload and in-place underscore (`add`, `convolution`).
+        overload: of the schema (`Tensor`, `default`).
+        arguments: by the schema's names, tensors as `Ref`.
+        outputs: the results in order, None where an output is no tensor.
+        module: qualified name of the innermost module whose forward was running.
+        where: `file:line` of the innermost frame outside torch.
+        is_pointwise: whether torch tags the operator as computed position by position.
+    """
+
+    name: str
+    overload: str
+    arguments: dict[str, Any]
+    outputs: tuple[Ref | None, ...]
+    module: str
+    where: str
+    is_pointwise: bool
+
+    def arg(self, name: str, default: Any = None) -> Any:
+        """The argument called `name`, or `default` where the call left it out."""
+        return self.arguments.get(name, default)
+
+    @property
+    def inputs(self) -> list[Ref]:
+        """All tensor arguments, in order."""
+        return list(_refs(self.arguments.values()))
+
+
+@dataclass(slots=True)
+class Tape:
+    """A recorded forward pass.
+
+    Attributes:
+        ops: in the order in which they ran.
+        shapes: shape of every Ref.
+        parameters: Ref index -> qualified name of the parameter or buffer, the first name where it is tied.
+        inputs: Refs of the example inputs' tensors.
+        outputs: Refs of the result's tensors.
+        calls: module name -> how often its forward ran.
+        is_meta: whether it ran without values at all.
+    """
+
+    ops: list[Op] = field(default_factory=list)
+    shapes: list[tuple[int, ...]] = field(default_factory=list)
+    parameters: dict[int, str] = field(default_factory=dict)
+    inputs: list[Ref] = field(default_factory=list)
+    outputs: list[Ref] = field(default_factory=list)
+    calls: dict[str, int] = field(default_factory=dict)
+    is_meta: bool = True
+
+
+def record(model: nn.Module, example_inputs: tuple[Any, ...]) -> Tape:
+    """Run `model` once in evaluation mode and write down what it does.
+
+    The model is left as it was found. Cost: one pass without arithmetic, usually.
+
+    Raises:
+        TraceError: the forward pass fails on these inputs, with the module and the line.
+    """
+    recorder: _Recorder | None = None
+    error: Exception | None = None
+    for run in (_run_meta, _run_fake, _run_real):
+        recorder = _Recorder(model)
+        try:
+            with _quiet(model):
+                run(model, example_inputs, recorder)
+            recorder.tape.is_meta = run is _run_meta
+            return recorder.tape
+        except Exception as caught:
+            error = caught
+    assert recorder is not None
+    raise TraceError(
+        f"the network's forward pass fails on the example input in {recorder.place()}: "
+        f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else 'no message'}",
+        "run model(example_input) yourself; give an input of the shape and type that the network takes",
+    ) from error
+
+
+def forward_shapes(model: nn.Module, example_inputs: tuple[Any, ...]) -> list[tuple[int, ...]]:
+    """Shapes of the outputs of a model whose parameters lie on the meta device."""
+    with _quiet(model), torch.no_grad(), torch.device("meta"):
+        result = model(*tree_map_only(Tensor, lambda t: t.to("meta"), example_inputs))
+    return [tuple(t.shape) for t in tree_leaves(result) if isinstance(t, Tensor)]
+
+
+def _run_meta(model: nn.Module, inputs: tuple[Any, ...], recorder: _Recorder) -> None:
+    state: dict[str, Tensor] = {}
+    copies: dict[int, Tensor] = {}
+    for name, tensor in _named_tensors(model):
+        state[name] = copies.setdefault(id(tensor), tensor.detach().to("meta"))
+    moved = tree_map_only(Tensor, lambda t: t.to("meta"), inputs)
+    with torch.no_grad(), torch.device("meta"):
+        recorder.run(lambda: torch.func.functional_call(model, state, moved, tie_weights=False), state, moved)
+
+
+def _run_fake(model: nn.Module, inputs: tuple[Any, ...], recorder: _Recorder) -> None:
+    fake = FakeTensorMode(allow_non_fake_inputs=True)
+    copies: dict[int, Tensor] = {}
+    state = {
+        name: copies.setdefault(id(tensor), fake.from_tensor(tensor.detach()))
+        for name, tensor in _named_tensors(model)
+    }
+    moved = tree_map_only(Tensor, fake.from_tensor, inputs)
+    with torch.no_grad(), fake:
+        recorder.run(lambda: torch.func.functional_call(model, state, moved, tie_weights=False), state, moved)
+
+
+def _run_real(model: nn.Module, inputs: tuple[Any, ...], recorder: _Recorder) -> None:
+    state = dict(_named_tensors(model))
+    with torch.no_grad(), torch.random.fork_rng(devices=[]):
+        recorder.run(lambda: model(*inputs), state, inputs)
+
+
+def _named_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    yield from model.named_parameters(remove_duplicate=False)
+    yield from model.named_buffers(remove_duplicate=False)
+
+
+@contextmanager
+def _quiet(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode without calling anyone's `train`, and no fused attention path that hides operators."""
+    before = [
+        (m, m.training, {k: v for k, v in vars(m).items() if isinstance(v, Tensor)}) for m in model.modules()
+    ]  # weight_norm's hook leaves its weight as a plain attribute
+    fast = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        for module, _, _ in before:
+            module.training = False
+        yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fast)
+        for module, training, attributes in before:
+            module.training = training
+            module.__dict__.update(attributes)
+
+
+class _Recorder(TorchDispatchMode):
+    """Writes every operator of one forward pass onto a tape."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.tape = Tape()
+        self.names = {id(m): name for name, m in model.named_modules()}
+        self.stack: list[str] = [""]
+        self.refs: dict[int, Ref] = {}
+        self.alive: list[Tensor] = []  # an id is only unique while its tensor lives
+
+    def run(self, forward: Callable[[], Any], state: Mapping[str, Tensor], inputs: tuple[Any, ...]) -> None:
+        for name, tensor in state.items():
+            if id(tensor) not in self.refs:
+                self.tape.parameters[self.ref(tensor).index] = name
+        self.tape.inputs = [self.ref(t) for t in tree_leaves(inputs) if isinstance(t, Tensor)]
+        with ExitStack() as hooks:
+            before = nn.modules.module.register_module_forward_pre_hook(self._enter)
+            after = nn.modules.module.register_module_forward_hook(self._leave)
+            hooks.callback(before.remove)
+            hooks.callback(after.remove)
+            hooks.enter_context(self)
+            result = forward()
+        self.tape.outputs = [self.ref(t) for t in tree_leaves(result) if isinstance(t, Tensor)]
+
+    def place(self) -> str:
+        """Where the pass was when it ended."""
+        return f"module {self.stack[-1]!r}" if self.stack[-1] else "the network's own forward"
+
+    def ref(self, tensor: Tensor) -> Ref:
+        known = self.refs.get(id(tensor))
+        if known is None:
+            known = self.refs[id(tensor)] = Ref(len(self.tape.shapes))
+            self.tape.shapes.append(tuple(tensor.shape))
+            self.alive.append(tensor)
+        return known
+
+    def _enter(self, module: nn.Module, _: Any) -> None:
+        name = self.names.get(id(module), self.stack[-1])
+        self.stack.append(name)
+        self.tape.calls[name] = self.tape.calls.get(name, 0) + 1
+
+    def _leave(self, _module: nn.Module, _args: Any, _result: Any) -> None:
+        self.stack.pop()
+
+    def __torch_dispatch__(
+        self,
+        func: Any,
+        types: Sequence[type],
+        args: tuple[Any, ...] = (),
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> Any:
+        kwargs = kwargs or {}
+        schema = func._schema
+        names = [a.name for a in schema.arguments]
+        arguments = {n: self._note(v) for n, v in zip(names, args, strict=False)}
+        arguments |= {n: self._note(v) for n, v in kwargs.items()}
+        result = func(*args, **kwargs)
+        if not func.namespace.startswith("prim"):
+            outputs = result if isinstance(result, (tuple, list)) else (result,)
+            self.tape.ops.append(
+                Op(
+                    name=_plain_name(func),
+                    overload=func._overloadname,
+                    arguments=arguments,
+                    outputs=tuple(self.ref(t) if isinstance(t, Tensor) else None for t in outputs),
+                    module=self.stack[-1],
+                    where=_where(),
+                    is_pointwise=torch.Tag.pointwise in func.tags,
+                )
+            )
+        return result
+
+    def _note(self, value: Any) -> Any:
+        if isinstance(value, Tensor):
+            return self.ref(value)
+        if isinstance(value, (list, tuple)):
+            return [self._note(v) for v in value]
+        return value
+
+
+def _plain_name(func: Any) -> str:
+    name = cast("str", func.overloadpacket.__name__)
+    return name if name.startswith("__") else name.rstrip("_")
+
+
+def _refs(values: Any) -> Iterator[Ref]:
+    for value in values:
+        if isinstance(value, Ref):
+            yield value
+        elif isinstance(value, list):
+            yield from _refs(value)
+
+
+def _where() -> str:
+    frame = sys._getframe(2)
+    while frame is not None and frame.f_code.co_filename.startswith(LIBRARY_FOLDERS):
+        if frame.f_back is None:
+            break
+        frame = frame.f_back
+    return f"{Path(frame.f_code.co_filename).name}:{frame.f_lineno}"

@@ -1,0 +1,267 @@
+"""The walk over a tape: labels travel with the tensors, one operator at a time.
+
+Every tensor carries, for each of its axes, an array of labels (which channel lies at which position) or
+None (an axis that no pruning may change). The operator table (`ops`, `shape_ops`) says for each family of
+operators which labels tie, which freeze and which go on. What a walk finds besides the ties:
+
+* `terms`, the multiply-adds of each operator as a product of axis lengths,
+* `sites`, places where the program must agree with the pruned sizes and may not,
+* `rules`, numbers on modules that count pruned things (heads, groups).
+
+A *probe* is a walk that follows one axis alone, to see where it would end.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+from torch import nn
+
+from autoprune.labels import FIXED, LabelArray, Labels, Role
+from autoprune.tape import Op, Ref, Tape
+
+Axes = list[LabelArray | None]
+Handler = Callable[["Walk", Op], "Axes | list[Axes]"]
+
+PROBE_OPS = 60  # operators that a probe follows; attention and channel shuffle end within about 20
+WEIGHT_OPS = frozenset(
+    [
+        "t",
+        "transpose",
+        "permute",
+        "view",
+        "_unsafe_view",
+        "clone",
+        "mul",
+        "div",
+        "neg",
+        "_to_copy",
+        "to",
+        "alias",
+        "detach",
+        "squeeze",
+        "unsqueeze",
+        "slice",
+        "expand",
+        "contiguous",
+    ]
+)  # operators that keep zeros at zero, so that a weight derived by them is masked where its source is
+
+
+@dataclass(frozen=True, slots=True)
+class CostTerm:
+    """Multiply-adds of one operator: `constant` times the lengths of `axes`."""
+
+    op: int
+    constant: int
+    axes: tuple[LabelArray, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Site:
+    """A reshape that splits a channel axis: `labels` is the axis that shrinks, the other parts keep their length.
+
+    `options` are the axes that could have been chosen, best first; `total` is the length before the split.
+    """
+
+    op: int
+    labels: LabelArray
+    options: tuple[int, ...]
+    chosen: int
+    total: int
+
+
+@dataclass(frozen=True, slots=True)
+class AttributeRule:
+    """An integer on a module that counts units: after pruning it is the number of `labels` kept, over `per`."""
+
+    module: str
+    attribute: str
+    labels: LabelArray
+    per: int = 1
+
+
+@dataclass
+class Walk:
+    """One pass over a tape.
+
+    Attributes:
+        choices: reshape operator -> axis that shrinks, where the first choice did not hold; None freezes it.
+    """
+
+    tape: Tape
+    modules: Mapping[str, nn.Module]
+    table: Mapping[str, Handler]
+    choices: Mapping[int, int | None] = field(default_factory=dict)
+    labels: Labels = field(default_factory=Labels)
+    axes: dict[int, Axes] = field(default_factory=dict)
+    terms: list[CostTerm] = field(default_factory=list)
+    sites: list[Site] = field(default_factory=list)
+    rules: list[AttributeRule] = field(default_factory=list)
+    weights: set[int] = field(default_factory=set)
+    grouped: dict[str, str] = field(default_factory=dict)
+    is_probe: bool = False
+    is_risky: bool = False
+    votes: int = 0
+    position: int = 0
+
+    def run(self) -> None:
+        """Walk the whole tape and freeze what reaches the outputs."""
+        self.weights = _derived_weights(self.tape)
+        for position, op in enumerate(self.tape.ops):
+            self._apply(position, op)
+        for ref in self.tape.outputs:
+            for axis in self.get(ref):
+                self.labels.freeze(axis, "the model's output")
+
+    def probe(self, ref: Ref, axis: int) -> tuple[bool, int]:
+        """Whether the axis of `ref` runs into something it may not pass, and how often it ends as a batch axis."""
+        shape = self.tape.shapes[ref.index]
+        probe = Walk(self.tape, self.modules, self.table, weights=self.weights, is_probe=True)
+        labels: Axes = [None] * len(shape)
+        labels[axis] = probe.labels.new("probe", axis, shape[axis])
+        probe.axes[ref.index] = labels
+        steps = 0
+        for position in range(self.position + 1, len(self.tape.ops)):
+            op = self.tape.ops[position]
+            if any(r.index in probe.axes for r in op.inputs):
+                probe._apply(position, op)
+                steps += 1
+            if steps > PROBE_OPS or probe.labels.freezes:
+                break
+        return bool(probe.labels.freezes), probe.votes
+
+    def _apply(self, position: int, op: Op) -> None:
+        self.position = position
+        handler = self.table.get(op.name)
+        if handler is None:
+            handler = self.table["pointwise"] if op.is_pointwise else self.table["unknown"]
+        if not any(a is not None for r in op.inputs for a in self.get(r)) and op.name not in self.table:
+            return
+        result = handler(self, op)
+        many = result if result and isinstance(result[0], list) else [result]
+        for ref, axes in zip(op.outputs, many, strict=False):
+            if ref is not None:
+                self._set(ref, axes)  # type: ignore[arg-type]
+
+    def _set(self, ref: Ref, axes: Axes) -> None:
+        shape = self.tape.shapes[ref.index]
+        assert len(axes) == len(shape), (self.tape.ops[self.position], axes)
+        kept: Axes = [
+            None if a is None or n <= 1 or (a < 0).all() else a for a, n in zip(axes, shape, strict=True)
+        ]
+        if any(a is not None for a in kept):
+            self.axes[ref.index] = kept
+        else:
+            self.axes.pop(ref.index, None)
+
+    def get(self, ref: Ref | None) -> Axes:
+        """The label arrays of a tensor's axes. A parameter's are made when it is first asked for."""
+        if ref is None:
+            return []
+        known = self.axes.get(ref.index)
+        if known is not None:
+            return known
+        shape = self.tape.shapes[ref.index]
+        name = self.tape.parameters.get(ref.index)
+        if name is None or self.is_probe:
+            return [None] * len(shape)
+        fixed_from = (
+            2 if isinstance(self.modules.get(name.rpartition(".")[0]), nn.modules.conv._ConvNd) else 9
+        )
+        made: Axes = [
+            self.labels.new(name, d, n) if n > 1 and d < fixed_from else None for d, n in enumerate(shape)
+        ]
+        self.axes[ref.index] = made
+        return made
+
+    @property
+    def can_run_on_meta(self) -> bool:
+        """Whether the recorded pass ran without values, so that a pruned copy can do so too."""
+        return self.tape.is_meta
+
+    def shape(self, ref: Ref) -> tuple[int, ...]:
+        """The shape of a tensor."""
+        return self.tape.shapes[ref.index]
+
+    def is_weight(self, ref: Ref) -> bool:
+        """Whether a tensor is a parameter, or made from one in a way that keeps zeros at zero."""
+        return ref.index in self.weights
+
+    def why(self, text: str) -> str:
+        """A reason with the operator, module and line where it arose."""
+        op = self.tape.ops[self.position]
+        return f"{text} ({op.name} in {op.module or 'the network'}, {op.where})"
+
+    def freeze(self, axis: LabelArray | None, text: str, *, is_structural: bool = False) -> None:
+        """Freeze an axis because of the present operator."""
+        if axis is not None:
+            self.labels.freeze(axis, self.why(text), is_structural=is_structural)
+
+    def join(
+        self, parts: Sequence[LabelArray | None], text: str = "meets an axis of fixed length"
+    ) -> LabelArray | None:
+        """One axis out of several that lie position by position on each other; None among them fixes all."""
+        known = [p for p in parts if p is not None]
+        if not known:
+            return None
+        if len(known) < len(parts) and not self.is_probe:
+            for axis in known:
+                self.freeze(axis, text)
+            return None
+        merged = known[0]
+        for other in known[1:]:
+            merged = self.labels.tie(merged, other, self.why(text))
+        return merged
+
+    def contract(self, left: tuple[Ref, int], right: tuple[Ref, int]) -> None:
+        """Two axes that are multiplied and summed over. One side must be a weight, whose masked entries are zero."""
+        axes = [self.get(ref)[axis] for ref, axis in (left, right)]
+        if all(a is None for a in axes):
+            return
+        for ref, axis in (left, right):
+            if self.is_weight(ref):
+                self.mark(self.get(ref)[axis], "in")
+        if not (self.is_weight(left[0]) or self.is_weight(right[0])):
+            for labels in axes:
+                self.freeze(labels, "summed over in a product of two activations")
+            return
+        self.join(axes, "reads an axis of fixed length, such as the model's input")
+
+    def mark(self, axis: LabelArray | None, role: Role) -> None:
+        """Say what the slots of an axis do."""
+        if not self.is_probe:
+            self.labels.mark(axis, role)
+
+    def cost(self, constant: int, axes: Sequence[tuple[int, LabelArray | None]]) -> None:
+        """Note the multiply-adds of the present operator: `constant` times the axes' lengths."""
+        tracked = tuple(a for _, a in axes if a is not None)
+        fixed = int(np.prod([n for n, a in axes if a is None], dtype=np.int64))
+        self.terms.append(CostTerm(self.position, constant * fixed, tracked))
+
+    def tie_rows(self, table: LabelArray) -> LabelArray:
+        """Tie all entries of each row of a two-dimensional array; the rows' labels."""
+        units = np.where((table < 0).any(axis=1), FIXED, table[:, 0])
+        others = table[:, 1:]
+        self.labels.tie(
+            np.repeat(units, others.shape[1]), others.ravel(), self.why("tied to a fixed position")
+        )
+        if (units < 0).any():
+            self.labels.freeze(table[units < 0].ravel(), self.why("tied to a fixed position"))
+        return units
+
+
+def fixed(size: int) -> LabelArray:
+    """An axis whose positions always stay."""
+    return np.full(size, FIXED, np.int64)
+
+
+def _derived_weights(tape: Tape) -> set[int]:
+    weights = set(tape.parameters)
+    for op in tape.ops:
+        inputs = op.inputs
+        if op.name in WEIGHT_OPS and inputs and inputs[0].index in weights:
+            weights.update(r.index for r in op.outputs if r is not None)
+    return weights
