@@ -10,9 +10,12 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, fields
 from typing import Any, TypeVar
 
+import numpy as np
 import optuna
+from numpy.typing import NDArray
 from optuna.trial import FrozenTrial, TrialState
 
+from autoprune.budget import Speed
 from autoprune.controller import Goal, RoundOutcome, TrialSummary
 from autoprune.record import (
     Difference,
@@ -61,11 +64,10 @@ class RoundPlan:
 
 @dataclass(frozen=True, kw_only=True)
 class Spent:
-    """What a run has used so far; `tuning_seconds` is the part of the time that went into `epochs`."""
+    """What a run has used so far, over all its processes."""
 
     seconds: float
     epochs: float
-    tuning_seconds: float
 
 
 def read_goal(store: RunStore) -> Goal:
@@ -141,14 +143,41 @@ def read_round(study: optuna.Study) -> RoundRecord:
 
 
 def spent(store: RunStore) -> Spent:
-    """What the finished parts of the run have used, over all its processes."""
+    """What the finished parts of the run have used."""
     rounds = [read_round(study) for study in store.rounds()]
     trials = [t for r in rounds for t in r.trials]
     return Spent(
         seconds=_baseline(store)["seconds"] + sum(r.seconds for r in rounds),
         epochs=sum(t.epochs[-1].epoch for t in trials if t.epochs),
-        tuning_seconds=sum(t.tuning_seconds for t in trials),
     )
+
+
+def measured_speed(store: RunStore) -> Speed | None:
+    """From the last round whose trials were tuned; None before there is one."""
+    for study in reversed(list(store.rounds())):
+        tuned = [t for t in read_trials(study) if t.epochs]
+        if tuned:
+            epochs = sum(t.epochs[-1].epoch for t in tuned)
+            tuning_s = sum(t.tuning_seconds for t in tuned)
+            return Speed(
+                epoch_s=tuning_s / epochs,
+                trial_s=(sum(t.seconds for t in tuned) - tuning_s) / len(tuned),
+                analysis_s=read_plan(study).analysis_seconds,
+            )
+    return None
+
+
+def pack(correct: NDArray[np.bool_] | None) -> str | None:
+    """Per-sample results as text, so that a later process can compare on the same samples."""
+    return None if correct is None else np.packbits(correct).tobytes().hex()
+
+
+def unpack(text: str | None, num_samples: int) -> NDArray[np.bool_] | None:
+    """What `pack` made."""
+    if text is None:
+        return None
+    packed = np.frombuffer(bytes.fromhex(text), dtype=np.uint8)
+    return np.unpackbits(packed, count=num_samples).astype(np.bool_)
 
 
 def read_run(store: RunStore) -> RunRecord:

@@ -22,6 +22,7 @@ class ModelSummary:
 
     Attributes:
         top1: on the test split; `low` and `high` are its 95 % interval over `num_samples`.
+        loss: mean on the test split; None where the study brings a score but no loss.
         search_top1: the same model on the search split, where the floor lives.
         latency_ms: median over interleaved runs of one example on this machine; None where not measured.
         latency_spread_ms: half the distance between the quartiles of those runs.
@@ -32,7 +33,7 @@ class ModelSummary:
     low: float
     high: float
     num_samples: int
-    loss: float
+    loss: float | None
     search_top1: float
     macs: int
     params: int

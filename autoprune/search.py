@@ -10,7 +10,7 @@ its place among the finished ones: a trial of a killed process gives its seat, a
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, get_args
 
@@ -88,22 +88,28 @@ def make_sampler(kind: str, seed: int) -> optuna.samplers.BaseSampler:
 
 def suggest(trial: optuna.Trial, search: Search, ceiling: float) -> TrialParams:
     """Let the sampler choose a trial's parameters, those of its decay included."""
-    rate = trial.suggest_float("prune_rate", SHALLOW * ceiling, ceiling)
-    lr = trial.suggest_float("lr", *search.lr, log=True)
-    decay: Decay = trial.suggest_categorical("decay", search.decays)
-    criterion = trial.suggest_categorical("criterion", search.criteria)
-    strategy = trial.suggest_categorical("strategy", search.strategies)
-    gamma, milestones, final = None, None, 0.0
+    trial.suggest_float("prune_rate", SHALLOW * ceiling, ceiling)
+    trial.suggest_float("lr", *search.lr, log=True)
+    decay = trial.suggest_categorical("decay", search.decays)
+    trial.suggest_categorical("criterion", search.criteria)
+    trial.suggest_categorical("strategy", search.strategies)
     if decay == "step":
-        gamma = trial.suggest_float("step_gamma", 0.1, 0.5)
-        milestones = trial.suggest_int("step_milestones", 1, 3)
+        trial.suggest_float("step_gamma", 0.1, 0.5)
+        trial.suggest_int("step_milestones", 1, 3)
     elif decay == "exponential":
-        gamma = trial.suggest_float("exponential_gamma", 1e-3, 1e-1, log=True)
+        trial.suggest_float("exponential_gamma", 1e-3, 1e-1, log=True)
     else:
-        final = trial.suggest_float(f"{decay}_final", 0.0, 0.1)
+        trial.suggest_float(f"{decay}_final", 0.0, 0.1)
+    return params_of(trial.params, ceiling)
+
+
+def params_of(point: Mapping[str, Any], ceiling: float) -> TrialParams:
+    """A trial's parameters, from what the storage holds."""
+    rate, decay = point["prune_rate"], point["decay"]
     return TrialParams(
-        prune_rate=ceiling if rate >= SNAP * ceiling else rate, lr=lr, decay=decay, gamma=gamma,
-        milestones=milestones, final=final, criterion=criterion, strategy=strategy,
+        prune_rate=ceiling if rate >= SNAP * ceiling else rate, lr=point["lr"], decay=decay,
+        gamma=point.get(f"{decay}_gamma"), milestones=point.get(f"{decay}_milestones"),
+        final=point.get(f"{decay}_final", 0.0), criterion=point["criterion"], strategy=point["strategy"],
     )  # fmt: skip
 
 

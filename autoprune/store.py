@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import optuna
+import torch
 from optuna.artifacts import FileSystemArtifactStore
 from optuna.artifacts.exceptions import ArtifactNotFound
 from optuna.trial import FrozenTrial, TrialState
@@ -46,6 +47,13 @@ class Checkpoint:
 
     weights: Mapping[str, Tensor]
     plan: PruningPlan
+
+    def is_of(self, model: nn.Module) -> bool:
+        """Whether a model has exactly these weights."""
+        state = model.state_dict()
+        return state.keys() == self.weights.keys() and all(
+            torch.equal(state[name].cpu(), weight) for name, weight in self.weights.items()
+        )
 
     def load_into_(self, model: nn.Module) -> None:
         """Give the weights to a model of the same shapes."""
@@ -104,9 +112,9 @@ class RunStore:
         optuna.delete_study(study_name=self._study_name(number), storage=self.storage)
 
     def rounds(self) -> Iterator[optuna.Study]:
-        """The studies of the round attempts so far, in order."""
+        """The studies of the round attempts so far, in order; one whose making was interrupted is none."""
         number = 1
-        while (study := self.study(number)) is not None:
+        while (study := self.study(number)) is not None and "planned" in study.user_attrs:
             yield study
             number += 1
 

@@ -6,6 +6,7 @@ and a model out. Running out of memory and a loss that is no number fail the tri
 
 from __future__ import annotations
 
+import copy
 import math
 import time
 from collections.abc import Callable
@@ -17,6 +18,7 @@ import torch
 from torch import nn
 
 from autoprune.allocation import allocate
+from autoprune.budget import Speed
 from autoprune.config import Decay, Metric, Study
 from autoprune.cost import Cost
 from autoprune.criteria import Scores, score
@@ -33,6 +35,8 @@ from autoprune.sensitivity import SensitivityTable
 from autoprune.splits import derive_seed
 from autoprune.train import EpochRecord, finetune_
 
+PROBE_BATCHES = 8
+TRIAL_EVALUATIONS = 3.0  # a trial evaluates twice and recalibrates; a guess until trials were timed
 OUT_OF_MEMORY = ("can't allocate memory", "not enough memory", "out of memory")  # torch's RuntimeErrors
 
 
@@ -101,7 +105,11 @@ class Ground:
         try:
             return self._allocate(scores, limit, params.strategy, table)
         except UnreachableError as error:
-            return self._allocate(scores, math.ceil(error.nearest_cost), params.strategy, table)
+            nearest = math.ceil(error.nearest_cost)
+        try:
+            return self._allocate(scores, nearest, params.strategy, table)
+        except UnreachableError as error:
+            raise TrialError(error.message, error.hint) from None
 
     def limit(self, prune_rate: float) -> int:
         """What a network pruned by this rate may cost; never less than the target needs."""
@@ -184,6 +192,25 @@ def _run(
         seconds=time.perf_counter() - began,
     )
     return TrialResult(record=record, model=model, plan=ground.plan.compose(plan))
+
+
+def probe_speed(ground: Ground) -> Speed:
+    """Train a copy for a moment, and measure the network once, to see what an epoch and a trial take."""
+    study, model = ground.study, copy.deepcopy(ground.model)
+    schedule = Schedule(lr=study.search.lr[0], decay="linear", warmup=0.0)
+    per_epoch = ground.data.train.subset(study.finetune.share, seed=0).num_batches(study.finetune.batch_size)
+    took = 0.0
+    for num_batches in (1, PROBE_BATCHES):  # the first batch is slow: it warms caches and threads up
+        epochs = min(1.0, num_batches / per_epoch)
+        began = time.perf_counter()
+        finetune_(
+            model, ground.data.train, schedule=schedule, settings=study.finetune, epochs=epochs,
+            seed=ground.seed, device=ground.device, teacher=ground.original, loss=study.loss,
+        )  # fmt: skip
+        took = (time.perf_counter() - began) / epochs
+    began = time.perf_counter()
+    measure(ground, model)
+    return Speed(epoch_s=took, trial_s=TRIAL_EVALUATIONS * (time.perf_counter() - began), analysis_s=0.0)
 
 
 def measure(ground: Ground, model: nn.Module) -> Evaluation:

@@ -1,0 +1,129 @@
+"""The original: trained where the study asks for it, measured once, kept as `round-00`; or taken up again.
+
+This is the one place besides `delivery` where the test split is read.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from dataclasses import dataclass
+from datetime import UTC, datetime
+
+import optuna
+
+from autoprune import events as ev
+from autoprune.budget import Meter
+from autoprune.controller import Goal
+from autoprune.errors import UsageError
+from autoprune.evaluation import evaluate
+from autoprune.history import CHECKPOINT, checkpoint_of, pack, read_goal, spent
+from autoprune.measure import summarise
+from autoprune.plan import PruningPlan
+from autoprune.preflight import Setup, environment, measured_baseline, plain_settings
+from autoprune.record import FrozenPart, SplitSummary
+from autoprune.search import tell_budget
+from autoprune.splits import derive_seed
+from autoprune.store import RunStore, put, scored
+from autoprune.train import train_baseline_
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Work:
+    """A run at work: what was set up, where it is kept, what it aims at and what it may still spend."""
+
+    setup: Setup
+    store: RunStore
+    goal: Goal
+    meter: Meter
+    on_event: ev.OnEvent
+
+
+def begin(setup: Setup, store: RunStore, on_event: ev.OnEvent, command: str) -> Work:
+    """Measure the original and keep it, or take up what an earlier process measured."""
+    baseline = store.study(0)
+    if baseline is not None and not scored(baseline):
+        store.drop_study(0)
+        baseline = None
+    if baseline is None:
+        _measure_baseline(setup, store, on_event, command)
+    else:
+        _take_up(setup, store, baseline)
+    goal, used = read_goal(store), spent(store)
+    cost = setup.graph.cost()
+    on_event(
+        ev.BaselineMeasured(
+            top1=goal.baseline_top1, num_samples=len(setup.data.search), floor=goal.floor,
+            metric=setup.metric, cost=setup.original_cost, target_share=goal.target_share,
+            macs=cost.macs, params=cost.params,
+        )
+    )  # fmt: skip
+    meter = Meter(setup.budget, seconds=used.seconds, epochs=used.epochs)
+    tell_budget(meter, on_event)
+    return Work(setup=setup, store=store, goal=goal, meter=meter, on_event=on_event)
+
+
+def _measure_baseline(setup: Setup, store: RunStore, on_event: ev.OnEvent, command: str) -> None:
+    began, study, data = time.perf_counter(), setup.study, setup.data
+    started = datetime.now(UTC).isoformat(timespec="seconds")
+    on_event(ev.StageStarted(stage="baseline", round=0, detail="train" if study.baseline else "measure"))
+    if study.baseline:
+        _train(setup, on_event)
+    found = setup.search_before or measured_baseline(study, setup.model, data, setup.device)
+    test = evaluate(setup.model, data.test, device=setup.device, loss=study.loss, score=study.evaluate)
+    attempt = store.create_study(
+        0,
+        command=command,
+        started=started,
+        settings=plain_settings(study),
+        target=study.target,
+        target_metric=setup.metric,
+        goal=Goal(baseline_top1=found.top1, max_drop_pp=study.max_drop, target_share=setup.target_share),
+        before=summarise(setup.model, setup.graph.cost(), test, found.top1),
+        test_correct=pack(test.correct),
+        data=_splits(setup),
+        frozen=tuple(FrozenPart(parameter=f.name, dim=f.dim, reason=f.reason) for f in setup.graph.frozen),
+        environment=environment(setup.device),
+        seconds=time.perf_counter() - began,
+    )
+    trial = attempt.ask()
+    put(trial, **{CHECKPOINT: store.save(setup.model, PruningPlan.full(setup.graph))})
+    attempt.tell(trial, found.top1)
+
+
+def _train(setup: Setup, on_event: ev.OnEvent) -> None:
+    baseline = setup.study.baseline
+    assert baseline is not None
+    train_baseline_(
+        setup.model, setup.data.train, baseline, seed=derive_seed(setup.study.seed, 0),
+        device=setup.device, loss=setup.study.loss,
+        on_epoch=lambda e: on_event(
+            ev.StageProgress(stage="baseline", round=0, done=e.epoch, total=baseline.epochs,
+                             detail=f"loss {e.train_loss:.3f}")
+        ),
+    )  # fmt: skip
+
+
+def _take_up(setup: Setup, store: RunStore, baseline: optuna.Study) -> None:
+    """See that study, data and network are those that the run was started with.
+
+    Raises:
+        UsageError: one of them is not.
+    """
+    hint = "resume it with what it was started with, or start a new run in another --out"
+    kept, given = baseline.user_attrs["settings"], json.loads(json.dumps(plain_settings(setup.study)))
+    changed = [name for name in kept if name != "budget" and kept[name] != given.get(name)]
+    if changed:
+        raise UsageError(f"the run was started with another {changed[0]} ({kept[changed[0]]})", hint)
+    digests = [split.digest for split in _splits(setup)]
+    if digests != [split["digest"] for split in baseline.user_attrs["data"]]:
+        raise UsageError("the data are not those that the run was started with", hint)
+    checkpoint = store.load(checkpoint_of(store, 0, 0))
+    if setup.study.baseline is None and not checkpoint.is_of(setup.model):
+        raise UsageError("the network's weights are not those that the run was started with", hint)
+    checkpoint.load_into_(setup.model)
+
+
+def _splits(setup: Setup) -> tuple[SplitSummary, ...]:
+    splits = {"train": setup.data.train, "search": setup.data.search, "test": setup.data.test}
+    return tuple(SplitSummary(name=name, num_samples=len(s), digest=s.digest()) for name, s in splits.items())

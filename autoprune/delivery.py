@@ -1,0 +1,260 @@
+"""The end of a run: tune the best model once more, make it from the original, measure, export, report.
+
+The best model is the deepest inside the floor, whether it reached the target or not; both are delivered the
+same way. This is the one place besides `baseline` where the test split is read.
+"""
+
+from __future__ import annotations
+
+import copy
+import time
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from autoprune import events as ev
+from autoprune.artifact import Protection, write_artifact
+from autoprune.baseline import Work
+from autoprune.budget import MIN_EPOCHS
+from autoprune.config import Lock, Study
+from autoprune.controller import Promotion, State
+from autoprune.densify import densify, verify
+from autoprune.errors import TrialError
+from autoprune.evaluation import evaluate
+from autoprune.history import CHECKPOINT, checkpoint_of, measured_speed, read_plan, read_run, unpack
+from autoprune.keys import default_recipient
+from autoprune.manifest import Architecture, Preprocessing, manifest_of_run
+from autoprune.measure import measure_latency, summarise, with_latency
+from autoprune.metrics import Evaluation, difference_pp
+from autoprune.plan import PruningPlan
+from autoprune.preflight import Setup
+from autoprune.record import Difference, ModelSummary, Outcome, RunRecord, RunResult
+from autoprune.report import write_report
+from autoprune.search import params_of, tell_budget
+from autoprune.splits import derive_seed
+from autoprune.store import FINAL, put, scored
+from autoprune.train import EpochRecord, finetune_
+
+FINAL_FACTOR = 4.0  # epochs of the final tuning, of a trial's, if the budget has them; a guess
+SAFETY = 0.9  # of the seconds left: epochs are planned from a mean
+FINAL_SEED = 1 << 20  # far from any round's number
+PLAIN_NAME, LOCKED_NAME = "model.autoprune", "model.autoprune.age"
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Finished:
+    """The model to deliver: dense, with the plan that leads to it from the original."""
+
+    model: nn.Module
+    plan: PruningPlan
+    search_top1: float
+    tuned_epochs: float
+
+
+def deliver(work: Work, state: State, lock: Lock) -> RunResult:
+    """Finish the run: everything that a user gets is written here.
+
+    Raises:
+        VerificationError: the dense model does not compute what the masked original computes.
+        ArtifactError: the delivered file cannot be written.
+    """
+    study = work.store.study(FINAL)
+    if study is not None and not scored(study):
+        work.store.drop_study(FINAL)
+        study = None
+    if study is None:
+        began = time.perf_counter()
+        finished = _finish(work, state)
+        _keep(work, state, finished, began)
+    else:
+        finished = _kept(work)
+    record = read_run(work.store)
+    model_file = _write_model(work, finished, record, lock)
+    report = write_report(record, work.store.folder)
+    assert record.after is not None
+    assert record.outcome is not None
+    work.on_event(
+        ev.RunFinished(
+            outcome=record.outcome, before=record.before, after=record.after, out=work.store.folder,
+            files=(model_file, report),
+        )
+    )  # fmt: skip
+    return RunResult(
+        reached=record.outcome.reached, stopped_by=record.outcome.stopped_by, message=record.outcome.message,
+        before=record.before, after=record.after, out=work.store.folder, model_file=model_file,
+        report=report, record=record,
+    )  # fmt: skip
+
+
+def _finish(work: Work, state: State) -> Finished:
+    """The best model, tuned once more where that helps, made from the original and proven equal to it."""
+    setup, best = work.setup, state.best
+    checkpoint = work.store.load(checkpoint_of(work.store, best.round, best.trial))
+    model = densify(setup.model, setup.graph, checkpoint.plan)
+    checkpoint.load_into_(model)
+    finished = Finished(model=model, plan=checkpoint.plan, search_top1=best.top1, tuned_epochs=0.0)
+    if best.round:
+        verify(setup.model, setup.graph, checkpoint.plan, setup.example)
+        finished = _tuned(work, best, finished)
+    return finished
+
+
+def _tuned(work: Work, best: Promotion, found: Finished) -> Finished:
+    """A longer fine-tuning with what worked; the better of before and after."""
+    setup, study = work.setup, work.setup.study
+    attempt = work.store.study(best.round)
+    assert attempt is not None
+    plan = read_plan(attempt)
+    epochs = _affordable_epochs(work, plan.epochs)
+    if epochs < MIN_EPOCHS:
+        return found
+    work.on_event(ev.StageStarted(stage="finish", round=0, detail=f"tune {epochs:.3g} epochs"))
+    params = params_of(attempt.trials[best.trial].params, plan.ceiling)
+    model = copy.deepcopy(found.model)
+    try:
+        finetune_(
+            model, setup.data.train, schedule=params.schedule(study.finetune.warmup), settings=study.finetune,
+            epochs=epochs, seed=derive_seed(study.seed, FINAL_SEED), device=setup.device,
+            teacher=setup.model, loss=study.loss, on_epoch=lambda e: _tell_epoch(work, e, epochs),
+        )  # fmt: skip
+    except TrialError as error:
+        work.on_event(ev.Note(message=f"the final tuning was left out: {error.message}"))
+        return found
+    work.meter.spend(epochs)
+    tell_budget(work.meter, work.on_event)
+    top1 = _evaluate(setup, model, setup.data.search).top1
+    if top1 < found.search_top1:
+        message = f"the final tuning gave {top1:.4f}, less than {found.search_top1:.4f}: left out"
+        work.on_event(ev.Note(message=message))
+        return found
+    return replace(found, model=model, search_top1=top1, tuned_epochs=epochs)
+
+
+def _affordable_epochs(work: Work, trial_epochs: float) -> float:
+    left, speed = work.meter.left(), measured_speed(work.store)
+    by_time = SAFETY * left.seconds / speed.epoch_s if speed else 0.0
+    return min(FINAL_FACTOR * trial_epochs, by_time, left.epochs)
+
+
+def _keep(work: Work, state: State, finished: Finished, began: float) -> None:
+    """Measure what is delivered, and store it as the run's final study."""
+    setup = work.setup
+    work.on_event(ev.StageStarted(stage="finish", round=0, detail="test, measure latency"))
+    before, after, difference = _before_and_after(work, finished)
+    study = work.store.create_study(
+        FINAL, before=before, after=after, difference=difference,
+        outcome=_outcome(setup, state, finished), started_from=state.best.round,
+        tuned_epochs=finished.tuned_epochs, seconds=time.perf_counter() - began,
+    )  # fmt: skip
+    trial = study.ask()
+    put(trial, **{CHECKPOINT: work.store.save(finished.model, finished.plan)})
+    study.tell(trial, finished.search_top1)
+
+
+def _kept(work: Work) -> Finished:
+    """What an earlier process finished."""
+    study = work.store.study(FINAL)
+    assert study is not None
+    done = scored(study)[0]
+    checkpoint = work.store.load(done.user_attrs[CHECKPOINT])
+    model = densify(work.setup.model, work.setup.graph, checkpoint.plan)
+    checkpoint.load_into_(model)
+    assert done.value is not None
+    return Finished(
+        model=model, plan=checkpoint.plan, search_top1=done.value,
+        tuned_epochs=study.user_attrs["tuned_epochs"],
+    )  # fmt: skip
+
+
+def _before_and_after(work: Work, finished: Finished) -> tuple[ModelSummary, ModelSummary, Difference]:
+    """The second and last reading of the test split, and both models' latency in turns."""
+    setup, first = work.setup, read_run(work.store).before
+    test = _evaluate(setup, finished.model, setup.data.test)
+    baseline = work.store.study(0)
+    assert baseline is not None
+    known = Evaluation(
+        top1=first.top1, loss=0.0, num_samples=first.num_samples,
+        correct=unpack(baseline.user_attrs["test_correct"], first.num_samples),
+    )  # fmt: skip
+    delta, interval = difference_pp(test, known)
+    latencies = measure_latency(setup.model, finished.model, setup.example, setup.device)
+    after = summarise(finished.model, setup.graph.cost(finished.plan), test, finished.search_top1)
+    difference = Difference(delta_pp=delta, low_pp=interval.low, high_pp=interval.high)
+    return with_latency(first, latencies[0]), with_latency(after, latencies[1]), difference
+
+
+def _evaluate(setup: Setup, model: nn.Module, split: Any) -> Evaluation:
+    return evaluate(model, split, device=setup.device, loss=setup.study.loss, score=setup.study.evaluate)
+
+
+def _outcome(setup: Setup, state: State, finished: Finished) -> Outcome:
+    study, share = setup.study, state.best.cost_share
+    name = {"macs": "MACs", "params": "parameters", "size": "bytes"}[setup.metric]
+    left = f"{100 * share:.1f} % of the original's {name} are left"
+    if state.ended == "target":
+        accuracy = f"top-1 {finished.search_top1:.4f} on the search split"
+        message = f"The target {study.target} is reached: {left}, {accuracy}."
+        return Outcome(reached=True, stopped_by="target", message=message)
+    assert state.ended is not None
+    why, change = {
+        "floor": (f"the accuracy floor (max_drop {study.max_drop:g} pp) stopped the run",
+                  "allow a larger --max-drop, a larger --budget or a milder --target"),
+        "budget": (f"the budget ({study.budget}) stopped the run", "give a larger --budget"),
+        "rounds": (f"the limit of {study.control.max_rounds} rounds stopped the run",
+                   "raise control.max_rounds in the study"),
+    }[state.ended]  # fmt: skip
+    wanted = f"asked for {100 * setup.target_share:.1f} %"
+    what = "nothing could be removed" if state.best.round == 0 else left
+    message = f"The target {study.target} is not reached: {why} where {what} ({wanted}); {change}."
+    return Outcome(reached=False, stopped_by=state.ended, message=message)
+
+
+def _write_model(work: Work, finished: Finished, record: RunRecord, lock: Lock) -> Path:
+    setup = work.setup
+    work.on_event(
+        ev.StageStarted(stage="finish", round=0, detail="export" if lock.plain else "export, encrypt")
+    )
+    path = work.store.folder / (PLAIN_NAME if lock.plain else LOCKED_NAME)
+    manifest = manifest_of_run(
+        record, architecture=architecture(setup.study, setup.model), plan=finished.plan,
+        preprocessing=Preprocessing(mean=setup.data.mean, std=setup.data.std),
+        class_names=setup.data.class_names,
+    )  # fmt: skip
+    write_artifact(
+        path, model=finished.model, example_inputs=setup.example, manifest=manifest, graph=setup.graph,
+        protection=_protection(lock),
+    )  # fmt: skip
+    return path
+
+
+def architecture(study: Study, model: nn.Module) -> Architecture:
+    """What builds the original again, where that can be imported and called without arguments."""
+    factory = study.model
+    name = getattr(factory, "__qualname__", "")
+    module = getattr(factory, "__module__", "__main__")
+    findable = callable(factory) and not isinstance(factory, nn.Module) and name.isidentifier()
+    return Architecture(
+        class_name=type(model).__qualname__,
+        factory=f"{module}:{name}" if findable and module != "__main__" else None,
+    )
+
+
+def _protection(lock: Lock) -> Protection | None:
+    if lock.plain:
+        return None
+    if lock.passphrase is not None:
+        return Protection(passphrase=lock.passphrase)
+    return Protection(recipients=lock.recipients or (default_recipient(),))
+
+
+def _tell_epoch(work: Work, epoch: EpochRecord, epochs: float) -> None:
+    work.on_event(
+        ev.EpochFinished(
+            round=0, trial=None, epoch=epoch.epoch, epochs=epochs, lr=epoch.lr,
+            train_loss=epoch.train_loss, images_per_s=epoch.images_per_s,
+        )
+    )  # fmt: skip
+    if work.meter.left().seconds < 0:
+        raise TrialError("the time budget ran out", "give the run a larger --budget")

@@ -1,0 +1,88 @@
+"""What a model is, in numbers: accuracy, cost, widths, and how long one example takes.
+
+Latency is measured for two models in turns, so that slow drifts of the machine stay out of the comparison.
+Single runs vary far more upwards than downwards (other work, clock changes), hence median and quartiles.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.conv import _ConvNd
+
+from autoprune.cost import Cost
+from autoprune.evaluation import borrowed
+from autoprune.metrics import Evaluation
+from autoprune.record import ModelSummary
+
+WARM_UP = 5
+MIN_RUNS, MAX_RUNS = 15, 200
+SECONDS = 2.0  # for both models together
+
+
+@dataclass(frozen=True, kw_only=True)
+class Latency:
+    """Median milliseconds of one forward pass; the spread is half the distance between the quartiles."""
+
+    median_ms: float
+    spread_ms: float
+
+
+def measure_latency(
+    before: nn.Module, after: nn.Module, example: tuple[Tensor, ...], device: torch.device
+) -> tuple[Latency, Latency]:
+    """Both models on the same example, in turns, in evaluation mode and float32."""
+    inputs = tuple(t.to(device) for t in example)
+    models = (before, after)
+    with borrowed(before, device, training=False), borrowed(after, device, training=False):
+        for model in models * WARM_UP:
+            _run_ms(model, inputs, device)
+        began, times = time.perf_counter(), list[list[float]]()
+        while len(times) < MIN_RUNS or (len(times) < MAX_RUNS and time.perf_counter() - began < SECONDS):
+            times.append([_run_ms(model, inputs, device) for model in models])
+    columns = np.array(times).T
+    first, second = (_summary(column) for column in columns)
+    return first, second
+
+
+def summarise(model: nn.Module, cost: Cost, test: Evaluation, search_top1: float) -> ModelSummary:
+    """A model's numbers; its latency is measured later, beside another model's."""
+    return ModelSummary(
+        top1=test.top1, low=test.interval.low, high=test.interval.high, num_samples=test.num_samples,
+        loss=test.loss if math.isfinite(test.loss) else None, search_top1=search_top1,
+        macs=cost.macs, params=cost.params, size_bytes=cost.size_bytes,
+        latency_ms=None, latency_spread_ms=None, widths=widths(model),
+    )  # fmt: skip
+
+
+def with_latency(summary: ModelSummary, latency: Latency) -> ModelSummary:
+    """The same, with the latency filled in."""
+    return replace(summary, latency_ms=latency.median_ms, latency_spread_ms=latency.spread_ms)
+
+
+def widths(model: nn.Module) -> dict[str, int]:
+    """Layer name -> output channels, for convolutions and linear layers."""
+    return {
+        name: module.out_features if isinstance(module, nn.Linear) else module.out_channels
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear | _ConvNd)
+    }
+
+
+def _run_ms(model: nn.Module, inputs: tuple[Tensor, ...], device: torch.device) -> float:
+    began = time.perf_counter()
+    with torch.no_grad():
+        model(*inputs)
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return 1000 * (time.perf_counter() - began)
+
+
+def _summary(times_ms: np.ndarray[tuple[int, ...], np.dtype[np.float64]]) -> Latency:
+    low, median, high = np.quantile(times_ms, [0.25, 0.5, 0.75])
+    return Latency(median_ms=float(median), spread_ms=float(high - low) / 2)

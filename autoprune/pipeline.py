@@ -1,0 +1,257 @@
+"""The whole of `autoprune run` in one file: measure, analyse, prune, fine-tune, decide, until done; deliver.
+
+The truth is in the store (`store`, `history`): a run that was stopped goes on by replaying its decided
+rounds and finishing the undecided one. How a round is searched is in `search`, how one trial works in
+`trial`, what the decisions are in `controller`, and what is delivered in `delivery`.
+"""
+
+from __future__ import annotations
+
+import time
+from contextlib import closing
+from dataclasses import replace
+from itertools import count
+from pathlib import Path
+
+import optuna
+
+from autoprune import events as ev
+from autoprune.baseline import Work, begin
+from autoprune.budget import FINAL_SHARE, MIN_EPOCHS, Effort, Speed, plan_round, rounds_ahead
+from autoprune.config import Lock, Study
+from autoprune.controller import Decision, RoundOutcome, State, decide, floor_of_round, replay
+from autoprune.delivery import deliver
+from autoprune.densify import densify, verify
+from autoprune.graph import trace
+from autoprune.history import (
+    CHECKPOINT,
+    RoundPlan,
+    checkpoint_of,
+    measured_speed,
+    outcomes,
+    read_plan,
+    summaries,
+)
+from autoprune.preflight import Setup, prepare
+from autoprune.record import RunResult, SensitivityCell
+from autoprune.search import Point, RoundJob, first_points, next_points, search_round
+from autoprune.sensitivity import SensitivityTable, planned_points, sensitivity
+from autoprune.splits import derive_seed
+from autoprune.store import RunStore, put, scored
+from autoprune.trial import Ground, probe_speed
+
+
+def run(
+    study: Study,
+    *,
+    out: Path | str | None = None,
+    resume: bool = False,
+    lock: Lock = Lock(),  # noqa: B008 - frozen, never changed
+    on_event: ev.OnEvent = ev.silent,
+    command: str = "",
+) -> RunResult:
+    """Prune the study's network to its target, and deliver the result into a folder.
+
+    Args:
+        study: what to do.
+        out: the run's folder, `runs/NAME` by default; it must not hold anything yet.
+        resume: go on with the run in `out`.
+        lock: who can open the delivered file; by default your own key, made on first use.
+        on_event: told of everything that happens.
+        command: what to type to make this run again, for the report.
+
+    Raises:
+        UsageError: something is wrong with what was given; nothing was written.
+        RunError: the run cannot go on; what was finished is kept.
+    """
+    folder = Path(out) if out is not None else Path("runs") / study.name
+    setup = prepare(study, out=folder, resume=resume, lock=lock)
+    folder.mkdir(parents=True, exist_ok=True)
+    with closing(RunStore(folder, study.name, create=not resume)) as store:
+        on_event(_run_started(setup, folder, resume=resume))
+        work = begin(setup, store, on_event, command)
+        state = replay(work.goal, study.control, outcomes(store))
+        while state.ended is None:
+            ground = stand(work, state)
+            job, attempt = analyse(work, state, ground)  # Analysis
+            search_round(job, attempt, known_points(job))  # Pruning and Fine-tuning
+            state = judge(work, job, attempt).state
+        return deliver(work, state, lock)  # Transformation
+
+
+def stand(work: Work, state: State) -> Ground:
+    """The dense network that the next round starts from, with its graph."""
+    setup, start = work.setup, state.current
+    checkpoint = work.store.load(checkpoint_of(work.store, start.round, start.trial))
+    model = densify(setup.model, setup.graph, checkpoint.plan)
+    checkpoint.load_into_(model)
+    graph = trace(
+        model, setup.example, exclude=setup.study.exclude, only=setup.study.only,
+        round_to=setup.graph.round_to,
+    )  # fmt: skip
+    return Ground(
+        study=setup.study, data=setup.data, device=setup.device, metric=setup.metric,
+        original=setup.model, original_cost=setup.original_cost, target_cost=setup.target_cost,
+        model=model, graph=graph, plan=checkpoint.plan, table=None,
+        seed=derive_seed(setup.study.seed, state.round + 1),
+    )  # fmt: skip
+
+
+def analyse(work: Work, state: State, ground: Ground) -> tuple[RoundJob, optuna.Study]:
+    """Measure how fragile each group is, and plan the round by what that and the budget say.
+
+    An earlier attempt that started from the same model was analysed already; a round that was stopped is
+    planned already.
+    """
+    number = state.round + 1
+    attempt = next((a for n, a in enumerate(work.store.rounds(), 1) if n == number), None)
+    table = _known_table(work, state) if attempt is None else _table_of(attempt)
+    if attempt is None:
+        work.on_event(
+            ev.StageStarted(stage="analysis", round=number, detail=f"{len(ground.graph.groups)} groups")
+        )
+        attempt, table = _plan_round(work, state, ground, table)
+    plan = read_plan(attempt)
+    work.on_event(
+        ev.RoundStarted(
+            round=number, started_from=plan.started_from, ceiling=plan.ceiling, floor=plan.floor,
+            trials=plan.trials, epochs=plan.epochs, cost_share=plan.cost_share,
+        )
+    )  # fmt: skip
+    work.on_event(ev.StageStarted(stage="search", round=number, detail=f"{plan.trials} trials"))
+    job = RoundJob(
+        ground=replace(ground, table=table), plan=plan, goal=work.goal, state=state, store=work.store,
+        meter=work.meter, speed=_speed(work, ground), on_event=work.on_event,
+    )  # fmt: skip
+    return job, attempt
+
+
+def known_points(job: RoundJob) -> list[Point]:
+    """What the round tries first."""
+    previous = job.store.study(job.plan.number - 1)
+    if job.plan.number == 1 or previous is None:
+        return first_points(job)
+    return next_points(job, previous)
+
+
+def judge(work: Work, job: RoundJob, attempt: optuna.Study) -> Decision:
+    """Let the controller decide, check the promoted network, and keep the decision."""
+    study, speed = work.setup.study, job.speed
+    shortest_s = speed.analysis_s + speed.trial_s + MIN_EPOCHS * speed.epoch_s
+    epochs_needed = study.search.epochs or MIN_EPOCHS
+    outcome = RoundOutcome(
+        trials=summaries(attempt), budget_left=work.meter.affords(shortest_s, epochs_needed)
+    )
+    decision = decide(work.goal, study.control, job.state, outcome)
+    if decision.promoted is not None:
+        plan = work.store.load(checkpoint_of(work.store, job.plan.number, decision.promoted)).plan
+        verify(work.setup.model, work.setup.graph, plan, work.setup.example)
+    put(
+        attempt, budget_left=outcome.budget_left, promoted=decision.promoted, reason=decision.reason,
+        action=decision.action,
+    )  # fmt: skip
+    _forget_losers(work, attempt, decision)
+    current = decision.state.current
+    work.on_event(
+        ev.Decided(
+            round=job.plan.number, action=decision.action, reason=decision.reason,
+            ceiling=decision.state.ceiling, cost_share=current.cost_share, top1=current.top1,
+        )
+    )  # fmt: skip
+    return decision
+
+
+def _run_started(setup: Setup, out: Path, *, resume: bool) -> ev.RunStarted:
+    study = setup.study
+    return ev.RunStarted(
+        name=study.name, out=out, target=study.target, max_drop_pp=study.max_drop, budget=study.budget,
+        device=str(setup.device), resumed=resume,
+    )  # fmt: skip
+
+
+def _plan_round(
+    work: Work, state: State, ground: Ground, table: SensitivityTable | None
+) -> tuple[optuna.Study, SensitivityTable]:
+    """Analyse where that is still to be done, then fix the round's ceiling, floor, trials and epochs."""
+    number, began, took = state.round + 1, time.perf_counter(), 0.0
+    if table is None:
+        table = _sensitivity(work, number, ground)
+        took = time.perf_counter() - began
+    plan = RoundPlan(
+        number=number,
+        started_from=state.current.round,
+        checkpoint=checkpoint_of(work.store, state.current.round, state.current.trial),
+        ceiling=state.ceiling,
+        floor=floor_of_round(work.goal, state),
+        cost_share=state.current.cost_share,
+        **vars(_effort(work, state, ground, took)),
+        sensitivity=_cells(table),
+        analysis_seconds=took,
+    )
+    return work.store.create_study(number, **vars(plan), table=table.to_json(), planned=True), table
+
+
+def _effort(work: Work, state: State, ground: Ground, analysis_s: float) -> Effort:
+    """The round's trials and epochs: its part of what the final tuning and later analyses leave."""
+    rounds = rounds_ahead(state, work.goal.target_share)
+    speed = replace(_speed(work, ground), analysis_s=analysis_s * (rounds - 1) / rounds)
+    left = work.meter.left(keep=FINAL_SHARE)
+    return plan_round(left, speed, work.setup.study.search, rounds, state.epochs_scale)
+
+
+def _sensitivity(work: Work, number: int, ground: Ground) -> SensitivityTable:
+    study, analysis = work.setup.study, work.setup.study.analysis
+    total, done = len(planned_points(ground.graph, analysis.ratios)), count(1)
+    return sensitivity(
+        ground.model, ground.graph, ground.data.search, ratios=analysis.ratios, share=analysis.share,
+        calibration=ground.data.train, device=ground.device, loss=study.loss, score=study.evaluate,
+        on_point=lambda p: work.on_event(
+            ev.StageProgress(
+                stage="analysis", round=number, done=next(done), total=total,
+                detail=f"{p.group} without {100 * p.ratio:.0f} %: {-p.drop_pp:+.1f} pp",
+            )
+        ),
+    )  # fmt: skip
+
+
+def _cells(table: SensitivityTable) -> tuple[SensitivityCell, ...]:
+    return tuple(
+        SensitivityCell(
+            group=p.group, ratio=p.ratio, drop_pp=p.drop_pp, low_pp=p.low_pp, high_pp=p.high_pp,
+            macs_share_removed=p.macs_share_removed,
+        )
+        for p in table.points
+    )  # fmt: skip
+
+
+def _speed(work: Work, ground: Ground) -> Speed:
+    """From the last trials where there are any; a probe is taken only where time is limited."""
+    known = measured_speed(work.store)
+    if known is not None:
+        return known
+    if work.meter.budget.seconds is None:
+        return Speed(epoch_s=1.0, trial_s=0.0, analysis_s=0.0)
+    return probe_speed(ground)
+
+
+def _known_table(work: Work, state: State) -> SensitivityTable | None:
+    """The analysis of an earlier attempt from the same model."""
+    for attempt in work.store.rounds():
+        if read_plan(attempt).started_from == state.current.round:
+            return _table_of(attempt)
+    return None
+
+
+def _table_of(attempt: optuna.Study) -> SensitivityTable:
+    return SensitivityTable.from_json(attempt.user_attrs["table"])
+
+
+def _forget_losers(work: Work, attempt: optuna.Study, decision: Decision) -> None:
+    """Remove the models that no round can start from and that cannot be delivered."""
+    state, number = decision.state, decision.state.round
+    needed = {(p.round, p.trial) for p in (*state.path, state.best)}
+    losers = [t for t in scored(attempt) if (number, t.number) not in needed]
+    kept = {checkpoint_of(work.store, r, t) for r, t in needed}
+    for trial in losers:
+        if (artifact := trial.user_attrs.get(CHECKPOINT)) and artifact not in kept:
+            work.store.forget(artifact)

@@ -1,0 +1,318 @@
+"""Everything that can be known to be wrong is found here, before anything is trained or written.
+
+`prepare` turns a study into a `Setup`: the network, its graph, the data, the device, and the goal in
+absolute numbers. `make_plan` adds what a dry run shows: the rounds to come.
+"""
+
+from __future__ import annotations
+
+import copy
+import os
+import platform
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, fields
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from autoprune.allocation import STRATEGIES
+from autoprune.budget import forecast
+from autoprune.config import Budget, Lock, Metric, Study, Target, check_study
+from autoprune.controller import Goal, start
+from autoprune.criteria import CRITERIA
+from autoprune.crypto import check_lock
+from autoprune.data import Data
+from autoprune.errors import ConfigError, RunError, UnreachableError, UsageError
+from autoprune.evaluation import evaluate, resolve_device
+from autoprune.graph import ChannelGraph, trace
+from autoprune.metrics import Evaluation, wilson_interval
+from autoprune.store import DATABASE
+from autoprune.trial import cost_in
+
+PACKAGES = ("autoprune", "torch", "optuna", "numpy", "onnx", "pyrage", "safetensors")
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Setup:
+    """A study that was found in order.
+
+    Attributes:
+        model: a copy of the study's network, on the CPU; untrained where the study trains a baseline.
+        graph: of `model`.
+        example: one real input, as the network takes it.
+        original_cost: in the target's metric; `target_cost` is what the result may cost.
+        search_before: the network on the search split; None where it is still to be trained.
+    """
+
+    study: Study
+    target: Target
+    budget: Budget
+    metric: Metric
+    model: nn.Module
+    graph: ChannelGraph
+    data: Data
+    device: torch.device
+    example: tuple[Tensor, ...]
+    original_cost: int
+    target_cost: int
+    search_before: Evaluation | None
+
+    @property
+    def target_share(self) -> float:
+        """The target as a share of the original's cost."""
+        return self.target_cost / self.original_cost
+
+
+@dataclass(frozen=True, kw_only=True)
+class PlannedRound:
+    """A round to come, if every round before it succeeds at its ceiling."""
+
+    number: int
+    ceiling: float
+    cost_share: float
+    floor: float | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunPlan:
+    """What a run would do; floors are known where the network comes trained."""
+
+    name: str
+    target: str
+    metric: str
+    original_cost: int
+    target_cost: int
+    macs: int
+    params: int
+    num_groups: int
+    num_frozen: int
+    num_samples: dict[str, int]
+    top1: float | None
+    floor: float | None
+    budget: str
+    device: str
+    rounds: tuple[PlannedRound, ...]
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Understood:
+    """A study's own copy of its network, its data, one real input, and the network's graph."""
+
+    model: nn.Module
+    data: Data
+    example: tuple[Tensor, ...]
+    graph: ChannelGraph
+
+
+def understand(study: Study) -> Understood:
+    """Build a study's network and data, and trace the one with the other.
+
+    Raises:
+        UsageError: the network or the data cannot be made, or the network cannot be traced.
+    """
+    data = study.data() if callable(study.data) else study.data
+    model = _own_model(study)
+    example = _example(data)
+    graph = _traced(study, model, example)
+    return Understood(model=model, data=data, example=example, graph=graph)
+
+
+def prepare(
+    study: Study, *, out: Path | None = None, resume: bool = False, lock: Lock | None = None
+) -> Setup:
+    """Check a study, its data, its network and the way out; nothing is trained or written.
+
+    Args:
+        study: what to run.
+        out: the run's folder; None leaves it unchecked.
+        resume: the folder has to hold a run.
+        lock: of the delivered file; None leaves it unchecked.
+
+    Raises:
+        UsageError: something is wrong; no work was lost.
+    """
+    check_study(study)
+    _check_choices(study)
+    if out is not None:
+        check_folder(out, resume=resume)
+    if lock is not None and not lock.plain and (lock.recipients or lock.passphrase is not None):
+        check_lock(lock.recipients, lock.passphrase)
+    device = resolve_device(study.device)
+    known = understand(study)
+    model, data, graph = known.model, known.data, known.graph
+    target = Target.parse(study.target)
+    metric, original_cost, target_cost = _costs(target, graph)
+    found = None if study.baseline else measured_baseline(study, model, data, device)
+    return Setup(
+        study=study, target=target, budget=Budget.parse(study.budget), metric=metric, model=model,
+        graph=graph, data=data, device=device, example=known.example, original_cost=original_cost,
+        target_cost=target_cost, search_before=found,
+    )  # fmt: skip
+
+
+def _traced(study: Study, model: nn.Module, example: tuple[Tensor, ...]) -> ChannelGraph:
+    return trace(model, example, exclude=study.exclude, only=study.only, round_to=study.round_to or 1)
+
+
+def measured_baseline(study: Study, model: nn.Module, data: Data, device: torch.device) -> Evaluation:
+    """The original on the search split.
+
+    Raises:
+        UsageError: it is no better than guessing.
+    """
+    found = evaluate(model, data.search, device=device, loss=study.loss, score=study.evaluate)
+    chance = 1 / data.num_classes if data.num_classes > 1 and study.evaluate is None else 0.0
+    if wilson_interval(found.top1, found.num_samples).low <= chance:
+        told = f"the network scores {found.top1:.4f} on {found.num_samples} samples of the search split"
+        if study.baseline:
+            raise RunError(
+                f"{told} after training: no better than guessing",
+                "give the baseline more epochs, or another lr",
+            )
+        raise UsageError(
+            f"{told}: no better than guessing among {data.num_classes} classes",
+            "load trained weights into it, check that inputs are normalised as in training, or give the "
+            "study a baseline=Baseline(epochs=...) to train it first",
+        )
+    return found
+
+
+def make_plan(setup: Setup) -> RunPlan:
+    """The rounds to come, if all of them succeed."""
+    study, found = setup.study, setup.search_before
+    goal = Goal(
+        baseline_top1=found.top1 if found else 1.0,
+        max_drop_pp=study.max_drop,
+        target_share=setup.target_share,
+    )
+    share, rounds = 1.0, []
+    for number, ceiling in enumerate(
+        forecast(start(goal, study.control), study.control, goal.target_share), 1
+    ):
+        share *= 1 - ceiling
+        floor = goal.floor_at(share) if found else None
+        rounds.append(PlannedRound(number=number, ceiling=ceiling, cost_share=share, floor=floor))
+    cost, data = setup.graph.cost(), setup.data
+    return RunPlan(
+        name=study.name, target=study.target, metric=setup.metric, original_cost=setup.original_cost,
+        target_cost=setup.target_cost, macs=cost.macs, params=cost.params,
+        num_groups=len(setup.graph.groups), num_frozen=len(setup.graph.frozen),
+        num_samples={"train": len(data.train), "search": len(data.search), "test": len(data.test)},
+        top1=found.top1 if found else None, floor=goal.floor if found else None,
+        budget=study.budget, device=str(setup.device), rounds=tuple(rounds),
+    )  # fmt: skip
+
+
+def check_folder(out: Path, *, resume: bool) -> None:
+    """See that a run may write there: an empty or new folder, or, to resume, one with a run.
+
+    Raises:
+        UsageError: it may not.
+    """
+    if resume:
+        if not (out / DATABASE).is_file():
+            raise UsageError(f"there is no run in {out} to resume", "start it without --resume")
+    elif out.exists() and (not out.is_dir() or any(out.iterdir())):
+        has_run = (out / DATABASE).is_file()
+        hint = "continue it with --resume, or choose another --out" if has_run else "choose another --out"
+        raise UsageError(f"{out} exists; a run is never overwritten", hint)
+    parent = next(p for p in (out, *out.absolute().parents) if p.exists())
+    if not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK):
+        raise UsageError(f"{out} cannot be written: no permission in {parent}", "choose another --out")
+
+
+def plain_settings(study: Study) -> dict[str, Any]:
+    """The resolved study as plain values; functions, networks and data by their names."""
+    values = {f.name: getattr(study, f.name) for f in fields(study)}
+    return {name: _plain(value) for name, value in values.items()}
+
+
+def environment(device: torch.device) -> dict[str, str]:
+    """What numbers depend on: versions and machine."""
+    where = torch.cuda.get_device_name(device) if device.type == "cuda" else _processor()
+    return {
+        "device": f"{device.type} ({where}, {torch.get_num_threads()} threads)",
+        "platform": platform.platform(),
+        "python": platform.python_version(),
+        **{name: version(name) for name in PACKAGES},
+    }
+
+
+def _check_choices(study: Study) -> None:
+    known = (
+        ("criteria", study.search.criteria, CRITERIA),
+        ("strategies", study.search.strategies, STRATEGIES),
+    )
+    problems = [
+        UsageError(f"search.{name}={chosen} is not allowed", f"choose from {', '.join(allowed)}")
+        for name, chosen, allowed in known
+        if not chosen or set(chosen) - set(allowed)
+    ]
+    if problems:
+        raise ConfigError(problems)
+
+
+def _own_model(study: Study) -> nn.Module:
+    built = study.model if isinstance(study.model, nn.Module) else study.model()
+    if not isinstance(built, nn.Module):
+        raise UsageError(
+            f"the study's model is a {type(built).__name__}",
+            "give a torch.nn.Module or a function that builds one",
+        )
+    return copy.deepcopy(built).cpu()
+
+
+def _example(data: Data) -> tuple[Tensor, ...]:
+    inputs, _ = next(iter(data.search.take(np.zeros(1, dtype=np.int64)).batches(1)))
+    return tuple(inputs) if isinstance(inputs, tuple | list) else (inputs,)
+
+
+def _costs(target: Target, graph: ChannelGraph) -> tuple[Metric, int, int]:
+    """Metric, the original's cost, and the allowed cost.
+
+    Raises:
+        UsageError: the target is met already, or no plan can meet it.
+    """
+    if target.metric == "latency":
+        raise UsageError(
+            "a latency target cannot be searched for yet: rounds are steered by what a plan costs",
+            "give macs=..., params=... or size=...; latency is measured before and after",
+        )
+    original = cost_in(target.metric, graph.cost())
+    allowed = int(target.absolute(original))
+    if allowed >= original:
+        raise UsageError(
+            f"target {target} asks for {allowed:,}, and the network costs only {original:,}",
+            "ask for less than it costs, or for a fraction as in macs=0.5",
+        )
+    least = graph.cost_of_counts({g.name: g.min_keep for g in graph.groups})
+    nearest = cost_in(target.metric, least)
+    if nearest > allowed:
+        raise UnreachableError(
+            f"target {target} cannot be reached: with one unit left in each of {len(graph.groups)} groups, "
+            f"{target.metric} is still {nearest / original:.3f} of the original",
+            "ask for more, or see with autoprune groups which parameters are frozen, and why",
+            nearest_cost=nearest,
+        )
+    return target.metric, original, allowed
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, nn.Module | Data):
+        return type(value).__qualname__
+    if isinstance(value, Callable):  # type: ignore[arg-type]  # any callable
+        return getattr(value, "__qualname__", type(value).__qualname__)
+    if hasattr(value, "__dataclass_fields__"):
+        return {name: _plain(v) for name, v in asdict(value).items()}
+    return [_plain(v) for v in value] if isinstance(value, tuple | list) else value
+
+
+def _processor() -> str:
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text(encoding="utf-8").splitlines() if info.is_file() else []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()
