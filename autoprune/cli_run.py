@@ -1,0 +1,271 @@
+"""`autoprune run`, `report` and `status`: start a run, look at one."""
+
+from __future__ import annotations
+
+import json
+import os
+import shlex
+import sys
+import webbrowser
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.console import Console
+
+from autoprune.config import Lock
+from autoprune.errors import AutopruneError, UsageError
+from autoprune.tables import comparison_table, plan_text, status_text
+from autoprune.terminal import listener
+from autoprune.wording import answer, comparison
+
+if TYPE_CHECKING:
+    from autoprune.config import Study
+    from autoprune.record import RunRecord, RunResult
+
+NOT_REACHED = 3
+
+DATA, AIM, KEYS, SHOW = "What to prune", "What to reach", "Who may open the result", "Output"
+Name = Annotated[
+    str | None, typer.Argument(metavar="[STUDY]", help="A built-in study, or a .py file that defines one.")
+]
+Model = Annotated[
+    str | None,
+    typer.Option(
+        metavar="SOURCE:NAME", rich_help_panel=DATA,
+        help="Instead of a study: torchvision:NAME, or FILE.py:NAME for your own class or function.",
+    ),
+]  # fmt: skip
+Weights = Annotated[
+    str | None,
+    typer.Option(metavar="FILE", rich_help_panel=DATA, help="Its weights: .safetensors, .pt or .pth."),
+]
+DataSpec = Annotated[
+    str | None,
+    typer.Option(
+        "--data", metavar="NAME:DIR", rich_help_panel=DATA,
+        help="Its data: cifar10:DIR, fashionmnist:DIR, imagefolder:DIR or digits.",
+    ),
+]  # fmt: skip
+Device = Annotated[
+    str | None,
+    typer.Option(rich_help_panel=DATA, help="auto, cpu, cuda, cuda:1 or mps.", show_default="auto"),
+]
+AsJson = Annotated[bool, typer.Option("--json", rich_help_panel=SHOW, help="The result as JSON on stdout.")]
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", rich_help_panel=SHOW, help="No progress.")]
+RunFolder = Annotated[Path, typer.Argument(metavar="RUN", help="The run's folder.")]
+
+
+class StoppedError(AutopruneError):
+    """Ctrl-C stopped a command."""
+
+    exit_code = 130
+
+
+def register(app: typer.Typer) -> None:
+    """Add the commands of this module."""
+    app.command(rich_help_panel="Prune", epilog="Example: autoprune run digits --target macs=0.5")(run)
+    app.command(rich_help_panel="Look", epilog="Example: autoprune report runs/digits --open")(report)
+    app.command(rich_help_panel="Look", epilog="Example: autoprune status runs/digits")(status)
+
+
+def run(
+    context: typer.Context,
+    study: Name = None,
+    model: Model = None,
+    weights: Weights = None,
+    data: DataSpec = None,
+    target: Annotated[str | None, typer.Option(
+        metavar="METRIC=VALUE", rich_help_panel=AIM,
+        help="What the model may cost: macs=0.5, params=300k or size=2MB.")] = None,
+    max_drop: Annotated[float | None, typer.Option(
+        metavar="PP", rich_help_panel=AIM, help="Allowed loss of top-1, in percentage points.")] = None,
+    budget: Annotated[str | None, typer.Option(
+        metavar="TIME", rich_help_panel=AIM, help="90s, 30m, 8h, or epochs=40 of fine-tuning.")] = None,
+    seed: Annotated[int | None, typer.Option(rich_help_panel=AIM, help="Of everything random.")] = None,
+    device: Device = None,
+    out: Annotated[Path | None, typer.Option(
+        metavar="DIR", rich_help_panel=SHOW, help="The run's folder.  [default: runs/NAME]",
+        show_default=False)] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with the run in --out.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Check everything and print the plan.")] = False,
+    recipient: Annotated[list[str] | None, typer.Option(
+        metavar="KEY|FILE", rich_help_panel=KEYS, help="An age public key, or a file of them; repeatable.  "
+        "[default: your own key, made on first use]", show_default=False)] = None,
+    passphrase: Annotated[bool, typer.Option(
+        "--passphrase", rich_help_panel=KEYS, help="Ask for a passphrase instead.")] = False,
+    passphrase_fd: Annotated[int | None, typer.Option(
+        metavar="N", rich_help_panel=KEYS, help="Read the passphrase from file descriptor N.")] = None,
+    plain: Annotated[bool, typer.Option("--plain", rich_help_panel=KEYS, help="Do not encrypt.")] = False,
+    as_json: AsJson = False,
+    quiet: Quiet = False,
+) -> int:  # fmt: skip
+    """Prune a trained network to a target, unattended.
+
+    Analysis, pruning, fine-tuning and transformation in rounds, until the target is reached or the
+    accuracy floor or the budget says stop. Exit code 3: the target was out of reach, and the deepest
+    model inside the floor is delivered.
+    """
+    lock = _lock(tuple(recipient or ()), passphrase, passphrase_fd, plain=plain)
+    given = {"target": target, "max_drop": max_drop, "budget": budget, "seed": seed, "device": device}
+    words = list(context.obj or ())
+    with listener(quiet=quiet or dry_run) as on_event:
+        chosen = choose_study(study, model, weights, data)
+        chosen = replace(chosen, **{k: v for k, v in given.items() if v is not None})  # type: ignore[arg-type]
+        folder = out or Path("runs") / chosen.name
+        if dry_run:
+            return _show_plan(chosen, folder, lock, resume=resume, as_json=as_json)
+        from autoprune import pipeline
+
+        try:
+            result = pipeline.run(
+                chosen, out=folder, resume=resume, lock=lock, on_event=on_event, command=_command(words)
+            )
+        except KeyboardInterrupt:
+            raise _interrupted(folder, words) from None
+    return _show_result(result, as_json=as_json)
+
+
+def _command(words: list[str]) -> str:
+    return shlex.join(["autoprune", *(w for w in words if w != "--resume")])
+
+
+def _interrupted(folder: Path, words: list[str]) -> StoppedError:
+    try:
+        from autoprune.store import name_in
+
+        name_in(folder)
+    except UsageError:
+        return StoppedError("interrupted; nothing was measured yet", f"start again: {_command(words)}")
+    return StoppedError(
+        f"interrupted; everything finished so far is kept in {folder}",
+        f"go on with: {_command(words)} --resume",
+    )
+
+
+def _lock(recipients: tuple[str, ...], ask: bool, descriptor: int | None, *, plain: bool) -> Lock:
+    """Who may open the result.
+
+    Raises:
+        UsageError: two ways at once, or an empty passphrase.
+    """
+    ways = {"--recipient": recipients, "--passphrase": ask, "--passphrase-fd": descriptor is not None,
+            "--plain": plain}  # fmt: skip
+    used = [way for way, given in ways.items() if given]
+    if len(used) > 1:
+        raise UsageError(f"{used[0]} and {used[1]} are given", "choose one way to protect the result")
+    secret = None
+    if descriptor is not None:
+        secret = read_secret(descriptor)
+    elif ask:
+        secret = str(typer.prompt("Passphrase", hide_input=True, confirmation_prompt=True, err=True))
+    return Lock(recipients=recipients, passphrase=secret, plain=plain)
+
+
+def read_secret(descriptor: int) -> str:
+    """A passphrase from a file descriptor, without the line's end.
+
+    Raises:
+        UsageError: nothing can be read from it.
+    """
+    try:
+        with os.fdopen(descriptor, encoding="utf-8") as stream:
+            secret = stream.readline().rstrip("\r\n")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UsageError(
+            f"no passphrase can be read from file descriptor {descriptor}: {error}",
+            "for example: --passphrase-fd 3 3< FILE",
+        ) from None
+    if not secret:
+        raise UsageError(f"the passphrase from file descriptor {descriptor} is empty", "write it on one line")
+    return secret
+
+
+def _show_plan(study: Study, folder: Path, lock: Lock, *, resume: bool, as_json: bool) -> int:
+    from autoprune.preflight import make_plan, prepare
+
+    plan = make_plan(prepare(study, out=folder, resume=resume, lock=lock))
+    if as_json:
+        sys.stdout.write(json.dumps(asdict(plan), indent=1) + "\n")
+    else:
+        Console(highlight=False).print(plan_text(plan))
+    return 0
+
+
+def _show_result(result: RunResult, *, as_json: bool) -> int:
+    if as_json:
+        document = asdict(result) | {"record": None}
+        del document["record"]
+        sys.stdout.write(json.dumps(document, indent=1, default=str) + "\n")
+    else:
+        console = Console(highlight=False, soft_wrap=True)
+        console.print(f"\n{answer(result.record)}\n")
+        console.print(comparison_table(comparison(result.before, result.after, result.record.difference)))
+        console.print(
+            f"\nreport  {result.report}\nplots   {result.out / 'plots'}\nmodel   {result.model_file}"
+        )
+    return 0 if result.reached else NOT_REACHED
+
+
+def report(
+    folder: RunFolder,
+    open_: Annotated[bool, typer.Option("--open", help="Show it in the browser.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Make a run's report again from its storage, also while it goes on."""
+    from autoprune.report import to_json, write_report
+
+    record = _read(folder)
+    page = write_report(record, folder)
+    sys.stdout.write(to_json(record) if as_json else f"{page}\n")
+    if open_:
+        webbrowser.open(page.resolve().as_uri())
+
+
+def status(folder: RunFolder, as_json: AsJson = False) -> None:
+    """Say in a few lines where a run stands."""
+    from autoprune.report import to_json
+
+    record = _read(folder)
+    if as_json:
+        sys.stdout.write(to_json(record))
+    else:
+        Console(highlight=False).print(status_text(record))
+
+
+def _read(folder: Path) -> RunRecord:
+    from contextlib import closing
+
+    from autoprune.history import read_run
+    from autoprune.store import RunStore, name_in
+
+    with closing(RunStore(folder, name_in(folder))) as store:
+        return read_run(store)
+
+
+def choose_study(name: str | None, model: str | None, weights: str | None, data: str | None) -> Study:
+    """The study that the command line names.
+
+    Raises:
+        UsageError: neither or both of a study and --model are given, or the options are not complete.
+    """
+    flags = {"--model": model, "--weights": weights, "--data": data}
+    used = [flag for flag, value in flags.items() if value is not None]
+    if name is not None:
+        if used:
+            raise UsageError(
+                f"both the study {name!r} and {used[0]} are given", "a study brings its own network and data"
+            )
+        from autoprune.study_file import load_study
+
+        return load_study(name)
+    if model is None or weights is None or data is None:
+        missing = [flag for flag, value in flags.items() if value is None]
+        raise UsageError(
+            "no study is given" if not used else f"{used[0]} is given without {' and '.join(missing)}",
+            "autoprune run digits, or --model SOURCE:NAME --weights FILE --data NAME:DIR",
+        )
+    from autoprune.study_flags import study_of_flags
+
+    return study_of_flags(model, weights, data)
