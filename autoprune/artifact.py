@@ -1,49 +1,44 @@
-"""The delivered file: written whole or not at all, checked whole before anything of it is used.
+"""The delivered file: written whole or not at all, and loaded as a working network.
 
-`docs/format.md` is the specification. A file is a container, or a container inside age; encrypted files are
-decrypted in memory. Every member's digest is checked against the manifest when a file is opened, the
-manifest against a signature if one is required, and only then does anyone build a tensor.
+`docs/format.md` is the specification. What is written is exported and checked here; what is read was
+opened and checked by `opening` before any tensor is built.
 """
 
 from __future__ import annotations
 
-import hashlib
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, BinaryIO
+from typing import TYPE_CHECKING
 
+from safetensors.torch import save
 from torch import nn
 
-from autoprune.container import Buffer, Container, container_chunks, write_chunks
-from autoprune.crypto import (
-    AgeHeader,
-    decrypt_to_memory,
-    encrypt_chunks,
-    is_encrypted,
-    open_file,
-    read_header,
-)
+from autoprune.container import Buffer, container_chunks, write_chunks
+from autoprune.crypto import encrypt_chunks
 from autoprune.errors import ArtifactError
-from autoprune.expand import removed_indices
+from autoprune.expand import expand_weights, removed_indices
 from autoprune.export import ExampleInputs, Exported, export_model, inference_copy
 from autoprune.keys import KeySource
-from autoprune.manifest import MAX_MANIFEST, InputSpec, Manifest, MemberDigest, Probe
+from autoprune.manifest import InputSpec, Manifest, Probe
+from autoprune.opening import (
+    MANIFEST,
+    ONNX,
+    PROGRAM,
+    SIGNATURE,
+    WEIGHTS,
+    Artifact,
+    Identity,
+    digest_of,
+    open_artifact,
+)  # fmt: skip
 from autoprune.program import load_program
 from autoprune.rebuild import answers_probe, read_weights, rebuild_dense
-from autoprune.signing import SIGNATURE_BYTES, check_signature, sign_manifest
+from autoprune.signing import sign_manifest
 
 if TYPE_CHECKING:
     from autoprune.graph import ChannelGraph
-
-MANIFEST, SIGNATURE = "manifest.json", "manifest.sig"
-WEIGHTS, PROGRAM, ONNX = "model.safetensors", "model.pt2", "model.onnx"
-ORDER = (MANIFEST, SIGNATURE, WEIGHTS, PROGRAM, ONNX)
-REQUIRED = {MANIFEST, WEIGHTS, PROGRAM}
-MAX_MEMBERS = 8
-Identity = KeySource | Sequence[KeySource]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,7 +52,7 @@ class Protection:
     """
 
     recipients: Sequence[KeySource] = ()
-    passphrase: str | None = None
+    passphrase: str | None = field(default=None, repr=False)
     signing_key: KeySource | None = None
 
 
@@ -107,7 +102,7 @@ def _filled(manifest: Manifest, exported: Exported, members: Mapping[str, bytes]
         manifest,
         inputs=tuple(InputSpec(shape=shape, dtype=dtype) for shape, dtype in inputs),
         probe=Probe(batch_size=exported.probe_batch, outputs=exported.probe),
-        members={name: _digest(data) for name, data in members.items()},
+        members={name: digest_of(data) for name, data in members.items()},
     )
 
 
@@ -116,95 +111,6 @@ def _write(path: Path, chunks: Iterator[Buffer], protection: Protection) -> None
         encrypt_chunks(path, chunks, recipients=protection.recipients, passphrase=protection.passphrase)
     else:
         write_chunks(path, chunks)
-
-
-def _digest(data: bytes) -> MemberDigest:
-    return MemberDigest(sha256=hashlib.sha256(data).hexdigest(), size=len(data))
-
-
-@dataclass(frozen=True, kw_only=True)
-class Artifact:
-    """A delivered file that was opened: all digests hold, and the signature if there is one.
-
-    Attributes:
-        header: what age shows of it; None for a plain container.
-        signer: public key of the signature as an OpenSSH line; trusted only if it was required.
-    """
-
-    manifest: Manifest
-    header: AgeHeader | None
-    signer: str | None
-    container: Container
-
-    def member(self, name: str) -> bytes:
-        """One member, its digest checked again on the bytes that are given out.
-
-        Raises:
-            ArtifactError: there is none, or it has changed since the file was opened.
-        """
-        if name not in self.manifest.members:
-            raise ArtifactError(f"the file has no {name}", "see autoprune inspect for what it has")
-        data = self.container.read(name)
-        if _digest(data) != self.manifest.members[name]:
-            raise _changed(name)
-        return data
-
-
-def _changed(name: str) -> ArtifactError:
-    return ArtifactError(f"{name} is not the one that the manifest speaks of", "get the file again")
-
-
-@contextmanager
-def open_artifact(
-    path: KeySource,
-    *,
-    identity: Identity | None = None,
-    passphrase: str | None = None,
-    require_signature: KeySource | None = None,
-) -> Iterator[Artifact]:
-    """Open a delivered file and check all of it; encrypted files are decrypted in memory.
-
-    Raises:
-        ArtifactError: it is no delivered file, damaged, of another version, not openable by this key, or not
-            signed as required.
-        UsageError: a key cannot be read, or does not go with the file.
-    """
-    with open_file(Path(path)) as stream:
-        header: AgeHeader | None = None
-        source: BinaryIO = stream
-        if is_encrypted(stream):
-            header = read_header(stream)
-            source = decrypt_to_memory(stream, identity=identity, passphrase=passphrase)
-        yield _checked(source, header, require_signature)
-
-
-def _checked(source: BinaryIO, header: AgeHeader | None, required: KeySource | None) -> Artifact:
-    source.seek(0)
-    if source.read(4) != b"PK\x03\x04":
-        raise ArtifactError(
-            "this is no delivered file of autoprune", "give a model.autoprune or model.autoprune.age"
-        )
-    container = Container(source, max_entries=MAX_MEMBERS)
-    names = list(container.entries)
-    if names != [n for n in ORDER if n in names] or not REQUIRED.issubset(names):
-        raise ArtifactError("the members of the file are not those of the format", "get the file again")
-    text = container.read(MANIFEST, limit=MAX_MANIFEST)
-    signature = container.read(SIGNATURE, limit=SIGNATURE_BYTES) if SIGNATURE in names else None
-    signer = check_signature(text, signature, required=required)
-    manifest = Manifest.from_json(text)
-    _check_digests(container, manifest)
-    return Artifact(manifest=manifest, header=header, signer=signer, container=container)
-
-
-def _check_digests(container: Container, manifest: Manifest) -> None:
-    if set(manifest.members) != set(container.entries) - {MANIFEST, SIGNATURE}:
-        raise ArtifactError("the manifest lists other members than the file has", "get the file again")
-    for name, expected in manifest.members.items():
-        digest = hashlib.sha256()
-        for chunk in container.chunks(name):
-            digest.update(chunk)
-        if container.entries[name].size != expected.size or digest.hexdigest() != expected.sha256:
-            raise _changed(name)
 
 
 def load(
@@ -253,3 +159,16 @@ def build_program(artifact: Artifact) -> nn.Module:
     if not answers_probe(module, artifact.manifest):
         raise ArtifactError("model.pt2 does not answer the probe as the manifest says", "get the file again")
     return module
+
+
+def sparse_weights(artifact: Artifact) -> bytes:
+    """The delivered weights in the original's shapes, zeros in between, as safetensors.
+
+    Raises:
+        ArtifactError: the file does not say which indices were removed.
+    """
+    manifest = artifact.manifest
+    if manifest.plan is not None and not manifest.removed:
+        raise ArtifactError("the file does not say which indices were removed", "write it with graph=...")
+    weights = expand_weights(read_weights(artifact.member(WEIGHTS)), manifest.removed)
+    return bytes(save(weights))

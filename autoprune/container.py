@@ -97,8 +97,8 @@ def check_name(name: str) -> None:
         raise _damaged(f"the member name {name[:80]!r} is not allowed")
 
 
-def container_chunks(members: Sequence[tuple[str, Buffer]]) -> Iterator[Buffer]:
-    """The bytes of a container with these members, piece by piece, without copying a member."""
+def container_chunks(members: Iterable[tuple[str, Buffer]]) -> Iterator[Buffer]:
+    """The bytes of a container with these members, piece by piece; one member at a time is held."""
     entries: list[Entry] = []
     offset = 0
     for name, data in members:

@@ -20,6 +20,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load as load_safetensors
 from torch import Tensor, nn
 
+from autoprune.densify import densify
 from autoprune.errors import ArtifactError, AutopruneError
 from autoprune.export import probe_answer, probe_inputs
 from autoprune.graph import trace
@@ -130,12 +131,9 @@ def rebuild_dense(manifest: Manifest, weights: Mapping[str, Tensor]) -> nn.Modul
 
 
 def _apply(original: nn.Module, manifest: Manifest, plan: PruningPlan) -> nn.Module:
-    from autoprune.densify import densify
-
     shapes, dtypes = input_signature(manifest)
     example = probe_inputs(shapes, dtypes, batch=manifest.probe.batch_size if manifest.probe else 2)
-    built: nn.Module = densify(original, trace(original, example), plan)
-    return built
+    return densify(original, trace(original, example), plan)
 
 
 def _other_network(manifest: Manifest, why: str) -> ArtifactError:

@@ -1,0 +1,336 @@
+"""The commands around the delivered file: `keygen inspect verify export encrypt decrypt rewrap`.
+
+A secret is never an argument: a passphrase is asked for on the terminal or read from a file descriptor, a
+key is named by its file. No file is overwritten.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from dataclasses import asdict, dataclass
+from enum import StrEnum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from autoprune.cli_run import read_secret
+from autoprune.errors import ArtifactError, UsageError, VerificationError
+
+if TYPE_CHECKING:
+    from autoprune.crypto import AgeHeader
+    from autoprune.manifest import Manifest
+
+OPEN, LOCK = "How to open the file", "Who may open the new file"
+File = Annotated[Path, typer.Argument(metavar="ARTIFACT", help="A delivered file, encrypted or plain.")]
+Out = Annotated[Path, typer.Option("--out", "-o", metavar="FILE", help="The new file.")]
+AsJson = Annotated[bool, typer.Option("--json", help="The result as JSON on stdout.")]
+IdentityFile = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--identity", "-i", metavar="FILE", rich_help_panel=OPEN, show_default=False,
+        help="An age identity file or OpenSSH private key; repeatable.  [default: your own key]",
+    ),
+]  # fmt: skip
+Ask = Annotated[
+    bool, typer.Option("--passphrase", rich_help_panel=OPEN, help="Ask for the file's passphrase.")
+]
+AskFd = Annotated[
+    int | None,
+    typer.Option(
+        "--passphrase-fd", metavar="N", rich_help_panel=OPEN, help="Read it from file descriptor N."
+    ),
+]
+Required = Annotated[
+    str | None,
+    typer.Option(
+        "--require-signature", metavar="KEY|FILE", rich_help_panel=OPEN,
+        help="Refuse the file unless this Ed25519 key (ssh-ed25519 ..., or its .pub file) has signed it.",
+    ),
+]  # fmt: skip
+Recipients = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--recipient", "-r", metavar="KEY|FILE", rich_help_panel=LOCK, show_default=False,
+        help="An age or SSH public key, or a file of them; repeatable.  [default: your own key]",
+    ),
+]  # fmt: skip
+
+
+class Form(StrEnum):
+    """What a delivered file can be turned into."""
+
+    onnx = "onnx"
+    pt2 = "pt2"
+    safetensors = "safetensors"
+    sparse = "sparse"
+
+
+def register(app: typer.Typer) -> None:
+    """Add the commands of this module."""
+    for command, example in (
+        (inspect, "runs/digits/model.autoprune.age"),
+        (verify, "runs/digits/model.autoprune.age"),
+        (export, "model.autoprune.age --to onnx -o model.onnx"),
+        (encrypt, "model.autoprune -o model.autoprune.age"),
+        (decrypt, "model.autoprune.age -o model.autoprune"),
+        (rewrap, "model.autoprune.age -r age1... -o new.autoprune.age"),
+        (keygen, "--signing signing_key"),
+    ):
+        epilog = f"Example: autoprune {command.__name__} {example}"
+        app.command(rich_help_panel="Deliver", epilog=epilog)(command)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Opener:
+    """How the user wants a file opened."""
+
+    identity: list[str] | None
+    passphrase: str | None
+
+    @property
+    def is_given(self) -> bool:
+        """Whether any key was named."""
+        return self.identity is not None or self.passphrase is not None
+
+
+def _opener(file: Path, identity: list[str] | None, ask: bool, descriptor: int | None) -> Opener:
+    from autoprune.crypto import is_encrypted, open_file, read_header
+    from autoprune.keys import SECRET
+
+    if sum((bool(identity), ask, descriptor is not None)) > 1:
+        raise UsageError("a file is opened by keys or by a passphrase, not both", "give one of the two")
+    if any(text.strip().upper().startswith(SECRET) for text in identity or ()):
+        raise UsageError(
+            "a secret key stands on the command line", "put it into a file, and name that; then change it"
+        )
+    if descriptor is not None:
+        return Opener(identity=None, passphrase=read_secret(descriptor))
+    if not ask and not identity and sys.stdin.isatty():
+        with open_file(file) as stream:
+            ask = is_encrypted(stream) and read_header(stream).by_passphrase
+    secret = str(typer.prompt("Passphrase of the file", hide_input=True, err=True)) if ask else None
+    return Opener(identity=identity or None, passphrase=secret)
+
+
+@dataclass(frozen=True, kw_only=True)
+class NewLock:
+    """Who may open a new file."""
+
+    recipients: tuple[str, ...]
+    passphrase: str | None
+
+
+def _new_lock(recipients: list[str] | None, ask: bool, descriptor: int | None) -> NewLock:
+    from autoprune.crypto import check_lock
+    from autoprune.keys import default_recipient
+
+    if sum((bool(recipients), ask, descriptor is not None)) > 1:
+        raise UsageError(
+            "a file is encrypted to keys or with a passphrase, not both", "choose one of the two"
+        )
+    secret = None
+    if descriptor is not None:
+        secret = read_secret(descriptor)
+    elif ask:
+        secret = str(typer.prompt("New passphrase", hide_input=True, confirmation_prompt=True, err=True))
+    keys = tuple(recipients or ()) if recipients or secret is not None else (default_recipient(),)
+    check_lock(keys, secret)
+    return NewLock(recipients=keys, passphrase=secret)
+
+
+def _check_new(file: Path) -> None:
+    if file.exists():
+        raise UsageError(f"{file} exists, and nothing is overwritten", "choose another name with -o")
+
+
+def _say(text: str) -> None:
+    sys.stderr.write(text + "\n")
+
+
+def keygen(
+    file: Annotated[Path | None, typer.Argument(
+        metavar="[FILE]", show_default=False,
+        help="Where the secret goes.  [default: your own key's place]")] = None,
+    signing: Annotated[bool, typer.Option(
+        "--signing", help="A key that signs (Ed25519), not one that opens.")] = False,
+) -> None:  # fmt: skip
+    """Make a key; its public half is printed, the secret stays in a file that only you can read."""
+    from autoprune.keys import default_identity_path
+    from autoprune.keys import keygen as make_identity
+    from autoprune.signing import signing_keygen
+
+    path = file or default_identity_path()
+    if signing:
+        path = file or path.with_name("signing_key")
+    public = signing_keygen(path) if signing else make_identity(path)
+    sys.stdout.write(public + "\n")
+    _say(f"the secret half is in {path}: keep it, nobody can replace it")
+
+
+def inspect(
+    file: File,
+    identity: IdentityFile = None,
+    passphrase: Ask = False,
+    passphrase_fd: AskFd = None,
+    require_signature: Required = None,
+    as_json: AsJson = False,
+) -> None:
+    """Show what a delivered file is: its recipients without a key, all of its manifest with one."""
+    from autoprune.crypto import is_encrypted, open_file, read_header
+    from autoprune.opening import open_artifact
+
+    opener = _opener(file, identity, passphrase, passphrase_fd)
+    with open_file(file) as stream:
+        header = read_header(stream) if is_encrypted(stream) else None
+    manifest, signer = None, None
+    try:
+        with open_artifact(
+            file, identity=opener.identity, passphrase=opener.passphrase, require_signature=require_signature
+        ) as artifact:
+            manifest, signer = artifact.manifest, artifact.signer
+    except (ArtifactError, UsageError):
+        if header is None or opener.is_given or require_signature is not None:
+            raise
+    _show(file, header, manifest, signer, as_json=as_json)
+
+
+def _show(
+    file: Path, header: AgeHeader | None, manifest: Manifest | None, signer: str | None, *, as_json: bool
+) -> None:
+    if as_json:
+        document: dict[str, Any] = {
+            "file": str(file),
+            "size_bytes": file.stat().st_size,
+            "recipients": None if header is None else list(header.kinds),
+            "signer": signer,
+            "manifest": None if manifest is None else json.loads(manifest.to_json()),
+        }
+        sys.stdout.write(json.dumps(document, indent=1) + "\n")
+        return
+    from autoprune.artifact_text import artifact_text
+
+    sys.stdout.write(artifact_text(file, header, manifest, signer))
+
+
+def verify(
+    file: File,
+    identity: IdentityFile = None,
+    passphrase: Ask = False,
+    passphrase_fd: AskFd = None,
+    require_signature: Required = None,
+    as_json: AsJson = False,
+) -> None:
+    """Check a delivered file: digests, signature, and that all of its forms compute the same.
+
+    Where the original's class can be imported, the network is also built again from original and plan.
+    """
+    from autoprune.opening import open_artifact
+
+    opener = _opener(file, identity, passphrase, passphrase_fd)
+    with open_artifact(
+        file, identity=opener.identity, passphrase=opener.passphrase, require_signature=require_signature
+    ) as artifact:
+        from autoprune.audit import audit
+
+        checks = audit(artifact)
+    if as_json:
+        sys.stdout.write(json.dumps([asdict(c) for c in checks], indent=1) + "\n")
+    else:
+        words = {True: "ok", False: "FAILED", None: "-"}
+        sys.stdout.writelines(f"{c.name:<10} {words[c.passed]:<7} {c.detail}\n" for c in checks)
+    failed = [c.name for c in checks if c.passed is False]
+    if failed:
+        raise VerificationError(f"{file} does not hold together: {', '.join(failed)}", "get the file again")
+
+
+def export(
+    file: File,
+    to: Annotated[Form, typer.Option(
+        help="onnx, pt2 (torch.export), safetensors, or sparse: in the original's shapes, with zeros.")],
+    out: Out,
+    identity: IdentityFile = None,
+    passphrase: Ask = False,
+    passphrase_fd: AskFd = None,
+    require_signature: Required = None,
+) -> None:  # fmt: skip
+    """Take one form of the network out of a delivered file, in plaintext."""
+    from autoprune.container import write_chunks
+    from autoprune.opening import open_artifact
+
+    _check_new(out)
+    opener = _opener(file, identity, passphrase, passphrase_fd)
+    with open_artifact(
+        file, identity=opener.identity, passphrase=opener.passphrase, require_signature=require_signature
+    ) as artifact:
+        if to is Form.sparse:
+            from autoprune.artifact import sparse_weights
+
+            data = sparse_weights(artifact)
+        else:
+            data = artifact.member(f"model.{to.value}")
+    write_chunks(out, [data])
+    _say(f"{out}: {len(data)} bytes, not encrypted")
+
+
+def encrypt(
+    file: Annotated[Path, typer.Argument(metavar="ARTIFACT", help="A plain delivered file.")],
+    out: Out,
+    recipient: Recipients = None,
+    passphrase: Annotated[bool, typer.Option(
+        "--passphrase", rich_help_panel=LOCK, help="Ask for a passphrase, twice.")] = False,
+    passphrase_fd: Annotated[int | None, typer.Option(
+        metavar="N", rich_help_panel=LOCK, help="Read the passphrase from file descriptor N.")] = None,
+    sign: Annotated[Path | None, typer.Option(
+        metavar="FILE", help="Sign it with this Ed25519 secret key (OpenSSH or PEM) first.")] = None,
+) -> None:  # fmt: skip
+    """Encrypt a plain delivered file, after checking it."""
+    from autoprune.crypto import encrypt_chunks
+    from autoprune.opening import member_chunks, open_artifact
+
+    _check_new(out)
+    lock = _new_lock(recipient, passphrase, passphrase_fd)
+    with open_artifact(file) as artifact:
+        if artifact.header is not None:
+            raise UsageError(f"{file} is encrypted already", "autoprune rewrap changes who may open it")
+        chunks = member_chunks(artifact, signing_key=sign)
+        encrypt_chunks(out, chunks, recipients=lock.recipients, passphrase=lock.passphrase)
+    _say(f"{out}: encrypted")
+
+
+def decrypt(
+    file: File, out: Out, identity: IdentityFile = None, passphrase: Ask = False, passphrase_fd: AskFd = None
+) -> None:
+    """Write the plain form of an encrypted file."""
+    from autoprune.crypto import decrypt_file
+
+    _check_new(out)
+    opener = _opener(file, identity, passphrase, passphrase_fd)
+    decrypt_file(file, out, identity=opener.identity, passphrase=opener.passphrase)
+    _say(f"{out}: not encrypted")
+
+
+def rewrap(
+    file: File,
+    out: Out,
+    identity: IdentityFile = None,
+    passphrase: Ask = False,
+    passphrase_fd: AskFd = None,
+    recipient: Recipients = None,
+    new_passphrase: Annotated[bool, typer.Option(
+        "--new-passphrase", rich_help_panel=LOCK, help="Ask for the new passphrase, twice.")] = False,
+    new_passphrase_fd: Annotated[int | None, typer.Option(
+        metavar="N", rich_help_panel=LOCK, help="Read the new passphrase from file descriptor N.")] = None,
+) -> None:  # fmt: skip
+    """Encrypt an encrypted file for others, through memory; the old file stays."""
+    from autoprune.crypto import rewrap_file
+
+    _check_new(out)
+    opener = _opener(file, identity, passphrase, passphrase_fd)
+    lock = _new_lock(recipient, new_passphrase, new_passphrase_fd)
+    rewrap_file(
+        file, out, recipients=lock.recipients, new_passphrase=lock.passphrase,
+        identity=opener.identity, passphrase=opener.passphrase,
+    )  # fmt: skip
+    _say(f"{out}: encrypted anew; whoever could open {file} still can open that one")
