@@ -71,21 +71,22 @@ def _measure_baseline(setup: Setup, store: RunStore, on_event: ev.OnEvent, comma
         _train(setup, on_event)
     found = setup.search_before or measured_baseline(study, setup.model, data, setup.device)
     test = evaluate(setup.model, data.test, device=setup.device, loss=study.loss, score=study.evaluate)
-    attempt = store.create_study(
-        0,
-        command=command,
-        started=started,
-        settings=plain_settings(study),
-        target=study.target,
-        target_metric=setup.metric,
-        goal=Goal(baseline_top1=found.top1, max_drop_pp=study.max_drop, target_share=setup.target_share),
-        before=summarise(setup.model, setup.graph.cost(), test, found.top1),
-        test_correct=pack(test.correct),
-        data=_splits(setup),
-        frozen=tuple(FrozenPart(parameter=f.name, dim=f.dim, reason=f.reason) for f in setup.graph.frozen),
-        environment=environment(setup.device),
-        seconds=time.perf_counter() - began,
-    )
+    goal = Goal(baseline_top1=found.top1, max_drop_pp=study.max_drop, target_share=setup.target_share)
+    attributes = {
+        "command": command,
+        "started": started,
+        "settings": plain_settings(study),
+        "target": study.target,
+        "target_metric": setup.metric,
+        "goal": goal,
+        "before": summarise(setup.model, setup.graph.cost(), test, found.top1),
+        "test_correct": pack(test.correct),
+        "data": _splits(setup),
+        "frozen": tuple(FrozenPart(parameter=f.name, dim=f.dim, reason=f.reason) for f in setup.graph.frozen),
+        "environment": environment(setup.device),
+        "seconds": time.perf_counter() - began,
+    }
+    attempt = store.create_study(0, attributes)
     trial = attempt.ask()
     put(trial, **{CHECKPOINT: store.save(setup.model, PruningPlan.full(setup.graph))})
     attempt.tell(trial, found.top1)

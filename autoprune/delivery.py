@@ -143,11 +143,16 @@ def _keep(work: Work, state: State, finished: Finished, began: float) -> None:
     setup = work.setup
     work.on_event(ev.StageStarted(stage="finish", round=0, detail="test, measure latency"))
     before, after, difference = _before_and_after(work, finished)
-    study = work.store.create_study(
-        FINAL, before=before, after=after, difference=difference,
-        outcome=_outcome(setup, state, finished), started_from=state.best.round,
-        tuned_epochs=finished.tuned_epochs, seconds=time.perf_counter() - began,
-    )  # fmt: skip
+    attributes = {
+        "before": before,
+        "after": after,
+        "difference": difference,
+        "outcome": _outcome(setup, state, finished),
+        "started_from": state.best.round,
+        "tuned_epochs": finished.tuned_epochs,
+        "seconds": time.perf_counter() - began,
+    }
+    study = work.store.create_study(FINAL, attributes)
     trial = study.ask()
     put(trial, **{CHECKPOINT: work.store.save(finished.model, finished.plan)})
     study.tell(trial, finished.search_top1)

@@ -37,7 +37,7 @@ from autoprune.record import RunResult, SensitivityCell
 from autoprune.search import Point, RoundJob, first_points, next_points, search_round
 from autoprune.sensitivity import SensitivityTable, planned_points, sensitivity
 from autoprune.splits import derive_seed
-from autoprune.store import RunStore, put, scored
+from autoprune.store import RunStore, put, quiet_optuna, scored
 from autoprune.trial import Ground, probe_speed
 
 
@@ -67,7 +67,7 @@ def run(
     folder = Path(out) if out is not None else Path("runs") / study.name
     setup = prepare(study, out=folder, resume=resume, lock=lock)
     folder.mkdir(parents=True, exist_ok=True)
-    with closing(RunStore(folder, study.name, create=not resume)) as store:
+    with quiet_optuna(), closing(RunStore(folder, study.name, create=not resume)) as store:
         on_event(_run_started(setup, folder, resume=resume))
         work = begin(setup, store, on_event, command)
         state = replay(work.goal, study.control, outcomes(store))
@@ -188,7 +188,7 @@ def _plan_round(
         sensitivity=_cells(table),
         analysis_seconds=took,
     )
-    return work.store.create_study(number, **vars(plan), table=table.to_json(), planned=True), table
+    return work.store.create_study(number, vars(plan) | {"table": table.to_json(), "planned": True}), table
 
 
 def _effort(work: Work, state: State, ground: Ground, analysis_s: float) -> Effort:

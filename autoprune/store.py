@@ -15,6 +15,7 @@ import hashlib
 import io
 import json
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, is_dataclass
 from pathlib import Path
 from typing import Any
@@ -39,6 +40,17 @@ BUSY_TIMEOUT_S = 60
 FINAL = "final"
 BASELINE = "/round-00"
 PLAN_KEY = "autoprune_plan"
+
+
+@contextmanager
+def quiet_optuna() -> Iterator[None]:
+    """Optuna says on stderr what we say ourselves; warnings stay."""
+    before = optuna.logging.get_verbosity()
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    try:
+        yield
+    finally:
+        optuna.logging.set_verbosity(before)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -99,7 +111,7 @@ class RunStore:
         except KeyError:
             return None
 
-    def create_study(self, number: int | str, **attributes: Any) -> optuna.Study:
+    def create_study(self, number: int | str, attributes: Mapping[str, Any]) -> optuna.Study:
         """A new study that knows these attributes."""
         study = optuna.create_study(
             study_name=self._study_name(number), storage=self.storage, direction="maximize"
