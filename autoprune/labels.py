@@ -52,6 +52,7 @@ class Labels:
         self.slots: list[Slot] = []
         self.size = 0
         self.freezes: list[Freeze] = []
+        self.ignores_fixed = False  # a probe follows one axis; positions of others are unknown, not fixed
         self._ties: list[tuple[LabelArray, LabelArray]] = []
 
     def new(self, name: str, dim: int, size: int) -> LabelArray:
@@ -69,6 +70,8 @@ class Labels:
             self._ties.append((left, right))
             return left
         self._ties.append((left[known], right[known]))
+        if self.ignores_fixed:
+            return np.where(left >= 0, left, right)
         self.freeze(np.where(left >= 0, left, right)[~known], reason)
         return np.where(known, left, FIXED)
 

@@ -74,7 +74,7 @@ def _shrinking_axis(
     """The one axis of the block that may shrink, with its labels; the positions along the others are tied."""
     varying = [d for d in range(block.ndim) if (block != block.take([0], axis=d)).any()]
     if not varying:
-        walk.freeze(block.ravel(), "spread over several axes")
+        walk.freeze(block.ravel(), "all its channels are tied into one")
         return None, None
     if len(varying) == 1:
         return targets[varying[0]], np.moveaxis(block, varying[0], 0).reshape(block.shape[varying[0]], -1)[
@@ -97,7 +97,7 @@ def _shrinking_axis(
 
 
 def _ranked(walk: Walk, out: Ref, targets: list[int], varying: list[int]) -> list[int]:
-    if walk.is_probe:
+    if walk.probe_depth >= 2:  # deep enough for fused projections split into parts and then into heads
         return [targets[max(varying, key=lambda d: walk.shape(out)[targets[d]])]]
     verdicts = {targets[d]: walk.probe(out, targets[d]) for d in varying}
     free = [d for d, (is_stuck, _) in verdicts.items() if not is_stuck]

@@ -102,10 +102,15 @@ class Walk:
     rules: list[AttributeRule] = field(default_factory=list)
     weights: set[int] = field(default_factory=set)
     grouped: dict[str, str] = field(default_factory=dict)
-    is_probe: bool = False
+    probe_depth: int = 0
     is_risky: bool = False
     votes: int = 0
     position: int = 0
+
+    @property
+    def is_probe(self) -> bool:
+        """Whether only one axis is followed, so that axes without labels mean nothing."""
+        return self.probe_depth > 0
 
     def run(self) -> None:
         """Walk the whole tape and freeze what reaches the outputs."""
@@ -119,7 +124,8 @@ class Walk:
     def probe(self, ref: Ref, axis: int) -> tuple[bool, int]:
         """Whether the axis of `ref` runs into something it may not pass, and how often it ends as a batch axis."""
         shape = self.tape.shapes[ref.index]
-        probe = Walk(self.tape, self.modules, self.table, weights=self.weights, is_probe=True)
+        probe = Walk(self.tape, self.modules, self.table, weights=self.weights, probe_depth=self.probe_depth + 1)
+        probe.labels.ignores_fixed = True
         labels: Axes = [None] * len(shape)
         labels[axis] = probe.labels.new("probe", axis, shape[axis])
         probe.axes[ref.index] = labels
@@ -248,7 +254,7 @@ class Walk:
         self.labels.tie(
             np.repeat(units, others.shape[1]), others.ravel(), self.why("tied to a fixed position")
         )
-        if (units < 0).any():
+        if (units < 0).any() and not self.is_probe:
             self.labels.freeze(table[units < 0].ravel(), self.why("tied to a fixed position"))
         return units
 
