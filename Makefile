@@ -6,7 +6,7 @@
 SHELL       := bash
 .SHELLFLAGS := -euo pipefail -c
 .DELETE_ON_ERROR:
-.PHONY: help setup demo test bench clean-demo
+.PHONY: help setup demo test bench
 
 PYTHON ?= python3
 BIN    := .venv/bin
@@ -31,11 +31,13 @@ $(STAMP): pyproject.toml
 demo: $(STAMP) $(KEY)
 	@if test -e runs/digits; then rm -rf runs/digits.previous; mv runs/digits runs/digits.previous; \
 	  echo "demo: the earlier run is now runs/digits.previous"; fi
-	@$(BIN)/autoprune run digits --out runs/digits --recipient $(KEY)
+	$(BIN)/autoprune run digits --recipient "$$(sed -n 's/^# public key: //p' $(KEY))"
+	$(BIN)/autoprune decrypt runs/digits/model.autoprune.age --identity $(KEY) --out runs/digits/model.autoprune
+	@ls -d runs/digits/report.html runs/digits/plots runs/digits/model.autoprune runs/digits/model.autoprune.age
 
 $(KEY): | $(STAMP)
 	@mkdir -p runs
-	@$(BIN)/autoprune keygen $@
+	$(BIN)/autoprune keygen $@
 
 test: $(STAMP)
 	$(BIN)/ruff check .

@@ -16,7 +16,7 @@ from typing import Annotated, Any
 
 import typer
 
-from autoprune import cli_look, cli_run
+from autoprune import cli_artifact, cli_look, cli_run
 from autoprune.errors import AutopruneError
 
 app = typer.Typer(
@@ -25,7 +25,7 @@ app = typer.Typer(
     "network as one verified, encrypted file.",
     epilog="First steps: autoprune run digits",
     no_args_is_help=True,
-    rich_markup_mode="rich",
+    rich_markup_mode="markdown",
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
@@ -33,9 +33,11 @@ app = typer.Typer(
 
 @app.callback(invoke_without_command=True)
 def _options(
-    show_version: Annotated[bool, typer.Option("--version", help="Print the version and exit.")] = False,
+    show_version: Annotated[
+        bool, typer.Option("--version", metavar="", help="Print the version and exit.")
+    ] = False,
     debug: Annotated[
-        bool, typer.Option("--debug", help="Show tracebacks; may stand anywhere on the line.")
+        bool, typer.Option("--debug", metavar="", help="Show tracebacks; may stand anywhere on the line.")
     ] = False,
 ) -> None:
     if show_version:
@@ -45,6 +47,7 @@ def _options(
 
 cli_run.register(app)
 cli_look.register(app)
+cli_artifact.register(app)
 
 
 def main(args: Sequence[str] | None = None) -> int:

@@ -28,7 +28,7 @@ NOT_REACHED = 3
 
 DATA, AIM, KEYS, SHOW = "What to prune", "What to reach", "Who may open the result", "Output"
 Name = Annotated[
-    str | None, typer.Argument(metavar="[STUDY]", help="A built-in study, or a .py file that defines one.")
+    str | None, typer.Argument(metavar="STUDY", help="A built-in study, or a .py file that defines one.")
 ]
 Model = Annotated[
     str | None,
@@ -50,10 +50,12 @@ DataSpec = Annotated[
 ]  # fmt: skip
 Device = Annotated[
     str | None,
-    typer.Option(rich_help_panel=DATA, help="auto, cpu, cuda, cuda:1 or mps.", show_default="auto"),
+    typer.Option(rich_help_panel=DATA, help="auto, cpu, cuda, cuda:1 or mps.", show_default=False),
 ]
-AsJson = Annotated[bool, typer.Option("--json", rich_help_panel=SHOW, help="The result as JSON on stdout.")]
-Quiet = Annotated[bool, typer.Option("--quiet", "-q", rich_help_panel=SHOW, help="No progress.")]
+AsJson = Annotated[
+    bool, typer.Option("--json", metavar="", rich_help_panel=SHOW, help="The result as JSON on stdout.")
+]
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", metavar="", rich_help_panel=SHOW, help="No progress.")]
 RunFolder = Annotated[Path, typer.Argument(metavar="RUN", help="The run's folder.")]
 
 
@@ -86,18 +88,21 @@ def run(
     seed: Annotated[int | None, typer.Option(rich_help_panel=AIM, help="Of everything random.")] = None,
     device: Device = None,
     out: Annotated[Path | None, typer.Option(
-        metavar="DIR", rich_help_panel=SHOW, help="The run's folder.  [default: runs/NAME]",
+        metavar="DIR", rich_help_panel=SHOW, help="The run's folder (default: runs/NAME).",
         show_default=False)] = None,
-    resume: Annotated[bool, typer.Option("--resume", help="Go on with the run in --out.")] = False,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Check everything and print the plan.")] = False,
+    resume: Annotated[bool, typer.Option(
+        "--resume", metavar="", help="Go on with the run in --out.")] = False,
+    dry_run: Annotated[bool, typer.Option(
+        "--dry-run", metavar="", help="Check everything and print the plan.")] = False,
     recipient: Annotated[list[str] | None, typer.Option(
-        metavar="KEY|FILE", rich_help_panel=KEYS, help="An age public key, or a file of them; repeatable.  "
-        "[default: your own key, made on first use]", show_default=False)] = None,
+        "--recipient", "-r", metavar="KEY|FILE", rich_help_panel=KEYS, help="An age public key, or a file of them; repeatable "
+        "(default: your own, made on first use).", show_default=False)] = None,
     passphrase: Annotated[bool, typer.Option(
-        "--passphrase", rich_help_panel=KEYS, help="Ask for a passphrase instead.")] = False,
+        "--passphrase", metavar="", rich_help_panel=KEYS, help="Ask for a passphrase instead.")] = False,
     passphrase_fd: Annotated[int | None, typer.Option(
         metavar="N", rich_help_panel=KEYS, help="Read the passphrase from file descriptor N.")] = None,
-    plain: Annotated[bool, typer.Option("--plain", rich_help_panel=KEYS, help="Do not encrypt.")] = False,
+    plain: Annotated[bool, typer.Option(
+        "--plain", metavar="", rich_help_panel=KEYS, help="Do not encrypt.")] = False,
     as_json: AsJson = False,
     quiet: Quiet = False,
 ) -> int:  # fmt: skip
@@ -116,8 +121,11 @@ def run(
         folder = out or Path("runs") / chosen.name
         if dry_run:
             return _show_plan(chosen, folder, lock, resume=resume, as_json=as_json)
+        import optuna
+
         from autoprune import pipeline
 
+        optuna.logging.set_verbosity(optuna.logging.WARNING)  # the events say it better
         try:
             result = pipeline.run(
                 chosen, out=folder, resume=resume, lock=lock, on_event=on_event, command=_command(words)
@@ -210,7 +218,7 @@ def _show_result(result: RunResult, *, as_json: bool) -> int:
 
 def report(
     folder: RunFolder,
-    open_: Annotated[bool, typer.Option("--open", help="Show it in the browser.")] = False,
+    open_: Annotated[bool, typer.Option("--open", metavar="", help="Show it in the browser.")] = False,
     as_json: AsJson = False,
 ) -> None:
     """Make a run's report again from its storage, also while it goes on."""

@@ -1,0 +1,68 @@
+"""What is written is true: commands and options are documented, links resolve, named targets exist."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+from typer.main import get_command
+
+from autoprune.cli import app
+
+ROOT = Path(__file__).resolve().parents[1]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+TEXT = "\n".join(page.read_text(encoding="utf-8") for page in PAGES)
+COMMANDS: dict[str, Any] = get_command(app).commands  # type: ignore[attr-defined]  # the app is a group
+
+
+@pytest.mark.parametrize("name", sorted(COMMANDS))
+def test_every_command_is_documented(name: str) -> None:
+    assert re.search(rf"autoprune {name}\b|`{name}`", TEXT), f"no page says what `autoprune {name}` does"
+
+
+@pytest.mark.parametrize("name", sorted(COMMANDS))
+def test_every_option_is_documented_and_has_a_help_text(name: str) -> None:
+    for option in COMMANDS[name].params:
+        if option.param_type_name == "option" and option.name != "help":
+            longest = max(option.opts, key=len)
+            assert re.search(rf"`[^`]*{longest}\b", TEXT), f"no page mentions {longest} of `autoprune {name}`"
+            assert option.help, f"{longest} of `autoprune {name}` has no help text"
+
+
+def test_every_documented_command_exists() -> None:
+    named = set(re.findall(r"`autoprune ([a-z]+)[ `]", TEXT)) - {
+        "manifest"
+    }  # a signature's prefix, in format.md
+    for block in re.findall(r"```sh\n(.*?)```", TEXT, re.DOTALL):
+        named |= set(re.findall(r"^autoprune ([a-z]+)\b", block, re.MULTILINE))
+    assert named <= set(COMMANDS), f"documented, but no command: {named - set(COMMANDS)}"
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda p: p.name)
+def test_relative_links_resolve(page: Path) -> None:
+    for target in re.findall(r"\]\((?!https?:|#)([^)#]+)[^)]*\)", page.read_text(encoding="utf-8")):
+        assert (page.parent / target).exists(), f"{page.name} links to {target}"
+
+
+def test_every_documented_make_target_exists() -> None:
+    targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE))
+    assert set(re.findall(r"make ([a-z]+)\b(?= +#|`)", TEXT)) <= targets
+    assert {"setup", "demo", "test", "bench"} <= targets
+
+
+def test_the_continuous_check_runs_what_the_readme_promises() -> None:
+    script = (ROOT / ".ci/run").read_text(encoding="utf-8")
+    assert "set -euo pipefail" in script
+    assert "make test" in script
+    assert "make demo" in script
+
+
+def test_python_in_the_docs_compiles_and_names_real_things() -> None:
+    import autoprune
+
+    for block in re.findall(r"```python\n(.*?)```", TEXT, re.DOTALL):
+        compile(block, "README", "exec")
+        for names in re.findall(r"^from autoprune import (.+)$", block, re.MULTILINE):
+            assert set(names.split(", ")) <= set(autoprune.__all__)
