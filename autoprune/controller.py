@@ -19,6 +19,7 @@ from autoprune.config import Control
 from autoprune.record import Action, StoppedBy
 
 EXACT = 1e-12  # float noise in sums and ratios of counts
+TIE = 0.005  # rates this near are equal: half of what an allocation may miss its limit by
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -153,9 +154,17 @@ def has_recovered(goal: Goal, state: State, trial: TrialSummary) -> bool:
 
 
 def winner(goal: Goal, state: State, trials: Iterable[TrialSummary]) -> TrialSummary | None:
-    """Among the recovered trials, the one that removed most; ties go to accuracy, then to the earlier."""
+    """Among the recovered trials, the one that removed most; ties go to accuracy, then to the earlier.
+
+    One that reaches the target is never tied with one that does not.
+    """
     recovered = [t for t in trials if has_recovered(goal, state, t)]
-    return min(recovered, key=lambda t: (t.cost_share, -t.top1, t.number), default=None)
+    if not recovered:
+        return None
+    most = max(t.prune_rate for t in recovered)
+    reaching = [t for t in recovered if t.cost_share <= goal.target_share + EXACT]
+    tied = reaching or [t for t in recovered if t.prune_rate >= most - TIE]
+    return min(tied, key=lambda t: (-t.top1, t.cost_share, t.number))
 
 
 def decide(goal: Goal, control: Control, state: State, outcome: RoundOutcome) -> Decision:
@@ -192,11 +201,13 @@ def _promotion(state: State, trial: TrialSummary) -> Promotion:
 def _promote(goal: Goal, control: Control, state: State, best: TrialSummary) -> Decision:
     ceiling = _bounded(best.prune_rate * control.raise_factor, goal, control, best.cost_share)
     reached = best.cost_share <= goal.target_share + EXACT
+    model = _promotion(state, best)
     after = replace(
         state,
         round=state.round + 1,
         ceiling=ceiling,
-        path=(*state.path, _promotion(state, best)),
+        path=(*state.path, model),
+        best=model if reached else state.best,
         ended="target" if reached else None,
     )
     kept = (
@@ -206,16 +217,19 @@ def _promote(goal: Goal, control: Control, state: State, best: TrialSummary) -> 
     if reached:
         return Decision(action="finish", reason=f"{kept}; the target is reached",
                         promoted=best.number, state=after)  # fmt: skip
-    moved = _moved(state.ceiling, ceiling)
+    moved = _moved(goal, state.ceiling, after)
     return Decision(action="promote", reason=f"{kept}; {moved}", promoted=best.number, state=after)
 
 
-def _moved(before: float, after: float) -> str:
-    if after > before:
-        return f"the ceiling rises from {_percent(before)} to {_percent(after)}"
-    if after < before:
-        return f"the next ceiling is {_percent(after)}: no more is needed, or no more was recovered from"
-    return f"the ceiling stays at {_percent(after)}"
+def _moved(goal: Goal, before: float, after: State) -> str:
+    ceiling = after.ceiling
+    if after.current.cost_share * (1 - ceiling) <= goal.target_share * (1 + 1e-9):
+        return f"a ceiling of {_percent(ceiling)} now reaches the target"
+    if ceiling > before:
+        return f"the ceiling rises from {_percent(before)} to {_percent(ceiling)}"
+    if ceiling < before:
+        return f"the ceiling follows what was recovered from, from {_percent(before)} to {_percent(ceiling)}"
+    return f"the ceiling stays at {_percent(ceiling)}"
 
 
 def _retreat(goal: Goal, control: Control, state: State, outcome: RoundOutcome) -> Decision:

@@ -35,6 +35,7 @@ FAILED_VALUE = -1.0  # top-1 cannot fall short by more; NaN would teach the samp
 STARTUP_TRIALS = 4  # measured on a surrogate, FACTS section 10
 SHALLOW = 0.5  # the lowest rate searched, as a share of the ceiling
 SNAP = 0.95  # rates from this share of the ceiling on become the ceiling, or targets are missed by a hair
+TIE_WEIGHT = 1e-3  # of top-1 beside the rate
 CAUTION = 0.3  # the second point's learning rate, of the prior's
 
 Point = dict[str, Any]
@@ -114,11 +115,14 @@ def params_of(point: Mapping[str, Any], ceiling: float) -> TrialParams:
 
 
 def value_of(record: TrialRecord, job: RoundJob) -> float:
-    """What the sampler maximises: the rate removed if recovered, otherwise minus the shortfall."""
+    """What the sampler maximises: the rate removed if recovered, otherwise minus the shortfall.
+
+    Equal rates differ by their accuracy, which weighs too little to stand against a rate.
+    """
     if record.top1 is None or record.prune_rate is None:
         return FAILED_VALUE
     if _recovered(record, job):
-        return record.prune_rate
+        return record.prune_rate + TIE_WEIGHT * record.top1
     return max(FAILED_VALUE, min(-1e-9, record.top1 - job.plan.floor))
 
 
