@@ -151,7 +151,7 @@ def _say(text: str) -> None:
 
 def keygen(
     file: Annotated[Path | None, typer.Argument(
-        metavar="[FILE]", show_default=False,
+        metavar="FILE", show_default=False,
         help="Where the secret goes.  [default: your own key's place]")] = None,
     signing: Annotated[bool, typer.Option(
         "--signing", help="A key that signs (Ed25519), not one that opens.")] = False,

@@ -140,7 +140,7 @@ class Container:
             raise _damaged("it is too short")
         tail = self._at(total - TAIL_BYTES, TAIL_BYTES)
         *_, count, size, offset = END64.unpack_from(tail)
-        if tail != _tail(count, size, offset) or offset + size + TAIL_BYTES != total:
+        if offset + size + TAIL_BYTES != total or tail != _tail(count, size, offset):
             raise _damaged("it does not end as it must")
         if count > max_entries or size > count * (CENTRAL.size + CENTRAL_EXTRA.size + MAX_NAME):
             raise _damaged(f"it has more than {max_entries} members, or an oversized directory")

@@ -143,6 +143,24 @@ def check_lock(recipients: Sequence[KeySource], passphrase: str | None) -> None:
         raise UsageError(f"more than {MAX_RECIPIENTS} recipients", f"give at most {MAX_RECIPIENTS}")
 
 
+class _Target:
+    """A stream to write to that remembers why it failed: pyrage tells that in the words of a damaged file."""
+
+    def __init__(self, stream: BinaryIO) -> None:
+        self._stream = stream
+        self.error: OSError | None = None
+
+    def write(self, data: bytes) -> int:
+        try:
+            return self._stream.write(data)
+        except OSError as error:
+            self.error = error
+            raise
+
+    def flush(self) -> None:
+        self._stream.flush()
+
+
 class _Pieces(io.RawIOBase):
     """A readable stream over an iterator of buffers, for pyrage; nothing is joined."""
 
@@ -180,11 +198,15 @@ def encrypt_chunks(
         ArtifactError: the file cannot be written; nothing is left of it.
     """
     check_lock(recipients, passphrase)
-    with write_beside(path) as target:
+    with write_beside(path) as stream:
         if passphrase is not None:
-            target.write(pyrage.passphrase.encrypt(b"".join(chunks), passphrase))
-        else:
+            stream.write(pyrage.passphrase.encrypt(b"".join(chunks), passphrase))
+            return
+        target = _Target(stream)
+        try:
             pyrage.encrypt_io(_Pieces(chunks), target, read_recipients(recipients))
+        except pyrage.EncryptError as error:
+            raise target.error or error from None
 
 
 def encrypt_file(
@@ -243,11 +265,12 @@ def decryptor(
         )
     identities = default_identities() if identity is None else read_identities(identity)
 
-    def decrypt(target: BinaryIO) -> None:
+    def decrypt(stream: BinaryIO) -> None:
+        target = _Target(stream)
         try:
             pyrage.decrypt_io(source, target, identities)
-        except pyrage.DecryptError:
-            raise cannot_open() from None
+        except (pyrage.DecryptError, OSError):  # a damaged chunk comes as an OSError
+            raise target.error or cannot_open() from None
 
     return decrypt
 
