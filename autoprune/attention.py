@@ -88,6 +88,9 @@ def _mend_multihead(module: nn.MultiheadAttention) -> None:
     module.num_heads = out_weight.shape[1] // module.head_dim
     first = module.in_proj_weight if module.in_proj_weight is not None else module.q_proj_weight
     module.embed_dim = first.shape[1]
+    module._qkv_same_embed_dim = (
+        False  # keeps TransformerEncoderLayer off its fused path, which knows no head_dim
+    )
     module.__class__ = PrunedMultiheadAttention
 
 

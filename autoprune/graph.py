@@ -413,25 +413,26 @@ class _Grouping:
             op = self.walk.tape.ops[site.op]
             units = np.unique(site.labels[site.labels >= 0])
             axis, count = self._axis(units), len(units)
-            for name, value in vars(self.walk.modules[op.module]).items():
-                if type(value) is not int or not axis.per_unit:
-                    continue
-                if value == count and any(w in name for w in ("head", "group")):
-                    found[op.module, name] = Counted(module=op.module, attribute=name, axis=axis, per=1)
-                elif (
-                    value in (site.total, site.total // 3)
-                    and value != count
-                    and any(
-                        w in name
-                        for w in ("attn_dim", "inner", "all_head", "hidden", "out_dim", "dim_out", "key_dim")
-                    )
-                ):
-                    scaled = Axis(
-                        fixed=axis.fixed * value // count,
-                        per_unit={g: n * value // count for g, n in axis.per_unit.items()},
-                    )
-                    found[op.module, name] = Counted(module=op.module, attribute=name, axis=scaled, per=1)
+            if not axis.per_unit:
+                continue
+            for name, times in _counting_attributes(self.walk.modules[op.module], count, site.total).items():
+                scaled = Axis(
+                    fixed=axis.fixed * times, per_unit={g: n * times for g, n in axis.per_unit.items()}
+                )
+                found[op.module, name] = Counted(module=op.module, attribute=name, axis=scaled, per=1)
         return list(found.values())
+
+
+def _counting_attributes(module: nn.Module, count: int, total: int) -> dict[str, int]:
+    """Integers on a module that say how many pieces an axis is split into, or how wide all are: name -> width."""
+    numbers = {n: v for n, v in vars(module).items() if type(v) is int}
+    pieces = [n for n, v in numbers.items() if v == count and ("head" in n or "group" in n)]
+    plain = [n for n in pieces if not any(w in n for w in ("dim", "size", "width", "channels"))]
+    widths = ("attn_dim", "inner", "all_head", "hidden", "out_dim", "dim_out", "key_dim")
+    whole = [
+        n for n, v in numbers.items() if v in (total, total // 3) != count and any(w in n for w in widths)
+    ]
+    return dict.fromkeys(plain or pieces, 1) | {n: numbers[n] // count for n in whole}
 
 
 def _tensors(model: nn.Module) -> list[tuple[str, Tensor, bool]]:

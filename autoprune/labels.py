@@ -53,6 +53,7 @@ class Labels:
         self.size = 0
         self.freezes: list[Freeze] = []
         self.ignores_fixed = False  # a probe follows one axis; positions of others are unknown, not fixed
+        self.is_muted = False
         self._ties: list[tuple[LabelArray, LabelArray]] = []
 
     def new(self, name: str, dim: int, size: int) -> LabelArray:
@@ -63,7 +64,7 @@ class Labels:
 
     def tie(self, left: LabelArray, right: LabelArray, reason: str) -> LabelArray:
         """Tie two arrays position by position; a label that meets `FIXED` is frozen. Returns the merged array."""
-        if left is right:
+        if left is right or self.is_muted:
             return left
         known = (left >= 0) & (right >= 0)
         if known.all():
@@ -77,7 +78,7 @@ class Labels:
 
     def freeze(self, labels: LabelArray | None, reason: str, *, is_structural: bool = False) -> None:
         """Keep these positions for good, for a reason that a person can read."""
-        if labels is None:
+        if labels is None or self.is_muted:
             return
         labels = labels[labels >= 0]
         if labels.size:

@@ -119,10 +119,12 @@ def _grouped(walk: Walk, op: Op) -> LabelArray | None:
     return np.repeat(units, per_out)
 
 
-def _counters(walk: Walk, owner: str, count: int, words: tuple[str, ...]) -> list[str]:
+def _counters(walk: Walk, owner: str, count: int | None, words: tuple[str, ...]) -> list[str]:
+    """Integer attributes of a module whose names have one of the words, and that hold `count` if it is given."""
     module = walk.modules.get(owner)
     values = vars(module) if module is not None else {}
-    return [n for n, v in values.items() if type(v) is int and v == count and any(w in n for w in words)]
+    numbers = {n: v for n, v in values.items() if type(v) is int and any(w in n for w in words)}
+    return [n for n, v in numbers.items() if count is None or v == count]
 
 
 def _grouped_transposed(walk: Walk, op: Op) -> LabelArray | None:
@@ -225,6 +227,22 @@ def batch_norm(walk: Walk, op: Op) -> list[Axes]:
         ref = op.arg(name)
         if ref is not None:
             axes[1] = walk.join([axes[1], walk.get(ref)[0]])
+    if op.arg("weight") is None and op.arg("running_mean") is None and axes[1] is not None:
+        for name in _counters(walk, op.module, None, ("num_features",)):
+            per = len(axes[1]) // int(getattr(walk.modules[op.module], name))
+            walk.rules.append(AttributeRule(op.module, name, axes[1], per))
+    return [axes, *[[None] * len(walk.shape(r)) for r in op.outputs[1:] if r is not None]]
+
+
+def weight_norm(walk: Walk, op: Op) -> list[Axes]:
+    """Direction over its norm, times a length (Salimans & Kingma 2016): the axes of the norm stay."""
+    direction, length, dim = op.arg("v"), op.arg("g"), op.arg("dim", 0)
+    axes = list(walk.get(direction))
+    for index, axis in enumerate(axes):
+        if index != dim:
+            walk.freeze(axis, "weight norm over it")
+            axes[index] = None
+    axes[dim] = walk.join([axes[dim], walk.get(length)[dim]])
     return [axes, *[[None] * len(walk.shape(r)) for r in op.outputs[1:] if r is not None]]
 
 
@@ -346,6 +364,7 @@ FAMILIES: dict[Handler, str] = {
     "_scaled_dot_product_fused_attention_overrideable scaled_dot_product_attention",
     batch_norm: "native_batch_norm _native_batch_norm_legit _native_batch_norm_legit_no_training batch_norm "
     "cudnn_batch_norm _batch_norm_with_update _batch_norm_no_update instance_norm",
+    weight_norm: "_weight_norm_interface _weight_norm",
     group_norm: "native_group_norm group_norm",
     layer_norm: "native_layer_norm layer_norm _fused_rms_norm rms_norm",
     reduction: "mean sum amax amin prod any all var std var_mean std_mean logsumexp norm linalg_vector_norm argmax "

@@ -81,11 +81,11 @@ def _shrinking_axis(
             :, 0
         ]
     if walk.position in walk.choices:
-        options = (walk.choices[walk.position],)
+        options, stuck = [walk.choices[walk.position]], ""
     else:
-        options = tuple(_ranked(walk, out, targets, varying))
+        options, stuck = _ranked(walk, out, targets, varying)
     if not options or options[0] is None:
-        walk.freeze(block.ravel(), "split into axes that must keep their length")
+        walk.freeze(block.ravel(), f"split into axes of which none may shrink{stuck}")
         return None, None
     chosen = options[0]
     rows = np.moveaxis(block, targets.index(chosen), 0).reshape(walk.shape(out)[chosen], -1)
@@ -96,12 +96,14 @@ def _shrinking_axis(
     return chosen, labels
 
 
-def _ranked(walk: Walk, out: Ref, targets: list[int], varying: list[int]) -> list[int]:
+def _ranked(walk: Walk, out: Ref, targets: list[int], varying: list[int]) -> tuple[list[int | None], str]:
+    """The axes that may shrink, best first; and what stops the others."""
     if walk.probe_depth >= 2:  # deep enough for fused projections split into parts and then into heads
-        return [targets[max(varying, key=lambda d: walk.shape(out)[targets[d]])]]
+        return [targets[max(varying, key=lambda d: walk.shape(out)[targets[d]])]], ""
     verdicts = {targets[d]: walk.probe(out, targets[d]) for d in varying}
-    free = [d for d, (is_stuck, _) in verdicts.items() if not is_stuck]
-    return sorted(free, key=lambda d: (-verdicts[d][1], -walk.shape(out)[d]))
+    free = [d for d, (stuck, _) in verdicts.items() if not stuck]
+    reasons = "".join(f": {stuck}" for stuck, _ in verdicts.values() if stuck)
+    return sorted(free, key=lambda d: (-verdicts[d][1], -walk.shape(out)[d])), reasons
 
 
 def permute(walk: Walk, op: Op) -> Axes:
@@ -202,6 +204,24 @@ def split(walk: Walk, op: Op) -> list[Axes]:
     else:
         walk.freeze(axis, "split into parts of fixed, unequal length")
     return [[p if d == dim else a for d, a in enumerate(axes)] for p in pieces]
+
+
+def glu(walk: Walk, op: Op) -> Axes:
+    """The first half of an axis gated by the second: the halves tie."""
+    axes = list(walk.get(op.inputs[0]))
+    dim = op.arg("dim", -1)
+    axis = axes[dim]
+    axes[dim] = None if axis is None else walk.tie_rows(axis.reshape(2, -1).T)
+    return axes
+
+
+def channel_shuffle(walk: Walk, op: Op) -> Axes:
+    """(g x n) channels become (n x g): equal positions of the g parts tie."""
+    axes = list(walk.get(op.inputs[0]))
+    if axes[1] is not None:
+        groups = op.arg("groups")
+        axes[1] = np.repeat(walk.tie_rows(axes[1].reshape(groups, -1).T), groups)
+    return axes
 
 
 def unbind(walk: Walk, op: Op) -> list[Axes]:
@@ -365,6 +385,8 @@ SHAPE_TABLE: dict[str, Handler] = {
         concatenate: "cat",
         stack: "stack",
         split: "split split_with_sizes unsafe_split unsafe_split_with_sizes chunk unsafe_chunk",
+        glu: "glu",
+        channel_shuffle: "native_channel_shuffle channel_shuffle",
         unbind: "unbind",
         select: "select",
         slice_: "slice",

@@ -27,7 +27,7 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 
 from autoprune.errors import TraceError
 
-LIBRARY_FOLDERS = (str(Path(torch.__file__).parent) + "/", str(Path(__file__).parent) + "/")
+TORCH_FOLDER = str(Path(torch.__file__).parent) + "/"
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,6 +49,7 @@ class Op:
         module: qualified name of the innermost module whose forward was running.
         where: `file:line` of the innermost frame outside torch.
         is_pointwise: whether torch tags the operator as computed position by position.
+        is_in_place: whether it writes into one of its inputs.
     """
 
     name: str
@@ -58,6 +59,7 @@ class Op:
     module: str
     where: str
     is_pointwise: bool
+    is_in_place: bool
 
     def arg(self, name: str, default: Any = None) -> Any:
         """The argument called `name`, or `default` where the call left it out."""
@@ -90,6 +92,17 @@ class Tape:
     outputs: list[Ref] = field(default_factory=list)
     calls: dict[str, int] = field(default_factory=dict)
     is_meta: bool = True
+
+    def live(self) -> list[bool]:
+        """Per operator whether its result reaches an output; operators in place always count."""
+        needed = {r.index for r in self.outputs}
+        alive = []
+        for op in reversed(self.ops):
+            is_live = op.is_in_place or any(r is not None and r.index in needed for r in op.outputs)
+            alive.append(is_live)
+            if is_live:
+                needed.update(r.index for r in op.inputs)
+        return alive[::-1]
 
 
 def record(model: nn.Module, example_inputs: tuple[Any, ...]) -> Tape:
@@ -247,6 +260,7 @@ class _Recorder(TorchDispatchMode):
                     module=self.stack[-1],
                     where=_where(),
                     is_pointwise=torch.Tag.pointwise in func.tags,
+                    is_in_place=schema.is_mutable,
                 )
             )
         return result
@@ -273,9 +287,9 @@ def _refs(values: Any) -> Iterator[Ref]:
 
 
 def _where() -> str:
+    """`file:line` of the innermost frame that is not torch's own; torch's where nothing else is between."""
     frame = sys._getframe(2)
-    while frame is not None and frame.f_code.co_filename.startswith(LIBRARY_FOLDERS):
-        if frame.f_back is None:
-            break
+    while frame.f_code.co_filename.startswith(TORCH_FOLDER) and frame.f_back is not None:
         frame = frame.f_back
-    return f"{Path(frame.f_code.co_filename).name}:{frame.f_lineno}"
+    file = frame.f_code.co_filename
+    return "in torch" if file == __file__ else f"{Path(file).name}:{frame.f_lineno}"

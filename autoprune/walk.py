@@ -105,6 +105,7 @@ class Walk:
     probe_depth: int = 0
     is_risky: bool = False
     votes: int = 0
+    live: list[bool] = field(default_factory=list)
     position: int = 0
 
     @property
@@ -115,16 +116,20 @@ class Walk:
     def run(self) -> None:
         """Walk the whole tape and freeze what reaches the outputs."""
         self.weights = _derived_weights(self.tape)
+        self.live = self.tape.live()
         for position, op in enumerate(self.tape.ops):
+            self.labels.is_muted = not self.live[position]  # what never reaches an output ties nothing
             self._apply(position, op)
+        self.labels.is_muted = False
         for ref in self.tape.outputs:
             for axis in self.get(ref):
                 self.labels.freeze(axis, "the model's output")
 
-    def probe(self, ref: Ref, axis: int) -> tuple[bool, int]:
-        """Whether the axis of `ref` runs into something it may not pass, and how often it ends as a batch axis."""
+    def probe(self, ref: Ref, axis: int) -> tuple[str, int]:
+        """What the axis of `ref` runs into that it may not pass, and how often it ends as a batch axis."""
         shape = self.tape.shapes[ref.index]
-        probe = Walk(self.tape, self.modules, self.table, weights=self.weights, probe_depth=self.probe_depth + 1)
+        probe = Walk(self.tape, self.modules, self.table, weights=self.weights, live=self.live)
+        probe.probe_depth = self.probe_depth + 1
         probe.labels.ignores_fixed = True
         labels: Axes = [None] * len(shape)
         labels[axis] = probe.labels.new("probe", axis, shape[axis])
@@ -132,12 +137,12 @@ class Walk:
         steps = 0
         for position in range(self.position + 1, len(self.tape.ops)):
             op = self.tape.ops[position]
-            if any(r.index in probe.axes for r in op.inputs):
+            if self.live[position] and any(r.index in probe.axes for r in op.inputs):
                 probe._apply(position, op)
                 steps += 1
             if steps > PROBE_OPS or probe.labels.freezes:
                 break
-        return bool(probe.labels.freezes), probe.votes
+        return "".join(f.reason for f in probe.labels.freezes[:1]), probe.votes
 
     def _apply(self, position: int, op: Op) -> None:
         self.position = position

@@ -1,0 +1,626 @@
+"""Small networks, one for each pattern that makes structure hard. `free` says whether anything can be pruned."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+@dataclass(frozen=True, kw_only=True)
+class Pattern:
+    """A network, its inputs, and a module whose output channels must (or must not) be prunable."""
+
+    build: Callable[[], nn.Module]
+    inputs: Callable[[], tuple[Any, ...]] = lambda: (torch.randn(2, 3, 8, 8),)
+    free: tuple[str, ...] = ()
+    stuck: tuple[str, ...] = ()
+    reason: str = ""
+    extra: dict[str, int] = field(default_factory=dict)
+
+
+PATTERNS: dict[str, Pattern] = {}
+
+
+def pattern(name: str, **keys: Any) -> Callable[[type[nn.Module]], type[nn.Module]]:
+    def add(cls: type[nn.Module]) -> type[nn.Module]:
+        PATTERNS[name] = Pattern(build=cls, **keys)
+        return cls
+
+    return add
+
+
+class Net(nn.Module):
+    """Stem of 8 channels, the part under test, pooled head."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, 8, 3, padding=1)
+        self.bn = nn.BatchNorm2d(8)
+        self.head = nn.Linear(8, 5)
+
+    def body(self, x: Tensor) -> Tensor:
+        return x
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.body(F.relu(self.bn(self.stem(x))))
+        return self.head(x.mean((2, 3)))
+
+
+@pattern("sequential", free=("0", "3"))
+class _Sequential(nn.Sequential):
+    def __init__(self) -> None:
+        super().__init__(
+            nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.Sigmoid(), nn.Conv2d(8, 12, 3), nn.Hardswish(),
+            nn.AdaptiveAvgPool2d(2), nn.Flatten(), nn.Linear(48, 5),
+        )  # fmt: skip
+
+
+@pattern("residual", free=("stem", "a"))
+class _Residual(Net):
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Conv2d(8, 6, 3, padding=1), nn.Conv2d(6, 8, 3, padding=1)
+
+    def body(self, x: Tensor) -> Tensor:
+        return x + self.b(torch.sigmoid(self.a(x)))
+
+
+@pattern("reused_module", free=("stem", "shared"))
+class _Reused(Net):
+    def __init__(self) -> None:
+        super().__init__()
+        self.shared = nn.Conv2d(8, 8, 3, padding=1)
+
+    def body(self, x: Tensor) -> Tensor:
+        return self.shared(F.relu(self.shared(x)))
+
+
+@pattern("tied_weights", inputs=lambda: (torch.randn(2, 6),), free=("up",))
+class _Tied(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.down = nn.Linear(6, 10, bias=False), nn.Linear(10, 6)
+        self.mid = nn.Linear(10, 10)
+        self.again = nn.Linear(6, 10, bias=False)
+        self.again.weight = self.up.weight
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.down(torch.tanh(self.mid(self.up(x))))
+        return self.down(self.again(x))
+
+
+@pattern("direct_parameters", free=("stem",))
+class _Direct(Net):
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(torch.rand(8, 1, 1) + 0.5)
+        self.register_buffer("shift", torch.randn(1, 8, 1, 1))
+
+    def body(self, x: Tensor) -> Tensor:
+        return x * self.scale + self.shift
+
+
+@pattern("conv_transpose", free=("stem", "up"))
+class _Transposed(Net):
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.back = nn.ConvTranspose2d(8, 6, 2, stride=2), nn.Conv2d(6, 8, 1)
+
+    def body(self, x: Tensor) -> Tensor:
+        return self.back(self.up(x))
+
+
+@pattern("conv_transpose_grouped", free=("stem",))
+class _TransposedGrouped(Net):
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.back = nn.ConvTranspose2d(8, 16, 2, stride=2, groups=4), nn.Conv2d(16, 8, 1)
+
+    def body(self, x: Tensor) -> Tensor:
+        return self.back(F.relu(self.up(x)))
+
+
+@pattern("conv_transpose_depthwise", free=("stem",))
+class _TransposedDepthwise(Net):
+    def __init__(self) -> None:
+        super().__init__()
+        self.up = nn.ConvTranspose2d(8, 8, 2, stride=2, groups=8)
+
+    def body(self, x: Tensor) -> Tensor:
+        return self.up(x)
+
+
+@pattern("conv1d", inputs=lambda: (torch.randn(2, 4, 16),), free=("0", "3"))
+class _Conv1d(nn.Sequential):
+    def __init__(self) -> None:
+        super().__init__(
+            nn.Conv1d(4, 8, 3), nn.BatchNorm1d(8), nn.MaxPool1d(2), nn.Conv1d(8, 6, 3), nn.AdaptiveAvgPool1d(1),
+            nn.Flatten(), nn.Linear(6, 3),
+        )  # fmt: skip
+
+
+@pattern("conv3d", inputs=lambda: (torch.randn(2, 2, 6, 6, 6),), free=("0", "3"))
+class _Conv3d(nn.Sequential):
+    def __init__(self) -> None:
+        super().__init__(
+            nn.Conv3d(2, 8, 3), nn.BatchNorm3d(8), nn.MaxPool3d(2), nn.Conv3d(8, 6, 1), nn.AdaptiveAvgPool3d(1),
+            nn.Flatten(), nn.Linear(6, 3),
+        )  # fmt: skip
+
+
+@pattern("group_norm", free=("stem",))
+class _GroupNorm(Net):
+    def __init__(self) -> None:
+        super().__init__()
+        self.bn = nn.GroupNorm(4, 8)
+
+
+@pattern("group_norm_of_one", stuck=("stem",), reason="normalised over all channels")
+class _GroupNormOne(Net):
+    def __init__(self) -> None:
+        super().__init__()
+        self.bn = nn.GroupNorm(1, 8)
+
+
+@pattern("layer_norm", inputs=lambda: (torch.randn(2, 6),), free=("b",), stuck=("a",), reason="layer norm")
+class _LayerNorm(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.norm, self.b, self.c = nn.Linear(6, 8), nn.LayerNorm(8), nn.Linear(8, 9), nn.Linear(9, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.c(F.gelu(self.b(self.norm(self.a(x)))))
+
+
+@pattern("instance_norm", free=("stem",))
+class _InstanceNorm(Net):
+    def __init__(self) -> None:
+        super().__init__()
+        self.bn = nn.InstanceNorm2d(8)
+        self.more = nn.InstanceNorm2d(8, affine=True, track_running_stats=True)
+
+    def body(self, x: Tensor) -> Tensor:
+        return self.more(x)
+
+
+@pattern("pixel_shuffle", free=("grow",))
+class _PixelShuffle(Net):
+    def __init__(self) -> None:
+        super().__init__()
+        self.grow, self.back = nn.Conv2d(8, 24, 1), nn.Conv2d(6, 8, 1)
+
+    def body(self, x: Tensor) -> Tensor:
+        return self.back(F.pixel_shuffle(self.grow(x), 2))
+
+
+@pattern("pixel_unshuffle", free=("stem",))
+class _PixelUnshuffle(Net):
+    def __init__(self) -> None:
+        super().__init__()
+        self.back = nn.Conv2d(32, 8, 1)
+
+    def body(self, x: Tensor) -> Tensor:
+        return self.back(F.pixel_unshuffle(x, 2))
+
+
+@pattern("channel_shuffle", free=("wide",))
+class _Shuffle(Net):
+    def __init__(self) -> None:
+        super().__init__()
+        self.wide, self.back = nn.Conv2d(8, 12, 1), nn.Conv2d(12, 8, 1)
+
+    def body(self, x: Tensor) -> Tensor:
+        x = self.wide(x)
+        b, c, h, w = x.shape
+        x = x.view(b, 2, c // 2, h, w).transpose(1, 2).reshape(b, c, h, w)
+        return self.back(x)
+
+
+@pattern("channel_shuffle_module", free=("wide",))
+class _ShuffleModule(_Shuffle):
+    def __init__(self) -> None:
+        super().__init__()
+        self.shuffle = nn.ChannelShuffle(3)
+
+    def body(self, x: Tensor) -> Tensor:
+        return self.back(self.shuffle(self.wide(x)))
+
+
+@pattern("flip", free=("wide",))
+class _Flip(_Shuffle):
+    def body(self, x: Tensor) -> Tensor:
+        return self.back(self.wide(x).flip(1))
+
+
+@pattern("roll", stuck=("wide",), reason="shifted")
+class _Roll(_Shuffle):
+    def body(self, x: Tensor) -> Tensor:
+        return self.back(self.wide(x).roll(3, 1))
+
+
+@pattern("gather_by_index", stuck=("wide",), reason="by index")
+class _Gather(_Shuffle):
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("order", torch.randperm(12))
+
+    def body(self, x: Tensor) -> Tensor:
+        return self.back(self.wide(x)[:, self.order])
+
+
+@pattern("weight_norm", free=("wide",))
+class _WeightNorm(_Shuffle):
+    def __init__(self) -> None:
+        super().__init__()
+        self.wide = nn.utils.parametrizations.weight_norm(self.wide)
+
+    def body(self, x: Tensor) -> Tensor:
+        return self.back(F.relu(self.wide(x)))
+
+
+@pattern("functional_weight", free=("wide",))
+class _Functional(_Shuffle):
+    def body(self, x: Tensor) -> Tensor:
+        return self.back(F.conv2d(x, self.wide.weight * 2.0, self.wide.bias))
+
+
+@pattern("functional_standardised", free=("wide",))
+class _Standardised(_Shuffle):
+    def body(self, x: Tensor) -> Tensor:
+        weight = self.wide.weight
+        weight = weight - weight.mean((1, 2, 3), keepdim=True)
+        return self.back(F.conv2d(x, weight, self.wide.bias))
+
+
+@pattern("chunk_gate", free=("wide",))
+class _Chunk(_Shuffle):
+    def __init__(self) -> None:
+        super().__init__()
+        self.back = nn.Conv2d(6, 8, 1)
+
+    def body(self, x: Tensor) -> Tensor:
+        a, b = self.wide(x).chunk(2, 1)
+        return self.back(a * torch.sigmoid(b))
+
+
+@pattern("glu", free=("wide",))
+class _Glu(_Chunk):
+    def body(self, x: Tensor) -> Tensor:
+        return self.back(F.glu(self.wide(x), 1))
+
+
+@pattern("split_by_constant", stuck=("wide",), reason="size written in")
+class _SplitConstant(_Chunk):
+    def body(self, x: Tensor) -> Tensor:
+        a, b = self.wide(x).split(6, 1)
+        return self.back(a * torch.sigmoid(b))
+
+
+@pattern("split_uneven", stuck=("wide",), reason="unequal")
+class _SplitUneven(_Shuffle):
+    def body(self, x: Tensor) -> Tensor:
+        a, b = self.wide(x).split([4, 8], 1)
+        return self.back(torch.cat([b, a], 1))
+
+
+@pattern("slice_of_constant_size", stuck=("wide",), reason="")
+class _SliceConstant(_Shuffle):
+    def body(self, x: Tensor) -> Tensor:
+        x = self.wide(x)
+        return self.back(torch.cat([x[:, 5:], x[:, :5] * 2], 1))
+
+
+@pattern("slice_in_halves", free=("wide",))
+class _SliceHalves(_Chunk):
+    def body(self, x: Tensor) -> Tensor:
+        x = self.wide(x)
+        half = x.shape[1] // 2
+        return self.back(x[:, :half] * torch.sigmoid(x[:, half:]))
+
+
+@pattern("unbind_channels", stuck=("stem",), reason="by position")
+class _Unbind(Net):
+    def body(self, x: Tensor) -> Tensor:
+        return torch.stack(x.unbind(1)[::-1], 1)
+
+
+@pattern("einsum", inputs=lambda: (torch.randn(2, 7, 6),), free=("a",))
+class _Einsum(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.a = nn.Linear(6, 8)
+        self.mix = nn.Parameter(torch.randn(8, 5))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.einsum("bnc,cd->bnd", torch.relu(self.a(x)), self.mix)
+
+
+@pattern(
+    "product_of_activations", inputs=lambda: (torch.randn(2, 7, 6),), stuck=("a",), reason="two activations"
+)
+class _Gram(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.c = nn.Linear(6, 8), nn.Linear(6, 8), nn.Linear(7, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.c(torch.sigmoid(self.a(x)) @ torch.sigmoid(self.b(x)).transpose(1, 2))
+
+
+class _Attention(nn.Module):
+    def __init__(self, heads: int = 4, width: int = 16) -> None:
+        super().__init__()
+        self.num_heads, self.head_dim = heads, width // heads
+        self.qkv, self.proj = nn.Linear(width, 3 * width), nn.Linear(width, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        b, n, _ = x.shape
+        q, k, v = self.qkv(x).reshape(b, n, 3, self.num_heads, self.head_dim).permute(2, 0, 3, 1, 4)
+        x = F.scaled_dot_product_attention(q, k, v)
+        return self.proj(x.transpose(1, 2).reshape(b, n, -1))
+
+
+@pattern("fused_attention", inputs=lambda: (torch.randn(2, 5, 16),), free=("0.qkv",), extra={"0.qkv": 4})
+class _FusedAttention(nn.Sequential):
+    def __init__(self) -> None:
+        super().__init__(_Attention(), nn.Linear(16, 3))
+
+
+@pattern("written_out_attention", inputs=lambda: (torch.randn(2, 5, 16),), free=("0.q",), extra={"0.q": 4})
+class _WrittenOut(nn.Sequential):
+    class _Core(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.heads = 4
+            self.q, self.k, self.v, self.o = (nn.Linear(16, 16) for _ in range(4))
+
+        def split(self, x: Tensor) -> Tensor:
+            return x.view(len(x), -1, self.heads, x.shape[-1] // self.heads).transpose(1, 2)
+
+        def forward(self, x: Tensor) -> Tensor:
+            q, k, v = self.split(self.q(x)), self.split(self.k(x)), self.split(self.v(x))
+            weights = (q @ k.transpose(-1, -2) / 2.0).softmax(-1)
+            return self.o((weights @ v).transpose(1, 2).flatten(2))
+
+    def __init__(self) -> None:
+        super().__init__(self._Core(), nn.Linear(16, 3))
+
+
+@pattern("multihead_attention", inputs=lambda: (torch.randn(2, 5, 16),), free=("att",), extra={"att": 4})
+class _Multihead(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.att, self.out = nn.MultiheadAttention(16, 4, batch_first=True), nn.Linear(16, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.out(self.att(x, x, x)[0])
+
+
+@pattern(
+    "multihead_weights_returned", inputs=lambda: (torch.randn(2, 5, 16),), stuck=("att",), reason="mean over"
+)
+class _MultiheadWeights(_Multihead):
+    def forward(self, x: Tensor) -> Tensor:
+        mixed, weights = self.att(x, x, x)
+        return self.out(mixed) + weights.sum()
+
+
+@pattern("transformer_encoder", inputs=lambda: (torch.randn(2, 5, 16),), free=("0.linear1", "0.self_attn"))
+class _Encoder(nn.Sequential):
+    def __init__(self) -> None:
+        super().__init__(nn.TransformerEncoderLayer(16, 4, 32, batch_first=True), nn.Linear(16, 3))
+
+
+@pattern("reshape_hard_coded", stuck=("wide",), reason="size written in")
+class _HardReshape(_Shuffle):
+    def body(self, x: Tensor) -> Tensor:
+        x = self.wide(x)
+        return self.back(x.view(2, 12, 64).softmax(-1).reshape(2, 12, 8, 8))
+
+
+@pattern("heads_hard_coded", inputs=lambda: (torch.randn(2, 5, 16),), stuck=("qkv",), free=("up",))
+class _HardHeads(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.qkv, self.proj = nn.Linear(16, 48), nn.Linear(16, 16)
+        self.up, self.down = nn.Linear(16, 20), nn.Linear(20, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = self.qkv(x).reshape(2, 5, 3, 4, 4).permute(2, 0, 3, 1, 4)
+        x = self.proj(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(2, 5, 16))
+        return self.down(F.gelu(self.up(x)))
+
+
+@pattern("lstm", inputs=lambda: (torch.randn(2, 5, 6),), free=("inp",), stuck=("rnn",))
+class _Lstm(nn.Module):
+    kind: type[nn.RNNBase] = nn.LSTM
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inp, self.rnn, self.out = nn.Linear(6, 8), self.kind(8, 10, batch_first=True), nn.Linear(10, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.out(self.rnn(torch.relu(self.inp(x)))[0][:, -1])
+
+
+@pattern("gru", inputs=lambda: (torch.randn(2, 5, 6),), free=("inp",), stuck=("rnn",))
+class _Gru(_Lstm):
+    kind = nn.GRU
+
+
+@pattern("few_groups", free=("wide", "grouped"))
+class _FewGroups(_Shuffle):
+    def __init__(self) -> None:
+        super().__init__()
+        self.wide, self.grouped, self.back = (
+            nn.Conv2d(8, 12, 1),
+            nn.Conv2d(12, 18, 3, padding=1, groups=2),
+            nn.Conv2d(18, 8, 1),
+        )
+
+    def body(self, x: Tensor) -> Tensor:
+        return self.back(F.relu(self.grouped(F.relu(self.wide(x)))))
+
+
+@pattern("many_groups", free=("wide",))
+class _ManyGroups(_FewGroups):
+    def __init__(self) -> None:
+        super().__init__()
+        self.grouped = nn.Conv2d(12, 18, 3, padding=1, groups=6)
+
+
+@pattern("depthwise_multiplier", free=("wide",))
+class _Multiplier(_FewGroups):
+    def __init__(self) -> None:
+        super().__init__()
+        self.grouped, self.back = nn.Conv2d(12, 24, 3, padding=1, groups=12), nn.Conv2d(24, 8, 1)
+
+
+@pattern("squeeze_excite", free=("stem", "fc1"))
+class _SqueezeExcite(Net):
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc1, self.fc2 = nn.Conv2d(8, 4, 1), nn.Conv2d(4, 8, 1)
+
+    def body(self, x: Tensor) -> Tensor:
+        return x * torch.sigmoid(self.fc2(F.relu(self.fc1(x.mean((2, 3), keepdim=True)))))
+
+
+@pattern("spatial_attention", free=("stem",))
+class _Spatial(Net):
+    def __init__(self) -> None:
+        super().__init__()
+        self.gate = nn.Conv2d(8, 1, 1)
+
+    def body(self, x: Tensor) -> Tensor:
+        return x * torch.sigmoid(self.gate(x))
+
+
+@pattern("channel_mean", stuck=("stem",), reason="mean")
+class _ChannelMean(Net):
+    def body(self, x: Tensor) -> Tensor:
+        return x - x.mean(1, keepdim=True)
+
+
+@pattern("concatenation", free=("a", "b", "stem"))
+class _Concatenation(Net):
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.c = nn.Conv2d(8, 4, 1), nn.Conv2d(8, 6, 1), nn.Conv2d(18, 8, 1)
+
+    def body(self, x: Tensor) -> Tensor:
+        return self.c(F.relu(torch.cat([self.a(x), x, self.b(x)], 1)))
+
+
+@pattern("constant_added", stuck=("stem",), reason="fixed length")
+class _Constant(Net):
+    def body(self, x: Tensor) -> Tensor:
+        return x + torch.ones(8, 1, 1)
+
+
+@pattern("option_a_shortcut", free=("stem", "wide"))
+class _OptionA(nn.Module):
+    class _Pad(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return F.pad(x[:, :, ::2, ::2], (0, 0, 0, 0, 4, 4))
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.wide = nn.Conv2d(3, 8, 3, padding=1), nn.Conv2d(8, 16, 3, stride=2, padding=1)
+        self.short, self.head = self._Pad(), nn.Linear(16, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.relu(self.stem(x))
+        return self.head(F.relu(self.wide(x) + self.short(x)).mean((2, 3)))
+
+
+@pattern("option_a_inline", free=("stem",))
+class _OptionAInline(_OptionA):
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.relu(self.stem(x))
+        return self.head(F.relu(self.wide(x) + F.pad(x[:, :, ::2, ::2], (0, 0, 0, 0, 4, 4))).mean((2, 3)))
+
+
+@pattern("two_inputs", inputs=lambda: (torch.randn(2, 6), torch.randn(2, 4)), free=("a",))
+class _TwoInputs(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.c = nn.Linear(6, 8), nn.Linear(4, 8), nn.Linear(8, 3)
+
+    def forward(self, x: Tensor, y: Tensor) -> dict[str, Any]:
+        z = torch.relu(self.a(x) + self.b(y))
+        return {"scores": self.c(z), "pair": (self.c(z * 2), z.sum(0).shape[0] * 0)}
+
+
+@pattern("features_returned", stuck=("stem",), reason="output")
+class _Returned(Net):
+    def forward(self, x: Tensor) -> Any:
+        x = self.stem(x)
+        return self.head(F.relu(self.bn(x)).mean((2, 3))), x
+
+
+@pattern("embedding", inputs=lambda: (torch.randint(0, 11, (2, 5)),), free=("emb",))
+class _Embedding(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.emb, self.out = nn.Embedding(11, 8), nn.Linear(8, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.out(self.emb(x).mean(1))
+
+
+@pattern("prelu_and_unfold", free=("stem",))
+class _Unfold(Net):
+    def __init__(self) -> None:
+        super().__init__()
+        self.act, self.mix = nn.PReLU(8), nn.Linear(72, 8)
+
+    def body(self, x: Tensor) -> Tensor:
+        x = F.unfold(self.act(x), 3, padding=1)
+        return self.mix(x.transpose(1, 2)).transpose(1, 2).unflatten(2, (8, 8))
+
+
+@pattern("data_dependent", free=("stem",))
+class _DataDependent(Net):
+    def body(self, x: Tensor) -> Tensor:
+        return x * 2 if x.new_zeros(1).item() == 0 else x
+
+
+@pattern("unknown_operator", stuck=("wide",), reason="not known")
+class _Unknown(_Shuffle):
+    def body(self, x: Tensor) -> Tensor:
+        return self.back(torch.fft.fft2(self.wide(x), dim=(1, 2)).real)
+
+
+@pattern("width_in_arithmetic", stuck=("wide",), reason="something else")
+class _Arithmetic(_Shuffle):
+    def body(self, x: Tensor) -> Tensor:
+        x = self.wide(x)
+        return self.back(x * x.shape[1] ** -0.5)
+
+
+@pattern("token_mixer", inputs=lambda: (torch.randn(2, 6, 8),), free=("up",))
+class _Mixer(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.down, self.head = nn.Linear(6, 12), nn.Linear(12, 6), nn.Linear(8, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.down(F.gelu(self.up(x.transpose(1, 2)))).transpose(1, 2)
+        return self.head(x.mean(1))
+
+
+@pattern("upsampled_skip", free=("stem", "down"))
+class _Skip(Net):
+    def __init__(self) -> None:
+        super().__init__()
+        self.down, self.merge = nn.Conv2d(8, 10, 3, stride=2, padding=1), nn.Conv2d(18, 8, 1)
+
+    def body(self, x: Tensor) -> Tensor:
+        y = F.interpolate(self.down(x), scale_factor=2, mode="bilinear")
+        return self.merge(torch.cat([x, y], 1))
