@@ -29,11 +29,11 @@ if TYPE_CHECKING:
     from autoprune.errors import AutopruneError as AutopruneError
     from autoprune.evaluation import evaluate as evaluate
     from autoprune.graph import ChannelGraph as ChannelGraph
-    from autoprune.graph import trace as trace
     from autoprune.pipeline import run as run
     from autoprune.plan import PruningPlan as PruningPlan
     from autoprune.record import RunResult as RunResult
     from autoprune.sensitivity import sensitivity as sensitivity
+    from autoprune.tracing import trace as trace
     from autoprune.train import finetune_
     from autoprune.weights import load_weights_ as load_weights_
 
@@ -46,7 +46,7 @@ PUBLIC = {
     "PruningPlan": "plan", "RunResult": "record", "Search": "config", "Study": "config", "densify": "densify",
     "evaluate": "evaluation", "finetune": "train:finetune_", "from_datasets": "data", "load": "artifact",
     "load_data": "data", "load_weights_": "weights", "masked": "densify", "run": "pipeline",
-    "sensitivity": "sensitivity", "trace": "graph",
+    "sensitivity": "sensitivity", "trace": "tracing",
 }  # fmt: skip
 __all__ = sorted(PUBLIC)
 

@@ -147,6 +147,8 @@ def answer(record: RunRecord) -> str:
     if after is None:
         done = sum(r.action is not None for r in record.rounds)
         return f"{record.name}: not finished; {done} rounds decided so far."
+    if after.params == before.params:
+        return f"{record.name}: nothing was removed; the original is delivered as it was."
     parts = [
         f"{100 * (1 - after.macs / before.macs):.1f} % fewer MACs",
         f"{100 * before.top1:.2f} → {100 * after.top1:.2f} % top-1 "

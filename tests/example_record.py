@@ -31,7 +31,8 @@ def model(top1: float, scale: float, latency_ms: float | None, num_samples: int 
                               for i, (n, w) in enumerate(wide.items())}  # fmt: skip
     return ModelSummary(
         top1=top1, low=band.low, high=band.high, num_samples=num_samples, loss=0.31, search_top1=top1 + 0.002,
-        macs=round(40.8e6 * scale), params=round(269_722 * scale**0.8), size_bytes=round(1_085_000 * scale**0.8),
+        macs=round(40.8e6 * scale), params=round(269_722 * scale**0.8),
+        size_bytes=round(1_085_000 * scale**0.8),
         latency_ms=latency_ms, latency_spread_ms=None if latency_ms is None else 0.06, widths=widths,
     )  # fmt: skip
 
@@ -50,12 +51,13 @@ def trial(number: int, rate: float, top1: float | None, share: float, **more: ob
     lr = (0.05, 0.012, 0.18, 0.004)[number % 4]
     fields = {
         "number": number, "state": "complete" if top1 is not None else "failed",
-        "params": {"prune_rate": rate, "lr": lr, "decay": ("linear", "cosine", "step", "exponential")[number % 4],
+        "params": {"prune_rate": rate, "lr": lr, "decay": ("linear", "cosine", "step")[number % 3],
                    "criterion": ("l2", "taylor", "bn_scale")[number % 3], "strategy": "sensitivity"},
         "prune_rate": rate - 0.004, "cost_share": share, "macs": round(share * 40.8e6), "num_params": 200_000,
         "top1": top1, "low": band.low if band else None, "high": band.high if band else None, "loss": 0.3,
         "before_tuning": top1 - 0.06 - 0.1 * rate if top1 else None, "epochs": curve(lr, 0.2 + rate / 4),
-        "seconds": 61.0 + 7 * number, "failure": "" if top1 is not None else "the loss became infinite at step 41",
+        "seconds": 61.0 + 7 * number,
+        "failure": "" if top1 is not None else "the loss became infinite at step 41",
     } | more  # fmt: skip
     return TrialRecord(**fields)  # type: ignore[arg-type]
 
@@ -74,34 +76,35 @@ def one_round(number: int, started_from: int, ceiling: float, share: float, acti
               trials: tuple[TrialRecord, ...], floor: float = 0.911) -> RoundRecord:  # fmt: skip
     return RoundRecord(
         number=number, started_from=started_from, ceiling=ceiling, floor=floor, planned_trials=4, epochs=3.0,
-        cost_share=share, trials=trials, sensitivity=cells(number), action=action, reason=reason, seconds=310.0,
+        cost_share=share, trials=trials, sensitivity=cells(number), action=action, reason=reason,
+        seconds=310.0,
     )  # fmt: skip
 
 
 ROUNDS = (
-    one_round(1, 0, 0.35, 1.0, "promote", "3 of 4 trials recovered; trial 2 removed most (31.0 % of the MACs) "
-              "at 91.62 %, above the floor of 91.45 %. The ceiling rises to 43.8 %.",
+    one_round(1, 0, 0.35, 1.0, "promote", "3 of 4 trials recovered; trial 2 removed most (31.0 % of the "
+              "MACs) at 91.62 %, above the floor of 91.45 %. The ceiling rises to 43.8 %.",
               (trial(0, 0.175, 0.9171, 0.829), trial(1, 0.35, 0.9102, 0.654),
                trial(2, 0.31, 0.9162, 0.69, promoted=True, recovered=True),
                trial(3, 0.22, None, 0.79)), 0.9145),
-    one_round(2, 1, 0.4375, 0.69, "lower", "none of 4 trials recovered; the best fell 0.41 pp short of the floor of "
-              "91.10 %. The ceiling falls to 21.9 %.",
+    one_round(2, 1, 0.4375, 0.69, "lower", "none of 4 trials recovered; the best fell 0.41 pp short of the "
+              "floor of 91.10 %. The ceiling falls to 21.9 %.",
               (trial(0, 0.33, 0.9069, 0.462), trial(1, 0.4375, 0.8962, 0.39), trial(2, 0.4, 0.9034, 0.414),
                trial(3, 0.38, 0.9013, 0.43)), 0.911),
-    one_round(3, 1, 0.219, 0.69, "promote", "2 of 4 trials recovered; trial 1 removed most (20.8 %) at 91.24 %. The "
-              "ceiling rises to 27.3 %.",
+    one_round(3, 1, 0.219, 0.69, "promote", "2 of 4 trials recovered; trial 1 removed most (20.8 %) at "
+              "91.24 %. The ceiling rises to 27.3 %.",
               (trial(0, 0.18, 0.9138, 0.566, recovered=True),
                trial(1, 0.212, 0.9124, 0.5465, promoted=True, recovered=True),
                trial(2, 0.219, 0.9108, 0.539), trial(3, 0.1, 0.9141, 0.621, recovered=True)), 0.9118),
-    one_round(4, 3, 0.273, 0.5465, "finish", "trial 0 reaches the target: 49.8 % of the original's MACs remain, at "
-              "91.19 %, above the floor of 90.93 %.",
+    one_round(4, 3, 0.273, 0.5465, "finish", "trial 0 reaches the target: 49.8 % of the original's MACs "
+              "remain, at 91.19 %, above the floor of 90.93 %.",
               (trial(0, 0.09, 0.9119, 0.498, promoted=True, recovered=True), trial(1, 0.2, 0.9049, 0.437),
                trial(2, 0.1, 0.9111, 0.493, recovered=True), trial(3, 0.15, 0.9083, 0.466)), 0.9093),
 )  # fmt: skip
 
 REACHED = RunRecord(
     name="resnet20-cifar10",
-    command="autoprune run studies/resnet20_cifar10.py --target macs=0.5 --max-drop 1.0 --budget 30m --seed 0",
+    command="autoprune run studies/resnet20_cifar10.py --target macs=0.5 --max-drop 1.0 --seed 0",
     started="2026-11-22T19:03:11+00:00",
     seconds=1712.4,
     study={"name": "resnet20-cifar10", "target": "macs=0.5", "max_drop": 1.0, "budget": "30m", "seed": 0,
@@ -116,8 +119,8 @@ REACHED = RunRecord(
     after=model(0.9121, 0.498, 2.71),
     difference=Difference(delta_pp=-0.52, low_pp=-1.04, high_pp=0.02),
     rounds=ROUNDS,
-    outcome=Outcome(reached=True, stopped_by="target", message="The target was reached: 49.8 % of the original's "
-                    "MACs remain and top-1 on the search split is 91.4 %, above the floor of 90.9 %."),
+    outcome=Outcome(reached=True, stopped_by="target", message="The target was reached: 49.8 % of the "
+                    "original's MACs remain and top-1 on the search split is 91.4 %, above the 90.9 %."),
     timings=(StageTime(stage="baseline", seconds=14.2), StageTime(stage="analysis", seconds=301.0),
              StageTime(stage="search", seconds=1130.0), StageTime(stage="finish", seconds=241.0)),
     data=(SplitSummary(name="train", num_samples=10_000, digest="3f" * 32),
@@ -130,8 +133,8 @@ REACHED = RunRecord(
 
 FELL_SHORT = dataclasses.replace(
     REACHED,
-    outcome=Outcome(reached=False, stopped_by="floor", message="The target of 30 % was not reached: at 49.8 % of the "
-                    "MACs nothing more recovers to the floor of 90.9 %; allow a larger --max-drop or --budget."),
+    outcome=Outcome(reached=False, stopped_by="floor", message="The target of 30 % was not reached: at "
+                    "49.8 % of the MACs nothing more recovers to the floor; allow a larger --max-drop."),
     target="macs=0.3", target_share=0.3,
 )  # fmt: skip
 

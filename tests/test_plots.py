@@ -7,10 +7,10 @@ from xml.etree import ElementTree
 
 import matplotlib as mpl
 import pytest
-from example_record import REACHED, UNFINISHED
 
 from autoprune import plots
 from autoprune.record import RunRecord
+from tests.example_record import REACHED, UNFINISHED
 
 
 @pytest.mark.parametrize("name", list(plots.PLOTS))

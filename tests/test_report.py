@@ -8,10 +8,10 @@ from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
-from example_record import FELL_SHORT, REACHED, UNFINISHED
 
 from autoprune.record import RunRecord
 from autoprune.report import to_json, write_report
+from tests.example_record import FELL_SHORT, REACHED, UNFINISHED
 
 VOID = {"meta", "br", "img", "use", "path"}
 

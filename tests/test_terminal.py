@@ -4,13 +4,13 @@ import io
 from pathlib import Path
 
 import pytest
-from example_record import REACHED, ROUNDS
 from rich.console import Console
 
 from autoprune import events as ev
-from autoprune.tables import comparison_table, status_text
+from autoprune.tables import comparison_table
 from autoprune.terminal import listener
 from autoprune.wording import comparison
+from tests.example_record import REACHED, ROUNDS
 
 
 def story() -> list[ev.Event]:

@@ -1,9 +1,9 @@
 from __future__ import annotations
 
 import pytest
-from example_record import FELL_SHORT, REACHED, UNFINISHED
 
 from autoprune import wording
+from tests.example_record import FELL_SHORT, REACHED, UNFINISHED
 
 
 @pytest.mark.parametrize(
