@@ -1,9 +1,9 @@
-"""Attention modules whose own forward ties the number of heads to the model's width, taught to have fewer heads.
+"""Attention whose own forward ties the number of heads to the model's width, taught to have fewer heads.
 
-torch's and torchvision's attention compute the width of a head as the model's width over the number of heads,
-so a module with some heads removed needs a forward that takes both as given. Each class here is a subclass of
-the original with the same parameters under the same names; a pruned module changes to it in place and stays an
-instance of the user's class.
+torch's and torchvision's attention compute the width of a head as the model's width over the number of
+heads, so a module with some heads removed needs a forward that takes both as given. Each class is a subclass
+of the original with the same parameters under the same names; a pruned module changes to it in place and
+stays an instance of the user's class.
 """
 
 from __future__ import annotations
@@ -16,9 +16,9 @@ from torch import Tensor, nn
 
 
 class PrunedMultiheadAttention(nn.MultiheadAttention):
-    """`nn.MultiheadAttention` with any number of heads of width `head_dim` (Vaswani et al. 2017, section 3.2.2)."""
+    """`nn.MultiheadAttention` with any number of heads of one width (Vaswani et al. 2017, section 3.2.2)."""
 
-    def forward(  # type: ignore[override]
+    def forward(  # noqa: PLR0913 (the signature that it replaces)
         self,
         query: Tensor,
         key: Tensor,
@@ -29,7 +29,7 @@ class PrunedMultiheadAttention(nn.MultiheadAttention):
         average_attn_weights: bool = True,
         is_causal: bool = False,
     ) -> tuple[Tensor, Tensor | None]:
-        """As `nn.MultiheadAttention.forward`: (B, N, E) or (N, B, E) or (N, E) -> the same, and the weights."""
+        """As `nn.MultiheadAttention.forward`: (B, N, E), (N, B, E) or (N, E) -> the same, and the weights."""
         is_batched = query.dim() == 3
         swap = is_batched and not self.batch_first
         query, key, value = (
@@ -58,7 +58,7 @@ class PrunedMultiheadAttention(nn.MultiheadAttention):
             matrices = (self.q_proj_weight, self.k_proj_weight, self.v_proj_weight)
         biases = self.in_proj_bias.chunk(3) if self.in_proj_bias is not None else (None, None, None)
         made = [F.linear(x, w, b) for x, w, b in zip((query, key, value), matrices, biases, strict=True)]
-        return [t.unflatten(-1, (-1, self.head_dim)).transpose(1, 2) for t in made]
+        return [t.view(*t.shape[:2], -1, self.head_dim).transpose(1, 2) for t in made]
 
     def _mask(
         self, attn_mask: Tensor | None, padding: Tensor | None, q: Tensor, k: Tensor, is_causal: bool
@@ -67,7 +67,7 @@ class PrunedMultiheadAttention(nn.MultiheadAttention):
         parts = []
         if attn_mask is not None:
             mask = _additive(attn_mask, q.dtype)
-            parts.append(mask if mask.dim() == 2 else mask.unflatten(0, (len(q), -1)))
+            parts.append(mask if mask.dim() == 2 else mask.view(len(q), -1, *mask.shape[1:]))
         elif is_causal:
             ones = torch.ones(q.shape[-2], k.shape[-2], dtype=torch.bool, device=q.device)
             parts.append(_additive(ones.triu(1), q.dtype))

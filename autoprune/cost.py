@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 @dataclass(frozen=True, kw_only=True)
 class Cost:
-    """Multiply-adds of one forward pass of the example input, parameters, and bytes of parameters and buffers."""
+    """Multiply-adds of one pass of the example input, parameters, and bytes of parameters and buffers."""
 
     macs: int
     params: int
@@ -57,7 +57,6 @@ class CostModel:
             for group, positions in axis.per_unit.items():
                 self._per_unit[row, group] = positions
         self._macs, self._params, self._bytes = (self._packed(t) for t in (macs, params, size_bytes))
-        self._mac_terms = tuple(macs)
 
     def _packed(self, terms: Sequence[Term]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
         """Constants (T,) and axis rows (T, most axes), padded with the row whose length is 1."""
@@ -78,9 +77,9 @@ class CostModel:
         return Cost(macs=macs, params=params, size_bytes=size)
 
     def macs_touched(self, counts: NDArray[np.int64]) -> tuple[NDArray[np.int64], int]:
-        """Per group the multiply-adds of the operators that shrink with it, (groups,); and those of any group."""
+        """Per group the multiply-adds of the operators that shrink with it, (groups,); those of any group."""
         lengths = self._fixed + self._per_unit @ counts
         constant, rows = self._macs
         cost = constant * lengths[rows].prod(axis=1)
-        touches = (self._per_unit[rows] > 0).any(axis=1)
+        touches = np.any(self._per_unit[rows] > 0, axis=1)
         return (cost[:, None] * touches).sum(axis=0), int(cost[touches.any(axis=1)].sum())

@@ -78,7 +78,7 @@ def masked(model: nn.Module, graph: ChannelGraph, plan: PruningPlan) -> nn.Modul
 
 
 def verify(model: nn.Module, graph: ChannelGraph, plan: PruningPlan, example_inputs: Any) -> float:
-    """Largest difference between the dense and the masked network's outputs, relative to the outputs' size.
+    """Largest difference between the dense and the masked network's outputs, relative to their size.
 
     Raises:
         VerificationError: it is above the tolerance of the network's number format.
@@ -89,7 +89,7 @@ def verify(model: nn.Module, graph: ChannelGraph, plan: PruningPlan, example_inp
     allowed = TOLERANCE.get(dtype, 5e-2)
     if not error <= allowed:
         raise VerificationError(
-            f"the dense network differs from the masked one by {error:.1e} of its output (allowed {allowed:.0e})",
+            f"the dense network differs from the masked one by {error:.1e} (allowed {allowed:.0e})",
             "exclude the layers that `autoprune groups` shows last, and report the network",
         )
     return error
@@ -116,7 +116,7 @@ def _outputs(model: nn.Module, inputs: tuple[Any, ...]) -> list[Tensor]:
 
 
 def _may_zero(modules: dict[str, nn.Module], name: str) -> bool:
-    """Zeros are harmless in the producers of plain layers; a scale or a statistic elsewhere may be divided by."""
+    """Zeros are harmless in the producers of plain layers; elsewhere a scale may be divided by."""
     owner, _, leaf = name.rpartition(".")
     plain = (nn.Linear, nn.modules.conv._ConvNd, nn.modules.batchnorm._BatchNorm)
     return isinstance(modules.get(owner), plain) and leaf in ("weight", "bias", "running_mean")
@@ -176,7 +176,7 @@ def _mended(model: nn.Module, graph: ChannelGraph, plan: PruningPlan) -> nn.Modu
         if getattr(modules[counter.module], counter.attribute) != value:
             setattr(modules[counter.module], counter.attribute, value)
     for name, policy in graph.grouped.items():
-        modules[name].autoprune_grouped = policy  # type: ignore[assignment]
+        modules[name].autoprune_grouped = policy
     for name in changed:
         _mend(modules[name.removesuffix(".parametrizations.weight")])
     mend_attention(model, changed)
@@ -204,6 +204,6 @@ def _mend(module: nn.Module) -> None:
     elif isinstance(module, nn.Embedding):
         module.embedding_dim = module.weight.shape[1]
     elif isinstance(module, nn.RNNBase):
-        module.input_size = module.weight_ih_l0.shape[1]
+        module.input_size = int(getattr(module, "weight_ih_l0").shape[1])  # noqa: B009 (untyped attribute)
     elif isinstance(module, nn.Bilinear):
         module.out_features, module.in1_features, module.in2_features = module.weight.shape

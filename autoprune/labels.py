@@ -1,7 +1,7 @@
 """Labels: one integer for every position of every parameter dimension, tied by union-find.
 
-A *slot* is one dimension of one parameter (or one padded edge of an activation); it owns a contiguous range of
-labels, so that a label says at once which parameter, which dimension and which position it is. Operators
+A *slot* is one dimension of one parameter (or one padded edge of an activation); it owns a contiguous range
+of labels, so that a label says at once which parameter, which dimension and which position it is. Operators
 *tie* labels that must stay or go together and *freeze* those that must stay. Ties are only collected while
 the network is walked; the classes are found once at the end, all together.
 
@@ -63,7 +63,7 @@ class Labels:
         return np.arange(self.size - size, self.size, dtype=np.int64)
 
     def tie(self, left: LabelArray, right: LabelArray, reason: str) -> LabelArray:
-        """Tie two arrays position by position; a label that meets `FIXED` is frozen. Returns the merged array."""
+        """Tie two arrays position by position; what meets `FIXED` is frozen. Returns the merged array."""
         if left is right or self.is_muted:
             return left
         known = (left >= 0) & (right >= 0)

@@ -28,6 +28,11 @@ def _untracked(walk: Walk, op: Op) -> list[Axes]:
     return [[None] * len(walk.shape(r)) for r in op.outputs if r is not None]
 
 
+def _first(walk: Walk, op: Op, axes: Axes) -> list[Axes]:
+    """Axes for the first output; the others are statistics that nothing reads."""
+    return [axes, *_untracked(walk, op)[1:]]
+
+
 def constant(walk: Walk, op: Op) -> list[Axes]:
     """A result that does not depend on the values of its inputs."""
     return _untracked(walk, op)
@@ -120,7 +125,7 @@ def _grouped(walk: Walk, op: Op) -> LabelArray | None:
 
 
 def _counters(walk: Walk, owner: str, count: int | None, words: tuple[str, ...]) -> list[str]:
-    """Integer attributes of a module whose names have one of the words, and that hold `count` if it is given."""
+    """Integer attributes of a module named with one of the words, that hold `count` if it is given."""
     module = walk.modules.get(owner)
     values = vars(module) if module is not None else {}
     numbers = {n: v for n, v in values.items() if type(v) is int and any(w in n for w in words)}
@@ -200,8 +205,7 @@ def attention(walk: Walk, op: Op) -> list[Axes]:
     walk.cost(length * keys * width, lead)
     walk.cost(length * keys, [*lead, (walk.shape(value)[-1], v[-1])])
     first: Axes = [*batch, None, v[-1]]
-    rest = [[None] * len(walk.shape(r)) for r in op.outputs[1:] if r is not None]
-    return [first, *rest]
+    return _first(walk, op, first)
 
 
 def _tie_mask(walk: Walk, mask: Ref, batch: Axes) -> None:
@@ -231,7 +235,7 @@ def batch_norm(walk: Walk, op: Op) -> list[Axes]:
         for name in _counters(walk, op.module, None, ("num_features",)):
             per = len(axes[1]) // int(getattr(walk.modules[op.module], name))
             walk.rules.append(AttributeRule(op.module, name, axes[1], per))
-    return [axes, *[[None] * len(walk.shape(r)) for r in op.outputs[1:] if r is not None]]
+    return _first(walk, op, axes)
 
 
 def weight_norm(walk: Walk, op: Op) -> list[Axes]:
@@ -243,7 +247,7 @@ def weight_norm(walk: Walk, op: Op) -> list[Axes]:
             walk.freeze(axis, "weight norm over it")
             axes[index] = None
     axes[dim] = walk.join([axes[dim], walk.get(length)[dim]])
-    return [axes, *[[None] * len(walk.shape(r)) for r in op.outputs[1:] if r is not None]]
+    return _first(walk, op, axes)
 
 
 def group_norm(walk: Walk, op: Op) -> list[Axes]:
@@ -274,7 +278,7 @@ def group_norm(walk: Walk, op: Op) -> list[Axes]:
         if op.arg(name) is not None and groups > 1:
             channels = walk.join([channels, walk.get(op.arg(name))[0]])
     axes = [axes[0], channels, *[None] * (len(axes) - 2)]
-    return [axes, *[[None] * len(walk.shape(r)) for r in op.outputs[1:] if r is not None]]
+    return _first(walk, op, axes)
 
 
 def layer_norm(walk: Walk, op: Op) -> list[Axes]:
@@ -288,7 +292,7 @@ def layer_norm(walk: Walk, op: Op) -> list[Axes]:
             for axis in walk.get(op.arg(name)):
                 walk.freeze(axis, "layer norm over the channels")
     axes[-count:] = [None] * count
-    return [axes, *[[None] * len(walk.shape(r)) for r in op.outputs[1:] if r is not None]]
+    return _first(walk, op, axes)
 
 
 def reduction(walk: Walk, op: Op) -> list[Axes]:
@@ -336,26 +340,27 @@ def embedding(walk: Walk, op: Op) -> Axes:
     return [*[None] * len(walk.shape(indices)), width]
 
 
-SPACE = {
-    f"{name}{suffix}": dims
-    for dims in (1, 2, 3)
-    for name, suffix in (
-        (f"max_pool{dims}d", ""), (f"max_pool{dims}d", "_with_indices"), (f"avg_pool{dims}d", ""),
-        (f"adaptive_avg_pool{dims}d", ""), (f"_adaptive_avg_pool{dims}d", ""), (f"adaptive_max_pool{dims}d", ""),
-        (f"reflection_pad{dims}d", ""), (f"replication_pad{dims}d", ""), (f"upsample_nearest{dims}d", ""),
-        (f"_upsample_nearest_exact{dims}d", ""),
-    )
-} | {"upsample_bilinear2d": 2, "_upsample_bilinear2d_aa": 2, "upsample_bicubic2d": 2, "_upsample_bicubic2d_aa": 2,
-     "upsample_linear1d": 1, "upsample_trilinear3d": 3}  # fmt: skip
+SPATIAL = (
+    "max_pool{0}d max_pool{0}d_with_indices avg_pool{0}d adaptive_avg_pool{0}d _adaptive_avg_pool{0}d "
+    "adaptive_max_pool{0}d reflection_pad{0}d replication_pad{0}d upsample_nearest{0}d _upsample_nearest_exact{0}d"
+)
+SPACE = {name: dims for dims in (1, 2, 3) for name in SPATIAL.format(dims).split()} | {
+    "upsample_linear1d": 1,
+    "upsample_bilinear2d": 2,
+    "_upsample_bilinear2d_aa": 2,
+    "upsample_bicubic2d": 2,
+    "_upsample_bicubic2d_aa": 2,
+    "upsample_trilinear3d": 3,
+}
 
 FAMILIES: dict[Handler, str] = {
-    constant: "empty empty_like_shape new_zeros new_ones new_full new_empty zeros ones full arange scalar_tensor "
-    "randn rand randint linspace eye tril_indices triu_indices empty_strided new_empty_strided",
+    constant: "empty new_zeros new_ones new_full new_empty zeros ones full arange scalar_tensor randn rand "
+    "randint linspace eye tril_indices triu_indices empty_strided new_empty_strided",
     like: "zeros_like ones_like full_like empty_like rand_like randn_like zero fill",
-    pointwise: "pointwise hardswish hardsigmoid hardtanh leaky_relu elu selu celu mish softplus hardshrink prelu "
-    "_prelu_kernel rrelu clone contiguous detach alias _to_copy to type_as lift_fresh lift_fresh_copy copy dropout "
-    "native_dropout alpha_dropout feature_dropout nan_to_num masked_fill where log_sigmoid log_sigmoid_forward "
-    "bernoulli gelu silu relu relu6 threshold softshrink",
+    pointwise: "pointwise hardswish hardsigmoid hardtanh leaky_relu elu selu celu mish softplus hardshrink "
+    "prelu _prelu_kernel rrelu gelu silu relu relu6 threshold softshrink log_sigmoid log_sigmoid_forward "
+    "clone contiguous detach alias _to_copy to type_as lift_fresh lift_fresh_copy copy dropout native_dropout "
+    "alpha_dropout feature_dropout bernoulli nan_to_num masked_fill where",
     convolution: "convolution convolution_overrideable _convolution mkldnn_convolution",
     matrix_product: "mm addmm bmm baddbmm",
     matrix_vector: "mv",
@@ -367,12 +372,12 @@ FAMILIES: dict[Handler, str] = {
     weight_norm: "_weight_norm_interface _weight_norm",
     group_norm: "native_group_norm group_norm",
     layer_norm: "native_layer_norm layer_norm _fused_rms_norm rms_norm",
-    reduction: "mean sum amax amin prod any all var std var_mean std_mean logsumexp norm linalg_vector_norm argmax "
-    "argmin max min median nansum nanmean count_nonzero",
+    reduction: "mean sum amax amin prod any all var std var_mean std_mean logsumexp norm linalg_vector_norm "
+    "argmax argmin max min median nansum nanmean count_nonzero",
     along: "_softmax softmax _log_softmax log_softmax _safe_softmax cumsum cumprod sort topk logcumsumexp",
     spatial: " ".join(SPACE),
     embedding: "embedding",
     unknown: "unknown",
-}  # fmt: skip
+}
 
 TABLE: dict[str, Handler] = {n: f for f, names in FAMILIES.items() for n in names.split()} | SHAPE_TABLE

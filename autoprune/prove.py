@@ -15,7 +15,8 @@ import numpy as np
 from torch import nn
 
 from autoprune.densify import densify, densify_on_meta, difference, masked
-from autoprune.graph import ChannelGraph, Group, build
+from autoprune.graph import ChannelGraph, Group
+from autoprune.grouping import build
 from autoprune.labels import LabelArray
 from autoprune.plan import PruningPlan
 from autoprune.tape import Tape, forward_shapes
@@ -33,7 +34,7 @@ def proven(
     model: nn.Module, inputs: tuple[Any, ...], tape: Tape, kept: Mapping[str, str], round_to: int
 ) -> ChannelGraph:
     """The graph of a recorded network, without the groups that its program does not allow to shrink."""
-    choices: dict[int, int | None] = {}
+    choices: dict[int, int] = {}
     refused: list[tuple[LabelArray, str]] = []
     for _ in range(ROUNDS):
         graph, walk = build(model, tape, choices=choices, kept=kept, refused=refused, round_to=round_to)
@@ -54,7 +55,7 @@ def _failing(
     groups = graph.groups
     if not groups:
         return []
-    expected = [tape_shape for tape_shape in (walk.shape(r) for r in walk.tape.outputs)]
+    expected = [walk.shape(r) for r in walk.tape.outputs]
 
     def shapes(chosen: Sequence[Group]) -> str | None:
         try:
@@ -67,8 +68,8 @@ def _failing(
         plan = _probe_plan(chosen)
         try:
             error = difference(densify(model, graph, plan), masked(model, graph, plan), inputs)
-        except Exception as error:
-            return f"its forward has the size written in: {_first_line(error)}"
+        except Exception as failure:
+            return f"its forward has the size written in: {_first_line(failure)}"
         return None if error < NOISE else f"the pruned network computes something else ({error:.1e} apart)"
 
     failing = _bisect(groups, shapes) if walk.can_run_on_meta else []
@@ -105,7 +106,7 @@ def _labels(walk: Walk, group: Group) -> LabelArray:
     return np.concatenate([starts[m.name, m.dim] + m.index.ravel() for m in group.members])
 
 
-def _choose_again(graph: ChannelGraph, walk: Walk, group: Group, choices: dict[int, int | None]) -> bool:
+def _choose_again(graph: ChannelGraph, walk: Walk, group: Group, choices: dict[int, int]) -> bool:
     """Let the reshapes that this group passes shrink along their next axis; False where none has one."""
     mine = set(_labels(walk, group).tolist())
     changed = False

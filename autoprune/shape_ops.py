@@ -84,19 +84,17 @@ def _shrinking_axis(
         options, stuck = [walk.choices[walk.position]], ""
     else:
         options, stuck = _ranked(walk, out, targets, varying)
-    if not options or options[0] is None:
+    if not options:
         walk.freeze(block.ravel(), f"split into axes of which none may shrink{stuck}")
         return None, None
     chosen = options[0]
     rows = np.moveaxis(block, targets.index(chosen), 0).reshape(walk.shape(out)[chosen], -1)
     labels = walk.tie_rows(rows)
-    walk.sites.append(
-        Site(walk.position, labels, tuple(o for o in options if o is not None), chosen, block.size)
-    )
+    walk.sites.append(Site(walk.position, labels, tuple(options), chosen, block.size))
     return chosen, labels
 
 
-def _ranked(walk: Walk, out: Ref, targets: list[int], varying: list[int]) -> tuple[list[int | None], str]:
+def _ranked(walk: Walk, out: Ref, targets: list[int], varying: list[int]) -> tuple[list[int], str]:
     """The axes that may shrink, best first; and what stops the others."""
     if walk.probe_depth >= 2:  # deep enough for fused projections split into parts and then into heads
         return [targets[max(varying, key=lambda d: walk.shape(out)[targets[d]])]], ""
@@ -329,7 +327,7 @@ PADDING_OPS = frozenset({"slice", "constant_pad_nd", "alias", "avg_pool2d"})
 
 
 def _edge(walk: Walk, op: Op, size: int, dim: int, side: Literal["left", "right"]) -> LabelArray:
-    """Fresh labels where a module of its own does the padding, so that it can be replaced; fixed ones elsewhere."""
+    """Fresh labels where a module of its own does the padding and can be replaced; fixed ones elsewhere."""
     module = walk.modules.get(op.module)
     is_alone = module is not None and op.module != "" and not any(True for _ in module.children())
     has_state = (
@@ -372,31 +370,29 @@ def unfold(walk: Walk, op: Op) -> Axes:
     return [*axes[:-3], None if channels is None else np.repeat(channels, times), None]
 
 
-SHAPE_TABLE: dict[str, Handler] = {
-    name: handler
-    for handler, names in {
-        reshape: "view _unsafe_view reshape _reshape_alias flatten unflatten",
-        permute: "permute",
-        transpose: "transpose t swapaxes",
-        squeeze: "squeeze",
-        unsqueeze: "unsqueeze",
-        expand: "expand",
-        repeat: "repeat",
-        concatenate: "cat",
-        stack: "stack",
-        split: "split split_with_sizes unsafe_split unsafe_split_with_sizes chunk unsafe_chunk",
-        glu: "glu",
-        channel_shuffle: "native_channel_shuffle channel_shuffle",
-        unbind: "unbind",
-        select: "select",
-        slice_: "slice",
-        flip: "flip",
-        roll: "roll",
-        index: "index",
-        index_select: "index_select",
-        pad: "constant_pad_nd",
-        pixel_shuffle: "pixel_shuffle pixel_unshuffle",
-        unfold: "im2col",
-    }.items()
-    for name in names.split()
+SHAPE_FAMILIES: dict[Handler, str] = {
+    reshape: "view _unsafe_view reshape _reshape_alias flatten unflatten",
+    permute: "permute",
+    transpose: "transpose t swapaxes",
+    squeeze: "squeeze",
+    unsqueeze: "unsqueeze",
+    expand: "expand",
+    repeat: "repeat",
+    concatenate: "cat",
+    stack: "stack",
+    split: "split split_with_sizes unsafe_split unsafe_split_with_sizes chunk unsafe_chunk",
+    glu: "glu",
+    channel_shuffle: "native_channel_shuffle channel_shuffle",
+    unbind: "unbind",
+    select: "select",
+    slice_: "slice",
+    flip: "flip",
+    roll: "roll",
+    index: "index",
+    index_select: "index_select",
+    pad: "constant_pad_nd",
+    pixel_shuffle: "pixel_shuffle pixel_unshuffle",
+    unfold: "im2col",
 }
+
+SHAPE_TABLE: dict[str, Handler] = {n: f for f, names in SHAPE_FAMILIES.items() for n in names.split()}

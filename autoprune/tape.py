@@ -191,11 +191,11 @@ def _quiet(model: nn.Module) -> Iterator[None]:
             module.__dict__.update(attributes)
 
 
-class _Recorder(TorchDispatchMode):
+class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Writes every operator of one forward pass onto a tape."""
 
     def __init__(self, model: nn.Module) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.tape = Tape()
         self.names = {id(m): name for name, m in model.named_modules()}
         self.stack: list[str] = [""]

@@ -61,7 +61,7 @@ class CostTerm:
 
 @dataclass(frozen=True, slots=True)
 class Site:
-    """A reshape that splits a channel axis: `labels` is the axis that shrinks, the other parts keep their length.
+    """A reshape that splits a channel axis: `labels` is the axis that shrinks, the others keep their length.
 
     `options` are the axes that could have been chosen, best first; `total` is the length before the split.
     """
@@ -75,7 +75,7 @@ class Site:
 
 @dataclass(frozen=True, slots=True)
 class AttributeRule:
-    """An integer on a module that counts units: after pruning it is the number of `labels` kept, over `per`."""
+    """An integer on a module that counts units: after pruning the number of `labels` kept, over `per`."""
 
     module: str
     attribute: str
@@ -88,13 +88,13 @@ class Walk:
     """One pass over a tape.
 
     Attributes:
-        choices: reshape operator -> axis that shrinks, where the first choice did not hold; None freezes it.
+        choices: reshape operator -> axis that shrinks, where the first choice did not hold.
     """
 
     tape: Tape
     modules: Mapping[str, nn.Module]
     table: Mapping[str, Handler]
-    choices: Mapping[int, int | None] = field(default_factory=dict)
+    choices: Mapping[int, int] = field(default_factory=dict)
     labels: Labels = field(default_factory=Labels)
     axes: dict[int, Axes] = field(default_factory=dict)
     terms: list[CostTerm] = field(default_factory=list)
@@ -228,7 +228,7 @@ class Walk:
         return merged
 
     def contract(self, left: tuple[Ref, int], right: tuple[Ref, int]) -> None:
-        """Two axes that are multiplied and summed over. One side must be a weight, whose masked entries are zero."""
+        """Two axes that are multiplied and summed over. One side must be a weight, which can be masked."""
         axes = [self.get(ref)[axis] for ref, axis in (left, right)]
         if all(a is None for a in axes):
             return

@@ -16,8 +16,8 @@ from torchvision.models.swin_transformer import ShiftedWindowAttention, ShiftedW
 LOG_100 = 4.605170185988092  # the cap of Swin V2's logit scale
 
 
-def _swin_forward(self: Any, x: Tensor) -> Tensor:
-    """Shifted-window attention (Liu et al. 2021, section 3.2) over (B, H, W, C) with the heads that are left."""
+def _swin_forward(self: Any, x: Tensor) -> Any:
+    """Shifted-window attention (Liu et al. 2021, 3.2) over (B, H, W, C) for any number of heads."""
     batch, height, width, channels = x.shape
     size = self.window_size
     pad_h, pad_w = -height % size[0], -width % size[1]
@@ -51,7 +51,7 @@ def _shift_mask(x: Tensor, size: list[int], shift: list[int]) -> Tensor:
     return torch.zeros(apart.shape, dtype=x.dtype, device=x.device).masked_fill(apart, -100.0).unsqueeze(1)
 
 
-def _swin_attend(self: Any, tokens: Tensor, mask: Tensor | None) -> Tensor:
+def _swin_attend(self: Any, tokens: Tensor, mask: Tensor | None) -> Any:
     """(windows, tokens, C) -> (windows, tokens, heads x head_dim)."""
     qkv = self._qkv(tokens).unflatten(-1, (3, self.num_heads, self.head_dim))
     q, k, v = qkv.permute(2, 0, 3, 1, 4)
@@ -72,7 +72,7 @@ class PrunedShiftedWindowAttention(ShiftedWindowAttention):  # type: ignore[misc
     def _qkv(self, tokens: Tensor) -> Tensor:
         return self.qkv(tokens)  # type: ignore[no-any-return]
 
-    def _scores(self, q: Tensor, k: Tensor) -> Tensor:
+    def _scores(self, q: Tensor, k: Tensor) -> Any:
         return (q * self.head_dim**-0.5) @ k.transpose(-2, -1)
 
 
@@ -89,7 +89,7 @@ class PrunedShiftedWindowAttentionV2(ShiftedWindowAttentionV2):  # type: ignore[
             bias = torch.cat([bias[:third], torch.zeros_like(bias[:third]), bias[2 * third :]])
         return F.linear(tokens, self.qkv.weight, bias)
 
-    def _scores(self, q: Tensor, k: Tensor) -> Tensor:
+    def _scores(self, q: Tensor, k: Tensor) -> Any:
         cosine = F.normalize(q, dim=-1) @ F.normalize(k, dim=-1).transpose(-2, -1)
         return cosine * torch.clamp(self.logit_scale, max=LOG_100).exp()
 
@@ -114,7 +114,7 @@ PRUNED: dict[type[nn.Module], type[nn.Module]] = {
 
 
 def mend(module: Any) -> None:
-    """Change a module with fewer heads to the class whose forward allows that; its head count is set already."""
+    """Change a module with fewer heads, whose head count is set already, to the class that allows that."""
     pruned = PRUNED.get(type(module))
     if pruned is None:
         return

@@ -1,4 +1,4 @@
-"""Small networks, one for each pattern that makes structure hard. `free` says whether anything can be pruned."""
+"""Small networks, one for each pattern that makes structure hard, with what must be free and what stuck."""
 
 from __future__ import annotations
 
@@ -139,8 +139,8 @@ class _TransposedDepthwise(Net):
 class _Conv1d(nn.Sequential):
     def __init__(self) -> None:
         super().__init__(
-            nn.Conv1d(4, 8, 3), nn.BatchNorm1d(8), nn.MaxPool1d(2), nn.Conv1d(8, 6, 3), nn.AdaptiveAvgPool1d(1),
-            nn.Flatten(), nn.Linear(6, 3),
+            nn.Conv1d(4, 8, 3), nn.BatchNorm1d(8), nn.MaxPool1d(2), nn.Conv1d(8, 6, 3),
+            nn.AdaptiveAvgPool1d(1), nn.Flatten(), nn.Linear(6, 3),
         )  # fmt: skip
 
 
@@ -148,8 +148,8 @@ class _Conv1d(nn.Sequential):
 class _Conv3d(nn.Sequential):
     def __init__(self) -> None:
         super().__init__(
-            nn.Conv3d(2, 8, 3), nn.BatchNorm3d(8), nn.MaxPool3d(2), nn.Conv3d(8, 6, 1), nn.AdaptiveAvgPool3d(1),
-            nn.Flatten(), nn.Linear(6, 3),
+            nn.Conv3d(2, 8, 3), nn.BatchNorm3d(8), nn.MaxPool3d(2), nn.Conv3d(8, 6, 1),
+            nn.AdaptiveAvgPool3d(1), nn.Flatten(), nn.Linear(6, 3),
         )  # fmt: skip
 
 

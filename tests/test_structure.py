@@ -12,8 +12,9 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from autoprune.densify import densify, difference, masked
 from autoprune.errors import TraceError, UsageError
-from autoprune.graph import ChannelGraph, trace
+from autoprune.graph import ChannelGraph
 from autoprune.plan import PruningPlan
+from autoprune.tracing import trace
 from tests.patterns import PATTERNS, Pattern
 
 EXACT = 1e-9

@@ -1,0 +1,258 @@
+"""From ties to groups: classes of labels with as many positions in the same slots are units of one group."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from functools import cached_property
+
+import numpy as np
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from autoprune.cost import Axis, CostModel, Term
+from autoprune.graph import ChannelGraph, Counted, Frozen, Group, Member, Padding
+from autoprune.labels import LabelArray, Slot
+from autoprune.ops import TABLE
+from autoprune.tape import Tape
+from autoprune.walk import Walk
+
+
+def build(
+    model: nn.Module,
+    tape: Tape,
+    *,
+    choices: Mapping[int, int],
+    kept: Mapping[str, str],
+    refused: Sequence[tuple[LabelArray, str]],
+    round_to: int,
+) -> tuple[ChannelGraph, Walk]:
+    """Walk the tape and sort its labels into groups.
+
+    Args:
+        choices: of reshape operators, see `Walk`.
+        kept: module -> why the channels that it makes stay.
+        refused: labels that did not prove, with reasons.
+    """
+    walk = Walk(tape, dict(model.named_modules()), TABLE, choices)
+    walk.run()
+    for labels, reason in refused:
+        walk.labels.freeze(labels, reason)
+    _freeze_wishes(walk, kept)
+    return _Grouping(model, walk).graph(round_to), walk
+
+
+def _freeze_wishes(walk: Walk, kept: Mapping[str, str]) -> None:
+    for slot in walk.labels.slots:
+        wish = kept.get(slot.name.rpartition(".")[0] if slot.pad_op is None else slot.name)
+        if wish and slot.role != "in":
+            walk.labels.freeze(np.arange(slot.start, slot.start + slot.size), wish)
+
+
+class _Grouping:
+    """Turns the ties of one walk into groups."""
+
+    def __init__(self, model: nn.Module, walk: Walk) -> None:
+        self.model, self.walk, self.slots = model, walk, walk.labels.slots
+        self.classes = walk.labels.classes()
+        size, count = len(self.classes), int(self.classes.max()) + 1 if len(self.classes) else 0
+        self.reason: dict[int, str] = {}
+        self.is_frozen = np.zeros(count, bool)
+        self.has_channel_reason = np.zeros(count, bool)
+        for freeze in walk.labels.freezes:
+            hit = np.unique(self.classes[freeze.labels])
+            fresh = hit[~self.has_channel_reason[hit]] if not freeze.is_structural else hit[:0]
+            self.reason.update(dict.fromkeys(fresh.tolist(), freeze.reason))
+            self.has_channel_reason[fresh] = True
+            self.is_frozen[hit] = True
+        starts = np.array([s.start for s in self.slots], dtype=np.int64)
+        self.slot_of = (
+            np.searchsorted(starts, np.arange(size), side="right") - 1 if size else np.empty(0, np.int64)
+        )
+        self.group_of = self._group_of_classes()
+
+    def _group_of_classes(self) -> NDArray[np.int64]:
+        """Group number of every class, -1 where frozen or alone. Groups are numbered by their first label."""
+        rng = np.random.default_rng(0)  # a fixed hash: equal multisets of slots get equal sums
+        keys = rng.integers(1, 2**62, size=max(1, len(self.slots)), dtype=np.uint64)
+        count = len(self.is_frozen)
+        signature = np.zeros(count, np.uint64)
+        np.add.at(signature, self.classes, keys[self.slot_of])
+        first = np.full(count, len(self.classes), np.int64)
+        np.minimum.at(first, self.classes, np.arange(len(self.classes)))
+        reads = np.array([s.role == "in" for s in self.slots], bool)
+        is_read = np.zeros(count, bool)
+        is_read[self.classes[reads[self.slot_of]]] = True
+        free = np.flatnonzero(~self.is_frozen & is_read)
+        group_of = np.full(count, -1, np.int64)
+        if len(free):
+            _, inverse, widths = np.unique(signature[free], return_inverse=True, return_counts=True)
+            starts = np.full(len(widths), len(self.classes), np.int64)
+            np.minimum.at(starts, inverse, first[free])
+            rank = np.full(len(widths), -1, np.int64)
+            prunable = np.flatnonzero(widths > 1)
+            rank[prunable[np.argsort(starts[prunable])]] = np.arange(len(prunable))
+            group_of[free] = rank[inverse]
+        self.first = first
+        return group_of
+
+    def graph(self, round_to: int) -> ChannelGraph:
+        units = self._units()
+        groups = self._named([self._members(u) for u in units])
+        axes, terms = self._cost_terms()
+        num = len(groups)
+        model = CostModel(axes=axes, macs=terms[0], params=terms[1], size_bytes=terms[2], num_groups=num)
+        widths = np.array([g.num_units for g in groups], dtype=np.int64)
+        at_stake, _ = model.macs_touched(widths)
+        return ChannelGraph(
+            groups=tuple(replace(g, macs=int(m)) for g, m in zip(groups, at_stake, strict=True)),
+            frozen=self._frozen(),
+            round_to=round_to,
+            cost_model=model,
+            counted=self._counted(),
+            grouped=dict(self.walk.grouped),
+            widths={(s.name, s.dim): s.size for s in self.slots if s.pad_op is None},
+            tape=self.walk.tape,
+        )
+
+    def _units(self) -> list[NDArray[np.int64]]:
+        """Class numbers of every group's units, ordered by first label."""
+        num = int(self.group_of.max()) + 1 if len(self.group_of) else 0
+        found = [np.flatnonzero(self.group_of == g) for g in range(num)]
+        return [u[np.argsort(self.first[u])] for u in found]
+
+    def _members(self, units: NDArray[np.int64]) -> tuple[int, list[tuple[int, Slot, NDArray[np.int64]]]]:
+        rank = np.full(len(self.is_frozen), -1, np.int64)
+        rank[units] = np.arange(len(units))
+        labels = np.flatnonzero(rank[self.classes] >= 0)
+        members = []
+        for number in np.unique(self.slot_of[labels]):
+            slot = self.slots[int(number)]
+            mine = labels[self.slot_of[labels] == number]
+            order = np.argsort(rank[self.classes[mine]], kind="stable")
+            members.append((int(number), slot, (mine[order] - slot.start).reshape(len(units), -1)))
+        return len(units), members
+
+    def _named(self, found: list[tuple[int, list[tuple[int, Slot, NDArray[np.int64]]]]]) -> list[Group]:
+        buffers = {name for name, _ in self.model.named_buffers(remove_duplicate=False)}
+        groups, taken = [], dict[str, int]()
+        for width, slots in found:
+            makers = [s for _, s, _ in slots if s.role == "out" and s.pad_op is None]
+            first = (makers or [s for _, s, _ in slots])[0].name
+            base = first.rpartition(".")[0] or first
+            taken[base] = taken.get(base, 0) + 1
+            name = base if taken[base] == 1 else f"{base}#{taken[base]}"
+            members = tuple(
+                Member(name=s.name, dim=s.dim, index=i, role=s.role or "affine", is_buffer=s.name in buffers)
+                for _, s, i in slots
+                if s.pad_op is None
+            )
+            paddings = tuple(
+                Padding(module=s.name, op=s.pad_op, dim=s.dim, side=s.side, index=i)
+                for _, s, i in slots
+                if s.pad_op is not None
+            )
+            layers = tuple(dict.fromkeys(m.name.rpartition(".")[0] or m.name for m in members))
+            groups.append(
+                Group(name=name, num_units=width, layers=layers, members=members, paddings=paddings)
+            )
+        return groups
+
+    def _axis(self, labels: LabelArray) -> Axis:
+        known = labels[labels >= 0]
+        groups = self.group_of[self.classes[known]]
+        kept = len(labels) - len(known) + int((groups < 0).sum())
+        numbers, positions = np.unique(groups[groups >= 0], return_counts=True)
+        widths = self._widths
+        return Axis(
+            fixed=kept,
+            per_unit={int(g): int(p) // int(widths[g]) for g, p in zip(numbers, positions, strict=True)},
+        )
+
+    @cached_property
+    def _widths(self) -> NDArray[np.int64]:
+        return np.bincount(self.group_of[self.group_of >= 0])
+
+    def _cost_terms(self) -> tuple[list[Axis], tuple[list[Term], list[Term], list[Term]]]:
+        axes: list[Axis] = []
+        macs = []
+        for term in self.walk.terms:
+            macs.append(
+                Term(constant=term.constant, axes=tuple(range(len(axes), len(axes) + len(term.axes))))
+            )
+            axes += [self._axis(a) for a in term.axes]
+        by_name: dict[str, list[Slot]] = {}
+        for slot in self.slots:
+            if slot.pad_op is None:
+                by_name.setdefault(slot.name, []).append(slot)
+        params, sizes = [], []
+        for name, tensor, is_buffer in _tensors(self.model):
+            slots = by_name.get(name, [])
+            rows = tuple(range(len(axes), len(axes) + len(slots)))
+            axes += [self._axis(np.arange(s.start, s.start + s.size)) for s in slots]
+            tracked = {s.dim for s in slots}
+            constant = int(
+                np.prod([n for d, n in enumerate(tensor.shape) if d not in tracked], dtype=np.int64)
+            )
+            if not is_buffer:
+                params.append(Term(constant=constant, axes=rows))
+            sizes.append(Term(constant=constant * tensor.element_size(), axes=rows))
+        return axes, (macs, params, sizes)
+
+    def _frozen(self) -> tuple[Frozen, ...]:
+        found = []
+        for slot in self.slots:
+            mine = self.classes[slot.start : slot.start + slot.size]
+            stuck = mine[self.has_channel_reason[mine]]
+            if len(stuck):
+                reason = self.reason[int(stuck[0])]
+                found.append(Frozen(name=slot.name, dim=slot.dim, num_channels=len(stuck), reason=reason))
+                continue
+            alone = mine[(self.group_of[mine] < 0) & ~self.is_frozen[mine]]
+            if len(alone):
+                reason = "tied into one unit, which cannot be removed without removing all"
+                found.append(Frozen(name=slot.name, dim=slot.dim, num_channels=len(alone), reason=reason))
+        return tuple(found)
+
+    def _counted(self) -> tuple[Counted, ...]:
+        rules = [(r.module, r.attribute, r.labels, r.per) for r in self.walk.rules]
+        counted = [Counted(module=m, attribute=a, axis=self._axis(x), per=p) for m, a, x, p in rules]
+        return (*counted, *self._site_counters())
+
+    def _site_counters(self) -> list[Counted]:
+        """Attributes of modules that split a channel axis: how many heads, and how wide all of them are."""
+        found: dict[tuple[str, str], Counted] = {}
+        for site in self.walk.sites:
+            op = self.walk.tape.ops[site.op]
+            units = np.unique(site.labels[site.labels >= 0])
+            axis, count = self._axis(units), len(units)
+            if not axis.per_unit:
+                continue
+            for name, times in _counting_attributes(self.walk.modules[op.module], count, site.total).items():
+                scaled = Axis(
+                    fixed=axis.fixed * times, per_unit={g: n * times for g, n in axis.per_unit.items()}
+                )
+                found[op.module, name] = Counted(module=op.module, attribute=name, axis=scaled, per=1)
+        return list(found.values())
+
+
+def _counting_attributes(module: nn.Module, count: int, total: int) -> dict[str, int]:
+    """Integers on a module that say into how many pieces an axis is split, or how wide all are."""
+    numbers = {n: v for n, v in vars(module).items() if type(v) is int}
+    pieces = [n for n, v in numbers.items() if v == count and ("head" in n or "group" in n)]
+    plain = [n for n in pieces if not any(w in n for w in ("dim", "size", "width", "channels"))]
+    widths = ("attn_dim", "inner", "all_head", "hidden", "out_dim", "dim_out", "key_dim")
+    whole = [
+        n for n, v in numbers.items() if v in (total, total // 3) != count and any(w in n for w in widths)
+    ]
+    return dict.fromkeys(plain or pieces, 1) | {n: numbers[n] // count for n in whole}
+
+
+def _tensors(model: nn.Module) -> list[tuple[str, Tensor, bool]]:
+    """Every parameter and buffer once, under its first name."""
+    found: dict[int, tuple[str, Tensor, bool]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        found.setdefault(id(parameter), (name, parameter, False))
+    for name, buffer in model.named_buffers(remove_duplicate=False):
+        found.setdefault(id(buffer), (name, buffer, True))
+    return list(found.values())

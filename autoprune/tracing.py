@@ -1,0 +1,67 @@
+"""Understanding a network: `trace` is the engine's front door.
+
+It records one forward pass (`tape`), walks it with labels (`walk`, `ops`, `shape_ops`), sorts the classes of
+tied labels into groups (`grouping`), and gives the graph out once its pruned network has run (`prove`).
+
+The coupling of layers into groups is that of Fang et al., "DepGraph", CVPR 2023, section 3; labels that
+travel over operators are ours.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from fnmatch import fnmatchcase
+from typing import Any
+
+from torch import Tensor, nn
+
+from autoprune.errors import UsageError
+from autoprune.graph import ChannelGraph
+from autoprune.prove import proven
+from autoprune.tape import record
+
+
+def trace(
+    model: nn.Module,
+    example_inputs: Tensor | tuple[Any, ...],
+    *,
+    exclude: Sequence[str] = (),
+    only: Sequence[str] = (),
+    round_to: int = 1,
+) -> ChannelGraph:
+    """Understand a network: record it, tie its channels, prove that the program agrees.
+
+    Args:
+        model: any module; left as it was found.
+        example_inputs: a tensor or the tuple of forward's arguments, of the shape that the network will see.
+        exclude: module names or globs whose channels stay.
+        only: module names or globs; where given, channels of all other modules stay.
+        round_to: kept counts should be multiples of this.
+
+    Raises:
+        TraceError: the forward pass fails on these inputs.
+        UsageError: a pattern matches no module.
+    """
+    inputs = example_inputs if isinstance(example_inputs, tuple) else (example_inputs,)
+    kept = _excluded(model, exclude, only)
+    tape = record(model, inputs)
+    return proven(model, inputs, tape, kept, round_to)
+
+
+def _excluded(model: nn.Module, exclude: Sequence[str], only: Sequence[str]) -> dict[str, str]:
+    """Modules whose channels stay at the user's wish, with the wish."""
+    names = [name for name, _ in model.named_modules() if name]
+    matched: dict[str, set[str]] = {}
+    for pattern in (*exclude, *only):
+        hits = {n for n in names if fnmatchcase(n, pattern) or n.startswith(pattern + ".") or n == pattern}
+        matched[pattern] = hits | {n for n in names for h in hits if n.startswith(h + ".")}
+        if not hits:
+            raise UsageError(
+                f"the pattern {pattern!r} matches no module of the network",
+                f"modules are named like {', '.join(names[:3])}; see `autoprune groups`",
+            )
+    wishes = {name: f"excluded by {p!r}" for p in exclude for name in matched[p]}
+    if only:
+        chosen = set().union(*(matched[p] for p in only))
+        wishes |= {n: f"not among only={list(only)}" for n in names if n not in chosen and n not in wishes}
+    return wishes
