@@ -242,9 +242,8 @@ def _counting_attributes(module: nn.Module, count: int, total: int) -> dict[str,
     pieces = [n for n, v in numbers.items() if v == count and ("head" in n or "group" in n)]
     plain = [n for n in pieces if not any(w in n for w in ("dim", "size", "width", "channels"))]
     widths = ("attn_dim", "inner", "all_head", "hidden", "out_dim", "dim_out", "key_dim")
-    whole = [
-        n for n, v in numbers.items() if v in (total, total // 3) != count and any(w in n for w in widths)
-    ]
+    sizes = {total, total // 3} - {count}  # a third: queries, keys and values in one
+    whole = [n for n, v in numbers.items() if v in sizes and any(w in n for w in widths)]
     return dict.fromkeys(plain or pieces, 1) | {n: numbers[n] // count for n in whole}
 
 

@@ -342,7 +342,8 @@ def embedding(walk: Walk, op: Op) -> Axes:
 
 SPATIAL = (
     "max_pool{0}d max_pool{0}d_with_indices avg_pool{0}d adaptive_avg_pool{0}d _adaptive_avg_pool{0}d "
-    "adaptive_max_pool{0}d reflection_pad{0}d replication_pad{0}d upsample_nearest{0}d _upsample_nearest_exact{0}d"
+    "adaptive_max_pool{0}d reflection_pad{0}d replication_pad{0}d upsample_nearest{0}d "
+    "_upsample_nearest_exact{0}d"
 )
 SPACE = {name: dims for dims in (1, 2, 3) for name in SPATIAL.format(dims).split()} | {
     "upsample_linear1d": 1,
@@ -359,8 +360,8 @@ FAMILIES: dict[Handler, str] = {
     like: "zeros_like ones_like full_like empty_like rand_like randn_like zero fill",
     pointwise: "pointwise hardswish hardsigmoid hardtanh leaky_relu elu selu celu mish softplus hardshrink "
     "prelu _prelu_kernel rrelu gelu silu relu relu6 threshold softshrink log_sigmoid log_sigmoid_forward "
-    "clone contiguous detach alias _to_copy to type_as lift_fresh lift_fresh_copy copy dropout native_dropout "
-    "alpha_dropout feature_dropout bernoulli nan_to_num masked_fill where",
+    "clone contiguous detach alias _to_copy to type_as lift_fresh lift_fresh_copy copy dropout "
+    "native_dropout alpha_dropout feature_dropout bernoulli nan_to_num masked_fill where",
     convolution: "convolution convolution_overrideable _convolution mkldnn_convolution",
     matrix_product: "mm addmm bmm baddbmm",
     matrix_vector: "mv",
