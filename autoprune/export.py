@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 import logging
+import os
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -227,12 +228,23 @@ def relative_error(answer: Tensor, expected: Tensor) -> float:
 
 def run_onnx(data: bytes, inputs: Sequence[Tensor]) -> list[Any]:
     """The outputs of an ONNX file's bytes on the CPU, as arrays."""
-    import onnxruntime
-
-    session = onnxruntime.InferenceSession(data, providers=["CPUExecutionProvider"])
+    session = silent_onnxruntime().InferenceSession(data, providers=["CPUExecutionProvider"])
     names = [i.name for i in session.get_inputs()]
     feed = {name: x.detach().cpu().numpy() for name, x in zip(names, inputs, strict=True)}
     return list(session.run(None, feed))
+
+
+def silent_onnxruntime() -> Any:
+    """The module `onnxruntime`, told not to report to its maker.
+
+    Since 1.29 its builds for Linux send events (names and hashes of graph and weights among them) and keep a
+    database in the home folder, unless this variable is set before the first import (its Privacy.md). Whoever
+    set the variable decides.
+    """
+    os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
+    import onnxruntime
+
+    return onnxruntime
 
 
 @contextmanager

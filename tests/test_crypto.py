@@ -293,7 +293,8 @@ def test_key_and_passphrase_together_are_refused(key: tuple[Path, str]) -> None:
 def test_a_full_disk_leaves_nothing(tmp_path: Path, key: tuple[Path, str]) -> None:
     """A real failing write: the process may write no file above 100 kB."""
     code = (
-        "import resource, signal, sys; from pathlib import Path; from autoprune.crypto import encrypt_chunks\n"
+        "import resource, signal, sys\nfrom pathlib import Path\n"
+        "from autoprune.crypto import encrypt_chunks\n"
         "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
         "resource.setrlimit(resource.RLIMIT_FSIZE, (100_000,) * 2)\n"
         "encrypt_chunks(Path(sys.argv[1]), iter([bytes(1_000_000)]), recipients=[sys.argv[2]])"
