@@ -1,0 +1,261 @@
+"""How many units each group keeps, and which, so that the network costs what was asked for.
+
+Every group has a *ladder* of counts that it may keep. A strategy gives each step down a price; taking steps
+in the order of their price is a path from the whole network to the smallest, and the shortest stretch of it
+that meets the limit is the plan (a search over whole steps, so it cannot stall between two equal plans).
+What the last step took too much is given back where it is worth most.
+
+`uniform` removes the same ratio everywhere; `global` puts one threshold on the scores of all groups;
+`sensitivity` pays the least predicted loss per unit of cost saved. Costs are the graph's own, exact ones.
+"""
+
+from __future__ import annotations
+
+import heapq
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Literal, get_args
+
+import numpy as np
+from numpy.typing import NDArray
+
+from autoprune.config import Metric
+from autoprune.criteria import Scores
+from autoprune.errors import UnreachableError, UsageError
+from autoprune.graph import ChannelGraph, Group
+from autoprune.plan import PruningPlan
+from autoprune.sensitivity import SensitivityTable
+
+Strategy = Literal["uniform", "global", "sensitivity"]
+STRATEGIES: tuple[Strategy, ...] = get_args(Strategy)
+Counts = NDArray[np.int64]
+Prices = NDArray[np.float64]
+
+TOLERANCE = 0.01  # of the whole network's cost, from below
+MARKS = 24  # costs at which `sensitivity` looks anew at what a unit of each group saves
+PRIOR = 0.05  # a guess: weight of "the same ratio everywhere" where the measured loss says nothing
+MAX_EXCHANGE = 3  # further steps of one group tried to come closer to the limit
+
+
+def allocate(  # noqa: PLR0913 - what to rank by, what to meet, and how
+    graph: ChannelGraph, scores: Scores, *, metric: Metric, limit: float, strategy: str = "sensitivity",
+    table: SensitivityTable | None = None, max_ratio: float = 0.9,
+) -> PruningPlan:  # fmt: skip
+    """The plan that costs at most `limit`, and at most 1 % of the network's cost less.
+
+    Args:
+        graph: of the network; its `round_to` holds for groups at least twice as wide, unless untouched.
+        scores: which units of a group go first: the lowest.
+        metric: macs, params or size (bytes).
+        limit: in that metric, absolute.
+        strategy: one of `STRATEGIES`.
+        table: measured on this graph; needed by `sensitivity` only.
+        max_ratio: share of a group's units that may go, below 1.
+
+    Raises:
+        UnreachableError: no plan is that close; it names the nearest cost.
+        UsageError: the metric or the strategy is not known, or the table is missing.
+    """
+    _check(metric, strategy, table, max_ratio)
+    walk = _Walk(graph=graph, scores=scores, metric=metric, max_ratio=max_ratio)
+    steps = np.zeros(len(graph.groups), dtype=np.int64)
+    if walk.cost(steps) <= limit:
+        return PruningPlan.full(graph)
+    if walk.cost(walk.num_steps) > limit:
+        raise _unreachable(walk, limit, walk.cost(walk.num_steps))
+    prices = _prices(walk, strategy, table)
+    for mark in _marks(walk, limit) if strategy == "sensitivity" else [limit]:
+        savings = walk.savings(steps) if strategy == "sensitivity" else np.ones(len(steps))
+        priced = [p / s for p, s in zip(prices, savings, strict=True)]
+        steps = _descend(walk, priced, steps, mark)
+    steps = _fitted(walk, priced, steps, limit)
+    if limit - walk.cost(steps) > TOLERANCE * walk.full_cost:
+        raise _unreachable(walk, limit, walk.cost(steps))
+    return walk.plan(steps)
+
+
+def _check(metric: str, strategy: str, table: SensitivityTable | None, max_ratio: float) -> None:
+    if metric not in ("macs", "params", "size"):
+        raise UsageError(f"cannot allocate for {metric!r}", "choose macs, params or size")
+    if strategy not in STRATEGIES:
+        raise UsageError(f"there is no strategy {strategy!r}", f"choose from {', '.join(STRATEGIES)}")
+    if strategy == "sensitivity" and table is None:
+        raise UsageError("strategy sensitivity needs a table", "measure one with autoprune.sensitivity first")
+    if not 0 < max_ratio < 1:
+        raise UsageError(f"max_ratio={max_ratio} is not allowed", "give a share between 0 and 1")
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class _Walk:
+    """The ladders of all groups, and the cost of standing on them: step 0 keeps everything."""
+
+    graph: ChannelGraph
+    scores: Scores
+    metric: Metric
+    max_ratio: float
+
+    @cached_property
+    def ladders(self) -> list[Counts]:
+        return [_ladder(g, self.graph.round_to, self.max_ratio) for g in self.graph.groups]
+
+    @cached_property
+    def num_steps(self) -> Counts:
+        return np.array([len(ladder) - 1 for ladder in self.ladders], dtype=np.int64)
+
+    @cached_property
+    def full_cost(self) -> int:
+        return self.cost(np.zeros(len(self.ladders), dtype=np.int64))
+
+    def cost(self, steps: Counts) -> int:
+        """What the network costs with each group that many steps down."""
+        names = (g.name for g in self.graph.groups)
+        kept = {n: int(x[s]) for n, x, s in zip(names, self.ladders, steps, strict=True)}
+        cost = self.graph.cost_of_counts(kept)
+        return {"macs": cost.macs, "params": cost.params, "size": cost.size_bytes}[self.metric]
+
+    def savings(self, steps: Counts) -> Prices:
+        """What one more unit of each group would save from here."""
+        here = self.cost(steps)
+        saved = np.ones(len(steps))
+        for index, ladder in enumerate(self.ladders):
+            if steps[index] < self.num_steps[index]:
+                further = steps.copy()
+                further[index] += 1
+                units = ladder[steps[index]] - ladder[steps[index] + 1]
+                saved[index] = max(here - self.cost(further), 1e-9) / units
+        return saved
+
+    def order(self, index: int) -> Counts:
+        """A group's units, the least important first."""
+        return np.argsort(self.scores[self.graph.groups[index].name], kind="stable")
+
+    def plan(self, steps: Counts) -> PruningPlan:
+        """Keep the most important units of each group."""
+        keep = {
+            group.name: np.sort(self.order(i)[group.num_units - ladder[s] :])
+            for i, (group, ladder, s) in enumerate(zip(self.graph.groups, self.ladders, steps, strict=True))
+        }
+        return PruningPlan(keep=keep, num_units={g.name: g.num_units for g in self.graph.groups})
+
+
+def _ladder(group: Group, round_to: int, max_ratio: float) -> Counts:
+    """The counts that a group may keep, from all of its units down."""
+    least = max(group.min_keep, int(np.ceil((1 - max_ratio) * group.num_units - 1e-9)))
+    unit = round_to if group.num_units >= 2 * round_to else 1
+    counts = np.arange((group.num_units - 1) // unit * unit, 0, -unit, dtype=np.int64)
+    return np.concatenate([[group.num_units], counts[counts >= least]])
+
+
+def _prices(walk: _Walk, strategy: str, table: SensitivityTable | None) -> list[Prices]:
+    """The price of each step of each ladder, rising down the ladder; for `sensitivity`, per unit removed."""
+    if strategy == "sensitivity":
+        assert table is not None  # _check saw to it
+        return _loss_prices(walk, table)
+    prices = []
+    for index, (group, ladder) in enumerate(zip(walk.graph.groups, walk.ladders, strict=True)):
+        if strategy == "uniform":
+            prices.append(1 - ladder[1:] / group.num_units)
+        else:
+            total = np.concatenate([[0.0], np.cumsum(walk.scores[group.name][walk.order(index)])])
+            removed = group.num_units - ladder
+            prices.append(np.diff(total[removed]) / np.diff(removed))
+    return prices
+
+
+def _loss_prices(walk: _Walk, table: SensitivityTable) -> list[Prices]:
+    """Predicted loss per unit removed, made to rise: a dear step with cheap ones behind it is one stretch."""
+    groups = [(g, x) for g, x in zip(walk.graph.groups, walk.ladders, strict=True) if len(x) > 1]
+    typical = float(np.median([table.loss_at(g.name, 0.5) for g, _ in groups])) if groups else 0.0
+    prices = []
+    for group, ladder in zip(walk.graph.groups, walk.ladders, strict=True):
+        removed = group.num_units - ladder
+        ratio = removed / group.num_units
+        loss = np.zeros(1) if len(ladder) == 1 else table.loss_at(group.name, ratio)
+        predicted = loss + PRIOR * max(typical, 1e-6) * ratio**2
+        units = np.diff(removed)
+        prices.append(rising(np.diff(predicted) / units, units.astype(np.float64)))
+    return prices
+
+
+def _marks(walk: _Walk, limit: float) -> Iterator[float]:
+    """Costs on the way down. They do not depend on the limit, so plans for lower limits go on from here."""
+    for mark in walk.full_cost * (1 - np.arange(1, MARKS) / MARKS):
+        if mark <= limit:
+            break
+        yield float(mark)
+    yield limit
+
+
+def _descend(walk: _Walk, priced: list[Prices], steps: Counts, limit: float) -> Counts:
+    """Go on from `steps`, the cheapest step first, just until the cost is within the limit."""
+    ahead = [np.full(walk.num_steps[i] - s, i) for i, s in enumerate(steps)]
+    groups = np.concatenate(ahead).astype(np.int64)
+    prices = np.concatenate([p[s:] for p, s in zip(priced, steps, strict=True)])
+    path = groups[np.argsort(prices, kind="stable")]
+
+    def after(length: int) -> Counts:
+        return steps + np.bincount(path[:length], minlength=len(steps))
+
+    low, high = 0, len(path)  # the whole path meets the limit, by the check in `allocate`
+    while low < high:
+        middle = (low + high) // 2
+        low, high = (low, middle) if walk.cost(after(middle)) <= limit else (middle + 1, high)
+    return after(low)
+
+
+def _fitted(walk: _Walk, priced: list[Prices], steps: Counts, limit: float) -> Counts:
+    """Give back what fits; where too much is left over, take more of one group and give back again."""
+    best = _give_back(walk, priced, steps, limit)
+    cost, enough = walk.cost(best), limit - TOLERANCE * walk.full_cost
+    for further in range(1, MAX_EXCHANGE + 1):
+        for index in np.flatnonzero(steps + further <= walk.num_steps):
+            if cost >= enough:
+                return best
+            moved = steps.copy()
+            moved[index] += further
+            moved = _give_back(walk, priced, moved, limit, spared=int(index))
+            if walk.cost(moved) > cost:
+                best, cost = moved, walk.cost(moved)
+    return best
+
+
+def _give_back(
+    walk: _Walk, priced: list[Prices], steps: Counts, limit: float, spared: int | None = None
+) -> Counts:
+    """Undo steps while the limit allows, the dearest first; a group that no longer fits is out."""
+    steps = steps.copy()
+    heap = [(-priced[i][s - 1], i) for i, s in enumerate(steps) if s > 0 and i != spared]
+    heapq.heapify(heap)
+    while heap:
+        _, index = heapq.heappop(heap)
+        steps[index] -= 1
+        if walk.cost(steps) > limit:
+            steps[index] += 1
+        elif steps[index] > 0:
+            heapq.heappush(heap, (-priced[index][steps[index] - 1], index))
+    return steps
+
+
+def rising(values: Prices, weights: Prices) -> Prices:
+    """The rising sequence nearest in weighted squares (pool adjacent violators; Ayer et al. 1955)."""
+    blocks: list[tuple[float, float, int]] = []  # mean, weight, length
+    for value, weight in zip(values.tolist(), weights.tolist(), strict=True):
+        block = (value, weight, 1)
+        while blocks and blocks[-1][0] > block[0]:
+            mean, heavy, length = blocks.pop()
+            total = heavy + block[1]
+            block = ((mean * heavy + block[0] * block[1]) / total, total, length + block[2])
+        blocks.append(block)
+    means, lengths = [b[0] for b in blocks], [b[2] for b in blocks]
+    return np.repeat(np.asarray(means, dtype=np.float64), lengths)
+
+
+def _unreachable(walk: _Walk, limit: float, nearest: int) -> UnreachableError:
+    share = nearest / walk.full_cost
+    return UnreachableError(
+        f"no plan costs {walk.metric} of {limit:.6g} to within 1 %; the nearest that can be had is {nearest} "
+        f"({share:.1%} of the present)",
+        f"ask for {walk.metric} of {nearest}, lower round_to, or exclude fewer layers",
+        nearest_cost=float(nearest),
+    )

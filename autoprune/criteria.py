@@ -1,0 +1,250 @@
+"""Which units matter: one function per ranking criterion, higher is more important.
+
+A score judges a whole unit: all parameters that would go with it, in every layer of its group (Fang et al.
+2023, "DepGraph", section 3.3). Scores are divided by their group's mean, so that groups compare.
+
+`bn_scale` has nothing to look at in a group without batch norm; such groups are ranked by `l2` instead,
+and `fallback_groups` names them.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from autoprune.errors import UsageError
+from autoprune.evaluation import Loss, borrowed, classification_loss
+from autoprune.graph import ChannelGraph, Group, Member
+from autoprune.splits import Split
+
+Values = NDArray[np.float64]
+Scores = dict[str, Values]
+
+TAYLOR_BATCHES, TAYLOR_BATCH = 16, 64  # about a thousand samples rank as ten thousand do (a guess)
+FISHER_BATCHES, FISHER_BATCH = 32, 8  # the nearer to one sample a batch, the nearer to the definition
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Ground:
+    """What a criterion may look at."""
+
+    model: nn.Module
+    graph: ChannelGraph
+    split: Split | None
+    device: torch.device
+    loss: Loss
+    seed: int
+
+    def weights(self, group: Group, *roles: str) -> Iterator[tuple[Member, Tensor]]:
+        """The group's parameters in these roles, without biases: a bias makes no feature."""
+        named = dict(self.model.named_parameters(remove_duplicate=False))
+        for member in group.members:
+            parameter = named.get(member.name)
+            if parameter is not None and member.role in roles and not member.name.endswith("bias"):
+                yield member, parameter.detach().to("cpu", torch.float64)
+
+
+def score(  # noqa: PLR0913 - where and on what to compute are the caller's to say
+    model: nn.Module, graph: ChannelGraph, criterion: str, *, split: Split | None = None,
+    device: torch.device | str = "cpu", loss: Loss | None = None, seed: int = 0,
+) -> Scores:  # fmt: skip
+    """Score every unit: group name -> (num_units,), mean 1 in each group, higher is to be kept.
+
+    Args:
+        model: the network that `graph` was traced from; left as it was found.
+        graph: its groups.
+        criterion: one of `CRITERIA`.
+        split: samples for `taylor` and `fisher`; a small fixed part of them is used.
+        device: where to run those.
+        loss: None is cross-entropy.
+        seed: chooses the samples, and the scores of `random`.
+
+    Raises:
+        UsageError: the criterion is not known, or needs a split that is not given.
+    """
+    check_criterion(criterion)
+    if criterion in NEEDS_SPLIT and split is None:
+        raise UsageError(f"criterion {criterion} needs data", "give it a split, for example data.train")
+    ground = Ground(
+        model=model, graph=graph, split=split, device=torch.device(device),
+        loss=loss or classification_loss, seed=seed,
+    )  # fmt: skip
+    return {name: _relative(values) for name, values in _CRITERIA[criterion](ground).items()}
+
+
+def check_criterion(criterion: str) -> None:
+    """See that a criterion exists.
+
+    Raises:
+        UsageError: it does not; the hint names the nearest.
+    """
+    if criterion not in _CRITERIA:
+        near = difflib.get_close_matches(criterion, CRITERIA, n=1)
+        known = f"known are {', '.join(CRITERIA)}"
+        raise UsageError(
+            f"there is no criterion {criterion!r}", f"did you mean {near[0]}? {known}" if near else known
+        )
+
+
+def fallback_groups(model: nn.Module, graph: ChannelGraph, criterion: str) -> tuple[str, ...]:
+    """The groups in which `criterion` has nothing to look at, so that `l2` ranks them."""
+    if criterion != "bn_scale":
+        return ()
+    scales = _batch_norm_scales(model)
+    return tuple(g.name for g in graph.groups if not any(m.name in scales for m in g.members))
+
+
+def l1(ground: Ground) -> Scores:
+    """Sum of absolute weights (Li et al. 2017, "Pruning Filters", section 3.1), over the whole group."""
+    return _each_group(ground, lambda g: _sum_of(ground, g, torch.abs))
+
+
+def l2(ground: Ground) -> Scores:
+    """Root of the sum of squared weights, over the whole group (DepGraph, equation 4)."""
+    return _each_group(ground, lambda g: np.sqrt(_sum_of(ground, g, torch.square)))
+
+
+def fpgm(ground: Ground) -> Scores:
+    """Sum of distances to the group's other filters: the ones near the middle are the replaceable ones.
+
+    He et al. 2019, "Filter Pruning via Geometric Median", equation 8. Filters are what makes the channels;
+    in a group that nothing in the network makes, what reads them.
+    """
+    return _each_group(ground, lambda g: _distances(ground, g))
+
+
+def bn_scale(ground: Ground) -> Scores:
+    """Absolute batch-norm scale (Liu et al. 2017, "Network Slimming", section 3); see `fallback_groups`."""
+    scales = _batch_norm_scales(ground.model)
+    missing = fallback_groups(ground.model, ground.graph, "bn_scale")
+
+    def of_group(group: Group) -> Values:
+        if group.name in missing:
+            return np.asarray(np.sqrt(_sum_of(ground, group, torch.square)))
+        found = [_per_unit(w.abs(), m) for m, w in ground.weights(group, "affine") if m.name in scales]
+        return np.sum(found, axis=0)
+
+    return _each_group(ground, of_group)
+
+
+def taylor(ground: Ground) -> Scores:
+    """|sum of gradient x weight| over what reads a unit, the mean over batches.
+
+    First order in the loss change when the unit goes (Molchanov et al. 2017, equation 7, on parameters as
+    in Molchanov et al. 2019, equation 8). The absolute value is taken per batch: at the end of a training
+    the gradient of all the data together is nearly zero.
+    """
+    return _mean_over_batches(ground, TAYLOR_BATCHES, TAYLOR_BATCH, np.abs)
+
+
+def fisher(ground: Ground) -> Scores:
+    """(sum of gradient x weight)² over what reads a unit, the mean over small batches.
+
+    Liu et al. 2021, "Group Fisher Pruning", equation 5, without its division by memory.
+    """
+    return _mean_over_batches(ground, FISHER_BATCHES, FISHER_BATCH, np.square)
+
+
+def random(ground: Ground) -> Scores:
+    """The control: any criterion worth its name does better."""
+    rng = np.random.default_rng(ground.seed)
+    return _each_group(ground, lambda g: rng.uniform(0.5, 1.5, g.num_units))
+
+
+_CRITERIA: dict[str, Callable[[Ground], Scores]] = {
+    "l1": l1, "l2": l2, "fpgm": fpgm, "bn_scale": bn_scale, "taylor": taylor, "fisher": fisher,
+    "random": random,
+}  # fmt: skip
+CRITERIA = tuple(_CRITERIA)
+NEEDS_SPLIT = ("taylor", "fisher")
+
+
+def _relative(values: Values) -> Values:
+    """Divided by the group's mean; all ones where that is zero."""
+    mean = float(values.mean())
+    return values / mean if mean > 0 else np.ones_like(values)
+
+
+def _each_group(ground: Ground, of_group: Callable[[Group], Values]) -> Scores:
+    return {group.name: of_group(group) for group in ground.graph.groups}
+
+
+def _per_unit(values: Tensor, member: Member) -> Values:
+    """Sum a tensor of the parameter's shape over everything that each unit owns: (num_units,)."""
+    by_position = values.transpose(0, member.dim).flatten(1).sum(1) if values.ndim > 1 else values
+    return np.asarray(by_position.numpy()[member.index].sum(axis=1), dtype=np.float64)
+
+
+def _sum_of(ground: Ground, group: Group, function: Callable[[Tensor], Tensor]) -> Values:
+    found = [_per_unit(function(w), m) for m, w in ground.weights(group, "out", "in", "affine")]
+    return np.sum(found, axis=0) if found else np.ones(group.num_units)
+
+
+def _distances(ground: Ground, group: Group) -> Values:
+    total = np.zeros(group.num_units)
+    members = list(ground.weights(group, "out")) or list(ground.weights(group, "in"))
+    for member, weight in members:
+        rows = weight.transpose(0, member.dim)[torch.from_numpy(member.index)].flatten(1)
+        total += torch.cdist(rows, rows).sum(1).numpy()
+    return total
+
+
+def _batch_norm_scales(model: nn.Module) -> set[str]:
+    norms = (n for n, m in model.named_modules() if isinstance(m, _BatchNorm) and m.affine)
+    return {f"{name}.weight" if name else "weight" for name in norms}
+
+
+def _mean_over_batches(
+    ground: Ground, num_batches: int, batch_size: int, function: Callable[[Values], Values]
+) -> Scores:
+    """Mean over batches of function(sum of gradient x weight over the unit), in evaluation mode.
+
+    The sum goes over the weights that read the unit: it is the derivative by a factor on the channel. What
+    makes the channel goes with it and would count the same effect again, bent by batch norm's mean.
+    """
+    assert ground.split is not None  # `score` checked it
+    named = dict(ground.model.named_parameters(remove_duplicate=False))
+    readers = {g.name: _readers(g, named) for g in ground.graph.groups}
+    wanted = {m.name: named[m.name] for members in readers.values() for m in members}
+    totals = {g.name: np.zeros(g.num_units) for g in ground.graph.groups}
+    with borrowed(ground.model, ground.device, training=False), _differentiable(list(wanted.values())):
+        batches = ground.split.batches(batch_size, device=ground.device, seed=ground.seed)
+        for _, (inputs, targets) in zip(range(num_batches), batches, strict=False):
+            loss = ground.loss(ground.model(inputs), targets)
+            gradients = torch.autograd.grad(loss, list(wanted.values()), materialize_grads=True)
+            products = {
+                name: (weight.detach() * gradient).to("cpu", torch.float64)
+                for (name, weight), gradient in zip(wanted.items(), gradients, strict=True)
+            }
+            for group in ground.graph.groups:
+                parts = [_per_unit(products[m.name], m) for m in readers[group.name]]
+                totals[group.name] += function(np.sum(parts, axis=0))
+    return totals
+
+
+def _readers(group: Group, named: dict[str, nn.Parameter]) -> list[Member]:
+    """The parameters that read a group; where none does, all that it has."""
+    found = [m for m in group.members if m.name in named]
+    return [m for m in found if m.role == "in"] or found
+
+
+@contextmanager
+def _differentiable(parameters: list[nn.Parameter]) -> Iterator[None]:
+    """Let gradients flow to these parameters, frozen ones too, for a while."""
+    before = [p.requires_grad for p in parameters]
+    try:
+        for parameter in parameters:
+            parameter.requires_grad_(True)
+        with torch.enable_grad():
+            yield
+    finally:
+        for parameter, flag in zip(parameters, before, strict=True):
+            parameter.requires_grad_(flag)
