@@ -130,7 +130,7 @@ def bn_scale(ground: Ground) -> Scores:
         if group.name in missing:
             return np.asarray(np.sqrt(_sum_of(ground, group, torch.square)))
         found = [_per_unit(w.abs(), m) for m, w in ground.weights(group, "affine") if m.name in scales]
-        return np.sum(found, axis=0)
+        return np.asarray(np.sum(found, axis=0))
 
     return _each_group(ground, of_group)
 
