@@ -27,6 +27,8 @@ from autoprune.splits import derive_seed
 from autoprune.store import RunStore, put, scored
 from autoprune.train import train_baseline_
 
+MAY_CHANGE = ("budget", "device", "data")  # the data are compared by their digests
+
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Work:
@@ -113,7 +115,7 @@ def _take_up(setup: Setup, store: RunStore, baseline: optuna.Study) -> None:
     """
     hint = "resume it with what it was started with, or start a new run in another --out"
     kept, given = baseline.user_attrs["settings"], json.loads(json.dumps(plain_settings(setup.study)))
-    changed = [name for name in kept if name != "budget" and kept[name] != given.get(name)]
+    changed = [name for name in kept if name not in MAY_CHANGE and kept[name] != given.get(name)]
     if changed:
         raise UsageError(f"the run was started with another {changed[0]} ({kept[changed[0]]})", hint)
     digests = [split.digest for split in _splits(setup)]

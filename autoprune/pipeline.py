@@ -22,7 +22,7 @@ from autoprune.config import Lock, Study
 from autoprune.controller import Decision, RoundOutcome, State, decide, floor_of_round, replay
 from autoprune.delivery import deliver
 from autoprune.densify import densify, verify
-from autoprune.graph import trace
+from autoprune.tracing import trace
 from autoprune.history import (
     CHECKPOINT,
     RoundPlan,

@@ -28,7 +28,8 @@ from autoprune.crypto import check_lock
 from autoprune.data import Data
 from autoprune.errors import ConfigError, RunError, UnreachableError, UsageError
 from autoprune.evaluation import evaluate, resolve_device
-from autoprune.graph import ChannelGraph, trace
+from autoprune.graph import ChannelGraph
+from autoprune.tracing import trace
 from autoprune.metrics import Evaluation, wilson_interval
 from autoprune.store import DATABASE
 from autoprune.trial import cost_in
@@ -235,7 +236,7 @@ def environment(device: torch.device) -> dict[str, str]:
     """What numbers depend on: versions and machine."""
     where = torch.cuda.get_device_name(device) if device.type == "cuda" else _processor()
     return {
-        "device": f"{device.type} ({where}, {torch.get_num_threads()} threads)",
+        "device": f"{device.type} ({where}, {_threads()})",
         "platform": platform.platform(),
         "python": platform.python_version(),
         **{name: version(name) for name in PACKAGES},
@@ -309,6 +310,11 @@ def _plain(value: Any) -> Any:
     if hasattr(value, "__dataclass_fields__"):
         return {name: _plain(v) for name, v in asdict(value).items()}
     return [_plain(v) for v in value] if isinstance(value, tuple | list) else value
+
+
+def _threads() -> str:
+    number = torch.get_num_threads()
+    return f"{number} thread" if number == 1 else f"{number} threads"
 
 
 def _processor() -> str:

@@ -210,9 +210,11 @@ def scored(study: optuna.Study) -> list[FrozenTrial]:
 
 
 def fail_left_running_(study: optuna.Study) -> list[FrozenTrial]:
-    """Tell the storage that the trials which a stopped process left running failed; gives them."""
-    left = study.get_trials(deepcopy=False, states=(TrialState.RUNNING, TrialState.WAITING))
-    for trial in left:
+    """Tell the storage that the trials which a stopped process left behind failed; gives those that ran."""
+    left = study.get_trials(deepcopy=False, states=(TrialState.RUNNING,))
+    for _ in study.get_trials(deepcopy=False, states=(TrialState.WAITING,)):
+        study.ask()  # only a running trial can be told
+    for trial in study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
         study.tell(trial.number, state=TrialState.FAIL)
     return left
 

@@ -1,0 +1,86 @@
+from __future__ import annotations
+
+import math
+
+from hypothesis import given
+from hypothesis import strategies as st
+
+from autoprune.budget import (
+    FINAL_SHARE,
+    MAX_TRIALS,
+    MIN_EPOCHS,
+    MIN_TRIALS,
+    Left,
+    Meter,
+    Speed,
+    forecast,
+    plan_round,
+    rounds_ahead,
+)
+from autoprune.config import Budget, Control, Search
+from autoprune.controller import Goal, start
+
+SPEED = Speed(epoch_s=2.0, trial_s=1.0, analysis_s=5.0)
+GOAL = Goal(baseline_top1=0.9, max_drop_pp=1.0, target_share=0.5)
+
+
+def test_a_study_that_fixes_both_gets_both() -> None:
+    effort = plan_round(Left(seconds=10, epochs=math.inf), SPEED, Search(trials=9, epochs=3), 2, 2.0)
+    assert (effort.trials, effort.epochs) == (9, 6)
+
+
+@given(
+    seconds=st.floats(60, 1e5),
+    rounds=st.integers(1, 6),
+    scale=st.sampled_from([1.0, 2.0]),
+    epoch_s=st.floats(0.1, 100),
+)
+def test_a_round_fits_into_its_part_of_the_time(
+    seconds: float, rounds: int, scale: float, epoch_s: float
+) -> None:
+    speed = Speed(epoch_s=epoch_s, trial_s=0.5, analysis_s=1.0)
+    effort = plan_round(Left(seconds=seconds, epochs=math.inf), speed, Search(), rounds, scale)
+    assert MIN_TRIALS <= effort.trials <= MAX_TRIALS
+    needed = effort.trials * (effort.epochs * epoch_s + speed.trial_s) + rounds * speed.analysis_s
+    assert needed <= seconds or effort.epochs == MIN_EPOCHS
+
+
+@given(epochs=st.floats(2, 1e4), rounds=st.integers(1, 6))
+def test_a_round_fits_into_its_part_of_the_epochs(epochs: float, rounds: int) -> None:
+    effort = plan_round(Left(seconds=math.inf, epochs=epochs), SPEED, Search(), rounds, 1.0)
+    assert effort.trials * effort.epochs <= epochs / rounds + 1e-6
+
+
+def test_fixed_epochs_leave_the_number_of_trials_to_the_budget() -> None:
+    effort = plan_round(Left(seconds=150, epochs=math.inf), SPEED, Search(epochs=5), 1, 1.0)
+    assert (effort.trials, effort.epochs) == (9, 5)
+
+
+def test_more_budget_buys_more_trials_of_more_epochs() -> None:
+    small, large = (
+        plan_round(Left(seconds=s, epochs=math.inf), SPEED, Search(), 2, 1.0) for s in (100, 1000)
+    )
+    assert small.trials < large.trials
+    assert small.epochs < large.epochs
+
+
+def test_a_meter_keeps_a_share_for_the_end() -> None:
+    meter = Meter(Budget(epochs=10), epochs=5)
+    assert meter.affords(1e9, 3.5)
+    meter.spend(3.0)
+    assert not meter.affords(0, 1)
+    assert meter.left().epochs == 2
+    assert math.isclose(meter.left(keep=FINAL_SHARE).epochs, 0.5)
+
+
+def test_a_meter_counts_what_earlier_processes_used() -> None:
+    meter = Meter(Budget(seconds=100), seconds=90)
+    assert 90 <= meter.seconds < 95
+    assert not meter.affords(1.0, 1.0)
+    assert meter.affords(-10.0, 1.0)
+
+
+def test_the_forecast_ends_at_the_target() -> None:
+    ceilings = forecast(start(GOAL, Control()), Control(), 0.5)
+    assert math.isclose(math.prod(1 - c for c in ceilings), 0.5)
+    assert len(ceilings) == rounds_ahead(start(GOAL, Control()), 0.5) == 2

@@ -1,0 +1,317 @@
+"""The whole path on a network and data that train in a second; nothing is faked."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable
+from contextlib import closing
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from autoprune import events as ev
+from autoprune.artifact import open_artifact
+from autoprune.config import Baseline, Control, Lock, Search
+from autoprune.errors import ArtifactError, ConfigError, RunError, UnreachableError, UsageError
+from autoprune.evaluation import evaluate
+from autoprune.history import read_run
+from autoprune.pipeline import run
+from autoprune.preflight import make_plan, prepare
+from autoprune.record import RunResult
+from autoprune.store import ARTIFACTS, RunStore
+from autoprune.train import train_baseline_
+from tests.tiny import TinyNet, tiny_data, tiny_net, tiny_study
+
+PLAIN = Lock(plain=True)
+
+
+def trained() -> TinyNet:
+    model = tiny_net()
+    train_baseline_(model, tiny_data().train, Baseline(epochs=6, batch_size=64), seed=0)
+    return model
+
+
+def guessing() -> TinyNet:
+    model = tiny_net()
+    torch.nn.init.zeros_(model.linear.weight)
+    return model
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[RunResult, list[ev.Event]]:
+    events: list[ev.Event] = []
+    result = run(
+        tiny_study(), out=tmp_path_factory.mktemp("runs") / "tiny", lock=PLAIN, on_event=events.append
+    )
+    return result, events
+
+
+def test_a_run_reaches_its_target_inside_the_floor(finished: tuple[RunResult, list[ev.Event]]) -> None:
+    result, _ = finished
+    assert result.reached
+    assert result.stopped_by == "target"
+    assert result.after.macs <= 0.5 * result.before.macs
+    assert result.after.macs >= 0.45 * result.before.macs
+    assert result.after.search_top1 >= result.record.floor
+    assert result.after.params < result.before.params
+    assert result.after.latency_ms is not None
+
+
+def test_what_is_delivered_computes_what_was_measured(finished: tuple[RunResult, list[ev.Event]]) -> None:
+    from autoprune import load
+
+    result, _ = finished
+    model = load(result.model_file)
+    assert sum(p.numel() for p in model.parameters()) == result.after.params
+    found = evaluate(model, tiny_data().test)
+    assert found.top1 == pytest.approx(result.after.top1, abs=0.011)  # a sample or two may sit on the fence
+
+
+def test_the_record_tells_the_whole_story(finished: tuple[RunResult, list[ev.Event]]) -> None:
+    record = finished[0].record
+    assert [r.number for r in record.rounds] == list(range(1, len(record.rounds) + 1))
+    assert all(r.reason and r.sensitivity and r.seconds > 0 for r in record.rounds)
+    assert record.rounds[-1].action == "finish"
+    for round_ in record.rounds:
+        assert len(round_.trials) == round_.planned_trials == 2
+        assert sum(t.promoted for t in round_.trials) == 1
+        assert all(t.recovered for t in round_.trials if t.promoted)
+        assert all(t.epochs[-1].epoch == pytest.approx(round_.epochs, abs=0.1) for t in round_.trials)
+    assert {t.stage for t in record.timings} == {"baseline", "analysis", "search", "finish"}
+    assert record.difference is not None
+    assert record.difference.low_pp <= record.difference.delta_pp <= record.difference.high_pp
+
+
+def test_only_needed_models_are_kept(finished: tuple[RunResult, list[ev.Event]]) -> None:
+    result, _ = finished
+    kept = list((result.out / ARTIFACTS).iterdir())
+    assert len(kept) <= 1 + len(result.record.rounds) + 1  # the original, one a round, the tuned one
+
+
+def test_listeners_hear_everything_in_order(finished: tuple[RunResult, list[ev.Event]]) -> None:
+    result, events = finished
+    kinds = [type(e) for e in events]
+    assert kinds[0] is ev.RunStarted
+    assert kinds[-1] is ev.RunFinished
+    rounds = len(result.record.rounds)
+    assert kinds.count(ev.RoundStarted) == kinds.count(ev.Decided) == rounds
+    assert kinds.count(ev.TrialStarted) == kinds.count(ev.TrialFinished) == 2 * rounds
+    assert kinds.index(ev.BaselineMeasured) < kinds.index(ev.RoundStarted)
+
+
+def test_the_epoch_budget_is_kept(finished: tuple[RunResult, list[ev.Event]]) -> None:
+    used = [e for e in finished[1] if isinstance(e, ev.BudgetUsed)]
+    assert used[-1].epochs <= 40 + 1e-6
+
+
+def stop_after(kind: type, count: int) -> Callable[[ev.Event], None]:
+    seen = []
+
+    def listener(event: ev.Event) -> None:
+        seen.append(isinstance(event, kind))
+        if sum(seen) == count and seen[-1]:
+            raise KeyboardInterrupt
+
+    return listener
+
+
+STOPS = (
+    (ev.StageProgress, 1), (ev.TrialStarted, 1), (ev.EpochFinished, 3), (ev.TrialFinished, 1),
+    (ev.Decided, 1), (ev.TrialStarted, 2), (ev.RunFinished, 1),
+)  # fmt: skip
+
+
+def test_a_run_that_is_stopped_again_and_again_ends_the_same(
+    finished: tuple[RunResult, list[ev.Event]], tmp_path: Path
+) -> None:
+    out = tmp_path / "tiny"
+    for attempt, (kind, count) in enumerate(STOPS):
+        with pytest.raises(KeyboardInterrupt):
+            run(tiny_study(), out=out, lock=PLAIN, resume=attempt > 0, on_event=stop_after(kind, count))
+    result, expected = run(tiny_study(), out=out, lock=PLAIN, resume=True), finished[0]
+    assert plain(result) == plain(expected)
+    assert weights_digest(result) == weights_digest(expected)
+    assert sum(t.state == "failed" for r in result.record.rounds for t in r.trials) >= 3
+
+
+def weights_digest(result: RunResult) -> str:
+    with open_artifact(result.model_file) as opened:
+        return hashlib.sha256(opened.member("model.safetensors")).hexdigest()
+
+
+def plain(result: RunResult) -> tuple[object, ...]:
+    """What does not depend on the clock, or on how often a run was stopped."""
+    rounds = [
+        (r.ceiling, r.floor, r.action, [(t.params, t.top1) for t in r.trials if t.top1 is not None])
+        for r in result.record.rounds
+    ]
+    after = replace(result.after, latency_ms=None, latency_spread_ms=None)
+    return (after, result.message, rounds)
+
+
+def test_a_budget_that_is_too_small_stops_the_run_and_the_rest_is_encrypted(tmp_path: Path) -> None:
+    study = tiny_study(budget="epochs=4", search=Search(epochs=1))
+    result = run(study, out=tmp_path / "r", lock=Lock(passphrase="open sesame"))  # noqa: S106
+    assert not result.reached
+    assert result.stopped_by == "budget"
+    assert "give a larger --budget" in result.message
+    assert result.model_file.read_bytes().startswith(b"age-encryption.org/v1")
+    assert not (result.out / "model.autoprune").exists()
+    spent = sum(t.epochs[-1].epoch for r in result.record.rounds for t in r.trials if t.epochs)
+    assert spent <= 4
+
+
+def test_an_impossible_floor_delivers_the_deepest_model_inside_it(tmp_path: Path) -> None:
+    study = tiny_study(
+        target="macs=0.12", max_drop=0.0, budget="epochs=30", search=Search(trials=1, epochs=0.2),
+        control=Control(first_ceiling=0.6, lower_factor=0.1, max_rounds=6),
+    )  # fmt: skip
+    result = run(study, out=tmp_path / "r", lock=PLAIN)
+    assert not result.reached
+    assert result.stopped_by in ("floor", "budget", "rounds")
+    assert result.after.search_top1 >= result.record.floor
+    assert "not reached" in result.message
+    assert result.report.is_file()
+
+
+def test_a_trained_network_with_its_own_loss_and_score_is_left_as_it_was(tmp_path: Path) -> None:
+    def score(model: torch.nn.Module, split: object, device: str) -> float:
+        return evaluate(model, split, device=device).top1 / 2  # type: ignore[arg-type]
+
+    def loss(output: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+        return torch.nn.functional.multi_margin_loss(output, target)
+
+    model = trained()
+    weights = {k: v.clone() for k, v in model.state_dict().items()}
+    model.train()
+    state = torch.get_rng_state()
+    study = tiny_study(
+        model=model,
+        data=tiny_data(),
+        baseline=None,
+        target="params=0.7",
+        evaluate=score,
+        loss=loss,
+        max_drop=5.0,
+    )
+    result = run(study, out=tmp_path / "r", lock=PLAIN)
+    assert result.reached
+    assert result.before.top1 <= 0.5
+    assert result.after.params <= 0.7 * result.before.params
+    assert model.training
+    assert torch.equal(state, torch.get_rng_state())
+    assert all(torch.equal(v, weights[k]) for k, v in model.state_dict().items())
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"target": "macs=0.001"},
+        {"target": "latency=0.5"},
+        {"target": "params=900000000"},
+        {"baseline": None, "model": guessing},
+        {"exclude": ("no.such.layer",)},
+        {"device": "nonsense"},
+        {"model": lambda: "no network"},
+        {"search": Search(criteria=("nonsense",))},
+        {"max_drop": -1.0},
+    ],
+)
+def test_a_wrong_study_is_refused_before_anything_is_written(
+    tmp_path: Path, changes: dict[str, object]
+) -> None:
+    with pytest.raises(UsageError) as caught:
+        run(tiny_study(**changes), out=tmp_path / "r", lock=PLAIN)
+    assert caught.value.hint
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_reasons_are_told_apart(tmp_path: Path) -> None:
+    with pytest.raises(UnreachableError, match="cannot be reached"):
+        prepare(tiny_study(target="macs=0.001"))
+    with pytest.raises(UsageError, match="no better than guessing"):
+        prepare(tiny_study(baseline=None, model=guessing))
+    with pytest.raises(ConfigError, match="criteria"):
+        prepare(tiny_study(search=Search(criteria=("nonsense",))))
+
+
+def test_a_baseline_that_does_not_learn_stops_the_run(tmp_path: Path) -> None:
+    study = tiny_study(model=guessing, baseline=Baseline(epochs=0.01, lr=1e-9, batch_size=64))
+    with pytest.raises(RunError, match="after training"):
+        run(study, out=tmp_path / "r", lock=PLAIN)
+
+
+def test_an_existing_folder_is_never_overwritten(
+    finished: tuple[RunResult, list[ev.Event]], tmp_path: Path
+) -> None:
+    with pytest.raises(UsageError, match="never overwritten") as caught:
+        prepare(tiny_study(), out=finished[0].out)
+    assert "--resume" in caught.value.hint
+    (tmp_path / "file").write_text("")
+    for out in (tmp_path, tmp_path / "file"):
+        with pytest.raises(UsageError, match="never overwritten"):
+            prepare(tiny_study(), out=out)
+
+
+def test_an_unwritable_folder_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UsageError, match="cannot be written"):
+        prepare(tiny_study(), out=tmp_path / "file" / "run")
+
+
+def test_resuming_wants_the_same_run(finished: tuple[RunResult, list[ev.Event]], tmp_path: Path) -> None:
+    out = finished[0].out
+    with pytest.raises(UsageError, match="no run"):
+        run(tiny_study(), out=tmp_path, resume=True, lock=PLAIN)
+    with pytest.raises(UsageError, match="another max_drop"):
+        run(tiny_study(max_drop=3.0), out=out, resume=True, lock=PLAIN)
+    data = tiny_data()
+    other = replace(data, search=data.search.take(np.arange(100)))
+    with pytest.raises(UsageError, match="data are not those"):
+        run(tiny_study(data=lambda: other), out=out, resume=True, lock=PLAIN)
+
+
+def test_resuming_refuses_other_weights(tmp_path: Path) -> None:
+    model = trained()
+    study = tiny_study(model=model, baseline=None)
+    out = tmp_path / "r"
+    with pytest.raises(KeyboardInterrupt):
+        run(study, out=out, lock=PLAIN, on_event=stop_after(ev.RoundStarted, 1))
+    with torch.no_grad():
+        model.conv1.weight.mul_(1.01)
+    with pytest.raises(UsageError, match="weights are not those"):
+        run(study, out=out, resume=True, lock=PLAIN)
+
+
+def test_a_damaged_checkpoint_stops_the_run(tmp_path: Path) -> None:
+    out = tmp_path / "r"
+    with pytest.raises(KeyboardInterrupt):
+        run(tiny_study(), out=out, lock=PLAIN, on_event=stop_after(ev.RoundStarted, 1))
+    baseline = next((out / ARTIFACTS).iterdir())
+    baseline.write_bytes(baseline.read_bytes()[:-1] + b"x")
+    with pytest.raises(ArtifactError, match="damaged"):
+        run(tiny_study(), out=out, resume=True, lock=PLAIN)
+
+
+def test_an_unfinished_run_can_be_reported(tmp_path: Path) -> None:
+    out = tmp_path / "r"
+    with pytest.raises(KeyboardInterrupt):
+        run(tiny_study(), out=out, lock=PLAIN, on_event=stop_after(ev.TrialStarted, 2))
+    with closing(RunStore(out, "tiny")) as store:
+        record = read_run(store)
+    assert record.after is None
+    assert record.outcome is None
+    assert [t.state for t in record.rounds[0].trials] == ["complete", "running"]
+
+
+def test_a_dry_run_plans_the_rounds(tmp_path: Path) -> None:
+    plan = make_plan(prepare(tiny_study(), out=tmp_path / "r", lock=PLAIN))
+    assert [r.number for r in plan.rounds] == [1, 2]
+    assert plan.rounds[-1].cost_share == pytest.approx(0.5)
+    assert plan.top1 is None
+    assert list(tmp_path.iterdir()) == []
+    known = make_plan(prepare(tiny_study(model=trained(), baseline=None)))
+    assert known.floor == pytest.approx((known.top1 or 0) - 0.02)

@@ -1,0 +1,151 @@
+from __future__ import annotations
+
+import sqlite3
+import subprocess
+import sys
+from contextlib import closing
+from pathlib import Path
+
+import optuna
+import pytest
+import torch
+
+from autoprune.errors import ArtifactError, UsageError
+from autoprune.plan import PruningPlan
+from autoprune.store import (
+    ARTIFACTS,
+    DATABASE,
+    RunStore,
+    fail_left_running_,
+    name_in,
+    put,
+    quiet_optuna,
+    scored,
+)
+from tests.tiny import tiny_net
+
+PLAN = PruningPlan(keep={"conv1": torch.tensor([0, 2]).numpy()}, num_units={"conv1": 12})
+
+ASKER = """
+import sys
+from pathlib import Path
+from autoprune.store import RunStore
+study = RunStore(Path(sys.argv[1]), "a").study(1)
+for _ in range(8):
+    trial = study.ask()
+    trial.suggest_float("x", 0, 1)
+    study.tell(trial, 1.0)
+"""
+
+
+@pytest.fixture
+def store(tmp_path: Path):
+    with quiet_optuna(), closing(RunStore(tmp_path, "a", create=True)) as made:
+        yield made
+
+
+def test_a_checkpoint_comes_back_as_it_went(store: RunStore) -> None:
+    model = tiny_net()
+    artifact = store.save(model, PLAN)
+    checkpoint = store.load(artifact)
+    assert checkpoint.plan == PLAN
+    assert checkpoint.is_of(model)
+    other = tiny_net()
+    torch.nn.init.zeros_(other.conv1.weight)
+    assert not checkpoint.is_of(other)
+    checkpoint.load_into_(other)
+    assert checkpoint.is_of(other)
+
+
+def test_equal_content_is_kept_once(store: RunStore) -> None:
+    assert store.save(tiny_net(), PLAN) == store.save(tiny_net(), PLAN)
+    assert len(list((store.folder / ARTIFACTS).iterdir())) == 1
+
+
+@pytest.mark.parametrize("at", [0, 20, -1])
+def test_a_damaged_checkpoint_is_refused_and_saved_again(store: RunStore, at: int) -> None:
+    artifact = store.save(tiny_net(), PLAN)
+    path = store.folder / ARTIFACTS / artifact
+    content = bytearray(path.read_bytes())
+    content[at] ^= 1
+    path.write_bytes(content)
+    with pytest.raises(ArtifactError, match="damaged"):
+        store.load(artifact)
+    assert store.save(tiny_net(), PLAN) == artifact
+    store.load(artifact)
+
+
+def test_a_missing_checkpoint_is_named(store: RunStore) -> None:
+    artifact = store.save(tiny_net(), PLAN)
+    store.forget(artifact)
+    store.forget(artifact)
+    with pytest.raises(ArtifactError, match="missing"):
+        store.load(artifact)
+
+
+def test_studies_are_found_by_round(store: RunStore) -> None:
+    assert store.study(0) is None
+    store.create_study(1, {"floor": 0.5, "planned": True})
+    store.create_study(2, {"floor": 0.4})
+    assert [s.study_name for s in store.rounds()] == ["a/round-01"]
+    store.drop_study(2)
+    assert store.study(2) is None
+
+
+def test_the_database_waits_and_writes_ahead(store: RunStore) -> None:
+    store.create_study(1, {})
+    with closing(sqlite3.connect(store.folder / DATABASE)) as connection:
+        assert connection.execute("PRAGMA journal_mode").fetchone() == ("wal",)
+
+
+def test_workers_never_share_an_enqueued_trial(store: RunStore) -> None:
+    study = store.create_study(1, {})
+    for number in range(24):
+        study.enqueue_trial({"x": number / 24})
+    command = [sys.executable, "-c", ASKER, str(store.folder)]
+    workers = [subprocess.Popen(command, stderr=subprocess.DEVNULL) for _ in range(3)]
+    assert [w.wait(timeout=120) for w in workers] == [0] * 3
+    asked = [t.params["x"] for t in study.get_trials(deepcopy=False)]
+    assert sorted(asked) == [n / 24 for n in range(24)]
+
+
+def test_trials_of_a_killed_process_are_given_back(store: RunStore) -> None:
+    study = store.create_study(1, {})
+    done, left = study.ask(), study.ask()
+    left.suggest_float("x", 0, 1)
+    study.tell(done, 1.0)
+    study.enqueue_trial({"x": 0.25})
+    assert [t.params for t in fail_left_running_(study)] == [left.params]
+    assert [t.number for t in scored(study)] == [0]
+    assert fail_left_running_(study) == []
+
+
+def test_dataclasses_become_plain_values(store: RunStore) -> None:
+    from autoprune.record import EpochPoint
+
+    study = store.create_study(1, {})
+    point = EpochPoint(epoch=1, lr=0.1, train_loss=2.0, images_per_s=3.0)
+    put(study, points=(point,), one=point)
+    assert study.user_attrs["points"] == [study.user_attrs["one"]]
+    assert study.user_attrs["one"]["lr"] == 0.1
+
+
+def test_a_folder_without_a_run_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="there is no run"):
+        RunStore(tmp_path, "a")
+    with pytest.raises(UsageError, match="there is no run"):
+        name_in(tmp_path)
+
+
+def test_another_runs_folder_is_refused(store: RunStore) -> None:
+    store.create_study(0, {})
+    assert name_in(store.folder) == "a"
+    with pytest.raises(UsageError, match="holds the run 'a'"):
+        RunStore(store.folder, "b")
+
+
+def test_optuna_is_quiet_only_inside() -> None:
+    before = optuna.logging.get_verbosity()
+    with quiet_optuna():
+        assert optuna.logging.get_verbosity() == optuna.logging.WARNING
+    assert optuna.logging.get_verbosity() == before

@@ -1,0 +1,67 @@
+"""A network and data small enough to train in a second: which quadrant of a noisy 8 x 8 image is bright."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from autoprune.config import Analysis, Baseline, Finetune, Search, Study
+from autoprune.data import Data
+from autoprune.splits import Normalization, TensorSplit
+
+NORMALIZATION = Normalization(mean=(0.5,), std=(0.25,))
+
+
+class TinyNet(nn.Module):
+    """Two convolutions with batch norm, the second in a residual block."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(1, 12, 3, padding=1, bias=False)
+        self.bn1 = nn.BatchNorm2d(12)
+        self.conv2 = nn.Conv2d(12, 16, 3, padding=1, bias=False)
+        self.bn2 = nn.BatchNorm2d(16)
+        self.conv3 = nn.Conv2d(16, 12, 3, padding=1, bias=False)
+        self.bn3 = nn.BatchNorm2d(12)
+        self.pool = nn.AdaptiveAvgPool2d(2)
+        self.linear = nn.Linear(12 * 4, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = torch.relu(self.bn1(self.conv1(x)))
+        x = torch.relu(x + self.bn3(self.conv3(torch.relu(self.bn2(self.conv2(x))))))
+        return self.linear(self.pool(x).flatten(1))
+
+
+def tiny_net() -> TinyNet:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        return TinyNet()
+
+
+def tiny_split(count: int, seed: int) -> TensorSplit:
+    generator = torch.Generator().manual_seed(seed)
+    labels = torch.arange(count) % 4
+    images = torch.randint(0, 160, (count, 1, 8, 8), generator=generator)
+    for index, label in enumerate(labels.tolist()):
+        row, column = 4 * (label // 2), 4 * (label % 2)
+        images[index, 0, row : row + 4, column : column + 4] += 30
+    return TensorSplit(images.to(torch.uint8), labels, normalization=NORMALIZATION)
+
+
+def tiny_data() -> Data:
+    return Data(
+        train=tiny_split(384, 1), search=tiny_split(200, 2), test=tiny_split(200, 3), num_classes=4,
+        class_names=("a", "b", "c", "d"), input_shape=(1, 8, 8), normalization=NORMALIZATION,
+    )  # fmt: skip
+
+
+def tiny_study(**changes: Any) -> Study:
+    settings: dict[str, Any] = {
+        "name": "tiny", "model": tiny_net, "data": tiny_data, "target": "macs=0.5", "max_drop": 2.0,
+        "budget": "epochs=40", "baseline": Baseline(epochs=6, lr=0.1, batch_size=64),
+        "finetune": Finetune(batch_size=64, recalibrate_batches=4), "analysis": Analysis(ratios=(0.5,)),
+        "search": Search(trials=2, epochs=2), "device": "cpu",
+    }  # fmt: skip
+    return Study(**(settings | changes))
