@@ -22,7 +22,6 @@ from autoprune.config import Lock, Study
 from autoprune.controller import Decision, RoundOutcome, State, decide, floor_of_round, replay
 from autoprune.delivery import deliver
 from autoprune.densify import densify, verify
-from autoprune.tracing import trace
 from autoprune.history import (
     CHECKPOINT,
     RoundPlan,
@@ -38,6 +37,7 @@ from autoprune.search import Point, RoundJob, first_points, next_points, search_
 from autoprune.sensitivity import SensitivityTable, planned_points, sensitivity
 from autoprune.splits import derive_seed
 from autoprune.store import RunStore, put, quiet_optuna, scored
+from autoprune.tracing import trace
 from autoprune.trial import Ground, probe_speed
 
 

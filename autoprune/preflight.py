@@ -29,9 +29,9 @@ from autoprune.data import Data
 from autoprune.errors import ConfigError, RunError, UnreachableError, UsageError
 from autoprune.evaluation import evaluate, resolve_device
 from autoprune.graph import ChannelGraph
-from autoprune.tracing import trace
 from autoprune.metrics import Evaluation, wilson_interval
 from autoprune.store import DATABASE
+from autoprune.tracing import trace
 from autoprune.trial import cost_in
 
 PACKAGES = ("autoprune", "torch", "optuna", "numpy", "onnx", "pyrage", "safetensors")
