@@ -95,8 +95,9 @@ def run(
     dry_run: Annotated[bool, typer.Option(
         "--dry-run", metavar="", help="Check everything and print the plan.")] = False,
     recipient: Annotated[list[str] | None, typer.Option(
-        "--recipient", "-r", metavar="KEY|FILE", rich_help_panel=KEYS, help="An age public key, or a file of them; repeatable "
-        "(default: your own, made on first use).", show_default=False)] = None,
+        "--recipient", "-r", metavar="KEY|FILE", rich_help_panel=KEYS, show_default=False,
+        help="An age public key, or a file of them; repeatable (default: your own, made on first use).",
+    )] = None,
     passphrase: Annotated[bool, typer.Option(
         "--passphrase", metavar="", rich_help_panel=KEYS, help="Ask for a passphrase instead.")] = False,
     passphrase_fd: Annotated[int | None, typer.Option(
@@ -121,11 +122,8 @@ def run(
         folder = out or Path("runs") / chosen.name
         if dry_run:
             return _show_plan(chosen, folder, lock, resume=resume, as_json=as_json)
-        import optuna
-
         from autoprune import pipeline
 
-        optuna.logging.set_verbosity(optuna.logging.WARNING)  # the events say it better
         try:
             result = pipeline.run(
                 chosen, out=folder, resume=resume, lock=lock, on_event=on_event, command=_command(words)

@@ -210,9 +210,10 @@ def _promote(goal: Goal, control: Control, state: State, best: TrialSummary) -> 
         best=model if reached else state.best,
         ended="target" if reached else None,
     )
+    floor = goal.floor if reached else floor_of_round(goal, state)
     kept = (
-        f"trial {best.number} removed {_percent(best.prune_rate)} and kept top-1 {best.top1:.4f}, "
-        f"at or above the floor {goal.floor if reached else floor_of_round(goal, state):.4f}"
+        f"trial {best.number} removed {_percent(best.prune_rate)} and kept top-1 {_percent(best.top1, 2)}, "
+        f"at or above the floor {_percent(floor, 2)}"
     )
     if reached:
         return Decision(action="finish", reason=f"{kept}; the target is reached",
@@ -271,8 +272,8 @@ def _missed(goal: Goal, state: State, trials: Sequence[TrialSummary]) -> str:
         return "no trial could be scored"
     nearest = max(trials, key=lambda t: t.top1)
     return (
-        f"none of {len(trials)} trials recovered to the floor {floor:.4f} "
-        f"(nearest: {nearest.top1:.4f} with {_percent(nearest.prune_rate)} removed)"
+        f"none of {len(trials)} trials recovered to the floor {_percent(floor, 2)} "
+        f"(nearest: {_percent(nearest.top1, 2)} with {_percent(nearest.prune_rate)} removed)"
     )
 
 
@@ -298,5 +299,5 @@ def _bounded(ceiling: float, goal: Goal, control: Control, cost_share: float) ->
     return min(max(ceiling, control.min_rate), control.max_ceiling, needed)
 
 
-def _percent(share: float) -> str:
-    return f"{100 * share:.1f} %"
+def _percent(share: float, digits: int = 1) -> str:
+    return f"{100 * share:.{digits}f} %"

@@ -36,6 +36,7 @@ from autoprune.search import params_of, tell_budget
 from autoprune.splits import derive_seed
 from autoprune.store import FINAL, put, scored
 from autoprune.train import EpochRecord, finetune_
+from autoprune.wording import percent
 
 FINAL_FACTOR = 4.0  # epochs of the final tuning, of a trial's, if the budget has them; a guess
 SAFETY = 0.9  # of the seconds left: epochs are planned from a mean
@@ -126,8 +127,8 @@ def _tuned(work: Work, best: Promotion, found: Finished) -> Finished:
     tell_budget(work.meter, work.on_event)
     top1 = _evaluate(setup, model, setup.data.search).top1
     if top1 < found.search_top1:
-        message = f"the final tuning gave {top1:.4f}, less than {found.search_top1:.4f}: left out"
-        work.on_event(ev.Note(message=message))
+        told = f"{percent(top1, 2)}, less than {percent(found.search_top1, 2)}"
+        work.on_event(ev.Note(message=f"the final tuning gave top-1 {told}: left out"))
         return found
     return replace(found, model=model, search_top1=top1, tuned_epochs=epochs)
 
@@ -199,7 +200,7 @@ def _outcome(setup: Setup, state: State, finished: Finished) -> Outcome:
     name = {"macs": "MACs", "params": "parameters", "size": "bytes"}[setup.metric]
     left = f"{100 * share:.1f} % of the original's {name} are left"
     if state.ended == "target":
-        accuracy = f"top-1 {finished.search_top1:.4f} on the search split"
+        accuracy = f"top-1 {percent(finished.search_top1, 2)} on the search split"
         message = f"The target {study.target} is reached: {left}, {accuracy}."
         return Outcome(reached=True, stopped_by="target", message=message)
     assert state.ended is not None

@@ -144,7 +144,7 @@ def _promoted_line(axes: Axes, record: RunRecord, start: float) -> None:
         winner = next((t for t in one.trials if t.promoted), None)
         if winner is not None:
             points.append((100 * _share(winner), 100 * _top1(winner)))
-            axes.annotate(str(one.number), points[-1], (0, 8), textcoords="offset points", ha="center",
+            axes.annotate(str(one.number), points[-1], (-7, 6), textcoords="offset points", ha="center",
                           fontsize=9, fontweight="bold", color=COLOURS["accent"])  # fmt: skip
     axes.plot(*zip(*points, strict=True), color=COLOURS["accent"], linewidth=1.8, zorder=4,
               label="promoted, by round",

@@ -19,6 +19,7 @@ from typing import Any
 from jinja2 import Environment, StrictUndefined
 
 from autoprune import plots, wording
+from autoprune.config import DECAYS
 from autoprune.record import RoundRecord, RunRecord, TrialRecord
 
 ACTIONS = {
@@ -43,6 +44,11 @@ class DeliveredFile:
     name: str
     meaning: str
     size_bytes: int
+
+    @property
+    def is_model(self) -> bool:
+        """Whether its size says something: storage grows as it is read."""
+        return self.name.startswith("model.")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -115,6 +121,7 @@ def _render(record: RunRecord, out: Path, svgs: Mapping[str, str]) -> str:
     page.filters |= {
         "percent": wording.percent, "duration": wording.duration, "size": wording.size,
         "setting": wording.setting, "when": _when, "fate": _fate, "unbroken": _unbroken,
+        "sentence": _sentence, "shown": _shown,
     }  # fmt: skip
     template = page.from_string((files("autoprune") / "report.html.j2").read_text(encoding="utf-8"))
     return template.render(
@@ -125,7 +132,7 @@ def _render(record: RunRecord, out: Path, svgs: Mapping[str, str]) -> str:
         plots={name: svgs.get(name) for name in plots.PLOTS},
         actions=ACTIONS,
         winners=list(_winners(record)),
-        params=list(dict.fromkeys(p for r in record.rounds for t in r.trials for p in t.params)),
+        params=_columns(record),
         total_s=sum(t.seconds for t in record.timings),
         files=_delivered(out),
         load=_how_to_load(out),
@@ -139,7 +146,33 @@ def _winners(record: RunRecord) -> Iterator[tuple[RoundRecord, TrialRecord]]:
 
 def _unbroken(text: str) -> str:
     """Keep a number and its unit on one line."""
-    return re.sub(r" (?=[%→]|pp\b|MACs\b|top-1\b)|(?<=→) ", "\u00a0", text)
+    return re.sub(r" (?=[%→]|pp\b)|(?<=→) ", "\u00a0", text).replace("top-1", "top\u20111")
+
+
+def _sentence(text: str) -> str:
+    """Begin with a capital and end with a full stop."""
+    return text[:1].upper() + text[1:] + ("" if text.endswith((".", "!", "?")) else ".")
+
+
+def _shown(trial: TrialRecord) -> dict[str, str]:
+    """A trial's parameters for a table: those that belong to its decay stand with the decay."""
+    decay = str(trial.params.get("decay", ""))
+    own = {k.removeprefix(f"{decay}_"): v for k, v in trial.params.items() if _is_of(k, decay)}
+    extra = "".join(f", {name} {wording.setting(value)}" for name, value in own.items())
+    plain = {k: wording.setting(v) for k, v in trial.params.items() if not any(_is_of(k, d) for d in DECAYS)}
+    return plain | ({"decay": decay + extra} if decay else {})
+
+
+def _is_of(parameter: str, decay: str) -> bool:
+    return bool(decay) and parameter.startswith(f"{decay}_")
+
+
+def _columns(record: RunRecord) -> list[str]:
+    """The parameters that differ between trials; what all of them share is a setting of the run."""
+    trials = [_shown(t) for r in record.rounds for t in r.trials]
+    names = dict.fromkeys(name for t in trials for name in t)
+    told = {"prune_rate"}  # as what was removed, in its own column
+    return [n for n in names if n not in told and (len({t.get(n) for t in trials}) > 1 or len(trials) == 1)]
 
 
 def _when(started: str) -> str:

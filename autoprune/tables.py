@@ -22,7 +22,7 @@ GOOD, BAD, MUTED = "green", "yellow", "dim"
 
 def _table(*columns: str) -> Table:
     """A plain table: the first column is text, the others are numbers."""
-    table = Table(box=None, padding=(0, 3, 0, 0), show_edge=False, header_style=MUTED)
+    table = Table(box=None, padding=(0, 2, 0, 0), show_edge=False, header_style=MUTED)
     table.add_column(columns[0], no_wrap=True)
     for name in columns[1:]:
         table.add_column(name, justify="right", no_wrap=True)
@@ -66,11 +66,11 @@ def plan_text(plan: RunPlan) -> RenderableType:
 
 def status_text(record: RunRecord) -> RenderableType:
     """Where a run stands: the answer, then a line for every round."""
-    table = _table("round", "from", "removes up to", "floor", "trials", "best", "left", "decision")
+    table = _table("round", "from", "up to", "floor", "trials", "best", "left", "decision")
     for one in record.rounds:
         best = _best(one.trials)
         table.add_row(
-            str(one.number), str(one.started_from or "original"), percent(one.ceiling), percent(one.floor, 2),
+            str(one.number), str(one.started_from or "start"), percent(one.ceiling), percent(one.floor, 2),
             f"{len(one.trials)} of {one.planned_trials}", percent(best.top1 if best else None, 2),
             percent(best.cost_share if best else None), one.action or "running",
         )  # fmt: skip
@@ -118,5 +118,5 @@ def sensitivity_text(table: SensitivityTable) -> RenderableType:
         widest = max((p.high_pp - p.low_pp) / 2 for p in points.values())
         shown.add_row(name, *cells, f"{widest:.1f}")
     base = table.baseline
-    head = f"top-1 {percent(base.top1, 2)} on n = {base.num_samples:,}; change in percentage points, before any tuning"
+    head = f"top-1 {percent(base.top1, 2)} on n = {base.num_samples:,}; changes in percentage points, untuned"
     return Group(Text(head, "bold"), Text(), shown)
