@@ -10,8 +10,6 @@ import time
 from dataclasses import dataclass
 from datetime import UTC, datetime
 
-import optuna
-
 from autoprune import events as ev
 from autoprune.budget import Meter
 from autoprune.controller import Goal
@@ -41,16 +39,18 @@ class Work:
     on_event: ev.OnEvent
 
 
+def is_measured(store: RunStore) -> bool:
+    """Whether the original was measured and kept."""
+    study = store.study(0)
+    return study is not None and bool(scored(study))
+
+
 def begin(setup: Setup, store: RunStore, on_event: ev.OnEvent, command: str) -> Work:
     """Measure the original and keep it, or take up what an earlier process measured."""
-    baseline = store.study(0)
-    if baseline is not None and not scored(baseline):
-        store.drop_study(0)
-        baseline = None
-    if baseline is None:
-        _measure_baseline(setup, store, on_event, command)
+    if is_measured(store):
+        _take_up(setup, store)
     else:
-        _take_up(setup, store, baseline)
+        _measure_baseline(setup, store, on_event, command)
     goal, used = read_goal(store), spent(store)
     cost = setup.graph.cost()
     on_event(
@@ -88,6 +88,8 @@ def _measure_baseline(setup: Setup, store: RunStore, on_event: ev.OnEvent, comma
         "environment": environment(setup.device),
         "seconds": time.perf_counter() - began,
     }
+    if store.study(0) is not None:
+        store.drop_study(0)  # its making was interrupted
     attempt = store.create_study(0, attributes)
     trial = attempt.ask()
     put(trial, **{CHECKPOINT: store.save(setup.model, PruningPlan.full(setup.graph))})
@@ -107,12 +109,14 @@ def _train(setup: Setup, on_event: ev.OnEvent) -> None:
     )  # fmt: skip
 
 
-def _take_up(setup: Setup, store: RunStore, baseline: optuna.Study) -> None:
+def _take_up(setup: Setup, store: RunStore) -> None:
     """See that study, data and network are those that the run was started with.
 
     Raises:
         UsageError: one of them is not.
     """
+    baseline = store.study(0)
+    assert baseline is not None
     hint = "resume it with what it was started with, or start a new run in another --out"
     kept, given = baseline.user_attrs["settings"], json.loads(json.dumps(plain_settings(setup.study)))
     changed = [name for name in kept if name not in MAY_CHANGE and kept[name] != given.get(name)]

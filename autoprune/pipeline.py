@@ -8,7 +8,8 @@ rounds and finishing the undecided one. How a round is searched is in `search`, 
 from __future__ import annotations
 
 import time
-from contextlib import closing
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from itertools import count
 from pathlib import Path
@@ -16,7 +17,7 @@ from pathlib import Path
 import optuna
 
 from autoprune import events as ev
-from autoprune.baseline import Work, begin
+from autoprune.baseline import Work, begin, is_measured
 from autoprune.budget import FINAL_SHARE, MIN_EPOCHS, Effort, Speed, plan_round, rounds_ahead
 from autoprune.config import Lock, Study
 from autoprune.controller import Decision, RoundOutcome, State, decide, floor_of_round, replay
@@ -66,8 +67,7 @@ def run(
     """
     folder = Path(out) if out is not None else Path("runs") / study.name
     setup = prepare(study, out=folder, resume=resume, lock=lock)
-    folder.mkdir(parents=True, exist_ok=True)
-    with quiet_optuna(), closing(RunStore(folder, study.name, create=not resume)) as store:
+    with quiet_optuna(), _opened(folder, study.name, resume=resume) as store:
         on_event(_run_started(setup, folder, resume=resume))
         work = begin(setup, store, on_event, command)
         state = replay(work.goal, study.control, outcomes(store))
@@ -159,6 +159,23 @@ def judge(work: Work, job: RoundJob, attempt: optuna.Study) -> Decision:
         )
     )  # fmt: skip
     return decision
+
+
+@contextmanager
+def _opened(folder: Path, name: str, *, resume: bool) -> Iterator[RunStore]:
+    """The run's store; a run that ends before its original was measured leaves nothing behind."""
+    is_new = not folder.exists()
+    folder.mkdir(parents=True, exist_ok=True)
+    store = RunStore(folder, name, create=not resume)
+    try:
+        yield store
+    finally:
+        has_begun = is_measured(store)
+        store.close()
+        if not has_begun:
+            store.erase()
+            if is_new:
+                folder.rmdir()
 
 
 def _run_started(setup: Setup, out: Path, *, resume: bool) -> ev.RunStarted:

@@ -14,6 +14,7 @@ from __future__ import annotations
 import hashlib
 import io
 import json
+import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, is_dataclass
@@ -103,6 +104,12 @@ class RunStore:
         """Let go of the database file."""
         self.storage.remove_session()
         self.storage.engine.dispose()
+
+    def erase(self) -> None:
+        """Remove the database and all checkpoints; the store has to be closed."""
+        for name in (DATABASE, f"{DATABASE}-wal", f"{DATABASE}-shm"):
+            (self.folder / name).unlink(missing_ok=True)
+        shutil.rmtree(self.folder / ARTIFACTS)
 
     def study(self, number: int | str) -> optuna.Study | None:
         """The study of a round attempt (0 is the baseline) or `FINAL`; None where there is none yet."""

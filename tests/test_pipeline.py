@@ -21,7 +21,7 @@ from autoprune.history import read_run
 from autoprune.pipeline import run
 from autoprune.preflight import make_plan, prepare
 from autoprune.record import RunResult
-from autoprune.store import ARTIFACTS, RunStore
+from autoprune.store import ARTIFACTS, DATABASE, RunStore
 from autoprune.train import train_baseline_
 from tests.tiny import TinyNet, tiny_data, tiny_net, tiny_study
 
@@ -128,9 +128,10 @@ def test_a_run_that_is_stopped_again_and_again_ends_the_same(
     finished: tuple[RunResult, list[ev.Event]], tmp_path: Path
 ) -> None:
     out = tmp_path / "tiny"
-    for attempt, (kind, count) in enumerate(STOPS):
+    for kind, count in STOPS:
+        resume = (out / DATABASE).exists()
         with pytest.raises(KeyboardInterrupt):
-            run(tiny_study(), out=out, lock=PLAIN, resume=attempt > 0, on_event=stop_after(kind, count))
+            run(tiny_study(), out=out, lock=PLAIN, resume=resume, on_event=stop_after(kind, count))
     result, expected = run(tiny_study(), out=out, lock=PLAIN, resume=True), finished[0]
     assert plain(result) == plain(expected)
     assert weights_digest(result) == weights_digest(expected)
@@ -236,6 +237,12 @@ def test_the_reasons_are_told_apart(tmp_path: Path) -> None:
         prepare(tiny_study(baseline=None, model=guessing))
     with pytest.raises(ConfigError, match="criteria"):
         prepare(tiny_study(search=Search(criteria=("nonsense",))))
+
+
+def test_stopping_before_the_original_is_measured_leaves_nothing(tmp_path: Path) -> None:
+    with pytest.raises(KeyboardInterrupt):
+        run(tiny_study(), out=tmp_path / "r", lock=PLAIN, on_event=stop_after(ev.StageProgress, 1))
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_baseline_that_does_not_learn_stops_the_run(tmp_path: Path) -> None:
