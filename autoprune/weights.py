@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from autoprune.errors import UsageError
 
 WRAPPERS = ("state_dict", "model_state_dict", "model")
+COUNTER = ".num_batches_tracked"  # weights from before PyTorch 0.4.1 lack it, and nothing here reads it
 PREFIXES = ("module.", "_orig_mod.")  # DataParallel and DistributedDataParallel; torch.compile
 
 
@@ -29,14 +30,15 @@ def load_weights_(model: nn.Module, path: str | Path) -> None:
         UsageError: the file is missing or no weights file, or its keys do not fit the model's; the message
             names the first missing, unexpected and mis-shaped key.
     """
-    weights = read_weights(path)
-    problem = _misfit(model.state_dict(), weights)
+    own, weights = model.state_dict(), read_weights(path)
+    weights |= {n: own[n] for n in own if n.endswith(COUNTER) and n not in weights}
+    problem = _misfit(own, weights)
     if problem:
         raise UsageError(
             f"the weights in {path} do not fit the network: {problem}",
             "check the network's name, its number of classes, and that the file belongs to it",
         )
-    model.load_state_dict(dict(weights))
+    model.load_state_dict(weights)
 
 
 def read_weights(path: str | Path) -> dict[str, Tensor]:

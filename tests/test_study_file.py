@@ -130,6 +130,13 @@ def test_the_usual_wrappings_of_weights_are_understood(wrap: object, prefix: str
     assert torch.equal(fresh.weight, network.weight)
 
 
+def test_old_weights_without_batch_counters_fit(tmp_path: Path) -> None:
+    network = nn.Sequential(nn.BatchNorm1d(3))
+    state = {n: v for n, v in network.state_dict().items() if "tracked" not in n}
+    torch.save(state, tmp_path / "w.pt")
+    load_weights_(nn.Sequential(nn.BatchNorm1d(3)), tmp_path / "w.pt")
+
+
 def test_keys_that_do_not_fit_are_named(tmp_path: Path) -> None:
     torch.save({"weight": torch.zeros(2, 5), "extra": torch.zeros(1)}, tmp_path / "w.pt")
     with pytest.raises(UsageError) as caught:
