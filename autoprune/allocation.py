@@ -34,7 +34,7 @@ Prices = NDArray[np.float64]
 
 TOLERANCE = 0.01  # of the whole network's cost, from below
 MARKS = 24  # costs at which `sensitivity` looks anew at what a unit of each group saves
-PRIOR = 0.05  # a guess: weight of "the same ratio everywhere" where the measured loss says nothing
+PRIOR = 0.05  # of the typical loss, times the squared ratio: decides where no loss was measured
 MAX_EXCHANGE = 3  # further steps of one group tried to come closer to the limit
 
 

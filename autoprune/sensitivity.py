@@ -39,6 +39,9 @@ MIN_SHARE = 0.5
 RECALIBRATE_BATCHES, RECALIBRATE_BATCH = 10, 128  # measured: 20 batches are as good as 100 (evaluation.py)
 CHANGE_BATCH = 64
 CHANGED = 1e-6  # relative; float32 rounding of another channel count stays below
+# Slope beyond the last ratio measured over the slope to there: networks break, they do not bend. Measured on
+# ResNet-20/CIFAR-10 at half the MACs without fine-tuning: loss 1.47 with 1; 1.40 with 2, 4 and 8.
+BEYOND = 2.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,7 +85,7 @@ class SensitivityTable:
         """Predicted increase of the loss, rising in the ratio, 0 at 0; (n,) for ratios (n,).
 
         Where there is no loss (a study's own score without a loss), the drop of the score instead.
-        Beyond the last ratio measured it goes on as steeply as it rose to there.
+        Beyond the last ratio measured it rises more steeply than it did to there.
 
         Raises:
             UsageError: the group was not measured.
@@ -129,7 +132,7 @@ class SensitivityTable:
                 raise ValueError
             points = [SensitivityPoint(**_number(p)) for p in document["points"]]
             return cls(points=tuple(points), baseline=Evaluation(**_number(document["baseline"])))
-        except (ValueError, KeyError, TypeError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise ArtifactError(
                 "the text is not a sensitivity table of version 1", "measure again"
             ) from error
@@ -146,14 +149,13 @@ class _Curve:
     def through(cls, measured: dict[float, float]) -> _Curve:
         ratios = np.array([0.0, *sorted(measured)])
         found = np.array([0.0, *(measured[r] for r in sorted(measured))])
-        finite = np.nan_to_num(found, nan=0.0, posinf=float(np.nanmax(found[np.isfinite(found)])) + 1.0)
+        worst = float(found[np.isfinite(found)].max()) + 1.0  # a network that gives no number is broken
+        finite = np.nan_to_num(found, nan=worst, posinf=worst)
         return cls(ratios=ratios, losses=np.maximum.accumulate(np.maximum(finite, 0.0)))
 
     def at(self, ratios: NDArray[np.float64]) -> NDArray[np.float64]:
-        last, slope = (
-            self.ratios[-1],
-            (self.losses[-1] - self.losses[-2]) / (self.ratios[-1] - self.ratios[-2]),
-        )
+        last = self.ratios[-1]
+        slope = BEYOND * (self.losses[-1] - self.losses[-2]) / (last - self.ratios[-2])
         inside = PchipInterpolator(self.ratios, self.losses)(np.minimum(ratios, last))
         return np.asarray(inside + slope * np.maximum(ratios - last, 0.0), dtype=np.float64)
 
