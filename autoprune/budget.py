@@ -1,8 +1,9 @@
 """How far a budget goes: rounds x trials x epochs, planned from measured speed and planned again each round.
 
 A `Meter` knows what is used up; `plan_round` is pure. A time budget counts the wall clock of all processes
-of a run from the baseline on; an epoch budget counts fine-tuning epochs in trials and at the end. A share
-is kept for the final tuning; exporting and reporting come after the budget.
+of a run from the moment the original is measured (training it comes before); an epoch budget counts
+fine-tuning epochs in trials and at the end. A share is kept for the final tuning; exporting and reporting
+come after the budget.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ FINAL_SHARE = 0.15  # of the whole budget, for the final tuning; a guess
 RETRY_ROUNDS = 0.5  # rounds' worth of budget kept for one that fails; a guess
 MIN_TRIALS, MAX_TRIALS = 3, 24  # FACTS: TPE gains over its start-up trials only from about 8 on
 MIN_EPOCHS = 0.1  # of one trial: below it nothing can recover
+ENOUGH_EPOCHS = 1.0  # one trial that recovers says more than several that cannot; a guess
 MAX_EPOCHS = 100.0  # of one trial: a guess; more belongs into the study's own settings
 TRIALS_PER_ROOT_EPOCH = 1.3  # 6 epochs in a round make 3 trials of 2, 40 make 8 of 5, 200 make 18 of 11
 
@@ -107,9 +109,14 @@ def plan_round(left: Left, speed: Speed, search: Search, rounds: int, epochs_sca
         each = search.epochs * epochs_scale
         fitting = min(seconds / (each * speed.epoch_s + speed.trial_s), epochs / each)
         return Effort(trials=_clipped(fitting), epochs=each)
+
+    def affordable(trials: int) -> float:
+        return min((seconds / trials - speed.trial_s) / speed.epoch_s, epochs / trials)
+
     trials = search.trials or _clipped(_trials_in(seconds, epochs, speed) / epochs_scale)
-    affordable = min((seconds / trials - speed.trial_s) / speed.epoch_s, epochs / trials)
-    return Effort(trials=trials, epochs=min(MAX_EPOCHS, max(MIN_EPOCHS, affordable)))
+    while search.trials is None and trials > 1 and affordable(trials) < ENOUGH_EPOCHS:
+        trials -= 1
+    return Effort(trials=trials, epochs=min(MAX_EPOCHS, max(MIN_EPOCHS, affordable(trials))))
 
 
 def _trials_in(seconds: float, epochs: float, speed: Speed) -> float:

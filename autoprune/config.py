@@ -78,7 +78,11 @@ class Target:
 
 @dataclass(frozen=True, kw_only=True)
 class Budget:
-    """How much a run may spend: wall-clock seconds, or epochs of fine-tuning in all trials together."""
+    """How much a run may spend: wall-clock seconds, or epochs of fine-tuning in all trials together.
+
+    Both count from the moment the original is measured; training a baseline, exporting and reporting come
+    on top.
+    """
 
     seconds: float | None = None
     epochs: float | None = None

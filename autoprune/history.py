@@ -64,7 +64,7 @@ class RoundPlan:
 
 @dataclass(frozen=True, kw_only=True)
 class Spent:
-    """What a run has used so far, over all its processes."""
+    """What a run has used so far of its budget, over all its processes."""
 
     seconds: float
     epochs: float
@@ -147,7 +147,7 @@ def spent(store: RunStore) -> Spent:
     rounds = [read_round(study) for study in store.rounds()]
     trials = [t for r in rounds for t in r.trials]
     return Spent(
-        seconds=_baseline(store)["seconds"] + sum(r.seconds for r in rounds),
+        seconds=sum(r.seconds for r in rounds),
         epochs=sum(t.epochs[-1].epoch for t in trials if t.epochs),
     )
 

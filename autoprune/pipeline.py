@@ -32,7 +32,7 @@ from autoprune.history import (
     read_plan,
     summaries,
 )
-from autoprune.preflight import Setup, prepare
+from autoprune.preflight import Setup, fitting_threads, prepare
 from autoprune.record import RunResult, SensitivityCell
 from autoprune.search import Point, RoundJob, first_points, next_points, search_round
 from autoprune.sensitivity import SensitivityTable, planned_points, sensitivity
@@ -67,7 +67,7 @@ def run(
     """
     folder = Path(out) if out is not None else Path("runs") / study.name
     setup = prepare(study, out=folder, resume=resume, lock=lock)
-    with quiet_optuna(), _opened(folder, study.name, resume=resume) as store:
+    with quiet_optuna(), fitting_threads(setup), _opened(folder, study.name, resume=resume) as store:
         on_event(_run_started(setup, folder, resume=resume))
         work = begin(setup, store, on_event, command)
         state = replay(work.goal, study.control, outcomes(store))

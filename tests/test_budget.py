@@ -6,6 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from autoprune.budget import (
+    ENOUGH_EPOCHS,
     FINAL_SHARE,
     MAX_TRIALS,
     MIN_EPOCHS,
@@ -40,7 +41,8 @@ def test_a_round_fits_into_its_part_of_the_time(
 ) -> None:
     speed = Speed(epoch_s=epoch_s, trial_s=0.5, analysis_s=1.0)
     effort = plan_round(Left(seconds=seconds, epochs=math.inf), speed, Search(), rounds, scale)
-    assert MIN_TRIALS <= effort.trials <= MAX_TRIALS
+    assert 1 <= effort.trials <= MAX_TRIALS
+    assert effort.trials >= MIN_TRIALS or effort.epochs < 2 * ENOUGH_EPOCHS * (MIN_TRIALS + 1)
     needed = effort.trials * (effort.epochs * epoch_s + speed.trial_s) + rounds * speed.analysis_s
     assert needed <= seconds or effort.epochs == MIN_EPOCHS
 
@@ -84,3 +86,9 @@ def test_the_forecast_ends_at_the_target() -> None:
     ceilings = forecast(start(GOAL, Control()), Control(), 0.5)
     assert math.isclose(math.prod(1 - c for c in ceilings), 0.5)
     assert len(ceilings) == rounds_ahead(start(GOAL, Control()), 0.5) == 2
+
+
+def test_a_small_budget_goes_into_few_trials_that_can_recover() -> None:
+    effort = plan_round(Left(seconds=10, epochs=math.inf), SPEED, Search(), 1, 1.0)
+    assert effort.trials == 1
+    assert effort.epochs > 0.5
