@@ -290,10 +290,10 @@ def encrypt(
     from autoprune.opening import member_chunks, open_artifact
 
     _check_new(out)
-    lock = _new_lock(recipient, passphrase, passphrase_fd)
     with open_artifact(file) as artifact:
         if artifact.header is not None:
             raise UsageError(f"{file} is encrypted already", "autoprune rewrap changes who may open it")
+        lock = _new_lock(recipient, passphrase, passphrase_fd)
         chunks = member_chunks(artifact, signing_key=sign)
         encrypt_chunks(out, chunks, recipients=lock.recipients, passphrase=lock.passphrase)
     _say(f"{out}: encrypted")
