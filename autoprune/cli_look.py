@@ -1,4 +1,4 @@
-"""`autoprune groups` and `analyze`: look at a network before anything is pruned."""
+"""`autoprune groups`, `analyze` and `doctor`: look at a network or the machine before anything is pruned."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import json
 import sys
 from dataclasses import asdict, replace
 from itertools import count
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -14,7 +15,7 @@ from rich.console import Console
 from autoprune.cli_run import AsJson, DataSpec, Device, Model, Name, Quiet, Weights, choose_study
 from autoprune.config import check_study
 from autoprune.events import OnEvent, StageProgress, StageStarted
-from autoprune.tables import groups_table, sensitivity_text
+from autoprune.tables import findings_text, groups_table, sensitivity_text
 from autoprune.terminal import listener
 
 if TYPE_CHECKING:
@@ -26,6 +27,22 @@ def register(app: typer.Typer) -> None:
     """Add the commands of this module."""
     app.command(rich_help_panel="Look", epilog="Example: autoprune groups digits")(groups)
     app.command(rich_help_panel="Look", epilog="Example: autoprune analyze digits --ratio 0.5")(analyze)
+    app.command(rich_help_panel="Look", epilog="Example: autoprune doctor")(doctor)
+
+
+def doctor(
+    out: Annotated[Path, typer.Option(metavar="DIR", help="Where runs would be written.")] = Path("runs"),
+    as_json: AsJson = False,
+) -> int:
+    """Say what a run would find on this machine, and what is missing; exits 1 if something is."""
+    from autoprune.doctor import examine
+
+    findings = examine(out)
+    if as_json:
+        sys.stdout.write(json.dumps([asdict(f) for f in findings], indent=1) + "\n")
+    else:
+        Console(highlight=False).print(findings_text(findings))
+    return 0 if all(f.ok for f in findings) else 1
 
 
 def groups(

@@ -12,6 +12,7 @@ from rich.text import Text
 from autoprune.wording import Row, answer, count, duration, percent, signed
 
 if TYPE_CHECKING:
+    from autoprune.doctor import Finding
     from autoprune.graph import ChannelGraph
     from autoprune.preflight import RunPlan
     from autoprune.record import RunRecord, TrialRecord
@@ -106,6 +107,17 @@ def groups_table(graph: ChannelGraph) -> RenderableType:
             frozen.add_row(f"{part.name} [{part.dim}]", part.reason)
         parts += [Text(), frozen]
     return Group(*parts)
+
+
+def findings_text(findings: Sequence[Finding]) -> RenderableType:
+    """What `autoprune doctor` found, with advice where it is needed."""
+    grid = Table.grid(padding=(0, 2, 0, 0))
+    grid.add_column(no_wrap=True)
+    for one in findings:
+        grid.add_row(Text(one.name, MUTED), Text(one.found))
+        if not one.ok:
+            grid.add_row("", Text(one.advice, BAD))
+    return grid
 
 
 def sensitivity_text(table: SensitivityTable) -> RenderableType:

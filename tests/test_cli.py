@@ -117,3 +117,12 @@ def test_groups_shows_what_may_shrink(capfd: pytest.CaptureFixture[str]) -> None
     assert told["frozen"]
     assert main(["groups", "digits"]) == 0
     assert "MACs" in capfd.readouterr().out
+
+
+def test_doctor_tells_what_it_found(capfd: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    assert main(["doctor", "--json", "--out", str(tmp_path)]) == 0
+    names = [one["name"] for one in json.loads(capfd.readouterr().out)]
+    assert names == ["python", "packages", "processor", "memory", "accelerator", "storage", "your key"]
+    assert not list(tmp_path.iterdir())
+    assert main(["doctor", "--out", str(tmp_path)]) == 0
+    assert str(tmp_path)[:20] in capfd.readouterr().out

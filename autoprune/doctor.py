@@ -1,0 +1,115 @@
+"""`autoprune doctor`: what a run would find on this machine, and what is missing."""
+
+from __future__ import annotations
+
+import os
+import platform
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+PACKAGES = (
+    "autoprune", "torch", "torchvision", "optuna", "onnx", "onnxruntime", "safetensors", "pyrage",
+)  # fmt: skip
+
+
+@dataclass(frozen=True, kw_only=True)
+class Finding:
+    """One thing that was looked at; `advice` says what to do where it is not as it should be."""
+
+    name: str
+    found: str
+    ok: bool = True
+    advice: str = ""
+
+
+def examine(runs: Path) -> list[Finding]:
+    """Look at everything; `runs` is the folder that runs would be written to."""
+    checks: tuple[Callable[[], Finding], ...] = (
+        _python, _packages, _processor, _memory, _accelerator, lambda: _storage(runs), _key,
+    )  # fmt: skip
+    return [check() for check in checks]
+
+
+def _python() -> Finding:
+    return Finding(name="python", found=f"{platform.python_version()} on {platform.platform(terse=True)}")
+
+
+def _packages() -> Finding:
+    found, missing = [], []
+    for name in PACKAGES:
+        try:
+            found.append(f"{name} {version(name)}")
+        except PackageNotFoundError:
+            missing.append(name)
+    advice = f"pip install {' '.join(missing)}" if missing else ""
+    return Finding(name="packages", found=", ".join(found), ok=not missing, advice=advice)
+
+
+def _processor() -> Finding:
+    import torch
+
+    from autoprune.train import uses_bf16
+
+    cores, threads = _cores(), torch.get_num_threads()
+    trains = "trains in bf16" if uses_bf16(torch.device("cpu")) else "trains in fp32"
+    advice = f"export OMP_NUM_THREADS={cores}: more threads than cores slow each other down"
+    return Finding(
+        name="processor",
+        found=f"{cores} cores, {threads} threads, {trains}",
+        ok=threads <= cores,
+        advice=advice,
+    )
+
+
+def _cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _memory() -> Finding:
+    if "SC_AVPHYS_PAGES" not in os.sysconf_names:
+        return Finding(name="memory", found="this system does not say")
+    free_gb = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 1e9
+    return Finding(name="memory", found=f"{free_gb:.1f} GB free", ok=free_gb > 1, advice="end other programs")
+
+
+def _accelerator() -> Finding:
+    import torch
+
+    if torch.cuda.is_available():
+        names = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+        return Finding(name="accelerator", found=f"cuda: {', '.join(names)}")
+    if torch.backends.mps.is_available():
+        return Finding(name="accelerator", found="mps")
+    return Finding(name="accelerator", found="none: training runs on the processor")
+
+
+def _storage(runs: Path) -> Finding:
+    parent = next(p for p in (runs, *runs.absolute().parents) if p.exists())
+    try:
+        with tempfile.TemporaryDirectory(dir=parent) as folder:
+            _write_and_read(Path(folder))
+    except (OSError, ValueError) as error:
+        return Finding(
+            name="storage", found=f"{parent}: {error}", ok=False, advice="name a folder with --out"
+        )
+    return Finding(name="storage", found=f"{parent} takes a run's database and checkpoints")
+
+
+def _write_and_read(folder: Path) -> None:
+    from contextlib import closing
+
+    from autoprune.store import RunStore, quiet_optuna
+
+    with quiet_optuna(), closing(RunStore(folder, "doctor", create=True)) as store:
+        store.create_study(0, {})
+
+
+def _key() -> Finding:
+    from autoprune.keys import default_identity_path
+
+    path = default_identity_path()
+    found = str(path) if path.exists() else f"none yet; {path} is made on first use"
+    return Finding(name="your key", found=found)
