@@ -1,0 +1,106 @@
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+
+from autoprune.config import Baseline
+from autoprune.densify import densify
+from autoprune.errors import TrialError
+from autoprune.evaluation import evaluate
+from autoprune.plan import PruningPlan
+from autoprune.sensitivity import sensitivity
+from autoprune.tracing import trace
+from autoprune.train import EpochRecord, train_baseline_
+from autoprune.trial import Ground, TrialParams, probe_speed, run_trial
+from tests.tiny import tiny_data, tiny_net, tiny_study
+
+PARAMS = TrialParams(prune_rate=0.3, lr=0.05, decay="cosine", criterion="l2", strategy="sensitivity")
+
+
+@pytest.fixture(scope="module")
+def ground() -> Ground:
+    model, data, study = tiny_net(), tiny_data(), tiny_study()
+    train_baseline_(model, data.train, Baseline(epochs=6, batch_size=64), seed=0)
+    graph = trace(model, torch.zeros(1, 1, 8, 8))
+    return Ground(
+        study=study, data=data, device=torch.device("cpu"), metric="macs", original=model,
+        original_cost=graph.cost().macs, target_cost=graph.cost().macs // 2, model=model, graph=graph,
+        plan=PruningPlan.full(graph), seed=1,
+        table=sensitivity(model, graph, data.search, ratios=(0.5,), calibration=data.train),
+    )  # fmt: skip
+
+
+def test_a_trial_says_what_it_left_and_how_well_that_does(ground: Ground) -> None:
+    epochs: list[EpochRecord] = []
+    result = run_trial(ground, PARAMS, epochs=1.0, seed=3, on_epoch=epochs.append)
+    record, model, plan = result.record, result.model, result.plan
+    assert model is not None
+    assert plan is not None
+    assert record.prune_rate == pytest.approx(0.3, abs=0.05)
+    assert record.cost_share == pytest.approx(1 - (record.prune_rate or 0))
+    assert record.macs == ground.graph.cost(plan).macs
+    assert record.top1 == evaluate(model, ground.data.search).top1
+    assert record.low is not None
+    assert record.low <= record.top1
+    assert len(record.epochs) == len(epochs) == 1
+    assert record.tuning_seconds <= record.seconds
+
+
+def test_a_trial_leaves_its_ground_alone_and_repeats_for_a_seed(ground: Ground) -> None:
+    before = {k: v.clone() for k, v in ground.model.state_dict().items()}
+    first, second = (run_trial(ground, PARAMS, epochs=0.5, seed=3) for _ in range(2))
+    assert first.model is not None
+    assert second.model is not None
+    states = zip(first.model.state_dict().values(), second.model.state_dict().values(), strict=True)
+    assert all(torch.equal(a, b) for a, b in states)
+    assert all(torch.equal(v, before[k]) for k, v in ground.model.state_dict().items())
+
+
+@pytest.mark.parametrize("criterion", ["l2", "taylor", "bn_scale", "fpgm", "random"])
+@pytest.mark.parametrize("strategy", ["sensitivity", "uniform", "global"])
+def test_every_choice_meets_the_rate(ground: Ground, criterion: str, strategy: str) -> None:
+    plan = ground.choose(replace(PARAMS, criterion=criterion, strategy=strategy))
+    cost, present = ground.graph.cost(plan).macs, ground.graph.cost().macs
+    assert 0.64 * present <= cost <= 0.7 * present
+
+
+def test_no_trial_overshoots_the_target(ground: Ground) -> None:
+    assert ground.limit(0.9) == ground.target_cost
+
+
+def test_a_rate_beyond_reach_takes_the_nearest(ground: Ground) -> None:
+    plan = replace(ground, target_cost=1).choose(replace(PARAMS, prune_rate=0.999))
+    dense = densify(ground.model, ground.graph, plan)
+    assert sum(p.numel() for p in dense.parameters()) == ground.graph.cost(plan).params
+
+
+def test_the_plan_is_told_for_the_original(ground: Ground) -> None:
+    first = PruningPlan(keep={"conv2": np.arange(1, 13)}, num_units={"conv2": 16})
+    model = densify(ground.model, ground.graph, first)
+    graph = trace(model, torch.zeros(1, 1, 8, 8))
+    table = sensitivity(model, graph, ground.data.search, ratios=(0.5,))
+    later = replace(ground, model=model, graph=graph, plan=first, table=table, cached_scores={})
+    result = run_trial(later, replace(PARAMS, prune_rate=0.2), epochs=0.1, seed=0)
+    assert result.plan is not None
+    assert result.model is not None
+    assert result.plan.num_units["conv2"] == 16
+    rebuilt = densify(ground.model, ground.graph, result.plan)
+    shapes = {k: v.shape for k, v in rebuilt.state_dict().items()}
+    assert shapes == {k: v.shape for k, v in result.model.state_dict().items()}
+
+
+def test_time_running_out_fails_the_trial(ground: Ground) -> None:
+    def stop(epoch: EpochRecord) -> None:
+        raise TrialError("the time budget ran out", "more")
+
+    result = run_trial(ground, PARAMS, epochs=1.0, seed=3, on_epoch=stop)
+    assert (result.record.failure, result.record.top1) == ("the time budget ran out", None)
+
+
+def test_the_probe_times_an_epoch(ground: Ground) -> None:
+    speed = probe_speed(ground)
+    assert 0 < speed.epoch_s < 10
+    assert 0 < speed.trial_s < 10
