@@ -91,6 +91,7 @@ def _mend_multihead(module: nn.MultiheadAttention) -> None:
     module._qkv_same_embed_dim = (
         False  # keeps TransformerEncoderLayer off its fused path, which knows no head_dim
     )
+    vars(module).pop("autoprune_axes", None)  # its reshapes are others now
     module.__class__ = PrunedMultiheadAttention
 
 

@@ -21,6 +21,7 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 from autoprune.attention import mend_attention
 from autoprune.errors import UsageError, VerificationError
 from autoprune.graph import ChannelGraph, Group
+from autoprune.loose import loosen
 from autoprune.padding import mend_paddings
 from autoprune.plan import PruningPlan
 
@@ -177,6 +178,11 @@ def _mended(model: nn.Module, graph: ChannelGraph, plan: PruningPlan) -> nn.Modu
             setattr(modules[counter.module], counter.attribute, value)
     for name, policy in graph.grouped.items():
         modules[name].autoprune_grouped = policy
+    for name, axes in graph.split_axes.items():
+        modules[name].autoprune_axes = dict(axes)
+    for name in sorted(graph.loosened & graph.merged.keys()):
+        lengths = {graph.length(a, {}): graph.length(a, counts) for a in graph.merged[name]}
+        loosen(modules[name], {old: new for old, new in lengths.items() if old != new})
     for name in changed:
         _mend(modules[name.removesuffix(".parametrizations.weight")])
     mend_attention(model, changed)

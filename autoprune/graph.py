@@ -105,6 +105,9 @@ class ChannelGraph:
     cost_model: CostModel = field(repr=False)
     counted: tuple[Counted, ...] = field(repr=False, default=())
     grouped: Mapping[str, str] = field(repr=False, default_factory=dict)
+    split_axes: Mapping[str, Mapping[int, int]] = field(repr=False, default_factory=dict)
+    merged: Mapping[str, tuple[Axis, ...]] = field(repr=False, default_factory=dict)
+    loosened: frozenset[str] = field(repr=False, default=frozenset())
     widths: Mapping[tuple[str, int], int] = field(repr=False, default_factory=dict)
     tape: Tape | None = field(repr=False, default=None, compare=False)
 

@@ -111,6 +111,8 @@ class _Grouping:
             cost_model=model,
             counted=self._counted(),
             grouped=dict(self.walk.grouped),
+            split_axes=self._split_axes(),
+            merged=self._merged(),
             widths={(s.name, s.dim): s.size for s in self.slots if s.pad_op is None},
             tape=self.walk.tape,
         )
@@ -220,31 +222,42 @@ class _Grouping:
         return (*counted, *self._site_counters())
 
     def _site_counters(self) -> list[Counted]:
-        """Attributes of modules that split a channel axis: how many heads, and how wide all of them are."""
+        """Attributes of modules that split a channel axis and put it together: how many pieces, how wide."""
+        axes = [(s.op, np.unique(s.labels[s.labels >= 0]), PIECES) for s in self.walk.sites]
+        axes += [(op, labels, WIDTHS) for op, labels in self.walk.merges]
         found: dict[tuple[str, str], Counted] = {}
-        for site in self.walk.sites:
-            op = self.walk.tape.ops[site.op]
-            units = np.unique(site.labels[site.labels >= 0])
-            axis, count = self._axis(units), len(units)
-            if not axis.per_unit:
-                continue
-            for name, times in _counting_attributes(self.walk.modules[op.module], count, site.total).items():
-                scaled = Axis(
-                    fixed=axis.fixed * times, per_unit={g: n * times for g, n in axis.per_unit.items()}
-                )
-                found[op.module, name] = Counted(module=op.module, attribute=name, axis=scaled, per=1)
+        for op, labels, words in axes:
+            module, axis = self.walk.tape.ops[op].module, self._axis(labels)
+            if axis.per_unit:
+                for name in _counting_attributes(self.walk.modules[module], len(labels), words):
+                    found[module, name] = Counted(module=module, attribute=name, axis=axis, per=1)
         return list(found.values())
 
+    def _split_axes(self) -> dict[str, dict[int, int]]:
+        """Module -> which of its reshapes shrinks along which axis."""
+        found: dict[str, dict[int, int]] = {}
+        for site in self.walk.sites:
+            found.setdefault(self.walk.tape.ops[site.op].module, {})[site.ordinal] = site.chosen
+        return found
 
-def _counting_attributes(module: nn.Module, count: int, total: int) -> dict[str, int]:
-    """Integers on a module that say into how many pieces an axis is split, or how wide all are."""
-    numbers = {n: v for n, v in vars(module).items() if type(v) is int}
-    pieces = [n for n, v in numbers.items() if v == count and ("head" in n or "group" in n)]
-    plain = [n for n in pieces if not any(w in n for w in ("dim", "size", "width", "channels"))]
-    widths = ("attn_dim", "inner", "all_head", "hidden", "out_dim", "dim_out", "key_dim")
-    sizes = {total, total // 3} - {count}  # a third: queries, keys and values in one
-    whole = [n for n, v in numbers.items() if v in sizes and any(w in n for w in widths)]
-    return dict.fromkeys(plain or pieces, 1) | {n: numbers[n] // count for n in whole}
+    def _merged(self) -> dict[str, tuple[Axis, ...]]:
+        """Module -> the axes that its reshapes put together."""
+        found: dict[str, list[Axis]] = {}
+        for op, labels in self.walk.merges:
+            found.setdefault(self.walk.tape.ops[op].module, []).append(self._axis(labels))
+        return {module: tuple(a for a in axes if a.per_unit) for module, axes in found.items()}
+
+
+PIECES: tuple[str, ...] = ("head", "group")
+WIDTHS = ("attn", "inner", "all_head", "hidden", "out_dim", "dim_out", "val")
+
+
+def _counting_attributes(module: nn.Module, length: int, words: tuple[str, ...]) -> list[str]:
+    """Integers of that value on a module, named with one of the words."""
+    names = [n for n, v in vars(module).items() if type(v) is int and v == length]
+    named = [n for n in names if any(w in n for w in words)]
+    plain = [n for n in named if not any(w in n for w in ("dim", "size", "width", "channels"))]
+    return plain or named if words is PIECES else named
 
 
 def _tensors(model: nn.Module) -> list[tuple[str, Tensor, bool]]:

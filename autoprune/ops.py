@@ -73,7 +73,7 @@ def convolution(walk: Walk, op: Op) -> Axes:
     for axis in walk.get(x)[2:]:
         walk.freeze(axis, "convolved over")
     _convolution_cost(walk, op, x if transposed else out)
-    if groups > 1:
+    if groups > 1 or walk.stamp(_owner(walk, weight), "autoprune_grouped"):
         made = _grouped_transposed(walk, op) if transposed else _grouped(walk, op)
     else:
         reads, makes = (0, 1) if transposed else (1, 0)
@@ -84,6 +84,11 @@ def convolution(walk: Walk, op: Op) -> Axes:
         walk.mark(walk.get(bias)[0], "out")
         made = walk.join([made, walk.get(bias)[0]])
     return [walk.get(x)[0], made, *[None] * (len(walk.shape(out)) - 2)]
+
+
+def _owner(walk: Walk, weight: Ref) -> str:
+    """Name of the module that holds a parameter."""
+    return walk.tape.parameters.get(weight.index, "").rpartition(".")[0]
 
 
 def _convolution_cost(walk: Walk, op: Op, over: Ref) -> None:
@@ -102,10 +107,10 @@ def _grouped(walk: Walk, op: Op) -> LabelArray | None:
     x, weight, groups = op.arg("input"), op.arg("weight"), op.arg("groups")
     read, makes = walk.get(x)[1], walk.get(weight)[0]
     per_in, per_out = walk.shape(weight)[1], walk.shape(weight)[0] // groups
-    owner = walk.tape.parameters.get(weight.index, "").rpartition(".")[0]
-    stamped = getattr(walk.modules.get(owner), "autoprune_grouped", None)
-    whole = per_in == 1 or (stamped == "whole" if stamped else groups >= max(per_in, per_out))
-    if per_in > 1:
+    owner = _owner(walk, weight)
+    stamped = walk.stamp(owner, "autoprune_grouped")
+    whole = stamped == "whole" if stamped else groups >= max(per_in, per_out) or per_in == 1
+    if per_in > 1 or stamped:
         walk.grouped[owner] = "whole" if whole else "positions"
     if not whole:
         first = walk.tie_rows(read.reshape(groups, per_in).T) if read is not None else None
@@ -140,7 +145,7 @@ def _grouped_transposed(walk: Walk, op: Op) -> LabelArray | None:
     if axis is None:
         return None
     units = walk.tie_rows(axis.reshape(groups, -1))
-    owner = walk.tape.parameters.get(weight.index, "").rpartition(".")[0]
+    owner = _owner(walk, weight)
     walk.rules += [AttributeRule(owner, n, units) for n in _counters(walk, owner, groups, ("groups",))]
     return np.repeat(units, walk.shape(weight)[1])
 
@@ -265,11 +270,7 @@ def group_norm(walk: Walk, op: Op) -> list[Axes]:
     elif channels is not None:
         units = walk.tie_rows(channels.reshape(groups, -1))
         channels = np.repeat(units, walk.shape(x)[1] // groups)
-        owners = {
-            walk.tape.parameters.get(op.arg(n).index, "").rpartition(".")[0]
-            for n in ("weight", "bias")
-            if op.arg(n)
-        }
+        owners = {_owner(walk, op.arg(n)) for n in ("weight", "bias") if op.arg(n)}
         for owner in sorted(owners | {op.module}):
             walk.rules += [
                 AttributeRule(owner, a, units) for a in _counters(walk, owner, groups, ("num_groups",))

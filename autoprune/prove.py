@@ -9,6 +9,7 @@ is tried with another axis where a reshape left the choice, and frozen with its 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -18,6 +19,7 @@ from autoprune.densify import densify, densify_on_meta, difference, masked
 from autoprune.graph import ChannelGraph, Group
 from autoprune.grouping import build
 from autoprune.labels import LabelArray
+from autoprune.loose import LooseModule
 from autoprune.plan import PruningPlan
 from autoprune.tape import Tape, forward_shapes
 from autoprune.walk import Walk
@@ -26,6 +28,7 @@ CHEAP_MACS = 1_000_000_000  # a network below this is always compared in numbers
 RISKY_MACS = 6_000_000_000  # one with reshapes, splits or slices of channels up to this
 NOISE = 1e-3  # relative; float32 summation order, far below any real difference
 ROUNDS = 12
+PROOFS = 64  # runs spent on finding out which groups fail; after that whole sets are frozen together
 
 Check = Callable[[Sequence[Group]], str | None]
 
@@ -36,58 +39,87 @@ def proven(
     """The graph of a recorded network, without the groups that its program does not allow to shrink."""
     choices: dict[int, int] = {}
     refused: list[tuple[LabelArray, str]] = []
+    spent: list[int] = []
     for _ in range(ROUNDS):
         graph, walk = build(model, tape, choices=choices, kept=kept, refused=refused, round_to=round_to)
-        failing = _failing(model, inputs, graph, walk)
+        proof = _Proof(model, inputs, walk)
+        graph = proof.loosened(graph)
+        failing = proof.failing(graph, spent)
         if not failing:
             return graph
         for group, reason in failing:
-            if not _choose_again(graph, walk, group, choices):
-                refused.append((_labels(walk, group), reason))
+            labels = _labels(walk, group)
+            if not _choose_again(walk, labels, choices):
+                refused.append((labels, reason))
     everything = np.arange(walk.labels.size)
     refused.append((everything, "the network's program agrees with no pruned sizes that were tried"))
     return build(model, tape, choices=choices, kept=kept, refused=refused, round_to=round_to)[0]
 
 
-def _failing(
-    model: nn.Module, inputs: tuple[Any, ...], graph: ChannelGraph, walk: Walk
-) -> list[tuple[Group, str]]:
-    groups = graph.groups
-    if not groups:
-        return []
-    expected = [walk.shape(r) for r in walk.tape.outputs]
+@dataclass(frozen=True)
+class _Proof:
+    """The two checks of one network: that its pruned program runs, and that it computes the same."""
 
-    def shapes(chosen: Sequence[Group]) -> str | None:
+    model: nn.Module
+    inputs: tuple[Any, ...]
+    walk: Walk
+
+    def shapes(self, graph: ChannelGraph, groups: Sequence[Group]) -> str | None:
+        """What goes wrong when a copy with these groups pruned runs without values."""
+        expected = [self.walk.shape(r) for r in self.walk.tape.outputs]
         try:
-            got = forward_shapes(densify_on_meta(model, graph, _probe_plan(chosen)), inputs)
+            got = forward_shapes(densify_on_meta(self.model, graph, _probe_plan(groups)), self.inputs)
         except Exception as error:
             return f"its forward has the size written in: {_first_line(error)}"
         return None if got == expected else f"its output becomes {got}"
 
-    def numbers(chosen: Sequence[Group]) -> str | None:
-        plan = _probe_plan(chosen)
+    def numbers(self, graph: ChannelGraph, groups: Sequence[Group]) -> str | None:
+        """What goes wrong when the copy is compared with the masked network."""
+        plan = _probe_plan(groups)
         try:
-            error = difference(densify(model, graph, plan), masked(model, graph, plan), inputs)
-        except Exception as failure:
-            return f"its forward has the size written in: {_first_line(failure)}"
-        return None if error < NOISE else f"the pruned network computes something else ({error:.1e} apart)"
+            apart = difference(densify(self.model, graph, plan), masked(self.model, graph, plan), self.inputs)
+        except Exception as error:
+            return f"its forward has the size written in: {_first_line(error)}"
+        return None if apart < NOISE else f"the pruned network computes something else ({apart:.1e} apart)"
 
-    failing = _bisect(groups, shapes) if walk.can_run_on_meta else []
-    if failing:
-        return failing
-    macs = graph.cost().macs
-    limit = RISKY_MACS if walk.is_risky else CHEAP_MACS
-    return _bisect(groups, numbers) if macs <= limit or not walk.can_run_on_meta else []
+    def loosened(self, graph: ChannelGraph) -> ChannelGraph:
+        """The graph, with those modules loosened without which the pruned program would not run."""
+        if not self.walk.tape.is_meta or self.shapes(graph, graph.groups) is None:
+            return graph
+        loose = replace(graph, loosened=frozenset(graph.merged))
+        if self.shapes(loose, graph.groups) is not None:
+            return loose
+        dense = densify_on_meta(self.model, loose, _probe_plan(graph.groups))
+        forward_shapes(dense, self.inputs)
+        modules = dict(dense.named_modules())
+        needed = {
+            n for n, m in modules.items() if isinstance(m, LooseModule) and m.autoprune_widths.are_needed
+        }
+        return replace(graph, loosened=frozenset(needed))
+
+    def failing(self, graph: ChannelGraph, spent: list[int]) -> list[tuple[Group, str]]:
+        """The groups whose pruning fails, with what happens."""
+        if not graph.groups:
+            return []
+        if self.walk.tape.is_meta:
+            found = _bisect(graph.groups, lambda groups: self.shapes(graph, groups), spent)
+            if found:
+                return found
+        limit = RISKY_MACS if self.walk.is_risky else CHEAP_MACS
+        if self.walk.tape.is_meta and graph.cost().macs > limit:
+            return []
+        return _bisect(graph.groups, lambda groups: self.numbers(graph, groups), spent)
 
 
-def _bisect(groups: Sequence[Group], check: Check) -> list[tuple[Group, str]]:
+def _bisect(groups: Sequence[Group], check: Check, spent: list[int]) -> list[tuple[Group, str]]:
     reason = check(groups)
+    spent.append(1)
     if reason is None:
         return []
-    if len(groups) == 1:
-        return [(groups[0], reason)]
+    if len(groups) == 1 or len(spent) > PROOFS:
+        return [(g, reason) for g in groups]
     half = len(groups) // 2
-    found = [*_bisect(groups[:half], check), *_bisect(groups[half:], check)]
+    found = [*_bisect(groups[:half], check, spent), *_bisect(groups[half:], check, spent)]
     return found or [(g, reason) for g in groups]  # they fail only together
 
 
@@ -106,13 +138,12 @@ def _labels(walk: Walk, group: Group) -> LabelArray:
     return np.concatenate([starts[m.name, m.dim] + m.index.ravel() for m in group.members])
 
 
-def _choose_again(graph: ChannelGraph, walk: Walk, group: Group, choices: dict[int, int]) -> bool:
-    """Let the reshapes that this group passes shrink along their next axis; False where none has one."""
-    mine = set(_labels(walk, group).tolist())
+def _choose_again(walk: Walk, labels: LabelArray, choices: dict[int, int]) -> bool:
+    """Let the reshapes that these channels pass shrink along their next axis; False where none has one."""
     changed = False
     for site in walk.sites:
         later = site.options[site.options.index(site.chosen) + 1 :] if site.chosen in site.options else ()
-        if later and site.op not in choices and mine.intersection(site.labels.tolist()):
+        if later and site.op not in choices and np.isin(site.labels, labels).any():
             choices[site.op] = later[0]
             changed = True
     return changed

@@ -24,6 +24,8 @@ def reshape(walk: Walk, op: Op) -> Axes:
     assert out is not None
     before, after, axes = walk.shape(x), walk.shape(out), walk.get(x)
     result: Axes = [None] * len(after)
+    walk.reshapes[op.module] += 1
+    stamped = walk.stamp(op.module, "autoprune_axes", {}).get(walk.reshapes[op.module])
     if 0 in before:
         return result
     for sources, targets in _matched(before, after):
@@ -36,6 +38,9 @@ def reshape(walk: Walk, op: Op) -> Axes:
             continue
         axis = axes[tracked[0]]
         assert axis is not None
+        if stamped is not None and stamped < len(after) and after[stamped] == 1:
+            walk.freeze(axis, "the last unit of a split axis")
+            continue
         if len(sources) == len(targets) == 1:
             result[targets[0]] = axis
             continue
@@ -43,9 +48,11 @@ def reshape(walk: Walk, op: Op) -> Axes:
         block = np.broadcast_to(
             axis.reshape([-1 if d == tracked[0] else 1 for d in sources]), [before[d] for d in sources]
         ).reshape([after[d] for d in targets])
-        chosen, labels = _shrinking_axis(walk, out, targets, block)
-        if chosen is not None:
+        chosen, labels = _shrinking_axis(walk, out, targets, block, stamped)
+        if chosen is not None and labels is not None:
             result[chosen] = labels
+            if len(targets) == 1:
+                walk.merges.append((walk.position, labels))
     return result
 
 
@@ -69,7 +76,7 @@ def _matched(before: tuple[int, ...], after: tuple[int, ...]) -> Iterator[tuple[
 
 
 def _shrinking_axis(
-    walk: Walk, out: Ref, targets: list[int], block: LabelArray
+    walk: Walk, out: Ref, targets: list[int], block: LabelArray, stamped: int | None
 ) -> tuple[int | None, LabelArray | None]:
     """The one axis of the block that may shrink, with its labels; the positions along the others are tied."""
     varying = [d for d in range(block.ndim) if (block != block.take([0], axis=d)).any()]
@@ -82,6 +89,8 @@ def _shrinking_axis(
         ]
     if walk.position in walk.choices:
         options, stuck = [walk.choices[walk.position]], ""
+    elif stamped in targets:
+        options, stuck = [stamped], ""
     else:
         options, stuck = _ranked(walk, out, targets, varying)
     if not options:
@@ -90,7 +99,8 @@ def _shrinking_axis(
     chosen = options[0]
     rows = np.moveaxis(block, targets.index(chosen), 0).reshape(walk.shape(out)[chosen], -1)
     labels = walk.tie_rows(rows)
-    walk.sites.append(Site(walk.position, labels, tuple(options), chosen, block.size))
+    ordinal = walk.reshapes[walk.tape.ops[walk.position].module]
+    walk.sites.append(Site(walk.position, ordinal, labels, tuple(options), chosen))
     return chosen, labels
 
 

@@ -15,6 +15,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from copy import copy
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, cast
@@ -174,21 +175,37 @@ def _named_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
 
 @contextmanager
 def _quiet(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode without calling anyone's `train`, and no fused attention path that hides operators."""
-    before = [
-        (m, m.training, {k: v for k, v in vars(m).items() if isinstance(v, Tensor)}) for m in model.modules()
-    ]  # weight_norm's hook leaves its weight as a plain attribute
+    """Evaluation mode without calling anyone's `train`, no fused attention path, and no trace left behind.
+
+    A forward pass may keep things on its modules (weight_norm's weight, a cached position table); what it
+    kept here has no values, so every module's attributes are put back.
+    """
+    before = [(module, _attributes(module)) for module in model.modules()]
     fast = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)
     try:
-        for module, _, _ in before:
+        for module, _ in before:
             module.training = False
         yield
     finally:
         torch.backends.mha.set_fastpath_enabled(fast)
-        for module, training, attributes in before:
-            module.training = training
-            module.__dict__.update(attributes)
+        for module, attributes in before:
+            _put_back(module, attributes)
+
+
+def _attributes(module: nn.Module) -> dict[str, tuple[Any, Any]]:
+    """Every attribute, and the contents of those that are containers."""
+    return {n: (v, copy(v) if type(v) in (dict, list, set) else None) for n, v in vars(module).items()}
+
+
+def _put_back(module: nn.Module, attributes: dict[str, tuple[Any, Any]]) -> None:
+    for name in vars(module).keys() - attributes.keys():
+        del module.__dict__[name]
+    for name, (value, contents) in attributes.items():
+        module.__dict__[name] = value
+        if contents is not None:
+            value.clear()
+            value.extend(contents) if type(value) is list else value.update(contents)
 
 
 class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]

@@ -13,8 +13,10 @@ A *probe* is a walk that follows one axis alone, to see where it would end.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 from torch import nn
@@ -63,14 +65,14 @@ class CostTerm:
 class Site:
     """A reshape that splits a channel axis: `labels` is the axis that shrinks, the others keep their length.
 
-    `options` are the axes that could have been chosen, best first; `total` is the length before the split.
+    `options` are the axes that could have been chosen, best first; `ordinal` counts the module's reshapes.
     """
 
     op: int
+    ordinal: int
     labels: LabelArray
     options: tuple[int, ...]
     chosen: int
-    total: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,6 +90,7 @@ class Walk:
     """One pass over a tape.
 
     Attributes:
+        merges: (operator, labels) of every axis that a reshape made out of several.
         choices: reshape operator -> axis that shrinks, where the first choice did not hold.
     """
 
@@ -99,6 +102,7 @@ class Walk:
     axes: dict[int, Axes] = field(default_factory=dict)
     terms: list[CostTerm] = field(default_factory=list)
     sites: list[Site] = field(default_factory=list)
+    merges: list[tuple[int, LabelArray]] = field(default_factory=list)
     rules: list[AttributeRule] = field(default_factory=list)
     weights: set[int] = field(default_factory=set)
     grouped: dict[str, str] = field(default_factory=dict)
@@ -106,6 +110,7 @@ class Walk:
     is_risky: bool = False
     votes: int = 0
     live: list[bool] = field(default_factory=list)
+    reshapes: Counter[str] = field(default_factory=Counter)
     position: int = 0
 
     @property
@@ -245,6 +250,10 @@ class Walk:
         """Say what the slots of an axis do."""
         if not self.is_probe:
             self.labels.mark(axis, role)
+
+    def stamp(self, module: str, name: str, default: Any = None) -> Any:
+        """What an earlier pruning chose for a module, so that plans compose; see `densify`."""
+        return getattr(self.modules.get(module), name, default)
 
     def cost(self, constant: int, axes: Sequence[tuple[int, LabelArray | None]]) -> None:
         """Note the multiply-adds of the present operator: `constant` times the axes' lengths."""

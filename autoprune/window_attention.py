@@ -124,4 +124,5 @@ def mend(module: Any) -> None:
     if out.weight.shape[1] != into.weight.shape[1]:
         if pruned is not PrunedRelativeAttention:
             module.head_dim = out.weight.shape[1] // module.num_heads
+        vars(module).pop("autoprune_axes", None)  # its reshapes are others now
         module.__class__ = pruned
