@@ -131,7 +131,8 @@ def page(rows: list[Row], size: int) -> str:
         "|---|---:|---:|---:|---:|",
     ]
     lines += [
-        f"| {r.operation} | {r.seconds:.1f} | {r.mb_per_s:.0f} | {r.mb_per_cpu_s:.0f} | {r.memory_over_member:.2f} |"
+        f"| {r.operation} | {r.seconds:.1f} | {r.mb_per_s:.0f} | {r.mb_per_cpu_s:.0f} "
+        f"| {r.memory_over_member:.2f} |"
         for r in rows
     ]
     return "\n".join(lines) + "\n"
