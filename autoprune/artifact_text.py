@@ -10,7 +10,7 @@ from autoprune.manifest import Manifest
 from autoprune.record import ModelSummary
 from autoprune.wording import count, milliseconds, percent, size
 
-LABEL_WIDTH = 14
+LABEL_WIDTH = 19
 MAX_NAMES = 12
 
 

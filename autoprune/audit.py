@@ -107,7 +107,7 @@ class _Comparison:
 
     def _no_source(self) -> str:
         source = self.manifest.architecture
-        return f"{source.factory or source.class_name} cannot be built here"
+        return f"{source.factory or source.class_name} cannot be built here (is its folder on PYTHONPATH?)"
 
     def _answer(self, module: nn.Module) -> list[Tensor]:
         with torch.no_grad():
