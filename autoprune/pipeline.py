@@ -41,6 +41,9 @@ from autoprune.store import RunStore, put, quiet_optuna, scored
 from autoprune.tracing import trace
 from autoprune.trial import Ground, probe_speed
 
+WORTHWHILE = 0.5  # of this round's epochs: with less for one trial, no further round is begun; a guess
+ANALYSIS_PART = 0.25  # of the time left: an analysis that takes more is not made again; a guess
+
 
 def run(
     study: Study,
@@ -105,7 +108,7 @@ def analyse(work: Work, state: State, ground: Ground) -> tuple[RoundJob, optuna.
     """
     number = state.round + 1
     attempt = next((a for n, a in enumerate(work.store.rounds(), 1) if n == number), None)
-    table = _known_table(work, state) if attempt is None else _table_of(attempt)
+    table = _known_table(work, state, ground) if attempt is None else _table_of(attempt)
     if attempt is None:
         work.on_event(
             ev.StageStarted(stage="analysis", round=number, detail=f"{len(ground.graph.groups)} groups")
@@ -136,12 +139,10 @@ def known_points(job: RoundJob) -> list[Point]:
 
 def judge(work: Work, job: RoundJob, attempt: optuna.Study) -> Decision:
     """Let the controller decide, check the promoted network, and keep the decision."""
-    study, speed = work.setup.study, job.speed
-    shortest_s = speed.analysis_s + speed.trial_s + MIN_EPOCHS * speed.epoch_s
-    epochs_needed = study.search.epochs or MIN_EPOCHS
-    outcome = RoundOutcome(
-        trials=summaries(attempt), budget_left=work.meter.affords(shortest_s, epochs_needed)
-    )
+    study = work.setup.study
+    epochs = study.search.epochs or max(MIN_EPOCHS, WORTHWHILE * job.plan.epochs)
+    enough = work.meter.affords(job.speed.trial_s + epochs * job.speed.epoch_s, epochs)
+    outcome = RoundOutcome(trials=summaries(attempt), budget_left=enough)
     decision = decide(work.goal, study.control, job.state, outcome)
     if decision.promoted is not None:
         plan = work.store.load(checkpoint_of(work.store, job.plan.number, decision.promoted)).plan
@@ -210,9 +211,9 @@ def _plan_round(
 
 def _effort(work: Work, state: State, ground: Ground, analysis_s: float) -> Effort:
     """The round's trials and epochs: its part of what the final tuning and later analyses leave."""
-    rounds = rounds_ahead(state, work.goal.target_share)
-    speed = replace(_speed(work, ground), analysis_s=analysis_s * (rounds - 1) / rounds)
-    left = work.meter.left(keep=FINAL_SHARE)
+    rounds, left = rounds_ahead(state, work.goal.target_share), work.meter.left(keep=FINAL_SHARE)
+    later_s = analysis_s * (rounds - 1) if analysis_s <= ANALYSIS_PART * left.seconds else 0.0
+    speed = replace(_speed(work, ground), analysis_s=later_s / rounds)
     return plan_round(left, speed, work.setup.study.search, rounds, state.epochs_scale)
 
 
@@ -251,12 +252,20 @@ def _speed(work: Work, ground: Ground) -> Speed:
     return probe_speed(ground)
 
 
-def _known_table(work: Work, state: State) -> SensitivityTable | None:
-    """The analysis of an earlier attempt from the same model."""
-    for attempt in work.store.rounds():
+def _known_table(work: Work, state: State, ground: Ground) -> SensitivityTable | None:
+    """The analysis of an earlier attempt from the same model, or the last one where time is short."""
+    attempts = list(work.store.rounds())
+    for attempt in attempts:
         if read_plan(attempt).started_from == state.current.round:
             return _table_of(attempt)
-    return None
+    took = max((read_plan(a).analysis_seconds for a in attempts), default=0.0)
+    if not attempts or took <= ANALYSIS_PART * work.meter.left(keep=FINAL_SHARE).seconds:
+        return None
+    table = _table_of(attempts[-1])
+    if {g.name for g in ground.graph.groups} - {p.group for p in table.points}:
+        return None
+    work.on_event(ev.Note(message="the last round's analysis is used again: the budget affords no new one"))
+    return table
 
 
 def _table_of(attempt: optuna.Study) -> SensitivityTable:

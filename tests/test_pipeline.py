@@ -165,6 +165,18 @@ def test_a_budget_that_is_too_small_stops_the_run_and_the_rest_is_encrypted(tmp_
     assert spent <= 4
 
 
+def test_an_analysis_that_takes_too_much_of_the_time_is_used_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("autoprune.pipeline.ANALYSIS_PART", 1e-9)
+    events: list[ev.Event] = []
+    study = tiny_study(budget="30s", search=Search(trials=1, epochs=2), max_drop=5.0)
+    rounds = run(study, out=tmp_path / "r", lock=PLAIN, on_event=events.append).record.rounds
+    assert any(isinstance(e, ev.Note) and "used again" in e.message for e in events)
+    assert rounds[1].sensitivity == rounds[0].sensitivity
+    assert rounds[1].started_from == 1
+
+
 def test_an_impossible_floor_delivers_the_deepest_model_inside_it(tmp_path: Path) -> None:
     study = tiny_study(
         target="macs=0.12", max_drop=0.0, budget="epochs=30", search=Search(trials=1, epochs=0.2),
