@@ -11,11 +11,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from autoprune.errors import DataError
+from autoprune.weights import load_weights_
 
 WIDTHS = (16, 32, 64)
 
@@ -88,7 +87,7 @@ def _init_(module: nn.Module) -> None:
 
 
 def resnet8() -> ResNet:
-    """75 thousand parameters, images of one channel."""
+    """78 thousand parameters, images of one channel, 3 million multiply-adds at 16 x 16."""
     return ResNet(1, in_channels=1, projection=True)
 
 
@@ -103,11 +102,6 @@ def resnet56(weights: Path | None = None) -> ResNet:
 
 
 def _loaded(model: ResNet, weights: Path | None) -> ResNet:
-    """Load a checkpoint of the form `{"state_dict": {"module.conv1.weight": ...}}`."""
-    if weights is None:
-        return model
-    if not weights.is_file():
-        raise DataError(f"the weights {weights} do not exist", "set AUTOPRUNE_DATA to the folder of data")
-    state = torch.load(weights, map_location="cpu", weights_only=True)["state_dict"]
-    model.load_state_dict({name.removeprefix("module."): tensor for name, tensor in state.items()})
+    if weights is not None:
+        load_weights_(model, weights)
     return model.eval()
