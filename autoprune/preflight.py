@@ -276,7 +276,9 @@ def _check_choices(study: Study) -> None:
 
 
 def _own_model(study: Study) -> nn.Module:
-    built = study.model if isinstance(study.model, nn.Module) else study.model()
+    with torch.random.fork_rng():
+        torch.manual_seed(study.seed)  # a network that is built untrained starts from the study's seed
+        built = study.model if isinstance(study.model, nn.Module) else study.model()
     if not isinstance(built, nn.Module):
         raise UsageError(
             f"the study's model is a {type(built).__name__}",
