@@ -12,7 +12,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, get_args
+from typing import Any
 
 import optuna
 import torch
@@ -20,7 +20,7 @@ from torch import nn
 
 from autoprune import events as ev
 from autoprune.budget import Meter, Speed
-from autoprune.config import Decay, Search
+from autoprune.config import Search
 from autoprune.controller import Goal, State, TrialSummary, has_recovered
 from autoprune.densify import densify
 from autoprune.errors import TrialError
@@ -36,7 +36,6 @@ STARTUP_TRIALS = 4  # measured on a surrogate, FACTS section 10
 SHALLOW = 0.5  # the lowest rate searched, as a share of the ceiling
 SNAP = 0.95  # rates from this share of the ceiling on become the ceiling, or targets are missed by a hair
 TIE_WEIGHT = 1e-3  # of top-1 beside the rate
-CAUTION = 0.3  # the second point's learning rate, of the prior's
 
 Point = dict[str, Any]
 
@@ -127,15 +126,14 @@ def value_of(record: TrialRecord, job: RoundJob) -> float:
 
 
 def first_points(job: RoundJob) -> list[Point]:
-    """Where the first round starts: a learning rate from how much of the weights' norm goes (ALLR).
+    """Where the first round starts: at the ceiling and at a safe low rate, with learning rates that fit.
 
-    Zimmer et al. 2023, "How I learned to stop worrying and love retraining", section 3: the highest rate
-    times the relative change of the weights over the root of the sparsity, linearly to zero.
+    The more of the weights goes, the higher the rate that recovers it (the idea of ALLR: Zimmer et al. 2023,
+    "How I learned to stop worrying and love retraining", section 3). Theirs is linear in the change and so
+    at its highest for whole channels; on a log scale it meets what was measured. ResNet-20 on CIFAR-10,
+    35 % removed, 190 steps: 0.01 -> 90.2, 0.03 -> 89.1, 0.1 -> 86.7 % top-1.
     """
-    search, ceiling = job.search, job.plan.ceiling
-    deep = _point(search, ceiling, _adaptive_lr(job), "linear")
-    shallow = _point(search, SHALLOW * ceiling, CAUTION * deep["lr"], "cosine")
-    return [deep, shallow]
+    return [_point(job, rate) for rate in (job.plan.ceiling, SHALLOW * job.plan.ceiling)]
 
 
 def next_points(job: RoundJob, previous: optuna.Study) -> list[Point]:
@@ -216,34 +214,27 @@ def _tell_epoch(job: RoundJob, trial: int, epoch: EpochRecord) -> None:
         raise TrialError("the time budget ran out during fine-tuning", "give the run a larger --budget")
 
 
-def _point(search: Search, rate: float, lr: float, decay: Decay) -> Point:
-    chosen = decay if decay in search.decays else search.decays[0]
-    bounded = min(max(lr, search.lr[0]), search.lr[1])
-    point: Point = {"prune_rate": rate, "lr": bounded, "decay": chosen,
-                    "criterion": search.criteria[0], "strategy": search.strategies[0]}  # fmt: skip
-    if chosen in ("cosine", "linear"):
-        point[f"{chosen}_final"] = 0.0
-    return point
+def _point(job: RoundJob, rate: float) -> Point:
+    search = job.search
+    decay = "cosine" if "cosine" in search.decays else search.decays[0]
+    low, high = search.lr
+    point: Point = {
+        "prune_rate": rate, "decay": decay, "criterion": search.criteria[0],
+        "strategy": search.strategies[0],
+    }  # fmt: skip
+    if decay in ("cosine", "linear"):
+        point[f"{decay}_final"] = 0.0
+    change = _weight_change(job.ground, rate, search.criteria[0], search.strategies[0])
+    return point | {"lr": min(max(low * (high / low) ** change, low), high)}
 
 
-def _adaptive_lr(job: RoundJob) -> float:
-    """The learning rate that suits how much the deepest plan of this round takes away."""
-    ground, search = job.ground, job.search
-    params = TrialParams(
-        prune_rate=job.plan.ceiling, lr=search.lr[1], decay=get_args(Decay)[0],
-        criterion=search.criteria[0], strategy=search.strategies[0],
-    )  # fmt: skip
-    plan = ground.choose(params)
-    pruned = densify(ground.model, ground.graph, plan)
-    before, after = _norm_and_count(ground.model), _norm_and_count(pruned)
-    sparsity = 1 - after[1] / before[1]
-    if sparsity <= 0:
-        return search.lr[0]
-    change = math.sqrt(max(0.0, 1 - (after[0] / before[0]) ** 2))
-    return search.lr[1] * min(1.0, change / math.sqrt(sparsity))
+def _weight_change(ground: Ground, rate: float, criterion: str, strategy: str) -> float:
+    """The share of the weights' norm that a rate takes away, in [0, 1]."""
+    params = TrialParams(prune_rate=rate, lr=1.0, decay="linear", criterion=criterion, strategy=strategy)
+    pruned = densify(ground.model, ground.graph, ground.choose(params))
+    return math.sqrt(max(0.0, 1 - _square_norm(pruned) / _square_norm(ground.model)))
 
 
-def _norm_and_count(model: nn.Module) -> tuple[float, int]:
+def _square_norm(model: nn.Module) -> float:
     weights = [p.detach() for p in model.parameters() if p.ndim > 1]
-    square = sum(float(torch.sum(w.double() ** 2)) for w in weights)
-    return math.sqrt(square), sum(w.numel() for w in weights)
+    return sum(float(torch.sum(w.double() ** 2)) for w in weights)

@@ -20,6 +20,7 @@ from autoprune.record import TrialRecord
 from autoprune.search import (
     FAILED_VALUE,
     RoundJob,
+    first_points,
     make_sampler,
     next_points,
     params_of,
@@ -61,8 +62,13 @@ def test_the_first_trial_is_the_prior_at_the_ceiling(work: Work) -> None:
     search_round(replace(job, plan=replace(job.plan, trials=1)), study, known_points(job))
     params = read_trials(study)[0].params
     assert params["prune_rate"] == job.plan.ceiling
-    assert params["decay"] == "linear"
+    assert params["decay"] == "cosine"
     assert job.search.lr[0] <= params["lr"] <= job.search.lr[1]
+
+
+def test_the_less_goes_the_lower_the_learning_rate(work: Work) -> None:
+    deep, shallow = first_points(first_round(work)[0])
+    assert shallow["lr"] < deep["lr"]
 
 
 def test_a_later_round_starts_from_the_best_of_the_last(work: Work) -> None:
