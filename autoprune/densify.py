@@ -24,6 +24,7 @@ from autoprune.graph import ChannelGraph, Group
 from autoprune.loose import loosen
 from autoprune.padding import mend_paddings
 from autoprune.plan import PruningPlan
+from autoprune.rescaled import rescale
 
 Change = Callable[[str, Tensor], Tensor]
 TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4}  # relative; measured: 1e-14 and 1e-6 on torchvision
@@ -62,11 +63,10 @@ def densify_on_meta(model: nn.Module, graph: ChannelGraph, plan: PruningPlan) ->
 
 def masked(model: nn.Module, graph: ChannelGraph, plan: PruningPlan) -> nn.Module:
     """The reference: the original's shapes, with zeros wherever a removed channel is made or read."""
-    modules = dict(model.named_modules())
     zeros: dict[str, list[tuple[int, NDArray[np.int64]]]] = {}
     for group, removed in _removals(graph, plan):
         for member in group.members:
-            if member.role == "in" or _may_zero(modules, member.name):
+            if member.role == "in" or member.name in graph.maskable:
                 zeros.setdefault(member.name, []).append((member.dim, member.index[removed].ravel()))
 
     def zero(name: str, tensor: Tensor) -> Tensor:
@@ -114,13 +114,6 @@ def difference(dense: nn.Module, reference: nn.Module, inputs: tuple[Any, ...]) 
 def _outputs(model: nn.Module, inputs: tuple[Any, ...]) -> list[Tensor]:
     result = model(*tree_map_only(Tensor, torch.clone, inputs))
     return [t.double() for t in tree_leaves(result) if isinstance(t, Tensor) and not t.is_complex()]
-
-
-def _may_zero(modules: dict[str, nn.Module], name: str) -> bool:
-    """Zeros are harmless in the producers of plain layers; elsewhere a scale may be divided by."""
-    owner, _, leaf = name.rpartition(".")
-    plain = (nn.Linear, nn.modules.conv._ConvNd, nn.modules.batchnorm._BatchNorm)
-    return isinstance(modules.get(owner), plain) and leaf in ("weight", "bias", "running_mean")
 
 
 def _removals(graph: ChannelGraph, plan: PruningPlan) -> Iterator[tuple[Group, NDArray[np.int64]]]:
@@ -183,6 +176,8 @@ def _mended(model: nn.Module, graph: ChannelGraph, plan: PruningPlan) -> nn.Modu
     for name in sorted(graph.loosened & graph.merged.keys()):
         lengths = {graph.length(a, {}): graph.length(a, counts) for a in graph.merged[name]}
         loosen(modules[name], {old: new for old, new in lengths.items() if old != new})
+    for name in sorted(graph.rescaled.keys() & changed):
+        rescale(modules[name], graph.rescaled[name])
     for name in changed:
         _mend(modules[name.removesuffix(".parametrizations.weight")])
     mend_attention(model, changed)

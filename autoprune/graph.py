@@ -108,6 +108,8 @@ class ChannelGraph:
     split_axes: Mapping[str, Mapping[int, int]] = field(repr=False, default_factory=dict)
     merged: Mapping[str, tuple[Axis, ...]] = field(repr=False, default_factory=dict)
     loosened: frozenset[str] = field(repr=False, default=frozenset())
+    rescaled: Mapping[str, int] = field(repr=False, default_factory=dict)
+    maskable: frozenset[str] = field(repr=False, default=frozenset())
     widths: Mapping[tuple[str, int], int] = field(repr=False, default_factory=dict)
     tape: Tape | None = field(repr=False, default=None, compare=False)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import numpy as np
@@ -18,28 +18,40 @@ from autoprune.tape import Tape
 from autoprune.walk import Walk
 
 
+@dataclass(frozen=True, kw_only=True)
+class Wishes:
+    """What the user asked of a graph.
+
+    Attributes:
+        kept: module -> why the channels that it makes stay.
+        rescales_norms: whether channels behind a layer norm may go.
+    """
+
+    kept: Mapping[str, str]
+    round_to: int
+    rescales_norms: bool
+
+
 def build(
     model: nn.Module,
     tape: Tape,
+    wishes: Wishes,
     *,
     choices: Mapping[int, int],
-    kept: Mapping[str, str],
     refused: Sequence[tuple[LabelArray, str]],
-    round_to: int,
 ) -> tuple[ChannelGraph, Walk]:
     """Walk the tape and sort its labels into groups.
 
     Args:
         choices: of reshape operators, see `Walk`.
-        kept: module -> why the channels that it makes stay.
         refused: labels that did not prove, with reasons.
     """
-    walk = Walk(tape, dict(model.named_modules()), TABLE, choices)
+    walk = Walk(tape, dict(model.named_modules()), TABLE, choices, rescales_norms=wishes.rescales_norms)
     walk.run()
     for labels, reason in refused:
         walk.labels.freeze(labels, reason)
-    _freeze_wishes(walk, kept)
-    return _Grouping(model, walk).graph(round_to), walk
+    _freeze_wishes(walk, wishes.kept)
+    return _Grouping(model, walk).graph(wishes.round_to), walk
 
 
 def _freeze_wishes(walk: Walk, kept: Mapping[str, str]) -> None:
@@ -113,6 +125,8 @@ class _Grouping:
             grouped=dict(self.walk.grouped),
             split_axes=self._split_axes(),
             merged=self._merged(),
+            rescaled=dict(self.walk.rescaled),
+            maskable=self.walk.maskable,
             widths={(s.name, s.dim): s.size for s in self.slots if s.pad_op is None},
             tape=self.walk.tape,
         )

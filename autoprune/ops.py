@@ -9,6 +9,7 @@ prunable channels, never correctness. To teach a new one, write its function and
 from __future__ import annotations
 
 import numpy as np
+from torch import nn
 
 from autoprune.labels import LabelArray
 from autoprune.shape_ops import SHAPE_TABLE
@@ -283,15 +284,18 @@ def group_norm(walk: Walk, op: Op) -> list[Axes]:
 
 
 def layer_norm(walk: Walk, op: Op) -> list[Axes]:
-    """The normalised axes stay: statistics over fewer channels are others."""
+    """The normalised axes stay, unless asked for: statistics over fewer channels are others."""
     x, count = op.arg("input"), len(op.arg("normalized_shape"))
     axes = list(walk.get(x))
-    for axis in axes[-count:]:
+    scales = [op.arg(n) for n in ("weight", "bias") if op.arg(n) is not None]
+    if walk.rescales_norms and count == 1 and len(scales) == 2 and x.index in walk.zero:
+        owner = walk.modules.get(_owner(walk, scales[0]))
+        if isinstance(owner, nn.LayerNorm):
+            axes[-1] = walk.join([axes[-1], *[walk.get(s)[0] for s in scales]])
+            walk.rescaled[_owner(walk, scales[0])] = walk.shape(x)[-1]
+            return _first(walk, op, axes)
+    for axis in (*axes[-count:], *[a for s in scales for a in walk.get(s)]):
         walk.freeze(axis, "layer norm over the channels")
-    for name in ("weight", "bias"):
-        if op.arg(name) is not None:
-            for axis in walk.get(op.arg(name)):
-                walk.freeze(axis, "layer norm over the channels")
     axes[-count:] = [None] * count
     return _first(walk, op, axes)
 
@@ -304,8 +308,12 @@ def reduction(walk: Walk, op: Op) -> list[Axes]:
     over = range(rank) if dims is None or dims == [] else [dims] if isinstance(dims, int) else dims
     reduced = {d % rank for d in over} if rank else set()
     axes = walk.get(x)
+    width = walk.stamp(op.module, "autoprune_norm_width")
+    if width is not None:
+        walk.rescaled[op.module] = width
     for d in reduced:
-        walk.freeze(axes[d], f"{op.name} over the channels")
+        if not (width and walk.rescales_norms and op.name == "sum"):
+            walk.freeze(axes[d], f"{op.name} over the channels")
     keep = bool(op.arg("keepdim", False))
     out: Axes = [None if d in reduced else a for d, a in enumerate(axes) if keep or d not in reduced]
     return [list(out) for r in op.outputs if r is not None]

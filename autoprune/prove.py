@@ -8,7 +8,7 @@ is tried with another axis where a reshape left the choice, and frozen with its 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -17,7 +17,7 @@ from torch import nn
 
 from autoprune.densify import densify, densify_on_meta, difference, masked
 from autoprune.graph import ChannelGraph, Group
-from autoprune.grouping import build
+from autoprune.grouping import Wishes, build
 from autoprune.labels import LabelArray
 from autoprune.loose import LooseModule
 from autoprune.plan import PruningPlan
@@ -33,15 +33,13 @@ PROOFS = 64  # runs spent on finding out which groups fail; after that whole set
 Check = Callable[[Sequence[Group]], str | None]
 
 
-def proven(
-    model: nn.Module, inputs: tuple[Any, ...], tape: Tape, kept: Mapping[str, str], round_to: int
-) -> ChannelGraph:
+def proven(model: nn.Module, inputs: tuple[Any, ...], tape: Tape, wishes: Wishes) -> ChannelGraph:
     """The graph of a recorded network, without the groups that its program does not allow to shrink."""
     choices: dict[int, int] = {}
     refused: list[tuple[LabelArray, str]] = []
     spent: list[int] = []
     for _ in range(ROUNDS):
-        graph, walk = build(model, tape, choices=choices, kept=kept, refused=refused, round_to=round_to)
+        graph, walk = build(model, tape, wishes, choices=choices, refused=refused)
         proof = _Proof(model, inputs, walk)
         graph = proof.loosened(graph)
         failing = proof.failing(graph, spent)
@@ -53,7 +51,7 @@ def proven(
                 refused.append((labels, reason))
     everything = np.arange(walk.labels.size)
     refused.append((everything, "the network's program agrees with no pruned sizes that were tried"))
-    return build(model, tape, choices=choices, kept=kept, refused=refused, round_to=round_to)[0]
+    return build(model, tape, wishes, choices=choices, refused=refused)[0]
 
 
 @dataclass(frozen=True)

@@ -270,6 +270,18 @@ def slice_(walk: Walk, op: Op) -> Axes:
     return axes
 
 
+def as_strided(walk: Walk, op: Op) -> Axes:
+    """Only what adaptive pooling does: other strides for the same (N, C, 1, ...) tensor."""
+    x, out = op.inputs[0], op.outputs[0]
+    assert out is not None
+    shape, strides = walk.shape(x), op.arg("stride")
+    if walk.shape(out) == shape and all(n == 1 for n in shape[2:]) and len(shape) > 2 and strides[1] == 1:
+        return list(walk.get(x))
+    for axis in walk.get(x):
+        walk.freeze(axis, "read with other strides")
+    return [None] * len(walk.shape(out))
+
+
 def flip(walk: Walk, op: Op) -> Axes:
     """The order of positions reversed."""
     axes = list(walk.get(op.inputs[0]))
@@ -396,6 +408,7 @@ SHAPE_FAMILIES: dict[Handler, str] = {
     unbind: "unbind",
     select: "select",
     slice_: "slice",
+    as_strided: "as_strided",
     flip: "flip",
     roll: "roll",
     index: "index",

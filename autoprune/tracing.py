@@ -11,12 +11,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from fnmatch import fnmatchcase
-from typing import Any
+from typing import Any, Literal
 
 from torch import Tensor, nn
 
 from autoprune.errors import UsageError
 from autoprune.graph import ChannelGraph
+from autoprune.grouping import Wishes
 from autoprune.prove import proven
 from autoprune.tape import record
 
@@ -28,6 +29,7 @@ def trace(
     exclude: Sequence[str] = (),
     only: Sequence[str] = (),
     round_to: int = 1,
+    norms: Literal["keep", "rescale"] = "keep",
 ) -> ChannelGraph:
     """Understand a network: record it, tie its channels, prove that the program agrees.
 
@@ -36,6 +38,8 @@ def trace(
         example_inputs: a tensor or the tuple of forward's arguments, of the shape that the network will see.
         exclude: module names or globs whose channels stay.
         only: module names or globs; where given, channels of all other modules stay.
+        norms: `rescale` lets channels behind a layer norm go too, where they are zero in the masked network;
+            the layer norm then counts the original width (`rescaled`). `keep` leaves such widths alone.
         round_to: kept counts should be multiples of this.
 
     Raises:
@@ -43,9 +47,10 @@ def trace(
         UsageError: a pattern matches no module.
     """
     inputs = example_inputs if isinstance(example_inputs, tuple) else (example_inputs,)
-    kept = _excluded(model, exclude, only)
-    tape = record(model, inputs)
-    return proven(model, inputs, tape, kept, round_to)
+    wishes = Wishes(
+        kept=_excluded(model, exclude, only), round_to=round_to, rescales_norms=norms == "rescale"
+    )
+    return proven(model, inputs, record(model, inputs), wishes)
 
 
 def _excluded(model: nn.Module, exclude: Sequence[str], only: Sequence[str]) -> dict[str, str]:

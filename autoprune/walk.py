@@ -16,6 +16,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -23,6 +24,7 @@ from torch import nn
 
 from autoprune.labels import FIXED, LabelArray, Labels, Role
 from autoprune.tape import Op, Ref, Tape
+from autoprune.zeros import maskable, stays_zero
 
 Axes = list[LabelArray | None]
 Handler = Callable[["Walk", Op], "Axes | list[Axes]"]
@@ -91,6 +93,9 @@ class Walk:
 
     Attributes:
         merges: (operator, labels) of every axis that a reshape made out of several.
+        rescales_norms: whether a layer norm's channels may go, with its statistics rescaled.
+        rescaled: layer norm -> channels that its statistics count.
+        zero: Refs whose removed positions are zero in the masked network, see `zeros`.
         choices: reshape operator -> axis that shrinks, where the first choice did not hold.
     """
 
@@ -106,6 +111,9 @@ class Walk:
     rules: list[AttributeRule] = field(default_factory=list)
     weights: set[int] = field(default_factory=set)
     grouped: dict[str, str] = field(default_factory=dict)
+    rescales_norms: bool = False
+    rescaled: dict[str, int] = field(default_factory=dict)
+    zero: set[int] = field(default_factory=set)
     probe_depth: int = 0
     is_risky: bool = False
     votes: int = 0
@@ -122,6 +130,7 @@ class Walk:
         """Walk the whole tape and freeze what reaches the outputs."""
         self.weights = _derived_weights(self.tape)
         self.live = self.tape.live()
+        self.zero = {i for i, n in self.tape.parameters.items() if n in self.maskable}
         for position, op in enumerate(self.tape.ops):
             self.labels.is_muted = not self.live[position]  # what never reaches an output ties nothing
             self._apply(position, op)
@@ -129,6 +138,11 @@ class Walk:
         for ref in self.tape.outputs:
             for axis in self.get(ref):
                 self.labels.freeze(axis, "the model's output")
+
+    @cached_property
+    def maskable(self) -> frozenset[str]:
+        """Parameters that the masked network may hold zeros in."""
+        return maskable(self.tape)
 
     def probe(self, ref: Ref, axis: int) -> tuple[str, int]:
         """What the axis of `ref` runs into that it may not pass, and how often it ends as a batch axis."""
@@ -158,9 +172,11 @@ class Walk:
             return
         result = handler(self, op)
         many = result if result and isinstance(result[0], list) else [result]
+        is_zero = self.rescales_norms and stays_zero(op, self.zero, set(self.axes))
         for ref, axes in zip(op.outputs, many, strict=False):
             if ref is not None:
                 self._set(ref, axes)  # type: ignore[arg-type]
+                self.zero.update([ref.index] if is_zero else [])
 
     def _set(self, ref: Ref, axes: Axes) -> None:
         shape = self.tape.shapes[ref.index]

@@ -138,3 +138,32 @@ def test_a_plan_for_another_network_is_refused() -> None:
     plan = PruningPlan(keep={"a": np.array([0, 1])}, num_units={"a": 7})
     with pytest.raises(UsageError, match="7 units"):
         densify(model, graph, plan)
+
+
+class _Trunk(nn.Module):
+    """A residual trunk behind layer norms, as in ConvNeXt."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.norm = nn.Linear(6, 8), nn.LayerNorm(8)
+        self.up, self.down = nn.Linear(8, 12), nn.Linear(12, 8)
+        self.scale, self.last, self.head = nn.Parameter(torch.rand(8)), nn.LayerNorm(8), nn.Linear(8, 3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.norm(self.stem(x))
+        x = x + self.scale * self.down(torch.nn.functional.gelu(self.up(x)))
+        return self.head(self.last(x))
+
+
+def test_widths_behind_a_layer_norm_go_only_when_asked_for() -> None:
+    model, inputs = strong(_Trunk()), (torch.randn(2, 6, dtype=torch.float64),)
+    assert [g.name for g in trace(model, inputs).groups] == ["up"]
+    graph = trace(model, inputs, norms="rescale")
+    assert [g.name for g in graph.groups] == ["stem", "up"]
+    first = PruningPlan.random(graph, 0.4, 0)
+    once = densify(model, graph, first)
+    assert difference(once, masked(model, graph, first), inputs) < EXACT
+    again = trace(once, inputs, norms="rescale")
+    second = PruningPlan.random(again, 0.4, 1)
+    both = densify(model, graph, first.compose(second))
+    assert difference(densify(once, again, second), both, inputs) < EXACT

@@ -1,0 +1,79 @@
+"""Layer norm over fewer channels that still computes what the masked original does.
+
+A layer norm divides by the number of its channels. With some of them removed, their zeros still count in the
+masked network: mean and variance are sums over what is left, divided by the original number. So a pruned
+module changes to a subclass whose layer norm does that (Ba et al. 2016, equation 3, with a fixed H). It is
+slower than the fused operator, which is why widths behind a layer norm stay as they are unless asked for.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from functools import cache
+from typing import Any
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+
+class RescaledModule:
+    """Mixed in before a layer norm's class: statistics are taken over `autoprune_norm_width` channels."""
+
+    autoprune_norm_width: int
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """The class's own forward."""
+        with _Rescaled(self.autoprune_norm_width):
+            return super().forward(*args, **kwargs)  # type: ignore[misc]
+
+
+class _Rescaled(TorchFunctionMode):
+    """Replaces layer norm over the last axis."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.width = width
+
+    def __torch_function__(
+        self,
+        func: Callable[..., Any],
+        types: Sequence[type],
+        args: Sequence[Any] = (),
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> Any:
+        if func is F.layer_norm:
+            return rescaled_layer_norm(*args, width=self.width, **(kwargs or {}))
+        return func(*args, **(kwargs or {}))
+
+
+def rescaled_layer_norm(
+    x: Tensor,
+    normalized_shape: Sequence[int],
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    eps: float = 1e-5,
+    *,
+    width: int,
+) -> Tensor:
+    """Layer norm of (..., C) as if there were `width` channels, the missing ones zero."""
+    mean = x.sum(-1, keepdim=True) / width
+    centred = x - mean
+    missing = width - x.shape[-1]
+    variance = ((centred * centred).sum(-1, keepdim=True) + missing * mean * mean) / width
+    normalised = centred * (variance + eps).rsqrt()
+    scaled = normalised if weight is None else normalised * weight
+    return scaled if bias is None else scaled + bias
+
+
+@cache
+def _rescaled_class(cls: type[nn.Module]) -> type[nn.Module]:
+    return type(cls.__name__, (RescaledModule, cls), {"__module__": cls.__module__, "__doc__": cls.__doc__})
+
+
+def rescale(module: nn.LayerNorm, width: int) -> None:
+    """Change a layer norm, whose parameters are sliced already, to one that counts `width` channels."""
+    if not isinstance(module, RescaledModule):
+        vars(module)["autoprune_norm_width"] = width
+        module.__class__ = _rescaled_class(type(module))  # type: ignore[assignment,arg-type]
+    module.normalized_shape = (len(module.weight),)
