@@ -326,6 +326,15 @@ def test_an_unfinished_run_can_be_reported(tmp_path: Path) -> None:
     assert [t.state for t in record.rounds[0].trials] == ["complete", "running"]
 
 
+def test_a_seed_starts_the_same_network_and_leaves_the_callers_random_state() -> None:
+    state = torch.get_rng_state()
+    first, same, other = (prepare(tiny_study(model=TinyNet, seed=s)).model for s in (1, 1, 2))
+    weights = [m.state_dict()["conv1.weight"] for m in (first, same, other)]
+    assert torch.equal(weights[0], weights[1])
+    assert not torch.equal(weights[0], weights[2])
+    assert torch.equal(state, torch.get_rng_state())
+
+
 def test_a_dry_run_plans_the_rounds(tmp_path: Path) -> None:
     plan = make_plan(prepare(tiny_study(), out=tmp_path / "r", lock=PLAIN))
     assert [r.number for r in plan.rounds] == [1, 2]
