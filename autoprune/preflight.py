@@ -31,13 +31,11 @@ from autoprune.errors import ConfigError, RunError, UnreachableError, UsageError
 from autoprune.evaluation import evaluate, resolve_device
 from autoprune.graph import ChannelGraph
 from autoprune.metrics import Evaluation, wilson_interval
-from autoprune.splits import derive_seed
 from autoprune.store import DATABASE
 from autoprune.tracing import trace
 from autoprune.trial import cost_in
 
 SMALL_BATCH_MACS = 1_000_000_000  # a guess between 0.2 GMACs (see fitting_threads) and ResNet-20's 5
-INIT_SEED = 1 << 21  # far from any round's number
 PACKAGES = ("autoprune", "torch", "optuna", "numpy", "onnx", "pyrage", "safetensors")
 
 
@@ -280,8 +278,6 @@ def _check_choices(study: Study) -> None:
 def _own_model(study: Study) -> nn.Module:
     with torch.random.fork_rng():
         torch.manual_seed(study.seed)  # a network that is built untrained starts from the study's seed
-        with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(derive_seed(study.seed, INIT_SEED))  # a network that is to be trained starts the same
         built = study.model if isinstance(study.model, nn.Module) else study.model()
     if not isinstance(built, nn.Module):
         raise UsageError(
