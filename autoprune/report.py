@@ -172,7 +172,8 @@ def _columns(record: RunRecord) -> list[str]:
     trials = [_shown(t) for r in record.rounds for t in r.trials]
     names = dict.fromkeys(name for t in trials for name in t)
     told = {"prune_rate"}  # as what was removed, in its own column
-    return [n for n in names if n not in told and (len({t.get(n) for t in trials}) > 1 or len(trials) == 1)]
+    values = {n: {t[n] for t in trials if n in t} for n in names if n not in told}
+    return [n for n, found in values.items() if len(found) > 1 or len(trials) == 1]
 
 
 def _when(started: str) -> str:
