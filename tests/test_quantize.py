@@ -1,0 +1,50 @@
+"""The way to the quantizer, with the tool that is always at hand."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import onnx
+import pyrage
+import pytest
+import torch
+
+from autoprune.artifact import Protection, write_artifact
+from autoprune.keys import keygen, read_identities
+from autoprune.manifest import Architecture, Manifest
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+@pytest.mark.slow
+def test_an_encrypted_file_is_quantized_and_measured(tmp_path: Path) -> None:
+    layers = [torch.nn.Conv2d(1, 8, 3), torch.nn.ReLU(), torch.nn.AdaptiveAvgPool2d(2), torch.nn.Flatten()]
+    model = torch.nn.Sequential(*layers, torch.nn.Linear(32, 10))
+    key = tmp_path / "key"
+    recipient = keygen(key)
+    file = tmp_path / "model.age"
+    write_artifact(
+        file, model=model, example_inputs=torch.zeros(2, 1, 16, 16),
+        manifest=Manifest(name="tiny", architecture=Architecture(class_name="x")),
+        protection=Protection(recipients=[recipient]),
+    )  # fmt: skip
+    command = [sys.executable, str(ROOT / "scripts/quantize_quark.py"), str(file), "-i", str(key)]
+    command += ["--data", "digits", "--config", "ORT", "--calibration", "64", "-r", recipient, "-o", "q.age"]
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    result = json.loads(done.stdout)
+    assert result["num_calibration"] == 64
+    assert result["bytes_after"] > 0
+    assert 0 <= result["top1_after"] <= 1
+    quantized = pyrage.decrypt((tmp_path / "q.age").read_bytes(), read_identities(key))
+    assert any(n.op_type == "QuantizeLinear" for n in onnx.load_from_string(quantized).graph.node)
+    again = subprocess.run(
+        command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False
+    )
+    assert again.returncode == 2
+    assert "nothing is overwritten" in again.stderr
