@@ -23,9 +23,9 @@ from torch import Tensor, nn
 from autoprune.densify import densify
 from autoprune.errors import ArtifactError, AutopruneError
 from autoprune.export import probe_answer, probe_inputs
-from autoprune.graph import trace
 from autoprune.manifest import Architecture, Manifest
 from autoprune.plan import PruningPlan
+from autoprune.tracing import trace
 
 MAX_SAFETENSORS_HEADER = 32 << 20
 PROBE_TOLERANCE = 1e-4  # a guess: far above the rounding of another machine, far below another network

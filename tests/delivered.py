@@ -16,10 +16,10 @@ from torch import Tensor, nn
 from autoprune.artifact import write_artifact
 from autoprune.container import Container, container_chunks
 from autoprune.densify import densify
-from autoprune.graph import trace
 from autoprune.manifest import Architecture, Manifest, Preprocessing, Provenance
 from autoprune.plan import PruningPlan
 from autoprune.rebuild import architecture_of
+from autoprune.tracing import trace
 
 
 class SmallNet(nn.Module):
