@@ -17,7 +17,7 @@ from autoprune.controller import State
 
 FINAL_SHARE = 0.15  # of the whole budget, for the final tuning; a guess
 RETRY_ROUNDS = 0.5  # rounds' worth of budget kept for one that fails; a guess
-MIN_TRIALS, MAX_TRIALS = 3, 24  # FACTS: TPE gains over its start-up trials only from about 8 on
+MIN_TRIALS, MAX_TRIALS = 3, 24  # TPE gains over its start-up trials only from about 8 on
 MIN_EPOCHS = 0.1  # of one trial: below it nothing can recover
 ENOUGH_EPOCHS = 1.0  # one trial that recovers says more than several that cannot; a guess
 MAX_EPOCHS = 100.0  # of one trial: a guess; more belongs into the study's own settings

@@ -24,7 +24,7 @@ from torch.export import Dim, ExportedProgram
 from autoprune.errors import ArtifactError, VerificationError
 from autoprune.program import write_program
 
-OPSET = 18  # what torch's exporter writes exactly; FACTS: asked for 17 it leaves 18
+OPSET = 18  # what torch's exporter writes exactly; asked for 17 it leaves 18
 ONNX_LIMIT = (2 << 30) - (16 << 20)  # protobuf's 2 GiB, less room for everything but weights
 ONNX_TOLERANCE = 1e-5
 PROBE_VALUES = 64
