@@ -36,7 +36,8 @@ MAX_JSON = 256 << 20
 MAX_DEPTH = 32
 
 IDENTIFIER = re.compile(r"[A-Za-z_][A-Za-z0-9_]{0,200}")
-DOTTED = re.compile(r"[A-Za-z0-9_]+(\.[A-Za-z0-9_]+)*")
+# Names of modules, which torch writes into code as getattr(..., "NAME"): nothing that could end that text.
+DOTTED = re.compile(r"[A-Za-z0-9_+:@ -]+(\.[A-Za-z0-9_+:@ -]+)*")
 SYMBOL = re.compile(
     r"Symbol\('([suz][0-9]{1,9})'(, (positive|integer|nonnegative)=(True|False)){0,3}\)|\b[suz][0-9]{1,9}\b"
 )

@@ -27,6 +27,7 @@ class ManyWays(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.conv = nn.Conv2d(2, 4, 3)
+        self.add_module("shift-0", nn.Linear(4, 4))  # RegNet's modules have such names
         self.twin = nn.Linear(4, 4, bias=False)
         self.tied = nn.Linear(4, 4, bias=False)
         self.tied.weight = self.twin.weight
@@ -36,6 +37,7 @@ class ManyWays(nn.Module):
         with torch.no_grad():
             scale = y.sum() * 0 + x.shape[0]
         z = nn.functional.gelu(self.conv(x), approximate="tanh").mean((2, 3)) + self.table
+        z = self.get_submodule("shift-0")(z)
         return {"sum": self.tied(self.twin(z)) + y, "parts": (z * scale, z.softmax(1))}
 
 

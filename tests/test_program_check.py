@@ -104,6 +104,9 @@ ATTACKS: dict[str, Callable[[Members], Members]] = {
     "a method of an operator": first_node(target="torch.ops.aten.add.__class__"),
     "an unknown operator": first_node(target="torch.ops.aten.no_such_thing.default"),
     "code as a name": first_node(name="x = __import__('os')"),
+    "code as a module's name": edit(
+        lambda d: d["config"].update({'x"), exec("1"), ("': d["config"].popitem()[1]}), WEIGHTS_CONFIG
+    ),
     "metadata": first_node(metadata={"source_fn_stack": "a,torch.os.system"}),
     "code in an expression": first_size("__import__('pathlib').Path('touched-by-the-attack').touch()"),
     "an attribute in an expression": first_size("Symbol('s77', positive=True).__class__"),
