@@ -1,6 +1,6 @@
 # make demo   prune the bundled digits network, from nothing to the encrypted file
 # make test   lint, format, types, tests with coverage
-# make bench  the benchmarks' own list (benchmarks/README.md)
+# make bench  the benchmarks (benchmarks/README.md)
 # Each of them calls `setup`, which makes .venv once and again only when pyproject.toml changes.
 
 SHELL       := bash
@@ -45,6 +45,8 @@ test: $(STAMP)
 	$(BIN)/mypy
 	$(BIN)/pytest --cov --cov-report=term:skip-covered
 
+# Hours; benchmarks/README.md says what each measures and how to run a part of it.
 bench: $(STAMP)
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[bench]'
-	@$(BIN)/python -m benchmarks
+	$(BIN)/python benchmarks/bench_crypto.py
+	$(BIN)/python benchmarks/bench_coverage.py torchvision
