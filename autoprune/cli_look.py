@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
 from dataclasses import asdict, replace
 from itertools import count
@@ -12,14 +13,30 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.console import Console
 
-from autoprune.cli_run import AsJson, DataSpec, Device, Model, Name, Quiet, Weights, choose_study
+from autoprune.cli_run import (
+    DATA,
+    AsJson,
+    DataSpec,
+    Device,
+    Exclude,
+    Model,
+    Name,
+    Only,
+    Quiet,
+    Weights,
+    choose_study,
+    narrowed,
+)
 from autoprune.config import check_study
+from autoprune.errors import UsageError
 from autoprune.events import OnEvent, StageProgress, StageStarted
-from autoprune.tables import findings_text, groups_table, sensitivity_text
+from autoprune.groups_view import graph_document, groups_tree
+from autoprune.tables import findings_text, sensitivity_text
 from autoprune.terminal import listener
 
 if TYPE_CHECKING:
     from autoprune.config import Study
+    from autoprune.graph import ChannelGraph
     from autoprune.sensitivity import SensitivityTable
 
 
@@ -50,22 +67,42 @@ def groups(
     model: Model = None,
     weights: Weights = None,
     data: DataSpec = None,
+    exclude: Exclude = None,
+    only: Only = None,
+    size: Annotated[str | None, typer.Option(
+        "--input", metavar="SHAPE", rich_help_panel=DATA, show_default="3x224x224",
+        help="One example's shape, for --model without --weights and --data.")] = None,
     as_json: AsJson = False,
-) -> None:
-    """Show which channels must shrink together, what they cost, and what may not shrink and why."""
-    chosen = choose_study(study, model, weights, data)
-    from autoprune.preflight import understand
+) -> None:  # fmt: skip
+    """Show which channels must shrink together, what they cost, and what may not shrink and why.
 
-    graph = understand(chosen).graph
-    if as_json:
-        rows = [
-            {"name": g.name, "num_units": g.num_units, "macs": g.macs, "layers": g.layers}
-            for g in graph.groups
-        ]
-        document = {"groups": rows, "frozen": [asdict(f) for f in graph.frozen], "cost": asdict(graph.cost())}
-        sys.stdout.write(json.dumps(document, indent=1) + "\n")
+    Structure does not depend on weights, so --model alone is enough here.
+    """
+    if study is None and model is not None and weights is None and data is None:
+        graph = _bare_graph(model, size or "3x224x224", exclude or [], only or [])
     else:
-        Console(highlight=False).print(groups_table(graph))
+        if size is not None:
+            raise UsageError("--input is given beside data", "the data's own shape is used; leave it out")
+        from autoprune.preflight import understand
+
+        graph = understand(narrowed(choose_study(study, model, weights, data), exclude, only)).graph
+    if as_json:
+        sys.stdout.write(json.dumps(graph_document(graph), indent=1) + "\n")
+    else:
+        Console(highlight=False).print(groups_tree(graph))
+
+
+def _bare_graph(model: str, size: str, exclude: list[str], only: list[str]) -> ChannelGraph:
+    """The graph of a network of random weights."""
+    import torch
+
+    from autoprune.study_flags import build_network, find_factory
+    from autoprune.tracing import trace
+
+    if not re.fullmatch(r"[1-9]\d*(x[1-9]\d*)*", size):
+        raise UsageError(f"--input {size!r} is not a shape", "write for example 3x224x224")
+    example = torch.zeros(1, *map(int, size.split("x")))
+    return trace(build_network(find_factory(model), None), example, exclude=exclude, only=only)
 
 
 def analyze(
@@ -73,6 +110,8 @@ def analyze(
     model: Model = None,
     weights: Weights = None,
     data: DataSpec = None,
+    exclude: Exclude = None,
+    only: Only = None,
     ratio: Annotated[
         list[float] | None, typer.Option(metavar="R", help="Share of a group's channels removed; repeatable.")
     ] = None,
@@ -89,7 +128,7 @@ def analyze(
     A study that trains its own baseline trains it first.
     """
     with listener(quiet=quiet) as on_event:
-        chosen = choose_study(study, model, weights, data)
+        chosen = narrowed(choose_study(study, model, weights, data), exclude, only)
         usual = chosen.analysis
         asked = replace(
             usual,

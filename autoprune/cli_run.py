@@ -48,6 +48,20 @@ DataSpec = Annotated[
         help="Its data: cifar10:DIR, fashionmnist:DIR, imagefolder:DIR or digits.",
     ),
 ]  # fmt: skip
+Exclude = Annotated[
+    list[str] | None,
+    typer.Option(
+        metavar="MODULE", rich_help_panel=DATA, show_default=False,
+        help="A module, or a glob of modules, whose channels stay; repeatable.",
+    ),
+]  # fmt: skip
+Only = Annotated[
+    list[str] | None,
+    typer.Option(
+        metavar="MODULE", rich_help_panel=DATA, show_default=False,
+        help="A module, or a glob, whose channels alone may go; repeatable.",
+    ),
+]  # fmt: skip
 Device = Annotated[
     str | None,
     typer.Option(rich_help_panel=DATA, help="auto, cpu, cuda, cuda:1 or mps.", show_default=False),
@@ -78,6 +92,8 @@ def run(
     model: Model = None,
     weights: Weights = None,
     data: DataSpec = None,
+    exclude: Exclude = None,
+    only: Only = None,
     target: Annotated[str | None, typer.Option(
         metavar="METRIC=VALUE", rich_help_panel=AIM,
         help="What the model may cost: macs=0.5, params=300k or size=2MB.")] = None,
@@ -117,7 +133,7 @@ def run(
     given = {"target": target, "max_drop": max_drop, "budget": budget, "seed": seed, "device": device}
     words = list(context.obj or ())
     with listener(quiet=quiet or dry_run) as on_event:
-        chosen = choose_study(study, model, weights, data)
+        chosen = narrowed(choose_study(study, model, weights, data), exclude, only)
         chosen = replace(chosen, **{k: v for k, v in given.items() if v is not None})  # type: ignore[arg-type]
         folder = out or Path("runs") / chosen.name
         if dry_run:
@@ -248,6 +264,11 @@ def _read(folder: Path) -> RunRecord:
 
     with closing(RunStore(folder, name_in(folder))) as store:
         return read_run(store)
+
+
+def narrowed(study: Study, exclude: list[str] | None, only: list[str] | None) -> Study:
+    """The study with the command line's wishes about modules beside its own."""
+    return replace(study, exclude=(*study.exclude, *(exclude or ())), only=(*study.only, *(only or ())))
 
 
 def choose_study(name: str | None, model: str | None, weights: str | None, data: str | None) -> Study:

@@ -85,14 +85,26 @@ def _torchvision(name: str) -> Callable[..., Any]:
 
 
 def _with_weights(factory: Callable[..., Any], num_classes: int, weights: str) -> nn.Module:
-    from torch import nn
-
     from autoprune.weights import load_weights_
+
+    model = build_network(factory, num_classes)
+    load_weights_(model, weights)
+    return model
+
+
+def build_network(factory: Callable[..., Any], num_classes: int | None) -> nn.Module:
+    """What the factory makes, for that many classes where it takes a number of them.
+
+    Raises:
+        UsageError: it fails, or makes no module.
+    """
+    from torch import nn
 
     accepts = inspect.signature(factory).parameters
     takes_any = any(p.kind is inspect.Parameter.VAR_KEYWORD for p in accepts.values())
     try:
-        model = factory(num_classes=num_classes) if "num_classes" in accepts or takes_any else factory()
+        takes_classes = num_classes is not None and ("num_classes" in accepts or takes_any)
+        model = factory(num_classes=num_classes) if takes_classes else factory()
     except AutopruneError:
         raise
     except Exception as error:
@@ -104,5 +116,4 @@ def _with_weights(factory: Callable[..., Any], num_classes: int, weights: str) -
         raise UsageError(
             f"--model made a {type(model).__name__}, not a torch.nn.Module", "name what builds the network"
         )
-    load_weights_(model, weights)
     return model

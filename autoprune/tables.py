@@ -13,7 +13,6 @@ from autoprune.wording import Row, answer, count, duration, percent, signed
 
 if TYPE_CHECKING:
     from autoprune.doctor import Finding
-    from autoprune.graph import ChannelGraph
     from autoprune.preflight import RunPlan
     from autoprune.record import RunRecord, TrialRecord
     from autoprune.sensitivity import SensitivityTable
@@ -83,30 +82,6 @@ def _best(trials: Iterable[TrialRecord]) -> TrialRecord | None:
     """The promoted trial, or the most accurate."""
     scored = [t for t in trials if t.top1 is not None]
     return max(scored, key=lambda t: (t.promoted, t.top1 or 0.0), default=None)
-
-
-def groups_table(graph: ChannelGraph) -> RenderableType:
-    """What may shrink, how wide it is, and what may not."""
-    cost = graph.cost()
-    table = _table("group", "channels", "MACs at stake", "share")
-    table.add_column("layers", overflow="fold")
-    for group in graph.groups:
-        table.add_row(
-            group.name,
-            str(group.num_units),
-            count(group.macs),
-            percent(group.macs / cost.macs),
-            ", ".join(group.layers),
-        )
-    total = f"{count(cost.macs)} MACs, {count(cost.params)} parameters; {len(graph.groups)} groups"
-    parts: list[RenderableType] = [table, Text(), Text(total, "bold")]
-    if graph.frozen:
-        frozen = _table("may not shrink")
-        frozen.add_column("why", overflow="fold")
-        for part in graph.frozen:
-            frozen.add_row(f"{part.name} [{part.dim}]", part.reason)
-        parts += [Text(), frozen]
-    return Group(*parts)
 
 
 def findings_text(findings: Sequence[Finding]) -> RenderableType:

@@ -1,0 +1,44 @@
+"""The tree of groups says who makes, scales and reads them, and why the rest stays."""
+
+from __future__ import annotations
+
+import json
+
+import torch
+from rich.console import Console
+
+from autoprune.groups_view import graph_document, groups_tree
+from autoprune.tracing import trace
+from tests.patterns import PATTERNS
+
+
+def shown(name: str) -> str:
+    pattern = PATTERNS[name]
+    console = Console(width=100)
+    with console.capture() as capture:
+        console.print(groups_tree(trace(pattern.build(), pattern.inputs())))
+    return capture.get()
+
+
+def test_the_tree_names_layers_by_what_they_do() -> None:
+    text = shown("residual")
+    assert "stem  8 units" in text
+    assert "made by stem, b" in text
+    assert "scaled by bn" in text
+    assert "read by a, head" in text
+    assert "the model's output" in text
+
+
+def test_units_of_several_channels_and_padding_are_said() -> None:
+    assert "4 units of 12 channels" in shown("fused_attention")
+    assert "padded by short" in shown("option_a_shortcut")
+
+
+def test_the_document_is_plain_json_with_every_member() -> None:
+    graph = trace(PATTERNS["residual"].build(), torch.randn(1, 3, 8, 8))
+    document = json.loads(json.dumps(graph_document(graph)))
+    assert [g["name"] for g in document["groups"]] == [g.name for g in graph.groups]
+    assert {"name": "b.weight", "dim": 1, "role": "in", "positions_per_unit": 1} in document["groups"][1][
+        "members"
+    ]
+    assert document["reach"] == graph.reach
