@@ -51,6 +51,7 @@ class Op:
         where: `file:line` of the innermost frame outside torch.
         is_pointwise: whether torch tags the operator as computed position by position.
         is_in_place: whether it writes into one of its inputs.
+        call: the operator itself, so that it can be run again.
     """
 
     name: str
@@ -61,6 +62,7 @@ class Op:
     where: str
     is_pointwise: bool
     is_in_place: bool
+    call: Any = field(repr=False, compare=False)
 
     def arg(self, name: str, default: Any = None) -> Any:
         """The argument called `name`, or `default` where the call left it out."""
@@ -278,6 +280,7 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
                     where=_where(),
                     is_pointwise=torch.Tag.pointwise in func.tags,
                     is_in_place=schema.is_mutable,
+                    call=func,
                 )
             )
         return result
