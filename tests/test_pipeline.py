@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from torch import nn
 
 from autoprune import events as ev
 from autoprune.artifact import open_artifact
@@ -273,6 +274,25 @@ def test_an_existing_folder_is_never_overwritten(
     for out in (tmp_path, tmp_path / "file"):
         with pytest.raises(UsageError, match="never overwritten"):
             prepare(tiny_study(), out=out)
+
+
+class Undeliverable(nn.Module):
+    """Traces with real values, but no exporter takes a branch on them."""
+
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Negates outputs of bright images."""
+        return self.inner(x) if x.mean().item() > 1e9 else -self.inner(x)
+
+
+def test_a_network_that_cannot_be_exported_is_refused_before_training(tmp_path: Path) -> None:
+    study = tiny_study(model=Undeliverable(trained()))
+    with pytest.raises(UsageError, match="could not be delivered"):
+        run(study, out=tmp_path / "r", lock=PLAIN)
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_an_unwritable_folder_is_refused(tmp_path: Path) -> None:
