@@ -9,7 +9,7 @@ function; `verify` measures by how much they differ.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -45,7 +45,7 @@ def densify(model: nn.Module, graph: ChannelGraph, plan: PruningPlan) -> nn.Modu
             tensor = tensor.index_select(dim, torch.from_numpy(keep).to(tensor.device))
         return tensor if name in cuts else tensor.clone()
 
-    return _mended(_copied(model, cut), graph, plan)
+    return _mended(copied(model, cut), graph, plan)
 
 
 def densify_on_meta(model: nn.Module, graph: ChannelGraph, plan: PruningPlan) -> nn.Module:
@@ -58,24 +58,51 @@ def densify_on_meta(model: nn.Module, graph: ChannelGraph, plan: PruningPlan) ->
             shape[dim] = len(keep)
         return torch.empty(shape, dtype=tensor.dtype, device="meta")
 
-    return _mended(_copied(model, shrink), graph, plan)
+    return _mended(copied(model, shrink), graph, plan)
 
 
 def masked(model: nn.Module, graph: ChannelGraph, plan: PruningPlan) -> nn.Module:
     """The reference: the original's shapes, with zeros wherever a removed channel is made or read."""
+    zeros = _zeros(graph, plan, readers_only=False)
+
+    def zero(name: str, tensor: Tensor) -> Tensor:
+        return _with_zeros(tensor, zeros.get(name, []))
+
+    return copied(model, zero)
+
+
+def masked_tensors(
+    graph: ChannelGraph, plan: PruningPlan, tensors: Mapping[str, Tensor], *, readers_only: bool
+) -> dict[str, Tensor]:
+    """The parameters and buffers that `masked` changes, changed; the others are not in the result.
+
+    Args:
+        graph, plan: as for `masked`.
+        tensors: by qualified name.
+        readers_only: zero only what reads a removed channel. That is the same function, as long as no layer
+            norm is rescaled.
+    """
+    zeros = _zeros(graph, plan, readers_only=readers_only)
+    return {name: _with_zeros(tensors[name], found) for name, found in zeros.items() if name in tensors}
+
+
+def _zeros(
+    graph: ChannelGraph, plan: PruningPlan, *, readers_only: bool
+) -> dict[str, list[tuple[int, NDArray[np.int64]]]]:
+    """Parameter name -> (dimension, positions that a plan zeroes)."""
     zeros: dict[str, list[tuple[int, NDArray[np.int64]]]] = {}
     for group, removed in _removals(graph, plan):
         for member in group.members:
-            if member.role == "in" or member.name in graph.maskable:
+            if member.role == "in" or (not readers_only and member.name in graph.maskable):
                 zeros.setdefault(member.name, []).append((member.dim, member.index[removed].ravel()))
+    return zeros
 
-    def zero(name: str, tensor: Tensor) -> Tensor:
-        tensor = tensor.clone()
-        for dim, positions in zeros.get(name, []):
-            tensor.index_fill_(dim, torch.from_numpy(positions).to(tensor.device), 0)
-        return tensor
 
-    return _copied(model, zero)
+def _with_zeros(tensor: Tensor, zeros: Sequence[tuple[int, NDArray[np.int64]]]) -> Tensor:
+    tensor = tensor.clone()
+    for dim, positions in zeros:
+        tensor.index_fill_(dim, torch.from_numpy(positions).to(tensor.device), 0)
+    return tensor
 
 
 def verify(model: nn.Module, graph: ChannelGraph, plan: PruningPlan, example_inputs: Any) -> float:
@@ -144,7 +171,7 @@ def _kept_positions(graph: ChannelGraph, plan: PruningPlan) -> dict[str, dict[in
     return kept
 
 
-def _copied(model: nn.Module, change: Change) -> nn.Module:
+def copied(model: nn.Module, change: Change) -> nn.Module:
     """A copy of the module tree whose tensors are `change`d on the way; tied ones stay tied."""
     memo: dict[int, Any] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
@@ -173,15 +200,29 @@ def _mended(model: nn.Module, graph: ChannelGraph, plan: PruningPlan) -> nn.Modu
         modules[name].autoprune_grouped = policy
     for name, axes in graph.split_axes.items():
         modules[name].autoprune_axes = dict(axes)
-    for name in sorted(graph.loosened & graph.merged.keys()):
-        lengths = {graph.length(a, {}): graph.length(a, counts) for a in graph.merged[name]}
-        loosen(modules[name], {old: new for old, new in lengths.items() if old != new})
+    for name in sorted(graph.loosened):
+        loosen(modules[name], *_pruned_lengths(graph, name, counts))
     for name in sorted(graph.rescaled.keys() & changed):
         rescale(modules[name], graph.rescaled[name])
     for name in changed:
         _mend(modules[name.removesuffix(".parametrizations.weight")])
     mend_attention(model, changed)
     return mend_paddings(model, graph, plan)
+
+
+def _pruned_lengths(
+    graph: ChannelGraph, module: str, counts: dict[str, int]
+) -> tuple[dict[int, int], dict[tuple[int, ...], tuple[int, ...]]]:
+    """What a module's reshapes and splits make: old -> new lengths, those that change."""
+    merged = {graph.length(a, {}): graph.length(a, counts) for a in graph.merged.get(module, ())}
+    pieces = {
+        tuple(graph.length(a, {}) for a in axes): tuple(graph.length(a, counts) for a in axes)
+        for axes in graph.split.get(module, ())
+    }
+    return (
+        {old: new for old, new in merged.items() if old != new},
+        {old: new for old, new in pieces.items() if old != new},
+    )
 
 
 def _mend(module: nn.Module) -> None:

@@ -7,15 +7,16 @@ A *unit* is one removable slice, the same positions in the same parameter dimens
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
-from autoprune.cost import Axis, Cost, CostModel
+from autoprune.cost import Axis, Cost, CostModel, Product
 from autoprune.errors import UsageError
 from autoprune.labels import Role
 from autoprune.plan import PruningPlan
@@ -58,6 +59,7 @@ class Group:
         layers: qualified names of all modules with members, in the order in which they run.
         macs: multiply-adds of the operators that shrink with this group.
         min_keep: units that must stay.
+        round_to: kept counts are multiples of this, unless all units stay.
     """
 
     name: str
@@ -67,6 +69,14 @@ class Group:
     paddings: tuple[Padding, ...] = ()
     macs: int = 0
     min_keep: int = 1
+    round_to: int = 1
+
+    @property
+    def ladder(self) -> NDArray[np.int64]:
+        """The counts that the group may keep, from all of its units down."""
+        top = (self.num_units - 1) // self.round_to * self.round_to
+        counts = np.arange(top, 0, -self.round_to, dtype=np.int64)
+        return np.concatenate([[self.num_units], counts[counts >= self.min_keep]])
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -97,16 +107,21 @@ class ChannelGraph:
         groups: in the order in which their channels are made.
         frozen: what must stay, with reasons.
         round_to: kept counts should be multiples of this where a group is wide enough.
+        products: the operators that multiply, for `latency`.
+        latency: (axis lengths, activation bytes) -> seconds of one pass; see `latency.with_latency`.
     """
 
     groups: tuple[Group, ...]
     frozen: tuple[Frozen, ...]
     round_to: int
     cost_model: CostModel = field(repr=False)
+    products: tuple[Product, ...] = field(repr=False, default=())
+    latency: Callable[[NDArray[np.int64], int], float] | None = field(repr=False, default=None)
     counted: tuple[Counted, ...] = field(repr=False, default=())
     grouped: Mapping[str, str] = field(repr=False, default_factory=dict)
     split_axes: Mapping[str, Mapping[int, int]] = field(repr=False, default_factory=dict)
     merged: Mapping[str, tuple[Axis, ...]] = field(repr=False, default_factory=dict)
+    split: Mapping[str, tuple[tuple[Axis, ...], ...]] = field(repr=False, default_factory=dict)
     loosened: frozenset[str] = field(repr=False, default=frozenset())
     rescaled: Mapping[str, int] = field(repr=False, default_factory=dict)
     maskable: frozenset[str] = field(repr=False, default=frozenset())
@@ -125,13 +140,35 @@ class ChannelGraph:
         raise UsageError(f"there is no group {name!r}", "see `autoprune groups` for the names")
 
     def cost(self, plan: PruningPlan | None = None) -> Cost:
-        """Exact cost of the network, or of what a plan leaves of it."""
+        """Cost of the network, or of what a plan leaves of it: exact, but for a predicted latency."""
         counts = {} if plan is None else {name: len(kept) for name, kept in plan.keep.items()}
         return self.cost_of_counts(counts)
 
     def cost_of_counts(self, counts: Mapping[str, int]) -> Cost:
         """Exact cost when each named group keeps that many units and all others keep all."""
-        return self.cost_model(self._vector(counts))
+        vector = self._vector(counts)
+        cost = self.cost_model(vector)
+        if self.latency is None:
+            return cost
+        seconds = self.latency(self.cost_model.lengths(vector), cost.activation_bytes)
+        return replace(cost, latency_s=seconds)
+
+    def bounded(self, *, min_keep: int, max_ratio: float) -> ChannelGraph:
+        """The same graph, of whose groups so many units stay: `min_keep`, and all but `max_ratio` of them."""
+        kept = {g.name: max(min_keep, math.ceil((1 - max_ratio) * g.num_units - 1e-9)) for g in self.groups}
+        groups = (replace(g, min_keep=min(g.num_units, max(g.min_keep, kept[g.name]))) for g in self.groups)
+        return replace(self, groups=tuple(groups))
+
+    def bounded_like(self, original: ChannelGraph) -> ChannelGraph:
+        """The same graph, under the bounds and multiples of the network that it was pruned from."""
+        first = {g.name: g for g in original.groups}
+        groups = (
+            replace(g, min_keep=min(g.num_units, first[g.name].min_keep), round_to=first[g.name].round_to)
+            if g.name in first
+            else g
+            for g in self.groups
+        )
+        return replace(self, groups=tuple(groups))
 
     def _vector(self, counts: Mapping[str, int]) -> NDArray[np.int64]:
         return np.array([counts.get(g.name, g.num_units) for g in self.groups], dtype=np.int64)

@@ -5,16 +5,17 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from autoprune.cost import Axis, CostModel, Term
+from autoprune.cost import Axis, CostModel, Product, Term
 from autoprune.graph import ChannelGraph, Counted, Frozen, Group, Member, Padding
 from autoprune.labels import LabelArray, Slot
 from autoprune.ops import TABLE
-from autoprune.tape import Tape
+from autoprune.tape import Ref, Tape
 from autoprune.walk import Walk
 
 
@@ -61,6 +62,9 @@ def _freeze_wishes(walk: Walk, kept: Mapping[str, str]) -> None:
             walk.labels.freeze(np.arange(slot.start, slot.start + slot.size), wish)
 
 
+WIDE = 4  # a group is rounded from so many multiples on: two or three counts to choose from are too few
+
+
 class _Grouping:
     """Turns the ties of one walk into groups."""
 
@@ -82,6 +86,8 @@ class _Grouping:
             np.searchsorted(starts, np.arange(size), side="right") - 1 if size else np.empty(0, np.int64)
         )
         self.group_of = self._group_of_classes()
+        self.rows: dict[tuple[Any, ...], int] = {}
+        self.row_of: dict[int, int] = {}
 
     def _group_of_classes(self) -> NDArray[np.int64]:
         """Group number of every class, -1 where frozen or alone. Groups are numbered by their first label."""
@@ -90,6 +96,11 @@ class _Grouping:
         count = len(self.is_frozen)
         signature = np.zeros(count, np.uint64)
         np.add.at(signature, self.classes, keys[self.slot_of])
+        for _, pieces in self.walk.splits:  # units of unequal pieces shrink by themselves
+            for piece in pieces:
+                signature[np.unique(self.classes[piece[piece >= 0]])] += rng.integers(
+                    1, 2**62, dtype=np.uint64
+                )
         first = np.full(count, len(self.classes), np.int64)
         np.minimum.at(first, self.classes, np.arange(len(self.classes)))
         reads = np.array([s.role == "in" for s in self.slots], bool)
@@ -110,10 +121,8 @@ class _Grouping:
 
     def graph(self, round_to: int) -> ChannelGraph:
         units = self._units()
-        groups = self._named([self._members(u) for u in units])
-        axes, terms = self._cost_terms()
-        num = len(groups)
-        model = CostModel(axes=axes, macs=terms[0], params=terms[1], size_bytes=terms[2], num_groups=num)
+        groups = self._named([self._members(u) for u in units], round_to)
+        model = self._cost_model()
         widths = np.array([g.num_units for g in groups], dtype=np.int64)
         at_stake, _ = model.macs_touched(widths)
         return ChannelGraph(
@@ -121,10 +130,12 @@ class _Grouping:
             frozen=self._frozen(),
             round_to=round_to,
             cost_model=model,
+            products=self._products(),
             counted=self._counted(),
             grouped=dict(self.walk.grouped),
             split_axes=self._split_axes(),
             merged=self._merged(),
+            split=self._split(),
             rescaled=dict(self.walk.rescaled),
             maskable=self.walk.maskable,
             widths={(s.name, s.dim): s.size for s in self.slots if s.pad_op is None},
@@ -149,7 +160,9 @@ class _Grouping:
             members.append((int(number), slot, (mine[order] - slot.start).reshape(len(units), -1)))
         return len(units), members
 
-    def _named(self, found: list[tuple[int, list[tuple[int, Slot, NDArray[np.int64]]]]]) -> list[Group]:
+    def _named(
+        self, found: list[tuple[int, list[tuple[int, Slot, NDArray[np.int64]]]]], round_to: int
+    ) -> list[Group]:
         buffers = {name for name, _ in self.model.named_buffers(remove_duplicate=False)}
         groups, taken = [], dict[str, int]()
         for width, slots in found:
@@ -169,9 +182,11 @@ class _Grouping:
                 if s.pad_op is not None
             )
             layers = tuple(dict.fromkeys(m.name.rpartition(".")[0] or m.name for m in members))
+            multiple = round_to if width >= WIDE * round_to else 1
             groups.append(
-                Group(name=name, num_units=width, layers=layers, members=members, paddings=paddings)
-            )
+                Group(name=name, num_units=width, layers=layers, members=members, paddings=paddings,
+                      round_to=multiple)
+            )  # fmt: skip
         return groups
 
     def _axis(self, labels: LabelArray) -> Axis:
@@ -189,14 +204,65 @@ class _Grouping:
     def _widths(self) -> NDArray[np.int64]:
         return np.bincount(self.group_of[self.group_of >= 0])
 
-    def _cost_terms(self) -> tuple[list[Axis], tuple[list[Term], list[Term], list[Term]]]:
-        axes: list[Axis] = []
-        macs = []
-        for term in self.walk.terms:
-            macs.append(
-                Term(constant=term.constant, axes=tuple(range(len(axes), len(axes) + len(term.axes))))
+    def _row(self, axis: Axis) -> int:
+        """The axis' place in the cost model; axes that are as long under every plan are one."""
+        return self.rows.setdefault((axis.fixed, *sorted(axis.per_unit.items())), len(self.rows))
+
+    def _row_of(self, labels: LabelArray) -> int:
+        """The same for an array of the walk's: many tensors share one."""
+        if id(labels) not in self.row_of:
+            self.row_of[id(labels)] = self._row(self._axis(labels))
+        return self.row_of[id(labels)]
+
+    def _cost_model(self) -> CostModel:
+        macs = [
+            Term(constant=t.constant, axes=tuple(self._row_of(a) for a in t.axes)) for t in self.walk.terms
+        ]
+        params, sizes = self._stored_terms()
+        made = self._made_terms()
+        self._products()  # enters its rows
+        axes = [Axis(fixed=fixed, per_unit=dict(per_unit)) for fixed, *per_unit in self.rows]
+        return CostModel(
+            axes=axes, macs=macs, params=params, size_bytes=sizes, activation_bytes=made,
+            num_groups=len(self._widths),
+        )  # fmt: skip
+
+    def _made_terms(self) -> list[Term]:
+        """Bytes of every tensor that an operator makes and another reads; weights made of weights aside."""
+        tape, terms = self.walk.tape, []
+        read = {r.index for op in tape.ops for r in op.inputs} | {r.index for r in tape.outputs}
+        for ref in (r for op in tape.ops if op.makes for r in op.outputs if r is not None):
+            if ref.index not in read or ref.index in self.walk.weights:
+                continue
+            axes = self.walk.axes.get(ref.index, [])
+            shape = tape.shapes[ref.index]
+            fixed = [n for d, n in enumerate(shape) if not axes or axes[d] is None]
+            terms.append(
+                Term(
+                    constant=int(np.prod(fixed, dtype=np.int64)) * tape.dtypes[ref.index].itemsize,
+                    axes=tuple(self._row_of(a) for a in axes if a is not None),
+                )
             )
-            axes += [self._axis(a) for a in term.axes]
+        return terms
+
+    def _products(self) -> tuple[Product, ...]:
+        """The operators that the walk counted multiply-adds of, with the axes of what they read."""
+        numbers = dict.fromkeys(t.op for t in self.walk.terms)
+        ops = self.walk.tape.ops
+        return tuple(
+            Product(op=n, operands=tuple(self._shape_rows(r) for r in ops[n].inputs)) for n in numbers
+        )
+
+    def _shape_rows(self, ref: Ref) -> tuple[int, ...]:
+        shape = self.walk.tape.shapes[ref.index]
+        axes = self.walk.axes.get(ref.index, [None] * len(shape))
+        return tuple(
+            self._row(Axis(fixed=n, per_unit={})) if a is None else self._row_of(a)
+            for n, a in zip(shape, axes, strict=True)
+        )
+
+    def _stored_terms(self) -> tuple[list[Term], list[Term]]:
+        """Elements of every parameter; bytes of every parameter and buffer."""
         by_name: dict[str, list[Slot]] = {}
         for slot in self.slots:
             if slot.pad_op is None:
@@ -204,8 +270,7 @@ class _Grouping:
         params, sizes = [], []
         for name, tensor, is_buffer in _tensors(self.model):
             slots = by_name.get(name, [])
-            rows = tuple(range(len(axes), len(axes) + len(slots)))
-            axes += [self._axis(np.arange(s.start, s.start + s.size)) for s in slots]
+            rows = tuple(self._row(self._axis(np.arange(s.start, s.start + s.size))) for s in slots)
             tracked = {s.dim for s in slots}
             constant = int(
                 np.prod([n for d, n in enumerate(tensor.shape) if d not in tracked], dtype=np.int64)
@@ -213,7 +278,7 @@ class _Grouping:
             if not is_buffer:
                 params.append(Term(constant=constant, axes=rows))
             sizes.append(Term(constant=constant * tensor.element_size(), axes=rows))
-        return axes, (macs, params, sizes)
+        return params, sizes
 
     def _frozen(self) -> tuple[Frozen, ...]:
         found = []
@@ -239,6 +304,7 @@ class _Grouping:
         """Attributes of modules that split a channel axis and put it together: how many pieces, how wide."""
         axes = [(s.op, np.unique(s.labels[s.labels >= 0]), PIECES) for s in self.walk.sites]
         axes += [(op, labels, WIDTHS) for op, labels in self.walk.merges]
+        axes += [(op, pieces[0], PARTS) for op, pieces in self.walk.splits]
         found: dict[tuple[str, str], Counted] = {}
         for op, labels, words in axes:
             module, axis = self.walk.tape.ops[op].module, self._axis(labels)
@@ -261,8 +327,18 @@ class _Grouping:
             found.setdefault(self.walk.tape.ops[op].module, []).append(self._axis(labels))
         return {module: tuple(a for a in axes if a.per_unit) for module, axes in found.items()}
 
+    def _split(self) -> dict[str, tuple[tuple[Axis, ...], ...]]:
+        """Module -> the pieces of each of its splits."""
+        found: dict[str, list[tuple[Axis, ...]]] = {}
+        for op, pieces in self.walk.splits:
+            axes = tuple(self._axis(p) for p in pieces)
+            if any(a.per_unit for a in axes):
+                found.setdefault(self.walk.tape.ops[op].module, []).append(axes)
+        return {module: tuple(splits) for module, splits in found.items()}
+
 
 PIECES: tuple[str, ...] = ("head", "group")
+PARTS = ("width", "split", "chunk")
 WIDTHS = ("attn", "inner", "all_head", "hidden", "out_dim", "dim_out", "val")
 
 

@@ -1,4 +1,4 @@
-"""Modules whose forward reshapes to a width that pruning has changed, taught the new width.
+"""Modules whose forward reshapes or splits to widths that pruning has changed, taught the new ones.
 
 Many attention modules end in `x.reshape(B, N, C)` with C taken from their input, which is only right while
 all heads are there. Such a module changes to a subclass of its own, in whose forward a reshape that cannot
@@ -19,13 +19,15 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 RESHAPES = (Tensor.reshape, Tensor.view, torch.reshape)
+SPLITS = (Tensor.split, torch.split, Tensor.split_with_sizes, torch.split_with_sizes)
 
 
 @dataclass
 class Widths:
-    """Old -> new lengths of what a module's reshapes make, and whether any reshape had to be corrected."""
+    """Old -> new lengths of what a module's reshapes and splits make, and whether any had to be corrected."""
 
     lengths: Mapping[int, int]
+    pieces: Mapping[tuple[int, ...], tuple[int, ...]]
     are_needed: bool = False
 
 
@@ -58,7 +60,19 @@ class _PrunedWidths(TorchFunctionMode):
             sizes = list(args[1]) if isinstance(args[1], (tuple, list)) else list(args[1:])
             if all(isinstance(n, (int, torch.SymInt)) for n in sizes):
                 return func(args[0], self._fitted(args[0].numel(), sizes))
+        if func in SPLITS:
+            return self._split(func, *args, **(kwargs or {}))
         return func(*args, **(kwargs or {}))
+
+    def _split(self, func: Callable[..., Any], x: Tensor, sizes: Any, dim: int = 0) -> Any:
+        """A split whose pieces do not add up to what there is gets the pruned pieces' sizes."""
+        length = x.shape[dim]
+        for old, new in self.widths.pieces.items():
+            is_meant = (tuple(sizes) == old) if isinstance(sizes, (tuple, list)) else (sizes == old[0])
+            if is_meant and sum(new) == length and new != old:
+                self.widths.are_needed = True
+                return torch.split_with_sizes(x, list(new), dim)
+        return func(x, sizes, dim)
 
     def _fitted(self, numel: int, sizes: list[int]) -> list[int]:
         """The sizes, with one of them changed where they do not hold the elements."""
@@ -81,11 +95,20 @@ def _loose_class(cls: type[nn.Module]) -> type[nn.Module]:
     return type(cls.__name__, (LooseModule, cls), {"__module__": cls.__module__, "__doc__": cls.__doc__})
 
 
-def loosen(module: nn.Module, lengths: Mapping[int, int]) -> None:
-    """Change a module to its loose class, with old -> new lengths of the axes that its reshapes make."""
-    if lengths:
-        earlier = module.autoprune_widths.lengths if isinstance(module, LooseModule) else {}
-        known = {old: lengths.get(new, new) for old, new in earlier.items()}
-        vars(module)["autoprune_widths"] = Widths(known | dict(lengths))
+def loosen(
+    module: nn.Module, lengths: Mapping[int, int], pieces: Mapping[tuple[int, ...], tuple[int, ...]]
+) -> None:
+    """Change a module to its loose class.
+
+    Args:
+        lengths: old -> new lengths of the axes that its reshapes put together.
+        pieces: old -> new lengths of the pieces of its splits.
+    """
+    if lengths or pieces:
+        before = module.autoprune_widths if isinstance(module, LooseModule) else Widths({}, {})
+        vars(module)["autoprune_widths"] = Widths(
+            {old: lengths.get(new, new) for old, new in before.lengths.items()} | dict(lengths),
+            {old: pieces.get(new, new) for old, new in before.pieces.items()} | dict(pieces),
+        )
         if not isinstance(module, LooseModule):
             module.__class__ = _loose_class(type(module))  # type: ignore[arg-type]

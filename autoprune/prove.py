@@ -8,14 +8,18 @@ is tried with another axis where a reshape left the choice, and frozen with its 
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
 import numpy as np
-from torch import nn
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_map_only
 
-from autoprune.densify import densify, densify_on_meta, difference, masked
+from autoprune.densify import copied, densify, densify_on_meta, difference, masked
 from autoprune.graph import ChannelGraph, Group
 from autoprune.grouping import Wishes, build
 from autoprune.labels import LabelArray
@@ -26,8 +30,10 @@ from autoprune.walk import Walk
 
 CHEAP_MACS = 1_000_000_000  # a network below this is always compared in numbers: about 0.1 s on two cores
 RISKY_MACS = 6_000_000_000  # one with reshapes, splits or slices of channels up to this
-NOISE = 1e-3  # relative; float32 summation order, far below any real difference
+NOISE_DOUBLE = 1e-5  # relative; casts to float32 inside the network leave less
+NOISE_SINGLE = 1e-3
 ROUNDS = 12
+SILENT = 1e-3  # weights below this are taken to start at zero
 PROOFS = 64  # runs spent on finding out which groups fail; after that whole sets are frozen together
 
 Check = Callable[[Sequence[Group]], str | None]
@@ -54,7 +60,7 @@ def proven(model: nn.Module, inputs: tuple[Any, ...], tape: Tape, wishes: Wishes
     return build(model, tape, wishes, choices=choices, refused=refused)[0]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class _Proof:
     """The two checks of one network: that its pruned program runs, and that it computes the same."""
 
@@ -71,20 +77,36 @@ class _Proof:
             return f"its forward has the size written in: {_first_line(error)}"
         return None if got == expected else f"its output becomes {got}"
 
+    @cached_property
+    def subject(self) -> tuple[nn.Module, tuple[Any, ...], float]:
+        """What the numbers are compared on: a network, its inputs, and the difference that is noise.
+
+        The weights leave no part of the network silent, such as branches that start at zero. In float64,
+        where the network runs in that; a network that does not keeps its own type.
+        """
+        inputs = tree_map_only(Tensor, lambda x: x.double() if x.is_floating_point() else x, self.inputs)
+        strong = copied(self.model, _strengthened).double().eval()
+        try:
+            difference(strong, strong, inputs)
+        except Exception:  # whatever fails, fails without any pruning
+            return copied(self.model, _strengthened), self.inputs, NOISE_SINGLE
+        return strong, inputs, NOISE_DOUBLE
+
     def numbers(self, graph: ChannelGraph, groups: Sequence[Group]) -> str | None:
         """What goes wrong when the copy is compared with the masked network."""
         plan = _probe_plan(groups)
+        network, inputs, noise = self.subject
         try:
-            apart = difference(densify(self.model, graph, plan), masked(self.model, graph, plan), self.inputs)
-        except Exception as error:
+            apart = difference(densify(network, graph, plan), masked(network, graph, plan), inputs)
+        except Exception as error:  # any failure of the user's forward is the finding
             return f"its forward has the size written in: {_first_line(error)}"
-        return None if apart < NOISE else f"the pruned network computes something else ({apart:.1e} apart)"
+        return None if apart < noise else f"the pruned network computes something else ({apart:.1e} apart)"
 
     def loosened(self, graph: ChannelGraph) -> ChannelGraph:
         """The graph, with those modules loosened without which the pruned program would not run."""
         if not self.walk.tape.is_meta or self.shapes(graph, graph.groups) is None:
             return graph
-        loose = replace(graph, loosened=frozenset(graph.merged))
+        loose = replace(graph, loosened=frozenset(graph.merged.keys() | graph.split.keys()))
         if self.shapes(loose, graph.groups) is not None:
             return loose
         dense = densify_on_meta(self.model, loose, _probe_plan(graph.groups))
@@ -104,9 +126,29 @@ class _Proof:
             if found:
                 return found
         limit = RISKY_MACS if self.walk.is_risky else CHEAP_MACS
-        if self.walk.tape.is_meta and graph.cost().macs > limit:
+        if self.walk.tape.is_meta and graph.cost().macs > limit and not graph.loosened:
             return []
+        if graph.loosened and (reason := self.numbers(graph, graph.groups)) is not None:
+            corrected = [g for g in graph.groups if self._passes(g, graph.loosened)]
+            if corrected:
+                return [(g, reason) for g in corrected]
         return _bisect(graph.groups, lambda groups: self.numbers(graph, groups), spent)
+
+    def _passes(self, group: Group, modules: frozenset[str]) -> bool:
+        """Whether a group's channels are put together or split in one of the modules."""
+        labels, ops = _labels(self.walk, group), self.walk.tape.ops
+        axes = [*self.walk.merges, *((op, np.concatenate(p)) for op, p in self.walk.splits)]
+        return any(ops[op].module in modules and np.isin(axis, labels).any() for op, axis in axes)
+
+
+def _strengthened(name: str, tensor: Tensor) -> Tensor:
+    """A parameter as it is, or between 0.5 and 1.5 where it is one-dimensional or starts at zero."""
+    is_weak = tensor.ndim <= 1 or not tensor.numel() or float(tensor.abs().max()) < SILENT
+    if not tensor.is_floating_point() or not is_weak or "running_mean" in name:
+        return tensor.clone()
+    generator = torch.Generator().manual_seed(zlib.crc32(name.encode()))
+    fresh = torch.rand(tensor.shape, generator=generator) + 0.5
+    return fresh.to(tensor.device, tensor.dtype)
 
 
 def _bisect(groups: Sequence[Group], check: Check, spent: list[int]) -> list[tuple[Group, str]]:

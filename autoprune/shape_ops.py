@@ -198,19 +198,25 @@ def stack(walk: Walk, op: Op) -> Axes:
 
 
 def split(walk: Walk, op: Op) -> list[Axes]:
-    """Equal parts of a channel axis tie to each other; unequal ones have lengths written in the program."""
+    """Equal parts of a channel axis tie to each other; unequal ones shrink by themselves.
+
+    The lengths may be written in the program; `loose` puts the pruned ones there.
+    """
     x, dim = op.inputs[0], op.arg("dim", 0) % max(1, len(walk.shape(op.inputs[0])))
     axes = walk.get(x)
     outs = [r for r in op.outputs if r is not None]
     sizes = [walk.shape(r)[dim] for r in outs]
     axis = axes[dim]
     pieces: Axes = [None] * len(outs)
-    if axis is not None and len(set(sizes)) == 1:
-        walk.is_risky = walk.is_risky or len(sizes) > 1
-        piece = walk.tie_rows(axis.reshape(len(outs), -1).T)
-        pieces = [piece for _ in outs]
-    else:
-        walk.freeze(axis, "split into parts of fixed, unequal length")
+    if axis is not None and len(outs) > 1:
+        walk.is_risky = True
+        if len(set(sizes)) == 1:
+            pieces = [walk.tie_rows(axis.reshape(len(outs), -1).T)] * len(outs)
+        else:
+            pieces = list(np.split(axis, np.cumsum(sizes)[:-1]))
+        walk.splits.append((walk.position, tuple(p for p in pieces if p is not None)))
+    elif axis is not None:
+        pieces = [axis]
     return [[p if d == dim else a for d, a in enumerate(axes)] for p in pieces]
 
 

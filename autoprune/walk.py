@@ -93,6 +93,7 @@ class Walk:
 
     Attributes:
         merges: (operator, labels) of every axis that a reshape made out of several.
+        splits: (operator, labels of each piece) where an axis is split into pieces of written lengths.
         rescales_norms: whether a layer norm's channels may go, with its statistics rescaled.
         rescaled: layer norm -> channels that its statistics count.
         zero: Refs whose removed positions are zero in the masked network, see `zeros`.
@@ -108,6 +109,7 @@ class Walk:
     terms: list[CostTerm] = field(default_factory=list)
     sites: list[Site] = field(default_factory=list)
     merges: list[tuple[int, LabelArray]] = field(default_factory=list)
+    splits: list[tuple[int, tuple[LabelArray, ...]]] = field(default_factory=list)
     rules: list[AttributeRule] = field(default_factory=list)
     weights: set[int] = field(default_factory=set)
     grouped: dict[str, str] = field(default_factory=dict)

@@ -294,14 +294,14 @@ class _Glu(_Chunk):
         return self.back(F.glu(self.wide(x), 1))
 
 
-@pattern("split_by_constant", stuck=("wide",), reason="size written in")
+@pattern("split_by_constant", free=("wide",))
 class _SplitConstant(_Chunk):
     def body(self, x: Tensor) -> Tensor:
         a, b = self.wide(x).split(6, 1)
         return self.back(a * torch.sigmoid(b))
 
 
-@pattern("split_uneven", stuck=("wide",), reason="unequal")
+@pattern("split_uneven", free=("wide",))
 class _SplitUneven(_Shuffle):
     def body(self, x: Tensor) -> Tensor:
         a, b = self.wide(x).split([4, 8], 1)
