@@ -6,7 +6,7 @@ that meets the limit is the plan (a search over whole steps, so it cannot stall 
 What the last step took too much is given back where it is worth most.
 
 `uniform` removes the same ratio everywhere; `global` puts one threshold on the scores of all groups;
-`sensitivity` pays the least predicted loss per unit of cost saved. Costs are the graph's own, exact ones.
+`sensitivity` pays the least predicted loss per unit of cost saved. Costs are the graph's own.
 """
 
 from __future__ import annotations
@@ -20,10 +20,10 @@ from typing import Literal, get_args
 import numpy as np
 from numpy.typing import NDArray
 
-from autoprune.config import Metric
+from autoprune.config import METRICS, Metric
 from autoprune.criteria import Scores
 from autoprune.errors import UnreachableError, UsageError
-from autoprune.graph import ChannelGraph, Group
+from autoprune.graph import ChannelGraph
 from autoprune.plan import PruningPlan
 from autoprune.sensitivity import SensitivityTable
 
@@ -35,30 +35,30 @@ Prices = NDArray[np.float64]
 TOLERANCE = 0.01  # of the whole network's cost, from below
 MARKS = 24  # costs at which `sensitivity` looks anew at what a unit of each group saves
 PRIOR = 0.05  # of the typical loss, times the squared ratio: decides where no loss was measured
+LEAST = 1e-9  # of the whole cost: what a step is taken to save that saves nothing, or less (latency)
 MAX_EXCHANGE = 3  # further steps of one group tried to come closer to the limit
 
 
-def allocate(  # noqa: PLR0913 - what to rank by, what to meet, and how
+def allocate(
     graph: ChannelGraph, scores: Scores, *, metric: Metric, limit: float, strategy: str = "sensitivity",
-    table: SensitivityTable | None = None, max_ratio: float = 0.9,
+    table: SensitivityTable | None = None,
 ) -> PruningPlan:  # fmt: skip
     """The plan that costs at most `limit`, and at most 1 % of the network's cost less.
 
     Args:
-        graph: of the network; its `round_to` holds for groups at least twice as wide, unless untouched.
+        graph: of the network; each group keeps a count of its `ladder`.
         scores: which units of a group go first: the lowest.
-        metric: macs, params or size (bytes).
+        metric: what `limit` speaks of; latency needs a graph `with_latency`.
         limit: in that metric, absolute.
         strategy: one of `STRATEGIES`.
         table: measured on this graph; needed by `sensitivity` only.
-        max_ratio: share of a group's units that may go, below 1.
 
     Raises:
         UnreachableError: no plan is that close; it names the nearest cost.
         UsageError: the metric or the strategy is not known, or the table is missing.
     """
-    _check(metric, strategy, table, max_ratio)
-    walk = _Walk(graph=graph, scores=scores, metric=metric, max_ratio=max_ratio)
+    _check(graph, metric, strategy, table)
+    walk = _Walk(graph=graph, scores=scores, metric=metric)
     steps = np.zeros(len(graph.groups), dtype=np.int64)
     if walk.cost(steps) <= limit:
         return PruningPlan.full(graph)
@@ -75,15 +75,15 @@ def allocate(  # noqa: PLR0913 - what to rank by, what to meet, and how
     return walk.plan(steps)
 
 
-def _check(metric: str, strategy: str, table: SensitivityTable | None, max_ratio: float) -> None:
-    if metric not in ("macs", "params", "size"):
-        raise UsageError(f"cannot allocate for {metric!r}", "choose macs, params or size")
+def _check(graph: ChannelGraph, metric: str, strategy: str, table: SensitivityTable | None) -> None:
+    if metric not in METRICS:
+        raise UsageError(f"cannot allocate for {metric!r}", f"choose from {', '.join(METRICS)}")
+    if metric == "latency" and graph.latency is None:
+        raise UsageError("the graph knows no latency", "give it one with autoprune.latency.with_latency")
     if strategy not in STRATEGIES:
         raise UsageError(f"there is no strategy {strategy!r}", f"choose from {', '.join(STRATEGIES)}")
     if strategy == "sensitivity" and table is None:
         raise UsageError("strategy sensitivity needs a table", "measure one with autoprune.sensitivity first")
-    if not 0 < max_ratio < 1:
-        raise UsageError(f"max_ratio={max_ratio} is not allowed", "give a share between 0 and 1")
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -93,26 +93,24 @@ class _Walk:
     graph: ChannelGraph
     scores: Scores
     metric: Metric
-    max_ratio: float
 
     @cached_property
     def ladders(self) -> list[Counts]:
-        return [_ladder(g, self.graph.round_to, self.max_ratio) for g in self.graph.groups]
+        return [g.ladder for g in self.graph.groups]
 
     @cached_property
     def num_steps(self) -> Counts:
         return np.array([len(ladder) - 1 for ladder in self.ladders], dtype=np.int64)
 
     @cached_property
-    def full_cost(self) -> int:
+    def full_cost(self) -> float:
         return self.cost(np.zeros(len(self.ladders), dtype=np.int64))
 
-    def cost(self, steps: Counts) -> int:
+    def cost(self, steps: Counts) -> float:
         """What the network costs with each group that many steps down."""
         names = (g.name for g in self.graph.groups)
         kept = {n: int(x[s]) for n, x, s in zip(names, self.ladders, steps, strict=True)}
-        cost = self.graph.cost_of_counts(kept)
-        return {"macs": cost.macs, "params": cost.params, "size": cost.size_bytes}[self.metric]
+        return self.graph.cost_of_counts(kept).of(self.metric)
 
     def savings(self, steps: Counts) -> Prices:
         """What one more unit of each group would save from here."""
@@ -123,7 +121,7 @@ class _Walk:
                 further = steps.copy()
                 further[index] += 1
                 units = ladder[steps[index]] - ladder[steps[index] + 1]
-                saved[index] = max(here - self.cost(further), 1e-9) / units
+                saved[index] = max(here - self.cost(further), LEAST * self.full_cost) / units
         return saved
 
     def order(self, index: int) -> Counts:
@@ -137,14 +135,6 @@ class _Walk:
             for i, (group, ladder, s) in enumerate(zip(self.graph.groups, self.ladders, steps, strict=True))
         }
         return PruningPlan(keep=keep, num_units={g.name: g.num_units for g in self.graph.groups})
-
-
-def _ladder(group: Group, round_to: int, max_ratio: float) -> Counts:
-    """The counts that a group may keep, from all of its units down."""
-    least = max(group.min_keep, int(np.ceil((1 - max_ratio) * group.num_units - 1e-9)))
-    unit = round_to if group.num_units >= 2 * round_to else 1
-    counts = np.arange((group.num_units - 1) // unit * unit, 0, -unit, dtype=np.int64)
-    return np.concatenate([[group.num_units], counts[counts >= least]])
 
 
 def _prices(walk: _Walk, strategy: str, table: SensitivityTable | None) -> list[Prices]:
@@ -251,11 +241,11 @@ def rising(values: Prices, weights: Prices) -> Prices:
     return np.repeat(np.asarray(means, dtype=np.float64), lengths)
 
 
-def _unreachable(walk: _Walk, limit: float, nearest: int) -> UnreachableError:
-    share = nearest / walk.full_cost
+def _unreachable(walk: _Walk, limit: float, nearest: float) -> UnreachableError:
+    share, told = nearest / walk.full_cost, nearest if isinstance(nearest, int) else f"{nearest:.4g}"
     return UnreachableError(
-        f"no plan costs {walk.metric} of {limit:.6g} to within 1 %; the nearest that can be had is {nearest} "
+        f"no plan costs {walk.metric} of {limit:.6g} to within 1 %; the nearest that can be had is {told} "
         f"({share:.1%} of the present)",
-        f"ask for {walk.metric} of {nearest}, lower round_to, or exclude fewer layers",
+        f"ask for {walk.metric} of {told}, lower round_to or min_keep, or exclude fewer layers",
         nearest_cost=float(nearest),
     )

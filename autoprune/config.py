@@ -20,14 +20,15 @@ if TYPE_CHECKING:
 
 Decay = Literal["cosine", "linear", "step", "exponential"]
 DECAYS: tuple[Decay, ...] = get_args(Decay)
-Metric = Literal["macs", "params", "size", "latency"]
+Metric = Literal["macs", "params", "size", "memory", "latency"]
 METRICS: tuple[Metric, ...] = get_args(Metric)
 
-UNITS: dict[str, tuple[Metric, float]] = {
-    "b": ("size", 1), "kb": ("size", 1e3), "mb": ("size", 1e6), "gb": ("size", 1e9),
-    "us": ("latency", 1e-6), "ms": ("latency", 1e-3), "s": ("latency", 1.0),
-}  # fmt: skip
 COUNTS = {"": 1.0, "k": 1e3, "m": 1e6, "g": 1e9}
+BYTES = {"b": 1.0, "kb": 1e3, "mb": 1e6, "gb": 1e9}
+SECONDS = {"us": 1e-6, "ms": 1e-3, "s": 1.0}
+UNITS: dict[str, dict[str, float]] = {
+    "macs": COUNTS, "params": COUNTS, "size": BYTES, "memory": BYTES, "latency": SECONDS,
+}  # fmt: skip
 DURATIONS_S = {"s": 1.0, "m": 60.0, "h": 3600.0}
 
 
@@ -35,7 +36,8 @@ DURATIONS_S = {"s": 1.0, "m": 60.0, "h": 3600.0}
 class Target:
     """What the final model may cost: a fraction of the original (`relative`) or an absolute value.
 
-    Absolute values are multiply-adds (`macs`), parameters (`params`), bytes (`size`) or seconds (`latency`).
+    Absolute values are multiply-adds (`macs`), parameters (`params`), bytes of weights (`size`), bytes of the
+    activations that one pass makes (`memory`) or seconds of one pass (`latency`).
     """
 
     metric: Metric
@@ -60,10 +62,8 @@ class Target:
             value = float(number)
         except ValueError:
             raise UsageError(f"target {text!r}: {number!r} is not a number", hint) from None
-        if unit in UNITS and UNITS[unit][0] == metric:
-            return cls(metric=metric, value=value * UNITS[unit][1], relative=False)
-        if unit in COUNTS and metric in ("macs", "params") and (unit or value > 1):
-            return cls(metric=metric, value=value * COUNTS[unit], relative=False)
+        if unit in UNITS[metric] and (unit or value > 1):
+            return cls(metric=metric, value=value * UNITS[metric][unit], relative=False)
         if unit or not 0 < value < 1:
             raise UsageError(f"target {text!r}: a fraction lies between 0 and 1, or give a unit", hint)
         return cls(metric=metric, value=value, relative=True)
@@ -222,7 +222,9 @@ class Study:
         evaluate: (model, split, device) -> score in [0, 1], higher is better; None is top-1.
         exclude: module names or globs whose channels stay; unmatched patterns are an error.
         only: module names or globs whose channels alone may go.
-        round_to: kept channel counts are multiples of this; None is 8 where a group is wide enough.
+        round_to: kept counts are multiples of this in groups at least 4 times as wide; None is 8.
+        min_keep: units that stay in every group, at least.
+        max_ratio: share of a group's units that may go in the whole run, in (0, 1).
     """
 
     name: str
@@ -239,6 +241,8 @@ class Study:
     exclude: tuple[str, ...] = ()
     only: tuple[str, ...] = ()
     round_to: int | None = None
+    min_keep: int = 1
+    max_ratio: float = 0.9
     finetune: Finetune = field(default_factory=Finetune)
     analysis: Analysis = field(default_factory=Analysis)
     search: Search = field(default_factory=Search)
@@ -309,6 +313,8 @@ def _range_problems(study: Study) -> list[AutopruneError]:
         (control.budget_growth >= 1, f"control.budget_growth={control.budget_growth}", "1 or more"),
         (control.max_rounds >= 1, f"control.max_rounds={control.max_rounds}", "1 or more"),
         (study.round_to is None or study.round_to >= 1, f"round_to={study.round_to}", "1 or more"),
+        (study.min_keep >= 1, f"min_keep={study.min_keep}", "1 or more"),
+        (0 < study.max_ratio < 1, f"max_ratio={study.max_ratio}", "a share between 0 and 1"),
     )  # fmt: skip
     return [UsageError(f"{given} is not allowed", f"{given.split('=')[0]} takes {allowed}")
             for ok, given, allowed in checks if not ok]  # fmt: skip

@@ -1,8 +1,9 @@
 """What a network costs under a plan: multiply-adds, parameters and bytes, exactly, without building it.
 
 Every operator's multiply-adds are a constant times the lengths of the axes that may shrink, and a parameter's
-size is the product of its own; a length is a fixed part plus, per group, the units kept times the positions
-that one unit has there. So the cost is a polynomial in the kept counts alone, evaluated in microseconds.
+or an activation's size is the product of its own; a length is a fixed part plus, per group, the units kept
+times the positions that one unit has there. So the cost is a polynomial in the kept counts alone, evaluated
+in microseconds. Latency is no polynomial: `latency` measures it, and a graph that has it tells it.
 """
 
 from __future__ import annotations
@@ -13,14 +14,36 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from autoprune.config import Metric
+
 
 @dataclass(frozen=True, kw_only=True)
 class Cost:
-    """Multiply-adds of one pass of the example input, parameters, and bytes of parameters and buffers."""
+    """What one network costs.
+
+    Attributes:
+        macs: multiply-adds of one pass of the example input.
+        size_bytes: of parameters and buffers.
+        activation_bytes: of all tensors that one pass makes for others to read, together; views and results
+            written in place are none. Fused attention counts as its parts.
+        latency_s: predicted seconds of one pass; None where it was not asked for.
+    """
 
     macs: int
     params: int
     size_bytes: int
+    activation_bytes: int
+    latency_s: float | None = None
+
+    def of(self, metric: Metric) -> float:
+        """The cost in the unit that a target of this metric is given in."""
+        costs: dict[Metric, float | None] = {
+            "macs": self.macs, "params": self.params, "size": self.size_bytes,
+            "memory": self.activation_bytes, "latency": self.latency_s,
+        }  # fmt: skip
+        found = costs[metric]
+        assert found is not None, f"the graph knows no {metric}"
+        return found
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,8 +62,20 @@ class Term:
     axes: tuple[int, ...]
 
 
+@dataclass(frozen=True, kw_only=True)
+class Product:
+    """An operator that multiplies: its position on the tape, and the axes of every tensor that it reads.
+
+    Attributes:
+        operands: per tensor, per dimension, a position in the model's list of axes.
+    """
+
+    op: int
+    operands: tuple[tuple[int, ...], ...]
+
+
 class CostModel:
-    """The three polynomials of one network."""
+    """The four polynomials of one network."""
 
     def __init__(
         self,
@@ -50,18 +85,22 @@ class CostModel:
         params: Sequence[Term],
         size_bytes: Sequence[Term],
         num_groups: int,
+        activation_bytes: Sequence[Term] = (),
     ) -> None:
+        self.axes = tuple(axes)
         self._fixed = np.array([*(a.fixed for a in axes), 1], dtype=np.int64)
         self._per_unit = np.zeros((len(axes) + 1, num_groups), dtype=np.int64)
         for row, axis in enumerate(axes):
             for group, positions in axis.per_unit.items():
                 self._per_unit[row, group] = positions
-        self._macs, self._params, self._bytes = (self._packed(t) for t in (macs, params, size_bytes))
+        self._macs, self._params, self._bytes, self._activations = (
+            self._packed(t) for t in (macs, params, size_bytes, activation_bytes)
+        )
 
     def _packed(self, terms: Sequence[Term]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
         """Constants (T,) and axis rows (T, most axes), padded with the row whose length is 1."""
         width = max((len(t.axes) for t in terms), default=0)
-        one = len(self._fixed) - 1
+        one = len(self.axes)
         rows = np.full((len(terms), width), one, dtype=np.int64)
         for index, term in enumerate(terms):
             rows[index, : len(term.axes)] = term.axes
@@ -69,16 +108,20 @@ class CostModel:
 
     def __call__(self, counts: NDArray[np.int64]) -> Cost:
         """The cost when group g keeps `counts[g]` units, int64 (groups,)."""
-        lengths = self._fixed + self._per_unit @ counts
-        macs, params, size = (
+        lengths = self.lengths(counts)
+        macs, params, size, activations = (
             int((constant * lengths[rows].prod(axis=1)).sum())
-            for constant, rows in (self._macs, self._params, self._bytes)
+            for constant, rows in (self._macs, self._params, self._bytes, self._activations)
         )
-        return Cost(macs=macs, params=params, size_bytes=size)
+        return Cost(macs=macs, params=params, size_bytes=size, activation_bytes=activations)
+
+    def lengths(self, counts: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Length of every axis when group g keeps `counts[g]` units, and a last entry of 1."""
+        return np.asarray(self._fixed + self._per_unit @ counts)
 
     def macs_touched(self, counts: NDArray[np.int64]) -> tuple[NDArray[np.int64], int]:
         """Per group the multiply-adds of the operators that shrink with it, (groups,); those of any group."""
-        lengths = self._fixed + self._per_unit @ counts
+        lengths = self.lengths(counts)
         constant, rows = self._macs
         cost = constant * lengths[rows].prod(axis=1)
         touches = np.any(self._per_unit[rows] > 0, axis=1)

@@ -148,7 +148,7 @@ def _keep(work: Work, state: State, finished: Finished, began: float) -> None:
         "before": before,
         "after": after,
         "difference": difference,
-        "outcome": _outcome(setup, state, finished),
+        "outcome": _outcome(setup, state, finished, before, after),
         "started_from": state.best.round,
         "tuned_epochs": finished.tuned_epochs,
         "seconds": time.perf_counter() - began,
@@ -195,10 +195,17 @@ def _evaluate(setup: Setup, model: nn.Module, split: Any) -> Evaluation:
     return evaluate(model, split, device=setup.device, loss=setup.study.loss, score=setup.study.evaluate)
 
 
-def _outcome(setup: Setup, state: State, finished: Finished) -> Outcome:
+def _outcome(
+    setup: Setup, state: State, finished: Finished, before: ModelSummary, after: ModelSummary
+) -> Outcome:
     study, share = setup.study, state.best.cost_share
-    name = {"macs": "MACs", "params": "parameters", "size": "bytes"}[setup.metric]
-    left = f"{100 * share:.1f} % of the original's {name} are left"
+    left, wanted = _left(setup, share, before, after), f"asked for {100 * setup.target_share:.1f} %"
+    if state.ended == "target" and setup.metric == "latency" and is_slower(setup.target_share, before, after):
+        message = (
+            f"The target {study.target} is not reached, though its prediction is: {left} ({wanted}); ask for "
+            "less than you need, or run on a machine that does nothing else."
+        )
+        return Outcome(reached=False, stopped_by="target", message=message)
     if state.ended == "target":
         accuracy = f"top-1 {percent(finished.search_top1, 2)} on the search split"
         message = f"The target {study.target} is reached: {left}, {accuracy}."
@@ -211,10 +218,36 @@ def _outcome(setup: Setup, state: State, finished: Finished) -> Outcome:
         "rounds": (f"the limit of {study.control.max_rounds} rounds stopped the run",
                    "raise control.max_rounds in the study"),
     }[state.ended]  # fmt: skip
-    wanted = f"asked for {100 * setup.target_share:.1f} %"
     what = "nothing could be removed" if state.best.round == 0 else left
     message = f"The target {study.target} is not reached: {why} where {what} ({wanted}); {change}."
     return Outcome(reached=False, stopped_by=state.ended, message=message)
+
+
+def _left(setup: Setup, share: float, before: ModelSummary, after: ModelSummary) -> str:
+    """What the result costs of the original, in words; a latency as predicted and as measured."""
+    if setup.metric == "latency":
+        measured, spread = latency_share(before, after)
+        return (
+            f"predicted {100 * share:.1f} %, measured {100 * measured:.1f} % of the original's latency "
+            f"(spread {100 * spread:.1f} %)"
+        )
+    names = {"macs": "MACs", "params": "parameters", "size": "bytes", "memory": "activation bytes"}
+    return f"{100 * share:.1f} % of the original's {names[setup.metric]} are left"
+
+
+def is_slower(target_share: float, before: ModelSummary, after: ModelSummary) -> bool:
+    """Whether the measured latency misses the target by more than its spread."""
+    share, spread = latency_share(before, after)
+    return share - spread > target_share
+
+
+def latency_share(before: ModelSummary, after: ModelSummary) -> tuple[float, float]:
+    """Measured latency after over before, and how far the spreads of both can move it."""
+    assert before.latency_ms is not None
+    assert after.latency_ms is not None
+    share = after.latency_ms / before.latency_ms
+    spreads = ((m.latency_spread_ms or 0.0) / (m.latency_ms or 1.0) for m in (before, after))
+    return share, share * sum(spreads)
 
 
 def _write_model(work: Work, finished: Finished, record: RunRecord, lock: Lock) -> Path:

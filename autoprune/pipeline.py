@@ -32,13 +32,13 @@ from autoprune.history import (
     read_plan,
     summaries,
 )
-from autoprune.preflight import Setup, fitting_threads, prepare
+from autoprune.latency import with_latency
+from autoprune.preflight import Setup, fitting_threads, prepare, traced
 from autoprune.record import RunResult, SensitivityCell
 from autoprune.search import Point, RoundJob, first_points, next_points, search_round
 from autoprune.sensitivity import SensitivityTable, planned_points, sensitivity
 from autoprune.splits import derive_seed
 from autoprune.store import RunStore, put, quiet_optuna, scored
-from autoprune.tracing import trace
 from autoprune.trial import Ground, probe_speed
 
 WORTHWHILE = 0.5  # of this round's epochs: with less for one trial, no further round is begun; a guess
@@ -88,15 +88,17 @@ def stand(work: Work, state: State) -> Ground:
     checkpoint = work.store.load(checkpoint_of(work.store, start.round, start.trial))
     model = densify(setup.model, setup.graph, checkpoint.plan)
     checkpoint.load_into_(model)
-    graph = trace(
-        model, setup.example, exclude=setup.study.exclude, only=setup.study.only,
-        round_to=setup.graph.round_to,
-    )  # fmt: skip
+    graph = traced(setup.study, model, setup.example).bounded_like(setup.graph)
+    target_cost = setup.target_cost
+    if setup.metric == "latency":
+        beside = (setup.model, setup.original_cost)
+        graph = with_latency(graph, model, setup.example, setup.device, beside=beside)
+        target_cost = work.goal.target_share * setup.original_cost  # a resumed run measured it anew
     return Ground(
         study=setup.study, data=setup.data, device=setup.device, metric=setup.metric,
-        original=setup.model, original_cost=setup.original_cost, target_cost=setup.target_cost,
+        original=setup.model, original_cost=setup.original_cost, target_cost=target_cost,
         model=model, graph=graph, plan=checkpoint.plan, table=None,
-        seed=derive_seed(setup.study.seed, state.round + 1),
+        seed=derive_seed(setup.study.seed, state.round + 1), example=setup.example,
     )  # fmt: skip
 
 

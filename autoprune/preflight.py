@@ -31,12 +31,15 @@ from autoprune.errors import AutopruneError, ConfigError, RunError, UnreachableE
 from autoprune.evaluation import evaluate, resolve_device
 from autoprune.export import export_model
 from autoprune.graph import ChannelGraph
+from autoprune.latency import with_latency
 from autoprune.metrics import Evaluation, wilson_interval
 from autoprune.store import DATABASE
+from autoprune.timings import device_name
 from autoprune.tracing import trace
-from autoprune.trial import cost_in
+from autoprune.wording import milliseconds
 
 SMALL_BATCH_MACS = 1_000_000_000  # a guess between 0.2 GMACs (see fitting_threads) and ResNet-20's 5
+DEFAULT_ROUND_TO = 8  # widths that vector units fill: 8 floats in AVX2, 16-byte rows of halves on a GPU
 PACKAGES = ("autoprune", "torch", "optuna", "numpy", "onnx", "pyrage", "safetensors")
 
 
@@ -61,8 +64,8 @@ class Setup:
     data: Data
     device: torch.device
     example: tuple[Tensor, ...]
-    original_cost: int
-    target_cost: int
+    original_cost: float
+    target_cost: float
     search_before: Evaluation | None
 
     @property
@@ -88,8 +91,8 @@ class RunPlan:
     name: str
     target: str
     metric: str
-    original_cost: int
-    target_cost: int
+    original_cost: float
+    target_cost: float
     macs: int
     params: int
     num_groups: int
@@ -121,7 +124,7 @@ def understand(study: Study) -> Understood:
     data = study.data() if callable(study.data) else study.data
     model = _own_model(study)
     example = _example(data)
-    graph = _traced(study, model, example)
+    graph = traced(study, model, example)
     return Understood(model=model, data=data, example=example, graph=graph)
 
 
@@ -149,6 +152,8 @@ def prepare(
     known = understand(study)
     model, data, graph = known.model, known.data, known.graph
     target = Target.parse(study.target)
+    if target.metric == "latency":
+        graph = with_latency(graph, model, known.example, device)
     metric, original_cost, target_cost = _costs(target, graph)
     if out is not None and not resume:
         check_delivery(model, known.example)
@@ -174,8 +179,12 @@ def check_delivery(model: nn.Module, example: tuple[Tensor, ...]) -> None:
         raise UsageError(f"the network could not be delivered: {error.message}", error.hint) from error
 
 
-def _traced(study: Study, model: nn.Module, example: tuple[Tensor, ...]) -> ChannelGraph:
-    return trace(model, example, exclude=study.exclude, only=study.only, round_to=study.round_to or 1)
+def traced(study: Study, model: nn.Module, example: tuple[Tensor, ...]) -> ChannelGraph:
+    """The graph of a network as the study wants it pruned."""
+    graph = trace(
+        model, example, exclude=study.exclude, only=study.only, round_to=study.round_to or DEFAULT_ROUND_TO
+    )
+    return graph.bounded(min_keep=study.min_keep, max_ratio=study.max_ratio)
 
 
 def measured_baseline(study: Study, model: nn.Module, data: Data, device: torch.device) -> Evaluation:
@@ -251,9 +260,11 @@ def fitting_threads(setup: Setup) -> Iterator[None]:
 
     By a rule rather than by timing, so that a seed gives the same weights each time. Measured on two cores
     at 0.2 GMACs a batch: one thread is as fast as two, and ten times as fast where others want the cores.
+    A latency is the user's with the threads that they gave, so there the number stays.
     """
     before = torch.get_num_threads()
-    if setup.graph.cost().macs * setup.study.finetune.batch_size < SMALL_BATCH_MACS:
+    is_small = setup.graph.cost().macs * setup.study.finetune.batch_size < SMALL_BATCH_MACS
+    if is_small and setup.metric != "latency":
         torch.set_num_threads(1)
     try:
         yield
@@ -269,9 +280,8 @@ def plain_settings(study: Study) -> dict[str, Any]:
 
 def environment(device: torch.device) -> dict[str, str]:
     """What numbers depend on: versions and machine."""
-    where = torch.cuda.get_device_name(device) if device.type == "cuda" else _processor()
     return {
-        "device": f"{device.type} ({where}, {_threads()})",
+        "device": f"{device.type} ({device_name(device)}, {_threads()})",
         "platform": platform.platform(),
         "python": platform.python_version(),
         **{name: version(name) for name in PACKAGES},
@@ -309,34 +319,32 @@ def _example(data: Data) -> tuple[Tensor, ...]:
     return tuple(inputs) if isinstance(inputs, tuple | list) else (inputs,)
 
 
-def _costs(target: Target, graph: ChannelGraph) -> tuple[Metric, int, int]:
+def _costs(target: Target, graph: ChannelGraph) -> tuple[Metric, float, float]:
     """Metric, the original's cost, and the allowed cost.
 
     Raises:
         UsageError: the target is met already, or no plan can meet it.
     """
-    if target.metric == "latency":
-        raise UsageError(
-            "a latency target cannot be searched for yet: rounds are steered by what a plan costs",
-            "give macs=..., params=... or size=...; latency is measured before and after",
-        )
-    original = cost_in(target.metric, graph.cost())
-    allowed = int(target.absolute(original))
+    metric = target.metric
+    original = graph.cost().of(metric)
+    allowed = target.absolute(original)
     if allowed >= original:
+        asked, costs = (
+            milliseconds(1000 * c) if metric == "latency" else f"{int(c):,}" for c in (allowed, original)
+        )
         raise UsageError(
-            f"target {target} asks for {allowed:,}, and the network costs only {original:,}",
+            f"target {target} asks for {asked}, and the network costs only {costs}",
             "ask for less than it costs, or for a fraction as in macs=0.5",
         )
-    least = graph.cost_of_counts({g.name: g.min_keep for g in graph.groups})
-    nearest = cost_in(target.metric, least)
+    nearest = graph.cost_of_counts({g.name: int(g.ladder[-1]) for g in graph.groups}).of(metric)
     if nearest > allowed:
         raise UnreachableError(
-            f"target {target} cannot be reached: with one unit left in each of {len(graph.groups)} groups, "
-            f"{target.metric} is still {nearest / original:.3f} of the original",
+            f"target {target} cannot be reached: with as few units as may be in each of {len(graph.groups)} "
+            f"groups (min_keep, max_ratio), {metric} is still {nearest / original:.3f} of the original",
             "ask for more, or see with autoprune groups which parameters are frozen, and why",
             nearest_cost=nearest,
         )
-    return target.metric, original, allowed
+    return metric, original, allowed
 
 
 def _plain(value: Any) -> Any:
@@ -352,10 +360,3 @@ def _plain(value: Any) -> Any:
 def _threads() -> str:
     number = torch.get_num_threads()
     return f"{number} thread" if number == 1 else f"{number} threads"
-
-
-def _processor() -> str:
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text(encoding="utf-8").splitlines() if info.is_file() else []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor() or platform.machine()

@@ -29,6 +29,7 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 from autoprune.errors import TraceError
 
 TORCH_FOLDER = str(Path(torch.__file__).parent) + "/"
+UNSAFE_VIEW = torch.ops.aten._unsafe_view.default  # a view, though its schema does not say so
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,6 +52,7 @@ class Op:
         where: `file:line` of the innermost frame outside torch.
         is_pointwise: whether torch tags the operator as computed position by position.
         is_in_place: whether it writes into one of its inputs.
+        makes: whether its results are new tensors, neither views nor what it was given.
         call: the operator itself, so that it can be run again.
     """
 
@@ -62,6 +64,7 @@ class Op:
     where: str
     is_pointwise: bool
     is_in_place: bool
+    makes: bool
     call: Any = field(repr=False, compare=False)
 
     def arg(self, name: str, default: Any = None) -> Any:
@@ -80,7 +83,7 @@ class Tape:
 
     Attributes:
         ops: in the order in which they ran.
-        shapes: shape of every Ref.
+        shapes: shape of every Ref; `strides` and `dtypes` likewise.
         parameters: Ref index -> qualified name of the parameter or buffer, the first name where it is tied.
         inputs: Refs of the example inputs' tensors.
         outputs: Refs of the result's tensors.
@@ -90,6 +93,8 @@ class Tape:
 
     ops: list[Op] = field(default_factory=list)
     shapes: list[tuple[int, ...]] = field(default_factory=list)
+    strides: list[tuple[int, ...]] = field(default_factory=list)
+    dtypes: list[torch.dtype] = field(default_factory=list)
     parameters: dict[int, str] = field(default_factory=dict)
     inputs: list[Ref] = field(default_factory=list)
     outputs: list[Ref] = field(default_factory=list)
@@ -244,6 +249,8 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         if known is None:
             known = self.refs[id(tensor)] = Ref(len(self.tape.shapes))
             self.tape.shapes.append(tuple(tensor.shape))
+            self.tape.strides.append(tuple(tensor.stride()) if tensor.layout is torch.strided else ())
+            self.tape.dtypes.append(tensor.dtype)
             self.alive.append(tensor)
         return known
 
@@ -280,6 +287,7 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
                     where=_where(),
                     is_pointwise=torch.Tag.pointwise in func.tags,
                     is_in_place=schema.is_mutable,
+                    makes=func is not UNSAFE_VIEW and any(r.alias_info is None for r in schema.returns),
                     call=func,
                 )
             )

@@ -15,18 +15,18 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from autoprune.allocation import allocate
 from autoprune.budget import Speed
 from autoprune.config import Decay, Metric, Study
-from autoprune.cost import Cost
 from autoprune.criteria import Scores, score
 from autoprune.data import Data
 from autoprune.densify import densify
 from autoprune.errors import AutopruneError, TrialError, UnreachableError
 from autoprune.evaluation import evaluate, recalibrate_
 from autoprune.graph import ChannelGraph
+from autoprune.latency import measured_share
 from autoprune.metrics import Evaluation
 from autoprune.plan import PruningPlan
 from autoprune.record import EpochPoint, TrialRecord
@@ -69,6 +69,7 @@ class Ground:
         original: the teacher, and the network that plans are composed for.
         model: the round's dense starting network; `plan` leads from the original to it, `graph` is its own.
         original_cost, target_cost: in the target's metric.
+        example: one input, to measure latency with.
         floor: of the round.
         seed: of the round.
         cached_scores: by criterion: they depend on the round only.
@@ -80,12 +81,13 @@ class Ground:
     metric: Metric
     original: nn.Module
     original_cost: float
-    target_cost: int
+    target_cost: float
     model: nn.Module
     graph: ChannelGraph
     plan: PruningPlan
     table: SensitivityTable | None
     seed: int
+    example: tuple[Tensor, ...] = ()
     cached_scores: dict[str, Scores] = field(default_factory=dict)
 
     def scores(self, criterion: str) -> Scores:
@@ -105,19 +107,31 @@ class Ground:
         try:
             return self._allocate(scores, limit, params.strategy, table)
         except UnreachableError as error:
-            nearest = math.ceil(error.nearest_cost)
+            nearest = error.nearest_cost
         try:
             return self._allocate(scores, nearest, params.strategy, table)
         except UnreachableError as error:
             raise TrialError(error.message, error.hint) from None
 
-    def limit(self, prune_rate: float) -> int:
+    def limit(self, prune_rate: float) -> float:
         """What a network pruned by this rate may cost; never less than the target needs."""
-        present = cost_in(self.metric, self.graph.cost())
-        return max(self.target_cost, math.floor((1 - prune_rate) * present))
+        present = self.graph.cost().of(self.metric)
+        return max(self.target_cost, (1 - prune_rate) * present)
+
+    def cost_after(self, plan: PruningPlan, model: nn.Module) -> float:
+        """What a trial's network costs; a predicted latency gives way where measuring contradicts it.
+
+        It stands as long as it lies within the measurement's spread, so that noise decides nothing.
+        """
+        cost = self.graph.cost(plan).of(self.metric)
+        if self.metric != "latency":
+            return cost
+        share, spread = measured_share(self.original, model, self.example, self.device)
+        measured = share * self.original_cost
+        return measured if abs(measured - cost) > spread * self.original_cost else cost
 
     def _allocate(
-        self, scores: Scores, limit: int, strategy: str, table: SensitivityTable | None
+        self, scores: Scores, limit: float, strategy: str, table: SensitivityTable | None
     ) -> PruningPlan:
         return allocate(self.graph, scores, metric=self.metric, limit=limit, strategy=strategy, table=table)
 
@@ -129,11 +143,6 @@ class TrialResult:
     record: TrialRecord
     model: nn.Module | None
     plan: PruningPlan | None
-
-
-def cost_in(metric: Metric, cost: Cost) -> int:
-    """A cost in the unit that a target is given in."""
-    return {"macs": cost.macs, "params": cost.params, "size": cost.size_bytes}[metric]
 
 
 def run_trial(
@@ -176,7 +185,7 @@ def _run(
     tuning_seconds = time.perf_counter() - tuning_began
     tuned = measure(ground, model)
     cost = ground.graph.cost(plan)
-    present, after = cost_in(ground.metric, ground.graph.cost()), cost_in(ground.metric, cost)
+    present, after = ground.graph.cost().of(ground.metric), ground.cost_after(plan, model)
     record = _record(
         prune_rate=1 - after / present,
         cost_share=after / ground.original_cost,

@@ -19,6 +19,8 @@ def study(**changes: object) -> Study:
         ("size=2MB", ("size", 2e6, False)),
         ("latency=4ms", ("latency", 0.004, False)),
         ("latency=0.7", ("latency", 0.7, True)),
+        ("memory=0.6", ("memory", 0.6, True)),
+        ("memory=20MB", ("memory", 20e6, False)),
     ],
 )
 def test_targets_are_read(text: str, expected: tuple[str, float, bool]) -> None:

@@ -16,6 +16,7 @@ from torch import nn
 from autoprune import events as ev
 from autoprune.artifact import open_artifact
 from autoprune.config import Baseline, Control, Lock, Search
+from autoprune.delivery import is_slower, latency_share
 from autoprune.errors import ArtifactError, ConfigError, RunError, UnreachableError, UsageError
 from autoprune.evaluation import evaluate
 from autoprune.history import read_run
@@ -224,7 +225,9 @@ def test_a_trained_network_with_its_own_loss_and_score_is_left_as_it_was(tmp_pat
     "changes",
     [
         {"target": "macs=0.001"},
-        {"target": "latency=0.5"},
+        {"target": "latency=0.001"},
+        {"target": "latency=5s"},
+        {"max_ratio": 1.0},
         {"target": "params=900000000"},
         {"baseline": None, "model": guessing},
         {"exclude": ("no.such.layer",)},
@@ -241,6 +244,58 @@ def test_a_wrong_study_is_refused_before_anything_is_written(
         run(tiny_study(**changes), out=tmp_path / "r", lock=PLAIN)
     assert caught.value.hint
     assert list(tmp_path.iterdir()) == []
+
+
+def wide_net() -> TinyNet:
+    """As the tiny network, but with enough work that it takes longer than the interpreter."""
+    model = tiny_net()
+    model.conv1, model.bn1 = torch.nn.Conv2d(1, 64, 3, padding=1, bias=False), torch.nn.BatchNorm2d(64)
+    model.conv2, model.bn2 = torch.nn.Conv2d(64, 96, 3, padding=1, bias=False), torch.nn.BatchNorm2d(96)
+    model.conv3, model.bn3 = torch.nn.Conv2d(96, 64, 3, padding=1, bias=False), torch.nn.BatchNorm2d(64)
+    model.linear = torch.nn.Linear(64 * 4, 4)
+    return model
+
+
+def test_a_latency_is_a_target_and_is_measured_at_the_end(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    study = tiny_study(
+        model=wide_net, target="latency=0.7", max_drop=30.0, search=Search(trials=1, epochs=1),
+        control=Control(first_ceiling=0.5, max_rounds=3),
+    )  # fmt: skip
+    result = run(study, out=tmp_path / "r", lock=PLAIN)
+    record = result.record
+    assert record.target_metric == "latency"
+    assert record.target_share == pytest.approx(0.7)
+    assert result.after.macs < result.before.macs
+    share, spread = latency_share(result.before, result.after)
+    told = f"measured {100 * share:.1f} % of the original's latency (spread {100 * spread:.1f} %)"
+    assert told in result.message
+    assert "predicted" in result.message
+    assert not result.reached or share - spread <= 0.7
+    assert any(p.name.startswith("latency-") for p in (tmp_path / "cache" / "autoprune").iterdir())
+    shares = [t.cost_share for r in record.rounds for t in r.trials]
+    assert all(s is not None and 0 < s < 1.5 for s in shares)
+
+
+@pytest.mark.parametrize(
+    ("share", "spread", "misses"), [(0.69, 0.01, False), (0.73, 0.04, False), (0.73, 0.02, True)]
+)
+def test_a_latency_misses_its_target_by_more_than_the_spread(
+    finished: tuple[RunResult, list[ev.Event]], share: float, spread: float, misses: bool
+) -> None:
+    before = replace(finished[0].before, latency_ms=10.0, latency_spread_ms=0.0)
+    after = replace(before, latency_ms=10 * share, latency_spread_ms=10 * spread)
+    assert is_slower(0.7, before, after) == misses
+
+
+def test_bounds_hold_over_the_whole_run(tmp_path: Path) -> None:
+    study = tiny_study(max_ratio=0.4, min_keep=8, target="macs=0.45", control=Control(first_ceiling=0.3))
+    result = run(study, out=tmp_path / "r", lock=PLAIN)
+    assert len([r for r in result.record.rounds if r.action in ("promote", "finish")]) >= 2
+    widths = result.after.widths
+    assert all(widths[n] >= max(8, 0.6 * w) for n, w in result.before.widths.items() if n != "linear")
 
 
 def test_the_reasons_are_told_apart(tmp_path: Path) -> None:
