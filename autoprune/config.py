@@ -46,7 +46,7 @@ class Target:
 
     @classmethod
     def parse(cls, text: str) -> Target:
-        """Read `macs=0.5`, `params=300k`, `size=2MB` or `latency=4ms`.
+        """Read `macs=0.5`, `params=300k`, `size=2MB`, `memory=0.6` or `latency=4ms`.
 
         Raises:
             UsageError: the text names no known metric, or its value is out of range.
@@ -178,7 +178,7 @@ class Search:
     epochs: float | None = None
     lr: tuple[float, float] = (1e-3, 0.2)
     decays: tuple[Decay, ...] = DECAYS
-    criteria: tuple[str, ...] = ("l2", "taylor", "bn_scale")
+    criteria: tuple[str, ...] = ("l1", "l2", "taylor")
     strategies: tuple[str, ...] = ("sensitivity",)
     sampler: Literal["tpe", "gp", "random"] = "tpe"
 
@@ -240,6 +240,7 @@ class Study:
     evaluate: Callable[[nn.Module, Split, str], float] | None = None
     exclude: tuple[str, ...] = ()
     only: tuple[str, ...] = ()
+    norms: Literal["keep", "rescale"] = "keep"
     round_to: int | None = None
     min_keep: int = 1
     max_ratio: float = 0.9
@@ -323,6 +324,8 @@ def _range_problems(study: Study) -> list[AutopruneError]:
 def _choice_problems(study: Study) -> list[AutopruneError]:
     chosen = study.search.decays
     unknown = [d for d in chosen if d not in DECAYS]
+    if study.norms not in ("keep", "rescale"):
+        return [UsageError(f"norms={study.norms!r} is not allowed", "choose keep or rescale")]
     if unknown or not chosen:
         return [UsageError(f"search.decays={chosen} is not allowed", f"choose from {', '.join(DECAYS)}")]
     return []

@@ -182,7 +182,12 @@ def check_delivery(model: nn.Module, example: tuple[Tensor, ...]) -> None:
 def traced(study: Study, model: nn.Module, example: tuple[Tensor, ...]) -> ChannelGraph:
     """The graph of a network as the study wants it pruned."""
     graph = trace(
-        model, example, exclude=study.exclude, only=study.only, round_to=study.round_to or DEFAULT_ROUND_TO
+        model,
+        example,
+        exclude=study.exclude,
+        only=study.only,
+        norms=study.norms,
+        round_to=study.round_to or DEFAULT_ROUND_TO,
     )
     return graph.bounded(min_keep=study.min_keep, max_ratio=study.max_ratio)
 

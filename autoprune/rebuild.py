@@ -133,7 +133,10 @@ def rebuild_dense(manifest: Manifest, weights: Mapping[str, Tensor]) -> nn.Modul
 def _apply(original: nn.Module, manifest: Manifest, plan: PruningPlan) -> nn.Module:
     shapes, dtypes = input_signature(manifest)
     example = probe_inputs(shapes, dtypes, batch=manifest.probe.batch_size if manifest.probe else 2)
-    return densify(original, trace(original, example), plan)
+    graph = trace(original, example)
+    if not plan.keep.keys() <= {g.name for g in graph.groups}:  # channels behind layer norms went too
+        graph = trace(original, example, norms="rescale")
+    return densify(original, graph, plan)
 
 
 def _other_network(manifest: Manifest, why: str) -> ArtifactError:

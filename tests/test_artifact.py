@@ -20,13 +20,15 @@ import torch
 
 from autoprune.artifact import Protection, load, sparse_weights, write_artifact
 from autoprune.audit import audit
-from autoprune.densify import masked
+from autoprune.densify import densify, masked
 from autoprune.errors import ArtifactError, AutopruneError, UsageError
 from autoprune.keys import keygen
 from autoprune.opening import open_artifact
+from autoprune.plan import PruningPlan
 from autoprune.program import DeliveredProgram
 from autoprune.rebuild import architecture_of, build_original
 from autoprune.signing import sign_manifest, signing_keygen
+from autoprune.tracing import trace
 from tests.delivered import (
     SmallNet,
     changed_json,
@@ -37,6 +39,7 @@ from tests.delivered import (
     with_honest_digests,
     without_source,
 )
+from tests.test_structure import Trunk
 
 Members = dict[str, bytes]
 
@@ -93,6 +96,19 @@ def test_a_class_that_changed_is_not_used(file: Path, monkeypatch: pytest.Monkey
     assert isinstance(module, DeliveredProgram)
     monkeypatch.undo()
     assert torch.equal(answer(module), answer(sample().dense))
+
+
+def test_a_trunk_pruned_behind_layer_norms_comes_back_in_its_class(tmp_path: Path) -> None:
+    original, example = Trunk().eval(), torch.randn(4, 6)
+    graph = trace(original, example, norms="rescale")
+    plan = PruningPlan.random(graph, 0.4, seed=0)
+    dense = densify(original, graph, plan)
+    manifest = replace(sample().manifest, architecture=architecture_of(original, Trunk), plan=plan)
+    path = tmp_path / "trunk.autoprune"
+    write_artifact(path, model=dense, example_inputs=example, manifest=manifest, graph=graph)
+    module = load(path)
+    assert isinstance(module, Trunk)
+    assert torch.equal(module(example), dense(example))
 
 
 def test_loading_leaves_the_random_numbers_alone(file: Path) -> None:
@@ -328,6 +344,7 @@ import torch
 from autoprune.artifact import load
 from autoprune.export import run_onnx
 from autoprune.opening import open_artifact
+from autoprune.plan import PruningPlan
 file, key = sys.argv[1:]
 module = load(file, identity=key)
 module(torch.ones(2, 1, 6, 6))

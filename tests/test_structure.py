@@ -140,7 +140,7 @@ def test_a_plan_for_another_network_is_refused() -> None:
         densify(model, graph, plan)
 
 
-class _Trunk(nn.Module):
+class Trunk(nn.Module):
     """A residual trunk behind layer norms, as in ConvNeXt."""
 
     def __init__(self) -> None:
@@ -156,7 +156,7 @@ class _Trunk(nn.Module):
 
 
 def test_widths_behind_a_layer_norm_go_only_when_asked_for() -> None:
-    model, inputs = strong(_Trunk()), (torch.randn(2, 6, dtype=torch.float64),)
+    model, inputs = strong(Trunk()), (torch.randn(2, 6, dtype=torch.float64),)
     assert [g.name for g in trace(model, inputs).groups] == ["up"]
     graph = trace(model, inputs, norms="rescale")
     assert [g.name for g in graph.groups] == ["stem", "up"]
