@@ -178,14 +178,16 @@ def networks_s(
 def measured_share(
     before: nn.Module, after: nn.Module, example_inputs: tuple[Any, ...], device: torch.device
 ) -> tuple[float, float]:
-    """What is left of one network's latency in another: the median over runs in turns, and its spread.
+    """What is left of one network's latency in another, measured in turns, and its spread.
 
-    The spread is half the distance between the quartiles, as elsewhere.
+    The share is that of the least times. Its spread is how far the lower quartiles lie above them: small on a
+    quiet machine, and so large on a busy one that nothing follows from the share.
     """
     calls = _ready([before, after], example_inputs, device)
     times = in_turns(calls, device, runs=NETWORK_RUNS, seconds=NETWORK_S)
-    low, middle, high = np.quantile(times[:, 1] / times[:, 0], [0.25, 0.5, 0.75])
-    return float(middle), float(high - low) / 2
+    least, quartile = np.quantile(times, [0.0, 0.25], axis=0)
+    share = float(least[1] / least[0])
+    return share, share * float((quartile / least - 1).sum())
 
 
 def timed_products(graph: ChannelGraph, device: torch.device, timings: Timings) -> LatencyModel:

@@ -25,7 +25,7 @@ Call = Callable[[], object]
 Seconds = NDArray[np.float64]
 
 WARM_UP = 3
-MIN_RUNS = 5
+MIN_RUNS = 9
 SAMPLE_S = 2e-4  # shorter runs are timed several at a time: the clock and the queue cost microseconds
 VERSION = 1
 
@@ -72,7 +72,7 @@ class Timings:
 
 
 def in_turns(calls: Sequence[Call], device: torch.device, *, runs: int, seconds: float) -> Seconds:
-    """Seconds of each call, (runs, calls): every run makes each of them once.
+    """Seconds of each call, (runs, calls): every run makes each of them once, every other in reverse order.
 
     At least `MIN_RUNS`, at most `runs`, and about `seconds` in all. Calls shorter than the clock is exact are
     repeated within a run.
@@ -84,7 +84,9 @@ def in_turns(calls: Sequence[Call], device: torch.device, *, runs: int, seconds:
         repeats = [max(1, math.ceil(SAMPLE_S / max(s, 1e-7))) for s in first]
         began = time.perf_counter()
         while len(times) < MIN_RUNS or (len(times) < runs and time.perf_counter() - began < seconds):
-            times.append([_seconds(c, device, n) for c, n in zip(calls, repeats, strict=True)])
+            order = range(len(calls))[:: 1 if len(times) % 2 else -1]  # other work comes in a rhythm, too
+            took = {i: _seconds(calls[i], device, repeats[i]) for i in order}
+            times.append([took[i] for i in range(len(calls))])
     return np.array(times)
 
 
