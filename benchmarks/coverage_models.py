@@ -47,6 +47,7 @@ xception41p xcit_nano_12_p16_224
 """.split()  # noqa: SIM905 -- as 150 literals nobody could read it
 
 SIDE = 224
+LARGEST_USUAL_SIDE = 256  # a network of timm made for more is shown SIDE where its size is not fixed
 SIDES = {
     "torchvision/convnext_large": 128,  # 34 GMACs at 224
     "torchvision/inception_v3": 299,
@@ -148,7 +149,6 @@ def _input_shape(model: nn.Module, family: str, name: str, short: str) -> tuple[
     if family == "timm":
         config = model.default_cfg
         wanted = tuple(config["input_size"])
-        return (
-            (1, *wanted) if config.get("fixed_input_size") or max(wanted[1:]) < side else (1, 3, side, side)
-        )
+        if config.get("fixed_input_size") or (max(wanted[1:]) <= LARGEST_USUAL_SIDE and name not in SIDES):
+            return (1, *wanted)
     return (1, 3, side, side)

@@ -137,14 +137,24 @@ def _kinds(graph: Any) -> dict[str, int]:
 
 
 def macs_of(model: nn.Module, x: Tensor) -> int:
-    """Multiply-adds that torch's own counter sees in one pass."""
+    """Multiply-adds that torch's own counter sees in one pass.
+
+    It sees into neither the fused encoder layer nor oneDNN's LSTM, so both are off while it counts.
+    """
+    has_rnn = any(isinstance(m, nn.RNNBase) for m in model.modules())
     fast = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)
+    trained = [p for p in model.parameters() if p.requires_grad]
     try:
-        with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        for parameter in trained:  # the counter looks for gradients of them, even where none are made
+            parameter.requires_grad_(False)
+        mkldnn = torch.backends.mkldnn.flags(enabled=not has_rnn)
+        with torch.no_grad(), mkldnn, FlopCounterMode(display=False) as counter:
             model(x)
     finally:
         torch.backends.mha.set_fastpath_enabled(fast)
+        for parameter in trained:
+            parameter.requires_grad_(True)
     return counter.get_total_flops() // 2
 
 
