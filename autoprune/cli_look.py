@@ -146,7 +146,7 @@ def analyze(
 def _measure(study: Study, on_event: OnEvent) -> SensitivityTable:
     from autoprune.evaluation import resolve_device
     from autoprune.preflight import understand
-    from autoprune.sensitivity import planned_points, sensitivity
+    from autoprune.sensitivity import most_points, sensitivity
     from autoprune.train import train_baseline_
 
     check_study(study)
@@ -158,12 +158,13 @@ def _measure(study: Study, on_event: OnEvent) -> SensitivityTable:
             known.model, known.data.train, study.baseline, seed=study.seed, device=device, loss=study.loss,
             on_epoch=lambda e: on_event(StageProgress(stage="baseline", round=0, done=e.epoch, total=total)),
         )  # fmt: skip
-    planned = len(planned_points(known.graph, study.analysis.ratios))
+    planned = most_points(known.graph, study.analysis.ratios, exact=study.analysis.exact)
     on_event(StageStarted(stage="analysis", round=0, detail=f"{len(known.graph.groups)} groups"))
     measured = count(1)
     return sensitivity(
         known.model, known.graph, known.data.search, ratios=study.analysis.ratios, share=study.analysis.share,
-        calibration=known.data.train, device=device, loss=study.loss, score=study.evaluate,
+        exact=study.analysis.exact, calibration=known.data.train, device=device,
+        loss=study.loss, score=study.evaluate,
         on_point=lambda p: on_event(
             StageProgress(stage="analysis", round=0, done=next(measured), total=planned, detail=p.group)
         ),

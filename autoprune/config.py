@@ -155,10 +155,16 @@ class Finetune:
 
 @dataclass(frozen=True, kw_only=True)
 class Analysis:
-    """Sensitivity: each group alone at each of `ratios`, on `share` of the search split (at least half)."""
+    """Sensitivity: each group alone, on `share` of the search split (at least half).
 
-    ratios: tuple[float, ...] = (0.25, 0.5, 0.75)
+    Attributes:
+        ratios: shares of a group's units that may be tried; bisection measures three of them at most.
+        exact: measure them all, by the network's own arithmetic.
+    """
+
+    ratios: tuple[float, ...] = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
     share: float = 1.0
+    exact: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)

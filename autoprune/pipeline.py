@@ -36,7 +36,7 @@ from autoprune.latency import with_latency
 from autoprune.preflight import Setup, fitting_threads, prepare, traced
 from autoprune.record import RunResult, SensitivityCell
 from autoprune.search import Point, RoundJob, first_points, next_points, search_round
-from autoprune.sensitivity import SensitivityTable, planned_points, sensitivity
+from autoprune.sensitivity import SensitivityTable, most_points, sensitivity
 from autoprune.splits import derive_seed
 from autoprune.store import RunStore, put, quiet_optuna, scored
 from autoprune.trial import Ground, probe_speed
@@ -221,10 +221,11 @@ def _effort(work: Work, state: State, ground: Ground, analysis_s: float) -> Effo
 
 def _sensitivity(work: Work, number: int, ground: Ground) -> SensitivityTable:
     study, analysis = work.setup.study, work.setup.study.analysis
-    total, done = len(planned_points(ground.graph, analysis.ratios)), count(1)
+    total, done = most_points(ground.graph, analysis.ratios, exact=analysis.exact), count(1)
     return sensitivity(
         ground.model, ground.graph, ground.data.search, ratios=analysis.ratios, share=analysis.share,
-        calibration=ground.data.train, device=ground.device, loss=study.loss, score=study.evaluate,
+        exact=analysis.exact, calibration=ground.data.train, device=ground.device, loss=study.loss,
+        score=study.evaluate,
         on_point=lambda p: work.on_event(
             ev.StageProgress(
                 stage="analysis", round=number, done=next(done), total=total,

@@ -1,8 +1,9 @@
 """Sensitivity: how much accuracy goes when one group alone is pruned by a ratio.
 
-Each probe is a dense network with one group shrunk, its batch-norm statistics estimated anew where a
-calibration split is given, measured on the search split against the intact network on the same samples.
-A probe also says whether it changed the forward pass at all: one that did not measured nothing.
+Each probe is the network with one group shrunk, its batch-norm statistics estimated anew where a calibration
+split is given, measured on the search split against the intact network on the same samples (`probing`). Which
+ratios are measured is found by bisection. A probe also says whether it changed the forward pass at all: one
+that did not measured nothing.
 
 The table answers `loss_at(group, ratio)`: the measured loss increases, made to rise with the ratio (a gain
 counts as no loss, never as a loss) and joined by a monotone cubic (Fritsch & Carlson 1980).
@@ -12,8 +13,9 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, fields
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, fields, replace
 from functools import cached_property
 from typing import Any, overload
 
@@ -22,23 +24,23 @@ import pandas as pd
 import torch
 from numpy.typing import NDArray
 from scipy.interpolate import PchipInterpolator
-from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves
+from torch import nn
 
 from autoprune.criteria import Scores
 from autoprune.criteria import score as score_units
-from autoprune.densify import densify
 from autoprune.errors import ArtifactError, UsageError
-from autoprune.evaluation import Loss, Score, borrowed, evaluate, recalibrate_
+from autoprune.evaluation import Loss, Score
 from autoprune.graph import ChannelGraph
 from autoprune.metrics import Evaluation, difference_pp
 from autoprune.plan import PruningPlan
+from autoprune.probing import Bench, Measured, choose_probe
 from autoprune.splits import Split
 
 MIN_SHARE = 0.5
 RECALIBRATE_BATCHES, RECALIBRATE_BATCH = 10, 128  # measured: 20 batches are as good as 100 (evaluation.py)
-CHANGE_BATCH = 64
-CHANGED = 1e-6  # relative; float32 rounding of another channel count stays below
+TENTHS = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
+MAX_POINTS = 3  # per group: bisection halves nine ratios to one or two
+TOLERANCE_PP = 2.0
 # Slope beyond the last ratio measured over the slope to there: networks break, they do not bend. Measured on
 # ResNet-20/CIFAR-10 at half the MACs without fine-tuning: loss 1.47 with 1; 1.40 with 2, 4 and 8.
 BEYOND = 2.0
@@ -72,10 +74,18 @@ class SensitivityPoint:
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class SensitivityTable:
-    """All probes, and the intact network on the same samples."""
+    """All probes, and the intact network on the same samples.
+
+    Attributes:
+        method: `replay` or `whole` (see `probing`); `reason` says why not the first.
+        seconds: that the measurement took.
+    """
 
     points: tuple[SensitivityPoint, ...]
     baseline: Evaluation
+    method: str = "whole"
+    reason: str = ""
+    seconds: float = 0.0
 
     @overload
     def loss_at(self, group: str, ratio: float) -> float: ...
@@ -117,7 +127,8 @@ class SensitivityTable:
         """A text form that `from_json` reads; numbers that are none become null."""
         baseline = {k: _plain(getattr(self.baseline, k)) for k in ("top1", "loss", "num_samples")}
         points = [{k: _plain(v) for k, v in asdict(p).items()} for p in self.points]
-        return json.dumps({"autoprune_sensitivity": 1, "baseline": baseline, "points": points})
+        about = {"method": self.method, "reason": self.reason, "seconds": self.seconds}
+        return json.dumps({"autoprune_sensitivity": 1, "baseline": baseline, "points": points} | about)
 
     @classmethod
     def from_json(cls, text: str) -> SensitivityTable:
@@ -131,7 +142,8 @@ class SensitivityTable:
             if document["autoprune_sensitivity"] != 1:
                 raise ValueError
             points = [SensitivityPoint(**_number(p)) for p in document["points"]]
-            return cls(points=tuple(points), baseline=Evaluation(**_number(document["baseline"])))
+            about = {n: document[n] for n in ("method", "reason", "seconds") if n in document}
+            return cls(points=tuple(points), baseline=Evaluation(**_number(document["baseline"])), **about)
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise ArtifactError(
                 "the text is not a sensitivity table of version 1", "measure again"
@@ -161,12 +173,17 @@ class _Curve:
 
 
 def sensitivity(  # noqa: PLR0913 - one whole stage: each argument is a decision of its caller
-    model: nn.Module, graph: ChannelGraph, split: Split, *, ratios: Sequence[float] = (0.25, 0.5, 0.75),
+    model: nn.Module, graph: ChannelGraph, split: Split, *, ratios: Sequence[float] = TENTHS,
     share: float = 1.0, criterion: str = "l2", calibration: Split | None = None,
     device: torch.device | str = "cpu", loss: Loss | None = None, score: Score | None = None,
-    on_point: Callable[[SensitivityPoint], None] | None = None,
+    on_point: Callable[[SensitivityPoint], None] | None = None, exact: bool = False,
+    tolerance_pp: float = TOLERANCE_PP, known: SensitivityTable | None = None,
 ) -> SensitivityTable:  # fmt: skip
-    """Measure every group at every ratio; `len(planned_points(graph, ratios)) + 1` evaluations.
+    """Measure how much accuracy each group alone is worth.
+
+    Of a group's `ratios` only the few are measured that say where its curve leaves the tolerance: by
+    bisection, at most `MAX_POINTS`, each on all samples. Cost: about a tenth of evaluating the network
+    once per group and ratio; see docs/analysis.md.
 
     Args:
         model: the network that `graph` was traced from; left as it was found.
@@ -181,22 +198,41 @@ def sensitivity(  # noqa: PLR0913 - one whole stage: each argument is a decision
         loss: None is cross-entropy.
         score: the study's own score; None is top-1.
         on_point: told of every point as it is measured.
+        exact: measure every ratio, by the network's own arithmetic: the result is that of masking each group
+            and evaluating the whole network, to the sample.
+        tolerance_pp: drop of top-1, in percentage points, that the bisection looks for.
+        known: points that this very network was measured at before, to go on from.
 
     Raises:
         UsageError: the share is less than half, or a ratio is no ratio.
     """
     _check(ratios, share)
-    probe = _Probe(
+    began = time.perf_counter()
+    bench = Bench(
         model=model, graph=graph, split=split.subset(share, seed=0), calibration=calibration,
-        device=torch.device(device), loss=loss, score_of_model=score,
-        scores=score_units(model, graph, criterion, split=calibration, device=device, loss=loss),
+        device=torch.device(device), num_batches=RECALIBRATE_BATCHES, batch_size=RECALIBRATE_BATCH,
+        loss=loss, score=score, exact=exact,
     )  # fmt: skip
-    points = []
-    for planned in planned_points(graph, ratios):
-        points.append(probe.measure(planned))
-        if on_point is not None:
-            on_point(points[-1])
-    return SensitivityTable(points=tuple(points), baseline=probe.baseline)
+    survey = _Survey(
+        graph=graph, ladders=_ladders(graph, ratios), tolerance_pp=None if exact else tolerance_pp,
+        scores=score_units(model, graph, criterion, split=calibration, device=device, loss=loss),
+        points={} if known is None else {(p.group, p.ratio): p for p in known.points},
+    )  # fmt: skip
+    wave = survey.next_wave()
+    if not wave and known is not None:
+        return replace(known, points=survey.table_points())
+    probe, reason = choose_probe(bench)
+    while wave:
+        plans = [survey.plan(p) for p in wave]
+        for planned, found in zip(wave, probe.measure(plans), strict=True):
+            point = survey.add(planned, found, probe.baseline)
+            if on_point is not None:
+                on_point(point)
+        wave = survey.next_wave()
+    return SensitivityTable(
+        points=survey.table_points(), baseline=probe.baseline, reason=reason,
+        method="whole" if reason else "replay", seconds=time.perf_counter() - began,
+    )  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -208,74 +244,89 @@ class PlannedPoint:
 
 
 def planned_points(graph: ChannelGraph, ratios: Sequence[float]) -> list[PlannedPoint]:
-    """The probes for these ratios: whole units, at least one, each number once."""
-    planned = []
+    """All probes that these ratios could ask for: whole units, at least one, each number once."""
+    ladders = _ladders(graph, ratios)
+    return [PlannedPoint(group=name, num_removed=n) for name, counts in ladders.items() for n in counts]
+
+
+def most_points(graph: ChannelGraph, ratios: Sequence[float], *, exact: bool = False) -> int:
+    """How many points `sensitivity` measures at most."""
+    ladders = _ladders(graph, ratios).values()
+    return sum(len(counts) if exact else min(MAX_POINTS, len(counts)) for counts in ladders)
+
+
+def _ladders(graph: ChannelGraph, ratios: Sequence[float]) -> dict[str, list[int]]:
+    """Per group the numbers of removed units that these ratios mean."""
+    ladders = {}
     for group in graph.groups:
         most = group.num_units - group.min_keep
         counts = {min(most, max(1, round(r * group.num_units))) for r in ratios}
-        planned += [PlannedPoint(group=group.name, num_removed=n) for n in sorted(counts) if n > 0]
-    return planned
+        ladders[group.name] = sorted(n for n in counts if n > 0)
+    return ladders
+
+
+def next_counts(counts: Sequence[int], drops: Mapping[int, float], tolerance_pp: float | None) -> list[int]:
+    """What to measure next of one group: the middle of where its curve may cross the tolerance.
+
+    Args:
+        counts: numbers of removed units, rising.
+        drops: those measured, and their drop.
+        tolerance_pp: None measures all; so do three counts or fewer.
+    """
+    left = [n for n in counts if n not in drops]
+    if tolerance_pp is None or len(counts) <= MAX_POINTS:
+        return left
+    beyond = [i for i, n in enumerate(counts) if n in drops and not drops[n] <= tolerance_pp]
+    high = min(beyond, default=len(counts))
+    low = max((i for i, n in enumerate(counts[:high]) if n in drops), default=-1)
+    done = len(counts) - len(left)
+    return [] if high - low <= 1 or done >= MAX_POINTS else [counts[(low + high) // 2]]
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
-class _Probe:
-    """What all probes of one table share."""
+class _Survey:
+    """What one table will hold, and what it holds already."""
 
-    model: nn.Module
     graph: ChannelGraph
-    split: Split
-    calibration: Split | None
-    device: torch.device
-    loss: Loss | None
-    score_of_model: Score | None
+    ladders: dict[str, list[int]]
+    tolerance_pp: float | None
     scores: Scores
+    points: dict[tuple[str, float], SensitivityPoint]
 
-    @cached_property
-    def baseline(self) -> Evaluation:
-        return self._evaluate(self.model)
+    def next_wave(self) -> list[PlannedPoint]:
+        """What can be measured in one pass: for each group what its curve says is next."""
+        wave = []
+        for group in self.graph.groups:
+            counts, width = self.ladders[group.name], group.num_units
+            found = {n: self.points.get((group.name, n / width)) for n in counts}
+            drops = {n: p.drop_pp for n, p in found.items() if p is not None}
+            following = next_counts(counts, drops, self.tolerance_pp)
+            wave += [PlannedPoint(group=group.name, num_removed=n) for n in following]
+        return wave
 
-    @cached_property
-    def _intact(self) -> Tensor:
-        return self._output(self.model)
-
-    @cached_property
-    def _sample(self) -> Tensor:
-        return next(self.split.batches(CHANGE_BATCH, device=self.device))[0]
-
-    def measure(self, planned: PlannedPoint) -> SensitivityPoint:
-        """Shrink one group, measure, forget."""
+    def plan(self, planned: PlannedPoint) -> PruningPlan:
         width = self.graph.group(planned.group).num_units
         kept = np.sort(np.argsort(self.scores[planned.group], kind="stable")[planned.num_removed :])
-        plan = PruningPlan(keep={planned.group: kept}, num_units={planned.group: width})
-        pruned = densify(self.model, self.graph, plan)
-        changed = self._differs(self._output(pruned))
-        if self.calibration is not None:
-            recalibrate_(
-                pruned, self.calibration, num_batches=RECALIBRATE_BATCHES, batch_size=RECALIBRATE_BATCH,
-                device=self.device,
-            )  # fmt: skip
-        after = self._evaluate(pruned)
-        gain_pp, interval = difference_pp(after, self.baseline)
-        return SensitivityPoint(
-            group=planned.group, ratio=planned.num_removed / width, top1=after.top1, loss=after.loss,
-            drop_pp=-gain_pp, low_pp=-interval.high, high_pp=-interval.low, num_samples=after.num_samples,
-            macs_share_removed=1 - self.graph.cost(plan).macs / self.graph.cost().macs, changed=changed,
+        return PruningPlan(keep={planned.group: kept}, num_units={planned.group: width})
+
+    def add(self, planned: PlannedPoint, found: Measured, baseline: Evaluation) -> SensitivityPoint:
+        width = self.graph.group(planned.group).num_units
+        left = self.graph.cost_of_counts({planned.group: width - planned.num_removed}).macs
+        gain_pp, interval = difference_pp(found.evaluation, baseline)
+        point = SensitivityPoint(
+            group=planned.group, ratio=planned.num_removed / width, top1=found.evaluation.top1,
+            loss=found.evaluation.loss, drop_pp=-gain_pp, low_pp=-interval.high, high_pp=-interval.low,
+            num_samples=found.evaluation.num_samples,
+            macs_share_removed=1 - left / self.graph.cost().macs, changed=found.changed,
         )  # fmt: skip
+        self.points[point.group, point.ratio] = point
+        return point
 
-    def _evaluate(self, model: nn.Module) -> Evaluation:
-        return evaluate(model, self.split, device=self.device, loss=self.loss, score=self.score_of_model)
-
-    def _output(self, model: nn.Module) -> Tensor:
-        """Everything that the model says about the first samples, in one row."""
-        with borrowed(model, self.device, training=False), torch.no_grad():
-            leaves = [x for x in tree_leaves(model(self._sample)) if isinstance(x, Tensor)]
-        return torch.cat([x.detach().flatten().double() for x in leaves]) if leaves else torch.zeros(0)
-
-    def _differs(self, output: Tensor) -> bool:
-        if output.shape != self._intact.shape:
-            return True
-        scale = float(self._intact.abs().max()) if len(output) else 0.0
-        return len(output) > 0 and float((output - self._intact).abs().max()) > CHANGED * scale
+    def table_points(self) -> tuple[SensitivityPoint, ...]:
+        """By group, in the graph's order, and ratio."""
+        names = [g.name for g in self.graph.groups]
+        mine = (p for p in self.points.values() if p.group in self.ladders)
+        return tuple(sorted(mine, key=lambda p: (names.index(p.group), p.ratio)))
 
 
 def _check(ratios: Sequence[float], share: float) -> None:

@@ -8,10 +8,20 @@ import pytest
 import torch
 
 from autoprune.config import Baseline
+from autoprune.criteria import score
+from autoprune.densify import masked
 from autoprune.errors import ArtifactError, UsageError
+from autoprune.evaluation import evaluate
 from autoprune.graph import ChannelGraph
 from autoprune.metrics import Evaluation
-from autoprune.sensitivity import SensitivityPoint, SensitivityTable, planned_points, sensitivity
+from autoprune.plan import PruningPlan
+from autoprune.sensitivity import (
+    SensitivityPoint,
+    SensitivityTable,
+    next_counts,
+    planned_points,
+    sensitivity,
+)
 from autoprune.tracing import trace
 from autoprune.train import train_baseline_
 from tests.tiny import TinyNet, tiny_net, tiny_split
@@ -146,3 +156,64 @@ def test_a_table_survives_as_text_and_as_a_frame(table: SensitivityTable) -> Non
     ):
         with pytest.raises(ArtifactError, match="not a sensitivity table"):
             SensitivityTable.from_json(text)
+
+
+def test_bisection_looks_for_the_tolerance_and_stops_where_a_curve_has_collapsed() -> None:
+    counts, curve = list(range(1, 10)), {n: float(n * n) for n in range(1, 10)}
+    drops: dict[int, float] = {}
+    while following := next_counts(counts, drops, 6.0):
+        drops |= {n: curve[n] for n in following}
+    assert sorted(drops) == [2, 3, 5], "5 is beyond, 2 is within, 3 is beyond"
+    assert next_counts(counts, {}, None) == counts, "exact measures all"
+    assert next_counts([1, 2, 3], {2: 0.0}, 6.0) == [1, 3], "few are all measured"
+    assert next_counts(counts, {5: math.nan}, 6.0) == [2], "no number is as bad as any"
+
+
+def test_exact_is_masking_and_evaluating_the_whole_network(net: TinyNet, graph: ChannelGraph) -> None:
+    split, ratios = tiny_split(200, 2), (0.2, 0.4, 0.6, 0.8)
+    exact = sensitivity(net, graph, split, ratios=ratios, exact=True)
+    assert exact.method == "replay"
+    assert len(exact.points) == 4 * len(graph.groups)
+    scores = score(net, graph, "l2")
+    for point in exact.points:
+        width = graph.group(point.group).num_units
+        kept = np.sort(np.argsort(scores[point.group], kind="stable")[round(point.ratio * width) :])
+        plan = PruningPlan(keep={point.group: kept}, num_units={point.group: width})
+        whole = evaluate(masked(net, graph, plan), split)
+        assert (point.top1, point.loss) == (whole.top1, pytest.approx(whole.loss, abs=1e-7))
+    fast = sensitivity(net, graph, split, ratios=ratios)
+    measured = {(p.group, p.ratio): p for p in exact.points}
+    assert 0 < len(fast.points) < len(exact.points)
+    for point in fast.points:
+        assert point.top1 == measured[point.group, point.ratio].top1
+
+
+def test_known_points_are_not_measured_again(net: TinyNet, graph: ChannelGraph) -> None:
+    split, seen = tiny_split(200, 2), list[SensitivityPoint]()
+    whole = sensitivity(net, graph, split)
+    part = replace(whole, points=tuple(p for p in whole.points if p.group == "conv1"))
+    again = sensitivity(net, graph, split, known=part, on_point=seen.append)
+    assert again.points == whole.points
+    assert {p.group for p in seen} == {"conv2"}
+    assert sensitivity(net, graph, split, known=whole).points == whole.points
+
+
+class Moody(TinyNet):
+    """A forward that looks at its values."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return super().forward(x if float(x.mean()) < 1e9 else -x)
+
+
+def test_a_network_that_cannot_be_replayed_is_measured_whole(
+    net: TinyNet, graph: ChannelGraph, table: SensitivityTable
+) -> None:
+    moody = Moody()
+    moody.load_state_dict(net.state_dict())
+    found = sensitivity(
+        moody, trace(moody, torch.zeros(1, 1, 8, 8)), tiny_split(200, 2), ratios=(0.25, 0.5, 0.9)
+    )
+    assert (found.method, table.method) == ("whole", "replay")
+    assert "depends on the values" in found.reason
+    assert [p.top1 for p in found.points] == [p.top1 for p in table.points]
+    assert SensitivityTable.from_json(found.to_json()).reason == found.reason
