@@ -16,7 +16,7 @@ import json
 from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cached_property, partial
 from itertools import product as combinations
 from typing import Any
 
@@ -37,6 +37,7 @@ from autoprune.timings import Call, Seconds, Timings, in_turns
 Lengths = NDArray[np.int64]
 
 FRACTIONS = (0.25, 0.5, 0.75, 1.0)
+TINY_S = 1e-12
 KERNEL_RUNS, KERNEL_S = 15, 0.02  # runs of one operator at one shape: so many, or so long
 NETWORK_RUNS, NETWORK_S = 200, 1.0
 
@@ -68,16 +69,35 @@ class LatencyModel:
         return self.scale * self.products_s(lengths) + self.base_s + self.per_byte_s * activation_bytes
 
     def products_s(self, lengths: Lengths) -> float:
-        """Seconds of the timed operators, alone. Straight lines go on below the lowest knot."""
+        """Seconds of the timed operators, alone."""
+        knots, table = self._from_zero
         left = np.where(self.span > 0, (lengths[self.rows] - self.fixed) / np.maximum(self.span, 1), 1.0)
-        at = np.clip((left[..., None] >= self.knots).sum(-1) - 1, 0, len(FRACTIONS) - 2)
-        low, high = (np.take_along_axis(self.knots, (at + d)[..., None], -1)[..., 0] for d in (0, 1))
+        at = np.clip((left[..., None] >= knots).sum(-1) - 1, 0, knots.shape[-1] - 2)
+        low, high = (np.take_along_axis(knots, (at + d)[..., None], -1)[..., 0] for d in (0, 1))
         way = np.where(high > low, (left - low) / np.where(high > low, high - low, 1), 0.0)
         total = np.zeros(len(self.rows))
         for corner in combinations((0, 1), repeat=self.rows.shape[1]):
             weight = np.where(corner, way, 1 - way).prod(axis=1)
-            total += weight * self.seconds[np.arange(len(at)), *(at + corner).T]
-        return float(np.maximum(total, 0.0).sum())
+            total += weight * table[np.arange(len(at)), *(at + corner).T]
+        return float(total.sum())
+
+    @cached_property
+    def _from_zero(self) -> tuple[Seconds, Seconds]:
+        """Knots and seconds with a knot at zero before them, where the lowest line ends, at zero or above.
+
+        How steep it is on the edge where the other axes are whole holds for all of them, so that on a rising
+        table fewer channels never take longer.
+        """
+        table = self.seconds
+        for axis in range(self.rows.shape[1]):
+            first, second = (np.take(table, [n], axis + 1) for n in (0, 1))
+            whole: Any = (slice(None), *[-1] * (table.ndim - 1))
+            edges = first[whole], second[whole]
+            step = self.knots[:, axis, 1] - self.knots[:, axis, 0]
+            rise = (edges[1] / np.maximum(edges[0], TINY_S) - 1) * self.knots[:, axis, 0]
+            share = np.clip(1 - np.where(step > 0, rise / np.where(step > 0, step, 1), 0), 0, 1)
+            table = np.concatenate([first * share.reshape(-1, *[1] * (table.ndim - 1)), table], axis + 1)
+        return np.concatenate([np.zeros((*self.rows.shape, 1)), self.knots], -1), table
 
     def fitted(self, points: Sequence[tuple[Lengths, int, float]]) -> LatencyModel:
         """The same operators, with the line of everything else through measured networks.

@@ -68,7 +68,10 @@ def test_timings_are_met_at_the_knots_and_lines_lie_between() -> None:
             assert model(np.array([10 + 40 * a, 40 * b, 1]), 0) == pytest.approx(TABLE[i][j])
     assert model(np.array([10 + 25, 40, 1]), 0) == pytest.approx((0.8 + 0.9) / 2)
     assert model(np.array([10 + 5, 40, 1]), 0) == pytest.approx(0.4 - (0.8 - 0.4) / 2)
-    assert model(np.array([10, 0, 1]), 0) >= 0, "lines go on below the lowest knot, but not below zero"
+    assert model(np.array([10, 40, 1]), 0) == 0, "the lowest line would end below zero"
+    assert model(np.array([10 + 5, 20, 1]), 0) == pytest.approx(0.2 / 2), (
+        "as steep as where the other is whole"
+    )
 
 
 def test_what_is_not_timed_scales_by_the_volume_written() -> None:
