@@ -71,7 +71,7 @@ class _PrunedWidths(TorchFunctionMode):
             is_meant = (tuple(sizes) == old) if isinstance(sizes, (tuple, list)) else (sizes == old[0])
             if is_meant and sum(new) == length and new != old:
                 self.widths.are_needed = True
-                return torch.split_with_sizes(x, list(new), dim)
+                return func(x, list(new) if isinstance(sizes, (tuple, list)) else new[0], dim)
         return func(x, sizes, dim)
 
     def _fitted(self, numel: int, sizes: list[int]) -> list[int]:

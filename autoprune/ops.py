@@ -95,9 +95,10 @@ def _owner(walk: Walk, weight: Ref) -> str:
 def _convolution_cost(walk: Walk, op: Op, over: Ref) -> None:
     weight = op.arg("weight")
     kernel = walk.shape(weight)
-    positions = int(np.prod(walk.shape(over)[2:])) * walk.shape(op.arg("input"))[0]
-    axes = walk.get(weight)
-    walk.cost(positions * int(np.prod(kernel[2:])), [(kernel[0], axes[0]), (kernel[1], axes[1])])
+    positions = int(np.prod(walk.shape(over)[2:], dtype=np.int64) * np.prod(kernel[2:], dtype=np.int64))
+    axes, x = walk.get(weight), op.arg("input")
+    batch = (walk.shape(x)[0], walk.get(x)[0])  # heads may be folded into it
+    walk.cost(positions, [(kernel[0], axes[0]), (kernel[1], axes[1]), batch])
 
 
 def _grouped(walk: Walk, op: Op) -> LabelArray | None:

@@ -1,9 +1,10 @@
 """Does the program agree? A graph is given out only after its pruned network has run.
 
 Sizes can be written into `forward` where no label sees them: a reshape to 64 channels, a slice of the first
-half, a width taken from an attribute. So a pruned copy runs once without values, and networks that are
-cheap to run are compared with the masked original in numbers. Groups that fail are found by bisection. Each
-is tried with another axis where a reshape left the choice, and frozen with its reason otherwise.
+half, a scale taken from a width. So a pruned copy runs once without values, and must do operator by operator
+what the labels say (`agree`). Where channels are split or modules corrected, cheap networks are also compared
+with the masked original in numbers. Groups that fail are found by bisection. Each is tried with another axis
+where a reshape left the choice, and frozen with its reason otherwise.
 """
 
 from __future__ import annotations
@@ -19,17 +20,17 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
+from autoprune.agree import disagreement, has_exchanged, other_outputs
 from autoprune.densify import copied, densify, densify_on_meta, difference, masked
 from autoprune.graph import ChannelGraph, Group
 from autoprune.grouping import Wishes, build
 from autoprune.labels import LabelArray
 from autoprune.loose import LooseModule
 from autoprune.plan import PruningPlan
-from autoprune.tape import Tape, forward_shapes
+from autoprune.tape import Tape, record_on_meta
 from autoprune.walk import Walk
 
-CHEAP_MACS = 1_000_000_000  # a network below this is always compared in numbers: about 0.1 s on two cores
-RISKY_MACS = 6_000_000_000  # one with reshapes, splits or slices of channels up to this
+CHEAP_MACS = 1_000_000_000  # below this the comparison in numbers takes about a tenth of a second
 NOISE_DOUBLE = 1e-5  # relative; casts to float32 inside the network leave less
 NOISE_SINGLE = 1e-3
 ROUNDS = 12
@@ -68,14 +69,17 @@ class _Proof:
     inputs: tuple[Any, ...]
     walk: Walk
 
-    def shapes(self, graph: ChannelGraph, groups: Sequence[Group]) -> str | None:
+    def program(self, graph: ChannelGraph, groups: Sequence[Group]) -> str | None:
         """What goes wrong when a copy with these groups pruned runs without values."""
-        expected = [self.walk.shape(r) for r in self.walk.tape.outputs]
+        plan = _probe_plan(groups)
+        dense = densify_on_meta(self.model, graph, plan)
         try:
-            got = forward_shapes(densify_on_meta(self.model, graph, _probe_plan(groups)), self.inputs)
-        except Exception as error:
+            pruned = record_on_meta(dense, self.inputs)
+        except Exception as error:  # any failure of the user's forward is the finding
             return f"its forward has the size written in: {_first_line(error)}"
-        return None if got == expected else f"its output becomes {got}"
+        if has_exchanged(self.model, dense):
+            return other_outputs(self.walk, pruned) or None
+        return disagreement(self.walk, pruned, plan, {g.name: g for g in groups}) or None
 
     @cached_property
     def subject(self) -> tuple[nn.Module, tuple[Any, ...], float]:
@@ -104,13 +108,13 @@ class _Proof:
 
     def loosened(self, graph: ChannelGraph) -> ChannelGraph:
         """The graph, with those modules loosened without which the pruned program would not run."""
-        if not self.walk.tape.is_meta or self.shapes(graph, graph.groups) is None:
+        if not self.walk.tape.is_meta or self.program(graph, graph.groups) is None:
             return graph
         loose = replace(graph, loosened=frozenset(graph.merged.keys() | graph.split.keys()))
-        if self.shapes(loose, graph.groups) is not None:
+        if self.program(loose, graph.groups) is not None:
             return loose
         dense = densify_on_meta(self.model, loose, _probe_plan(graph.groups))
-        forward_shapes(dense, self.inputs)
+        record_on_meta(dense, self.inputs)
         modules = dict(dense.named_modules())
         needed = {
             n for n, m in modules.items() if isinstance(m, LooseModule) and m.autoprune_widths.are_needed
@@ -122,11 +126,11 @@ class _Proof:
         if not graph.groups:
             return []
         if self.walk.tape.is_meta:
-            found = _bisect(graph.groups, lambda groups: self.shapes(graph, groups), spent)
+            found = _bisect(graph.groups, lambda groups: self.program(graph, groups), spent)
             if found:
                 return found
-        limit = RISKY_MACS if self.walk.is_risky else CHEAP_MACS
-        if self.walk.tape.is_meta and graph.cost().macs > limit and not graph.loosened:
+        needs_numbers = self.walk.is_risky or graph.loosened
+        if self.walk.tape.is_meta and (graph.cost().macs > CHEAP_MACS or not needs_numbers):
             return []
         if graph.loosened and (reason := self.numbers(graph, graph.groups)) is not None:
             corrected = [g for g in graph.groups if self._passes(g, graph.loosened)]

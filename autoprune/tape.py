@@ -140,11 +140,12 @@ def record(model: nn.Module, example_inputs: tuple[Any, ...]) -> Tape:
     ) from error
 
 
-def forward_shapes(model: nn.Module, example_inputs: tuple[Any, ...]) -> list[tuple[int, ...]]:
-    """Shapes of the outputs of a model whose parameters lie on the meta device."""
-    with _quiet(model), torch.no_grad(), torch.device("meta"):
-        result = model(*tree_map_only(Tensor, lambda t: t.to("meta"), example_inputs))
-    return [tuple(t.shape) for t in tree_leaves(result) if isinstance(t, Tensor)]
+def record_on_meta(model: nn.Module, example_inputs: tuple[Any, ...]) -> Tape:
+    """As `record`, without values or not at all; what the forward pass raises comes through."""
+    recorder = _Recorder(model)
+    with _quiet(model):
+        _run_meta(model, example_inputs, recorder)
+    return recorder.tape
 
 
 def _run_meta(model: nn.Module, inputs: tuple[Any, ...], recorder: _Recorder) -> None:
@@ -274,12 +275,16 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         names = [a.name for a in schema.arguments]
         arguments = {n: self._note(v) for n, v in zip(names, args, strict=False)}
         arguments |= {n: self._note(v) for n, v in kwargs.items()}
-        result = func(*args, **kwargs)
+        plain = _plain_name(func)
+        if plain == "native_batch_norm" and args[0].is_meta and not args[5]:
+            result: Any = (torch.empty_like(args[0]), args[0].new_empty(0), args[0].new_empty(0))
+        else:  # torch decomposes batch norm without values in Python, for milliseconds each
+            result = func(*args, **kwargs)
         if not func.namespace.startswith("prim"):
             outputs = result if isinstance(result, (tuple, list)) else (result,)
             self.tape.ops.append(
                 Op(
-                    name=_plain_name(func),
+                    name=plain,
                     overload=func._overloadname,
                     arguments=arguments,
                     outputs=tuple(self.ref(t) if isinstance(t, Tensor) else None for t in outputs),

@@ -416,7 +416,7 @@ class _Encoder(nn.Sequential):
         super().__init__(nn.TransformerEncoderLayer(16, 4, 32, batch_first=True), nn.Linear(16, 3))
 
 
-@pattern("reshape_hard_coded", stuck=("wide",), reason="size written in")
+@pattern("reshape_hard_coded", stuck=("wide",), reason="")
 class _HardReshape(_Shuffle):
     def body(self, x: Tensor) -> Tensor:
         x = self.wide(x)
@@ -597,7 +597,7 @@ class _Unknown(_Shuffle):
         return self.back(torch.fft.fft2(self.wide(x), dim=(1, 2)).real)
 
 
-@pattern("width_in_arithmetic", stuck=("wide",), reason="something else")
+@pattern("width_in_arithmetic", stuck=("wide",), reason="follows a width")
 class _Arithmetic(_Shuffle):
     def body(self, x: Tensor) -> Tensor:
         x = self.wide(x)
