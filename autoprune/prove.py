@@ -48,8 +48,8 @@ def proven(model: nn.Module, inputs: tuple[Any, ...], tape: Tape, wishes: Wishes
     for _ in range(ROUNDS):
         graph, walk = build(model, tape, wishes, choices=choices, refused=refused)
         proof = _Proof(model, inputs, walk)
-        graph = proof.loosened(graph)
-        failing = proof.failing(graph, spent)
+        graph, runs = proof.loosened(graph)
+        failing = proof.failing(graph, spent, runs=runs)
         if not failing:
             return graph
         for group, reason in failing:
@@ -106,26 +106,33 @@ class _Proof:
             return f"its forward has the size written in: {_first_line(error)}"
         return None if apart < noise else f"the pruned network computes something else ({apart:.1e} apart)"
 
-    def loosened(self, graph: ChannelGraph) -> ChannelGraph:
-        """The graph, with those modules loosened without which the pruned program would not run."""
-        if not self.walk.tape.is_meta or self.program(graph, graph.groups) is None:
-            return graph
+    def loosened(self, graph: ChannelGraph) -> tuple[ChannelGraph, bool]:
+        """The graph with those modules loosened without which it fails, and whether the program then runs."""
+        if not self.walk.tape.is_meta:
+            return graph, False
+        if self.program(graph, graph.groups) is None:
+            return graph, True
         loose = replace(graph, loosened=frozenset(graph.merged.keys() | graph.split.keys()))
         if self.program(loose, graph.groups) is not None:
-            return loose
+            return loose, False
         dense = densify_on_meta(self.model, loose, _probe_plan(graph.groups))
         record_on_meta(dense, self.inputs)
         modules = dict(dense.named_modules())
         needed = {
             n for n, m in modules.items() if isinstance(m, LooseModule) and m.autoprune_widths.are_needed
         }
-        return replace(graph, loosened=frozenset(needed))
+        return replace(graph, loosened=frozenset(needed)), True
 
-    def failing(self, graph: ChannelGraph, spent: list[int]) -> list[tuple[Group, str]]:
-        """The groups whose pruning fails, with what happens."""
+    def failing(self, graph: ChannelGraph, spent: list[int], *, runs: bool) -> list[tuple[Group, str]]:
+        """The groups whose pruning fails, with what happens.
+
+        Args:
+            spent: one entry for every run made so far.
+            runs: whether the program is known to agree with all groups pruned.
+        """
         if not graph.groups:
             return []
-        if self.walk.tape.is_meta:
+        if self.walk.tape.is_meta and not runs:
             found = _bisect(graph.groups, lambda groups: self.program(graph, groups), spent)
             if found:
                 return found
