@@ -17,6 +17,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from functools import cached_property
+from itertools import pairwise
 from typing import Any, overload
 
 import numpy as np
@@ -37,10 +38,12 @@ from autoprune.probing import Bench, Measured, choose_probe
 from autoprune.splits import Split
 
 MIN_SHARE = 0.5
-RECALIBRATE_BATCHES, RECALIBRATE_BATCH = 10, 128  # measured: 20 batches are as good as 100 (evaluation.py)
+RECALIBRATE_BATCHES, RECALIBRATE_BATCH = 4, 128  # measured: 10 choose no better (docs/analysis.md)
 TENTHS = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
-MAX_POINTS = 3  # per group: bisection halves nine ratios to one or two
-TOLERANCE_PP = 2.0
+FIRST = 0.4  # where a curve is measured first, as a share of its ratios
+MIN_POINTS, MAX_POINTS = 2, 3  # per group; measured: nine choose no better (docs/analysis.md)
+WORTH = 3.0  # rise of the drop in pp times the ratio that lies between, for a third point
+COLLAPSE_PP = 20.0
 # Slope beyond the last ratio measured over the slope to there: networks break, they do not bend. Measured on
 # ResNet-20/CIFAR-10 at half the MACs without fine-tuning: loss 1.47 with 1; 1.40 with 2, 4 and 8.
 BEYOND = 2.0
@@ -177,13 +180,13 @@ def sensitivity(  # noqa: PLR0913 - one whole stage: each argument is a decision
     share: float = 1.0, criterion: str = "l2", calibration: Split | None = None,
     device: torch.device | str = "cpu", loss: Loss | None = None, score: Score | None = None,
     on_point: Callable[[SensitivityPoint], None] | None = None, exact: bool = False,
-    tolerance_pp: float = TOLERANCE_PP, known: SensitivityTable | None = None,
+    collapse_pp: float = COLLAPSE_PP, known: SensitivityTable | None = None,
 ) -> SensitivityTable:  # fmt: skip
     """Measure how much accuracy each group alone is worth.
 
-    Of a group's `ratios` only the few are measured that say where its curve leaves the tolerance: by
-    bisection, at most `MAX_POINTS`, each on all samples. Cost: about a tenth of evaluating the network
-    once per group and ratio; see docs/analysis.md.
+    Of a group's `ratios` two or three are measured, found by bisection, each on all samples; the curve
+    between them is interpolated. Cost: about a tenth of evaluating the network once per group and ratio;
+    see docs/analysis.md.
 
     Args:
         model: the network that `graph` was traced from; left as it was found.
@@ -200,7 +203,7 @@ def sensitivity(  # noqa: PLR0913 - one whole stage: each argument is a decision
         on_point: told of every point as it is measured.
         exact: measure every ratio, by the network's own arithmetic: the result is that of masking each group
             and evaluating the whole network, to the sample.
-        tolerance_pp: drop of top-1, in percentage points, that the bisection looks for.
+        collapse_pp: drop of top-1, in percentage points, beyond which a curve is not followed.
         known: points that this very network was measured at before, to go on from.
 
     Raises:
@@ -214,7 +217,7 @@ def sensitivity(  # noqa: PLR0913 - one whole stage: each argument is a decision
         loss=loss, score=score, exact=exact,
     )  # fmt: skip
     survey = _Survey(
-        graph=graph, ladders=_ladders(graph, ratios), tolerance_pp=None if exact else tolerance_pp,
+        graph=graph, ladders=_ladders(graph, ratios), collapse_pp=None if exact else collapse_pp,
         scores=score_units(model, graph, criterion, split=calibration, device=device, loss=loss),
         points={} if known is None else {(p.group, p.ratio): p for p in known.points},
     )  # fmt: skip
@@ -265,22 +268,30 @@ def _ladders(graph: ChannelGraph, ratios: Sequence[float]) -> dict[str, list[int
     return ladders
 
 
-def next_counts(counts: Sequence[int], drops: Mapping[int, float], tolerance_pp: float | None) -> list[int]:
-    """What to measure next of one group: the middle of where its curve may cross the tolerance.
+def next_counts(counts: Sequence[int], drops: Mapping[int, float], collapse_pp: float | None) -> list[int]:
+    """What to measure next of one group: the middle of the interval in which its curve says least.
 
     Args:
         counts: numbers of removed units, rising.
         drops: those measured, and their drop.
-        tolerance_pp: None measures all; so do three counts or fewer.
+        collapse_pp: a drop beyond it is no better known by measuring it. None measures all counts; so do
+            three of them or fewer.
     """
-    left = [n for n in counts if n not in drops]
-    if tolerance_pp is None or len(counts) <= MAX_POINTS:
-        return left
-    beyond = [i for i, n in enumerate(counts) if n in drops and not drops[n] <= tolerance_pp]
-    high = min(beyond, default=len(counts))
-    low = max((i for i, n in enumerate(counts[:high]) if n in drops), default=-1)
-    done = len(counts) - len(left)
-    return [] if high - low <= 1 or done >= MAX_POINTS else [counts[(low + high) // 2]]
+    if collapse_pp is None or len(counts) <= MAX_POINTS:
+        return [n for n in counts if n not in drops]
+    if not drops or len(drops) >= MAX_POINTS:
+        return [] if drops else [counts[int(FIRST * len(counts))]]
+    known = [i for i, n in enumerate(counts) if n in drops]
+    lost = [drops[counts[i]] if drops[counts[i]] <= collapse_pp else collapse_pp for i in known]
+    places, heights = [-1, *known, len(counts)], np.maximum.accumulate([0.0, *lost, collapse_pp])
+    gaps = [
+        ((heights[k + 1] - heights[k]) * (high - low) / (len(counts) + 1), low, high)
+        for k, (low, high) in enumerate(pairwise(places))
+        if high - low > 1 and (len(known) < MIN_POINTS or high < len(counts))
+    ]
+    area, low, high = max(gaps, default=(0.0, 0, 0))
+    worth = area > 0 if len(known) < MIN_POINTS else area >= WORTH
+    return [counts[(low + high) // 2]] if worth else []
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -289,7 +300,7 @@ class _Survey:
 
     graph: ChannelGraph
     ladders: dict[str, list[int]]
-    tolerance_pp: float | None
+    collapse_pp: float | None
     scores: Scores
     points: dict[tuple[str, float], SensitivityPoint]
 
@@ -300,7 +311,7 @@ class _Survey:
             counts, width = self.ladders[group.name], group.num_units
             found = {n: self.points.get((group.name, n / width)) for n in counts}
             drops = {n: p.drop_pp for n, p in found.items() if p is not None}
-            following = next_counts(counts, drops, self.tolerance_pp)
+            following = next_counts(counts, drops, self.collapse_pp)
             wave += [PlannedPoint(group=group.name, num_removed=n) for n in following]
         return wave
 

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import replace
 
 import numpy as np
@@ -158,15 +159,20 @@ def test_a_table_survives_as_text_and_as_a_frame(table: SensitivityTable) -> Non
             SensitivityTable.from_json(text)
 
 
-def test_bisection_looks_for_the_tolerance_and_stops_where_a_curve_has_collapsed() -> None:
-    counts, curve = list(range(1, 10)), {n: float(n * n) for n in range(1, 10)}
-    drops: dict[int, float] = {}
-    while following := next_counts(counts, drops, 6.0):
-        drops |= {n: curve[n] for n in following}
-    assert sorted(drops) == [2, 3, 5], "5 is beyond, 2 is within, 3 is beyond"
-    assert next_counts(counts, {}, None) == counts, "exact measures all"
-    assert next_counts([1, 2, 3], {2: 0.0}, 6.0) == [1, 3], "few are all measured"
-    assert next_counts(counts, {5: math.nan}, 6.0) == [2], "no number is as bad as any"
+def measured_counts(curve: Callable[[int], float]) -> list[int]:
+    counts, drops = list(range(1, 10)), dict[int, float]()
+    while following := next_counts(counts, drops, 20.0):
+        drops |= {n: curve(n) for n in following}
+    return sorted(drops)
+
+
+def test_bisection_measures_where_a_curve_says_least() -> None:
+    assert measured_counts(lambda n: 0.1 * n) == [4, 7], "flat: as far as two points reach"
+    assert measured_counts(lambda n: 20.0 * n) == [1, 2, 4], "collapsed: not beyond, but before"
+    assert measured_counts(lambda n: 0.0 if n < 6 else 90.0) == [4, 5, 7], "a cliff: close to it"
+    assert measured_counts(lambda n: math.nan) == [1, 2, 4], "no number is as bad as any"
+    assert next_counts([*range(9)], {}, None) == [*range(9)], "exact measures all"
+    assert next_counts([1, 2, 3], {2: 0.0}, 20.0) == [1, 3], "few are all measured"
 
 
 def test_exact_is_masking_and_evaluating_the_whole_network(net: TinyNet, graph: ChannelGraph) -> None:
