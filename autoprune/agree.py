@@ -71,11 +71,12 @@ def other_outputs(walk: Walk, pruned: Tape) -> str:
 
 def has_exchanged(original: nn.Module, dense: nn.Module) -> bool:
     """Whether a module's class is not the original's, and not only loosened."""
-    kinds = {name: type(module) for name, module in original.named_modules()}
-    return any(
-        type(module) is not kinds.get(name) and not isinstance(module, LooseModule)
-        for name, module in dense.named_modules()
-    )
+    kinds = {name: _own_class(module) for name, module in original.named_modules()}
+    return any(_own_class(module) is not kinds.get(name) for name, module in dense.named_modules())
+
+
+def _own_class(module: nn.Module) -> type:
+    return type(module).__bases__[1] if isinstance(module, LooseModule) else type(module)
 
 
 def _staying(walk: Walk, plan: PruningPlan, groups: Mapping[str, Group]) -> NDArray[np.bool_]:

@@ -200,13 +200,13 @@ def _mended(model: nn.Module, graph: ChannelGraph, plan: PruningPlan) -> nn.Modu
         modules[name].autoprune_grouped = policy
     for name, axes in graph.split_axes.items():
         modules[name].autoprune_axes = dict(axes)
-    for name in sorted(graph.loosened):
-        loosen(modules[name], *_pruned_lengths(graph, name, counts))
     for name in sorted(graph.rescaled.keys() & changed):
         rescale(modules[name], graph.rescaled[name])
     for name in changed:
         _mend(modules[name.removesuffix(".parametrizations.weight")])
     mend_attention(model, changed)
+    for name in sorted(graph.loosened):
+        loosen(modules[name], *_pruned_lengths(graph, name, counts))
     return mend_paddings(model, graph, plan)
 
 
