@@ -186,7 +186,8 @@ def write(folder: Path, rows: list[Row], cases: str) -> None:
     )
     text = (
         f"# Sensitivity against the plain loop\n\n{date}, {cpu}, one thread, torch {torch.__version__}, "
-        f"Python {platform.python_version()}. Other work ran on the machine, so CPU seconds are compared. Command: "
+        f"Python {platform.python_version()}. Other work ran on the machine, so CPU seconds are compared. "
+        "Command: "
         f"`python benchmarks/bench_sensitivity.py --cases {cases}`; its first lines say what columns mean. "
         '"Ours recalibrated": with batch-norm recalibration before every point, as a run does it, still '
         "against the plain loop without.\n\n"
