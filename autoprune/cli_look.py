@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import sys
+from collections.abc import Sequence
 from dataclasses import asdict, replace
 from itertools import count
 from pathlib import Path
@@ -37,6 +38,7 @@ from autoprune.terminal import listener
 if TYPE_CHECKING:
     from autoprune.config import Study
     from autoprune.graph import ChannelGraph
+    from autoprune.outlook import Prospect
     from autoprune.sensitivity import SensitivityTable
 
 
@@ -122,10 +124,17 @@ def analyze(
     device: Device = None,
     as_json: AsJson = False,
     quiet: Quiet = False,
+    exact: Annotated[
+        bool, typer.Option("--exact", help="Measure every ratio with the network's own arithmetic.")
+    ] = False,
+    out: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="Where analysis.json and pictures go.")
+    ] = None,
 ) -> None:
-    """Measure how much accuracy each group of channels is worth, alone and before any fine-tuning.
+    """Say how far a network can be pruned, and which groups of channels are fragile or free.
 
-    A study that trains its own baseline trains it first.
+    All before any fine-tuning. A study that trains its own baseline trains it first. The table, the outlook
+    and two pictures are written to a folder, NAME-analysis by default.
     """
     with listener(quiet=quiet) as on_event:
         chosen = narrowed(choose_study(study, model, weights, data), exclude, only)
@@ -134,17 +143,38 @@ def analyze(
             usual,
             ratios=tuple(ratio) if ratio else usual.ratios,
             share=usual.share if share is None else share,
+            exact=exact or usual.exact,
         )
         chosen = replace(chosen, analysis=asked, device=device or chosen.device)
-        table = _measure(chosen, on_event)
+        table, found = _measure(chosen, on_event)
+    folder = out or Path(f"{chosen.name}-analysis")
+    document = _analysis_document(table, found)
+    _write_analysis(folder, document, table, found)
     if as_json:
-        sys.stdout.write(table.to_json() + "\n")
+        sys.stdout.write(document + "\n")
     else:
-        Console(highlight=False).print(sensitivity_text(table))
+        Console(highlight=False).print(sensitivity_text(table, found))
+        Console(highlight=False).print(f"\nanalysis.json, sensitivity.png and outlook.png are in {folder}")
 
 
-def _measure(study: Study, on_event: OnEvent) -> SensitivityTable:
+def _analysis_document(table: SensitivityTable, found: Sequence[Prospect]) -> str:
+    """The sensitivity table's own text form, with the outlook."""
+    return json.dumps(json.loads(table.to_json()) | {"outlook": [asdict(p) for p in found]}, indent=1)
+
+
+def _write_analysis(folder: Path, document: str, table: SensitivityTable, found: Sequence[Prospect]) -> None:
+    from autoprune import plots
+
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "analysis.json").write_text(document + "\n", encoding="utf-8")
+    with plots.style():
+        plots.save_png(plots.heat_map(table.points), folder / "sensitivity.png")
+        plots.save_png(plots.outlook(found, table.baseline.top1), folder / "outlook.png")
+
+
+def _measure(study: Study, on_event: OnEvent) -> tuple[SensitivityTable, tuple[Prospect, ...]]:
     from autoprune.evaluation import resolve_device
+    from autoprune.onestep import prospects
     from autoprune.preflight import understand
     from autoprune.sensitivity import most_points, sensitivity
     from autoprune.train import train_baseline_
@@ -161,7 +191,7 @@ def _measure(study: Study, on_event: OnEvent) -> SensitivityTable:
     planned = most_points(known.graph, study.analysis.ratios, exact=study.analysis.exact)
     on_event(StageStarted(stage="analysis", round=0, detail=f"{len(known.graph.groups)} groups"))
     measured = count(1)
-    return sensitivity(
+    table = sensitivity(
         known.model, known.graph, known.data.search, ratios=study.analysis.ratios, share=study.analysis.share,
         exact=study.analysis.exact, calibration=known.data.train, device=device,
         loss=study.loss, score=study.evaluate,
@@ -169,3 +199,9 @@ def _measure(study: Study, on_event: OnEvent) -> SensitivityTable:
             StageProgress(stage="analysis", round=0, done=next(measured), total=planned, detail=p.group)
         ),
     )  # fmt: skip
+    on_event(StageStarted(stage="analysis", round=0, detail="how far it can go"))
+    found = prospects(
+        known.model, known.graph, known.data.search, table, calibration=known.data.train,
+        num_classes=known.data.num_classes, device=device, loss=study.loss, score=study.evaluate,
+    )  # fmt: skip
+    return table, found

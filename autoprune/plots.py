@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import io
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import NullLocator, StrMethodFormatter
 
-from autoprune.record import RoundRecord, RunRecord, TrialRecord
+from autoprune.outlook import COLUMNS, Cell, Probed, Prospect, cells
+from autoprune.record import RunRecord, TrialRecord
 from autoprune.wording import percent, signed
 
 # Name of the CSS variable -> its colour on white. All differ, since the SVG is searched for them.
@@ -185,33 +186,58 @@ def widths(record: RunRecord) -> Figure | None:
 def sensitivity(record: RunRecord) -> Figure | None:
     """Accuracy lost when one group alone is pruned, as the first round saw it."""
     first = next((r for r in record.rounds if r.sensitivity), None)
-    return None if first is None else _heat_map(first)
+    return None if first is None else heat_map(first.sensitivity)
 
 
-def _heat_map(one: RoundRecord) -> Figure:
-    groups = list(dict.fromkeys(c.group for c in one.sensitivity))
-    ratios = sorted({c.ratio for c in one.sensitivity})
-    lost = {(c.group, c.ratio): c for c in one.sensitivity}
-    worst = max(1.0, *(c.drop_pp for c in one.sensitivity))
-    figure = Figure(figsize=(WIDTH_IN, 0.6 + 0.21 * min(len(groups), MAX_LABELLED)))
+def heat_map(points: Sequence[Probed]) -> Figure:
+    """Groups by ratio; what was not measured but read off a curve has a smaller, paler number."""
+    rows = cells(points)
+    used = [c for c in range(len(COLUMNS)) if any(row[c] is not None for row in rows.values())]
+    worst = max(1.0, *(p.drop_pp for p in points))
+    figure = Figure(figsize=(WIDTH_IN, 0.6 + 0.21 * min(len(rows), MAX_LABELLED)))
     axes = figure.add_subplot()
-    axes.set_xlim(-0.5, len(ratios) - 0.5)
-    axes.set_ylim(len(groups) - 0.5, -0.5)
-    for row, group in enumerate(groups):
-        for column, ratio in enumerate(ratios):
-            cell = lost.get((group, ratio))
-            if cell is None:
-                continue
-            strength = min(1.0, max(0.0, cell.drop_pp) / worst) ** 0.5  # the root keeps small losses visible
-            axes.barh(row, 0.97, left=column - 0.485, height=0.9, color=COLOURS["bad"], alpha=0.85 * strength)
-            if len(groups) <= MAX_LABELLED:
-                axes.annotate(signed(-cell.drop_pp), (column, row), ha="center", va="center", fontsize=8,
-                              color=COLOURS["ink"])  # fmt: skip
+    axes.set_xlim(-0.5, len(used) - 0.5)
+    axes.set_ylim(len(rows) - 0.5, -0.5)
+    for line, row in enumerate(rows.values()):
+        for place, cell in ((place, row[c]) for place, c in enumerate(used)):
+            if cell is not None:
+                _heat_cell(axes, (place, line), cell, worst, labelled=len(rows) <= MAX_LABELLED)
     axes.grid(visible=False)
     axes.spines[:].set_visible(False)
     axes.xaxis.tick_top()
-    axes.set_xticks(range(len(ratios)), [f"{percent(r, 0)} removed" for r in ratios])
-    axes.set_yticks(range(len(groups)), groups) if len(groups) <= MAX_LABELLED else axes.set_yticks([])
+    axes.set_xticks(range(len(used)), [percent(COLUMNS[c], 0) for c in used])
+    axes.set_title("removed of the group", loc="left", color=COLOURS["muted"])
+    axes.set_yticks(range(len(rows)), list(rows)) if len(rows) <= MAX_LABELLED else axes.set_yticks([])
+    return figure
+
+
+def _heat_cell(axes: Axes, place: tuple[int, int], cell: Cell, worst: float, *, labelled: bool) -> None:
+    strength = min(1.0, max(0.0, cell.drop_pp) / worst) ** 0.5  # the root keeps small losses visible
+    axes.barh(place[1], 0.97, left=place[0] - 0.485, height=0.9, color=COLOURS["bad"], alpha=0.85 * strength)
+    if labelled:
+        look: Any = {"fontsize": 8, "color": COLOURS["ink"]} if cell.is_measured else {
+            "fontsize": 7, "color": COLOURS["muted"]}  # fmt: skip
+        axes.annotate(signed(-cell.drop_pp), place, ha="center", va="center", **look)
+
+
+def outlook(found: Sequence[Prospect], intact: float) -> Figure:
+    """Top-1 over the multiply-adds left, pruned in one step, without fine-tuning."""
+    with style():
+        figure = Figure(figsize=(WIDTH_IN, 3.0))
+        axes = figure.add_subplot()
+        colours = {"safe": COLOURS["good"], "marginal": COLOURS["accent"], "hopeless": COLOURS["bad"]}
+        axes.plot([1.0, *(p.macs_share for p in found)], [100 * intact, *(100 * p.top1 for p in found)],
+                  color=COLOURS["muted"], linewidth=1.2)  # fmt: skip
+        for region, colour in colours.items():
+            mine = [p for p in found if p.region == region]
+            if mine:
+                axes.plot([p.macs_share for p in mine], [100 * p.top1 for p in mine], "o", color=colour,
+                          label=region)  # fmt: skip
+        axes.invert_xaxis()
+        axes.xaxis.set_major_formatter(lambda value, _: percent(value, 0))
+        axes.set_xlabel("MACs left")
+        axes.set_ylabel("top-1, %")
+        axes.legend(frameon=False)
     return figure
 
 

@@ -183,6 +183,10 @@ class _Compiled:
             self.suffixes[key] = suffix(self.program, key)
         return self.suffixes[key]
 
+    def needed(self, part: Suffix) -> set[int]:
+        """What `outputs` takes from a run of the whole program."""
+        return {*part.cut, *(v for i, v in enumerate(self.program.outputs) if i not in part.outputs)}
+
     def outputs(self, part: Suffix, bound: Values, kept: Values) -> list[Tensor]:
         """All outputs with some weights changed."""
         new = self.replay.rerun(part, bound, kept)
@@ -264,10 +268,17 @@ class ReplayProbe:
     def _measure(self, plans: list[dict[str, Tensor]], weights: dict[str, Tensor]) -> list[Measured]:
         changes = self._recalibrated(plans, weights)
         tallies, intact, bound = [_Tally() for _ in plans], _Tally(), dict[tuple[int, int], Values]()
-        for inputs, targets in self.bench.split.batches(self.batch, device=self.bench.device):
+        replays: dict[int, Replay] = {}
+        for number, (inputs, targets) in enumerate(
+            self.bench.split.batches(self.batch, device=self.bench.device)
+        ):
             compiled = self._for(len(inputs), weights)
-            kept = compiled.replay.run(inputs)
-            whole = [kept[v] for v in compiled.program.outputs]
+            is_whole = number == 0 or self._baseline is None
+            if not is_whole and len(inputs) not in replays:
+                needed = (compiled.needed(compiled.suffix(c)) for c in changes)
+                replays[len(inputs)] = compiled.replay.narrowed(frozenset[int]().union(*needed))
+            kept = (compiled.replay if is_whole else replays[len(inputs)]).run(inputs)
+            whole = [kept[v] for v in compiled.program.outputs] if is_whole else []
             if self._baseline is None:
                 intact.add(self._output(whole), targets, self.loss)
             for index, changed in enumerate(changes):
@@ -275,9 +286,9 @@ class ReplayProbe:
                 if key not in bound:
                     bound[key] = compiled.replay.bind(part, changed)
                 outputs = compiled.outputs(part, bound[key], kept)
-                tally = tallies[index]
-                tally.changed = tally.changed or differs(in_a_row(outputs), in_a_row(whole))
-                tally.add(self._output(outputs), targets, self.loss)
+                if number == 0:
+                    tallies[index].changed = differs(in_a_row(outputs), in_a_row(whole))
+                tallies[index].add(self._output(outputs), targets, self.loss)
         self._baseline = self._baseline or intact.evaluation
         return [Measured(evaluation=t.evaluation, changed=t.changed) for t in tallies]
 

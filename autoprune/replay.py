@@ -12,6 +12,7 @@ through another cannot be replayed; `program` says why.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from copy import copy
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -193,6 +194,12 @@ class Replay:
                 one.run(self.constants)
         moving = [s for s in program.steps if any(v in varying for v in s.reads)]
         self.steps = _with_frees(moving, {*keep, *program.outputs, *self.constants})
+
+    def narrowed(self, values: Iterable[int]) -> Replay:
+        """The same with fewer steps: those that these values need."""
+        less, wanted = copy(self), set(values)
+        less.steps = _with_frees(_needed(tuple(s for s, _ in self.steps), wanted), {*wanted, *self.constants})
+        return less
 
     def run(self, *inputs: Tensor) -> Values:
         """Every output and every value that is to be kept."""

@@ -42,7 +42,7 @@ RECALIBRATE_BATCHES, RECALIBRATE_BATCH = 4, 128  # measured: 10 choose no better
 TENTHS = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
 FIRST = 0.4  # where a curve is measured first, as a share of its ratios
 MIN_POINTS, MAX_POINTS = 2, 3  # per group; measured: nine choose no better (docs/analysis.md)
-WORTH = 3.0  # rise of the drop in pp times the ratio that lies between, for a third point
+WORTH = 4.0  # rise of the drop in pp times the ratio that lies between, for a third point
 COLLAPSE_PP = 20.0
 # Slope beyond the last ratio measured over the slope to there: networks break, they do not bend. Measured on
 # ResNet-20/CIFAR-10 at half the MACs without fine-tuning: loss 1.47 with 1; 1.40 with 2, 4 and 8.

@@ -13,6 +13,7 @@ from autoprune.wording import Row, answer, count, duration, percent, signed
 
 if TYPE_CHECKING:
     from autoprune.doctor import Finding
+    from autoprune.outlook import Cell, Prospect
     from autoprune.preflight import RunPlan
     from autoprune.record import RunRecord, TrialRecord
     from autoprune.sensitivity import SensitivityTable
@@ -95,15 +96,43 @@ def findings_text(findings: Sequence[Finding]) -> RenderableType:
     return grid
 
 
-def sensitivity_text(table: SensitivityTable) -> RenderableType:
-    """Change of top-1 in percentage points when one group alone loses a share of its channels."""
-    ratios = sorted({p.ratio for p in table.points})
-    shown = _table("group", *(f"{percent(r, 0)} removed" for r in ratios), "± 95 %")
-    for name in dict.fromkeys(p.group for p in table.points):
-        points = {p.ratio: p for p in table.points if p.group == name}
-        cells = [signed(-points[r].drop_pp) if r in points else "" for r in ratios]
-        widest = max((p.high_pp - p.low_pp) / 2 for p in points.values())
-        shown.add_row(name, *cells, f"{widest:.1f}")
-    base = table.baseline
+def sensitivity_text(table: SensitivityTable, found: Sequence[Prospect] = ()) -> RenderableType:
+    """How far the network can go; then the change of top-1 when one group alone loses some channels."""
+    from autoprune.outlook import COLUMNS, answer, cells, verdicts
+
+    rows, base = cells(table.points), table.baseline
+    used = [c for c in range(len(COLUMNS)) if any(row[c] is not None for row in rows.values())]
+    shown = _table("removed", *(percent(COLUMNS[c], 0) for c in used))
+    for name, row in rows.items():
+        shown.add_row(name, *(_drop(row[c]) for c in used))
+    dead = {p.group for p in table.points if not p.changed}
     head = f"top-1 {percent(base.top1, 2)} on n = {base.num_samples:,}; changes in percentage points, untuned"
-    return Group(Text(head, "bold"), Text(), shown)
+    widest = max(((p.high_pp - p.low_pp) / 2 for p in table.points), default=0.0)
+    took = f"{len(table.points)} points measured in {duration(table.seconds)}"
+    how = f"{took}, 95 % intervals up to ± {widest:.1f}"
+    notes = [how, *([f"whole evaluations, because {table.reason}"] if table.reason else [])]
+    free, fragile = verdicts(table.points)
+    said = [
+        Text(f"{word}: {', '.join(names)}") for word, names in (("free", free), ("fragile", fragile)) if names
+    ]
+    silent = [Text(f"changed nothing when pruned: {', '.join(sorted(dead))}", BAD)] if dead else []
+    front: list[RenderableType] = [Text(answer(found), "bold"), Text(), _prospects(found), Text()]
+    front = front if found else []
+    return Group(*front, Text(head), Text("; ".join(notes), MUTED), Text(), shown, Text(), *said, *silent)
+
+
+def _drop(cell: Cell | None) -> Text:
+    """A measured drop stands out against one that was read off the curve."""
+    if cell is None:
+        return Text("")
+    return Text(signed(-cell.drop_pp), "" if cell.is_measured else MUTED)
+
+
+def _prospects(found: Sequence[Prospect]) -> Table:
+    shown = _table("MACs left", "top-1", "95 % interval", "")
+    colours = {"safe": GOOD, "marginal": BAD, "hopeless": "red"}
+    for one in found:
+        interval = f"{percent(one.low)} to {percent(one.high)}"
+        region = Text(one.region, colours[one.region])
+        shown.add_row(percent(one.macs_share, 0), percent(one.top1), interval, region)
+    return shown

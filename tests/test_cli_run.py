@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 
 from autoprune.cli import main
+from autoprune.sensitivity import SensitivityTable
 
 STUDY = "from tests.tiny import tiny_study\n\nstudy = tiny_study()\n"
 ROOT = Path(__file__).resolve().parents[1]
@@ -91,8 +92,17 @@ def test_a_dry_run_tells_people_the_plan(finished: Finished, capfd: pytest.Captu
 
 
 def test_analyze_trains_and_measures(finished: Finished, capfd: pytest.CaptureFixture[str]) -> None:
-    assert main(["analyze", str(finished.study), "--ratio", "0.5", "--quiet", "--device", "cpu"]) == 0
-    assert "50 % removed" in capfd.readouterr().out
+    folder = finished.study.parent / "looked"
+    assert main(["analyze", str(finished.study), "--out", str(folder), "--quiet", "--device", "cpu"]) == 0
+    told = capfd.readouterr().out
+    assert "In one step this network is" in told or "Even a little pruning" in told
+    assert "points measured in" in told
+    document = json.loads((folder / "analysis.json").read_text())
+    assert document["points"]
+    assert document["outlook"]
+    assert SensitivityTable.from_json(json.dumps(document)).points
+    for name in ("sensitivity.png", "outlook.png"):
+        assert (folder / name).read_bytes().startswith(b"\x89PNG")
     assert main(["analyze", str(finished.study), "--share", "0.3", "--quiet"]) == 2
     assert "half" in capfd.readouterr().err
 
