@@ -30,7 +30,7 @@ from pathlib import Path
 from typing import Any
 
 import coverage_models
-from coverage_table import OURS, PEER, Row, page, read_rows, write_rows
+from coverage_table import OURS, PEER, Row, Rows, page, read_rows, write_rows
 
 HERE = Path(__file__).resolve().parent
 WORKER = HERE / "coverage_worker.py"
@@ -73,7 +73,7 @@ def main() -> None:
     with ThreadPoolExecutor(args.jobs) as pool:
         for _ in pool.map(run, [] if args.page else jobs):
             pass
-    out.with_name(out.name + ".md").write_text(page(rows, _environment(args)), encoding="utf-8")
+    out.with_name(out.name + ".md").write_text(page(rows, _environment(args, rows)), encoding="utf-8")
     print(f"{csv_path} and {out.name}.md: {len(rows)} rows")
 
 
@@ -189,16 +189,17 @@ def _line(row: Row) -> str:
     return f"{row.tool:14} {row.model:45} {row.outcome:11} {told}"
 
 
-def _environment(args: argparse.Namespace) -> list[str]:
+def _environment(args: argparse.Namespace, rows: Rows) -> list[str]:
     packages = ["torch", "torchvision", "timm", "torch-pruning"]
     command = " ".join(
         ["python benchmarks/bench_coverage.py", *args.models, *(["--no-peer"] if args.no_peer else [])]
     )
+    commits = ", ".join(sorted({r.commit for r in rows.values()}))
     return [
         f"hardware: {_processor()}, {os.cpu_count()} cores, {_memory_gb():.0f} GB; "
         f"{os.environ.get('OMP_NUM_THREADS', '1')} thread, {args.jobs} process at a time",
         f"versions: Python {platform.python_version()}, " + ", ".join(f"{p} {_version(p)}" for p in packages),
-        f"autoprune at {_commit()}; limits {args.limit_s:.0f} s wall and {args.limit_gb:.0f} GB a process",
+        f"autoprune at {commits}; limits {args.limit_s:.0f} s wall and {args.limit_gb:.0f} GB a process",
         f"command: `{command}`, {date.today().isoformat()}, weights and units removed from seed 0",
     ]
 
