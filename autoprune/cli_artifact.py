@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from autoprune.cli_run import read_secret
+from autoprune.cli_run import read_secret, refuse_secrets
 from autoprune.errors import ArtifactError, UsageError, VerificationError
 
 if TYPE_CHECKING:
@@ -97,14 +97,10 @@ class Opener:
 
 def _opener(file: Path, identity: list[str] | None, ask: bool, descriptor: int | None) -> Opener:
     from autoprune.crypto import is_encrypted, open_file, read_header
-    from autoprune.keys import SECRET
 
     if sum((bool(identity), ask, descriptor is not None)) > 1:
         raise UsageError("a file is opened by keys or by a passphrase, not both", "give one of the two")
-    if any(text.strip().upper().startswith(SECRET) for text in identity or ()):
-        raise UsageError(
-            "a secret key stands on the command line", "put it into a file, and name that; then change it"
-        )
+    refuse_secrets(identity or ())
     if descriptor is not None:
         return Opener(identity=None, passphrase=read_secret(descriptor))
     if not ask and not identity and sys.stdin.isatty():

@@ -7,6 +7,7 @@ import os
 import shlex
 import sys
 import webbrowser
+from collections.abc import Iterable
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -120,6 +121,15 @@ def run(
         metavar="N", rich_help_panel=KEYS, help="Read the passphrase from file descriptor N.")] = None,
     plain: Annotated[bool, typer.Option(
         "--plain", metavar="", rich_help_panel=KEYS, help="Do not encrypt.")] = False,
+    sign: Annotated[Path | None, typer.Option(
+        metavar="FILE", rich_help_panel=KEYS,
+        help="Sign the result with this Ed25519 secret key (OpenSSH or PEM).")] = None,
+    encrypt_run: Annotated[list[str] | None, typer.Option(
+        metavar="KEY|FILE", rich_help_panel=KEYS, show_default=False,
+        help="Keep the run's checkpoints encrypted to this age public key, too; repeatable.")] = None,
+    run_identity: Annotated[list[str] | None, typer.Option(
+        metavar="FILE", rich_help_panel=KEYS, show_default=False,
+        help="The secret key that opens them for the run (default: your own); repeatable.")] = None,
     as_json: AsJson = False,
     quiet: Quiet = False,
 ) -> int:  # fmt: skip
@@ -129,7 +139,12 @@ def run(
     accuracy floor or the budget says stop. Exit code 3: the target was out of reach, and the deepest
     model inside the floor is delivered.
     """
-    lock = _lock(tuple(recipient or ()), passphrase, passphrase_fd, plain=plain)
+    refuse_secrets([*(recipient or ()), *(encrypt_run or ()), *(run_identity or ())])
+    lock = replace(
+        _lock(tuple(recipient or ()), passphrase, passphrase_fd, plain=plain),
+        signing_key=None if sign is None else str(sign),
+        run_recipients=tuple(encrypt_run or ()), run_identities=tuple(run_identity or ()),
+    )  # fmt: skip
     given = {"target": target, "max_drop": max_drop, "budget": budget, "seed": seed, "device": device}
     words = list(context.obj or ())
     with listener(quiet=quiet or dry_run) as on_event:
@@ -185,6 +200,20 @@ def _lock(recipients: tuple[str, ...], ask: bool, descriptor: int | None, *, pla
     return Lock(recipients=recipients, passphrase=secret, plain=plain)
 
 
+def refuse_secrets(given: Iterable[str]) -> None:
+    """A secret key on the command line is in the shell's history and in everyone's list of processes.
+
+    Raises:
+        UsageError: there is one.
+    """
+    from autoprune.keys import SECRET
+
+    if any(text.strip().upper().startswith(SECRET) for text in given):
+        raise UsageError(
+            "a secret key stands on the command line", "put it into a file, and name that; then change it"
+        )
+
+
 def read_secret(descriptor: int) -> str:
     """A passphrase from a file descriptor, without the line's end.
 
@@ -206,7 +235,9 @@ def read_secret(descriptor: int) -> str:
 
 def _show_plan(study: Study, folder: Path, lock: Lock, *, resume: bool, as_json: bool) -> int:
     from autoprune.preflight import make_plan, prepare
+    from autoprune.sealing import run_seal
 
+    run_seal(lock)
     plan = make_plan(prepare(study, out=folder, resume=resume, lock=lock))
     if as_json:
         sys.stdout.write(json.dumps(asdict(plan), indent=1) + "\n")

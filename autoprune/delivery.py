@@ -280,12 +280,13 @@ def architecture(study: Study, model: nn.Module) -> Architecture:
     )
 
 
-def _protection(lock: Lock) -> Protection | None:
+def _protection(lock: Lock) -> Protection:
+    sign = lock.signing_key
     if lock.plain:
-        return None
+        return Protection(signing_key=sign)
     if lock.passphrase is not None:
-        return Protection(passphrase=lock.passphrase)
-    return Protection(recipients=lock.recipients or (default_recipient(),))
+        return Protection(passphrase=lock.passphrase, signing_key=sign)
+    return Protection(recipients=lock.recipients or (default_recipient(),), signing_key=sign)
 
 
 def _tell_epoch(work: Work, epoch: EpochRecord, epochs: float) -> None:

@@ -35,10 +35,11 @@ from autoprune.history import (
 from autoprune.latency import with_latency
 from autoprune.preflight import Setup, fitting_threads, prepare, traced
 from autoprune.record import RunResult, SensitivityCell
+from autoprune.sealing import run_seal
 from autoprune.search import Point, RoundJob, first_points, next_points, search_round
 from autoprune.sensitivity import SensitivityTable, most_points, sensitivity
 from autoprune.splits import derive_seed
-from autoprune.store import RunStore, put, quiet_optuna, scored
+from autoprune.store import RunStore, Seal, put, quiet_optuna, scored
 from autoprune.trial import Ground, probe_speed
 
 WORTHWHILE = 0.5  # of this round's epochs: with less for one trial, no further round is begun; a guess
@@ -69,8 +70,9 @@ def run(
         RunError: the run cannot go on; what was finished is kept.
     """
     folder = Path(out) if out is not None else Path("runs") / study.name
+    seal = run_seal(lock)
     setup = prepare(study, out=folder, resume=resume, lock=lock)
-    with quiet_optuna(), fitting_threads(setup), _opened(folder, study.name, resume=resume) as store:
+    with quiet_optuna(), fitting_threads(setup), _opened(folder, study.name, seal, resume=resume) as store:
         on_event(_run_started(setup, folder, resume=resume))
         work = begin(setup, store, on_event, command)
         state = replay(work.goal, study.control, outcomes(store))
@@ -165,11 +167,11 @@ def judge(work: Work, job: RoundJob, attempt: optuna.Study) -> Decision:
 
 
 @contextmanager
-def _opened(folder: Path, name: str, *, resume: bool) -> Iterator[RunStore]:
+def _opened(folder: Path, name: str, seal: Seal | None, *, resume: bool) -> Iterator[RunStore]:
     """The run's store; a run that ends before its original was measured leaves nothing behind."""
     is_new = not folder.exists()
     folder.mkdir(parents=True, exist_ok=True)
-    store = RunStore(folder, name, create=not resume)
+    store = RunStore(folder, name, create=not resume, seal=seal)
     try:
         yield store
     finally:

@@ -33,6 +33,7 @@ from autoprune.export import export_model
 from autoprune.graph import ChannelGraph
 from autoprune.latency import with_latency
 from autoprune.metrics import Evaluation, wilson_interval
+from autoprune.signing import sign_manifest
 from autoprune.store import DATABASE
 from autoprune.timings import device_name
 from autoprune.tracing import trace
@@ -148,6 +149,8 @@ def prepare(
         check_folder(out, resume=resume)
     if lock is not None and not lock.plain and (lock.recipients or lock.passphrase is not None):
         check_lock(lock.recipients, lock.passphrase)
+    if lock is not None and lock.signing_key is not None:
+        sign_manifest(b"", lock.signing_key)
     device = resolve_device(study.device)
     known = understand(study)
     model, data, graph = known.model, known.data, known.graph

@@ -15,7 +15,7 @@ import hashlib
 import io
 import json
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, is_dataclass
 from pathlib import Path
@@ -41,6 +41,7 @@ BUSY_TIMEOUT_S = 60
 FINAL = "final"
 BASELINE = "/round-00"
 PLAN_KEY = "autoprune_plan"
+SUFFIX, SEALED = ".safetensors", ".age"
 
 
 @contextmanager
@@ -65,12 +66,21 @@ class Checkpoint:
         """Whether a model has exactly these weights."""
         state = model.state_dict()
         return state.keys() == self.weights.keys() and all(
-            torch.equal(state[name].cpu(), weight) for name, weight in self.weights.items()
+            torch.equal(state[name].cpu(), weight)
+            for name, weight in self.weights.items()
         )
 
     def load_into_(self, model: nn.Module) -> None:
         """Give the weights to a model of the same shapes."""
         model.load_state_dict(dict(self.weights))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Seal:
+    """How checkpoints are protected at rest; `open` undoes `close`, or raises an `AutopruneError`."""
+
+    close: Callable[[bytes], bytes]
+    open: Callable[[bytes], bytes]
 
 
 class RunStore:
@@ -80,19 +90,26 @@ class RunStore:
         folder: of the run.
         name: of the run, the prefix of its studies.
         create: make the database; otherwise it has to exist.
+        seal: what new checkpoints are encrypted with, and sealed ones opened; None keeps them as they are.
 
     Raises:
         UsageError: there is no database in the folder, or it holds a run of another name.
     """
 
-    def __init__(self, folder: Path, name: str, *, create: bool = False) -> None:
-        self.folder, self.name = folder, name
+    def __init__(
+        self, folder: Path, name: str, *, create: bool = False, seal: Seal | None = None
+    ) -> None:
+        self.folder, self.name, self.seal = folder, name, seal
         if not create and not (folder / DATABASE).is_file():
-            raise UsageError(f"there is no run in {folder}", "start it without --resume")
+            raise UsageError(
+                f"there is no run in {folder}", "start it without --resume"
+            )
         (folder / ARTIFACTS).mkdir(parents=True, exist_ok=True)
         self.storage = _open_sqlite(folder / DATABASE)
         self.artifacts = FileSystemArtifactStore(folder / ARTIFACTS)
-        others = {n.split("/")[0] for n in optuna.get_all_study_names(self.storage)} - {name}
+        others = {n.split("/")[0] for n in optuna.get_all_study_names(self.storage)} - {
+            name
+        }
         if others:
             self.close()
             raise UsageError(
@@ -114,14 +131,20 @@ class RunStore:
     def study(self, number: int | str) -> optuna.Study | None:
         """The study of a round attempt (0 is the baseline) or `FINAL`; None where there is none yet."""
         try:
-            return optuna.load_study(study_name=self._study_name(number), storage=self.storage)
+            return optuna.load_study(
+                study_name=self._study_name(number), storage=self.storage
+            )
         except KeyError:
             return None
 
-    def create_study(self, number: int | str, attributes: Mapping[str, Any]) -> optuna.Study:
+    def create_study(
+        self, number: int | str, attributes: Mapping[str, Any]
+    ) -> optuna.Study:
         """A new study that knows these attributes."""
         study = optuna.create_study(
-            study_name=self._study_name(number), storage=self.storage, direction="maximize"
+            study_name=self._study_name(number),
+            storage=self.storage,
+            direction="maximize",
         )
         put(study, **attributes)
         return study
@@ -133,15 +156,22 @@ class RunStore:
     def rounds(self) -> Iterator[optuna.Study]:
         """The studies of the round attempts so far, in order; one whose making was interrupted is none."""
         number = 1
-        while (study := self.study(number)) is not None and "planned" in study.user_attrs:
+        while (
+            study := self.study(number)
+        ) is not None and "planned" in study.user_attrs:
             yield study
             number += 1
 
     def save(self, model: nn.Module, plan: PruningPlan) -> str:
         """Keep a model; gives the artifact's id, which pins its content."""
-        weights = {name: t.detach().cpu().clone().contiguous() for name, t in model.state_dict().items()}
+        weights = {
+            name: t.detach().cpu().clone().contiguous()
+            for name, t in model.state_dict().items()
+        }
         content = save_safetensors(weights, metadata={PLAN_KEY: plan.to_json()})
-        artifact_id = f"{hashlib.sha256(content).hexdigest()}.safetensors"
+        artifact_id = f"{hashlib.sha256(content).hexdigest()}{SUFFIX}"
+        if self.seal is not None:
+            artifact_id, content = artifact_id + SEALED, self.seal.close(content)
         if not self._holds(artifact_id):
             self.artifacts.write(artifact_id, io.BytesIO(content))
         return artifact_id
@@ -151,24 +181,46 @@ class RunStore:
 
         Raises:
             ArtifactError: it is missing, or its content is not what was saved.
+            UsageError: it is encrypted, and there is nothing to open it with.
         """
         hint = "the run cannot continue from it; start the run again in a new folder"
         try:
             with self.artifacts.open_reader(artifact_id) as file:
                 content = file.read()
         except ArtifactNotFound:
-            raise ArtifactError(f"checkpoint {artifact_id} is missing in {self.folder}", hint) from None
-        if hashlib.sha256(content).hexdigest() != artifact_id.removesuffix(".safetensors"):
-            raise ArtifactError(f"checkpoint {artifact_id} in {self.folder} is damaged", hint)
+            raise ArtifactError(
+                f"checkpoint {artifact_id} is missing in {self.folder}", hint
+            ) from None
+        content = self._opened(artifact_id, content)
+        if hashlib.sha256(content).hexdigest() != artifact_id.removesuffix(
+            SEALED
+        ).removesuffix(SUFFIX):
+            raise ArtifactError(
+                f"checkpoint {artifact_id} in {self.folder} is damaged", hint
+            )
         try:
-            return Checkpoint(weights=load_safetensors(content), plan=_plan_in_header(content))
+            return Checkpoint(
+                weights=load_safetensors(content), plan=_plan_in_header(content)
+            )
         except (SafetensorError, KeyError, ValueError) as error:
-            raise ArtifactError(f"checkpoint {artifact_id} is not one of autoprune's", hint) from error
+            raise ArtifactError(
+                f"checkpoint {artifact_id} is not one of autoprune's", hint
+            ) from error
 
     def forget(self, artifact_id: str) -> None:
         """Remove a checkpoint that no round will start from."""
         if self._holds(artifact_id):
             self.artifacts.remove(artifact_id)
+
+    def _opened(self, artifact_id: str, content: bytes) -> bytes:
+        if not artifact_id.endswith(SEALED):
+            return content
+        if self.seal is None:
+            raise UsageError(
+                f"the checkpoints of the run in {self.folder} are encrypted",
+                "go on with the --encrypt-run (and --run-identity) that it was started with",
+            )
+        return self.seal.open(content)
 
     def _holds(self, artifact_id: str) -> bool:
         try:
@@ -178,7 +230,11 @@ class RunStore:
         return True
 
     def _study_name(self, number: int | str) -> str:
-        return f"{self.name}/{number}" if isinstance(number, str) else f"{self.name}/round-{number:02d}"
+        return (
+            f"{self.name}/{number}"
+            if isinstance(number, str)
+            else f"{self.name}/round-{number:02d}"
+        )
 
 
 def name_in(folder: Path) -> str:
@@ -189,7 +245,8 @@ def name_in(folder: Path) -> str:
     """
     if not (folder / DATABASE).is_file():
         raise UsageError(
-            f"there is no run in {folder}", "give the folder that autoprune run wrote: runs/NAME"
+            f"there is no run in {folder}",
+            "give the folder that autoprune run wrote: runs/NAME",
         )
     storage = _open_sqlite(folder / DATABASE)
     try:
@@ -200,7 +257,8 @@ def name_in(folder: Path) -> str:
     started = [n.removesuffix(BASELINE) for n in names if n.endswith(BASELINE)]
     if not started:
         raise UsageError(
-            f"the run in {folder} has not measured its baseline yet", "wait for it, or start it again"
+            f"the run in {folder} has not measured its baseline yet",
+            "wait for it, or start it again",
         )
     return started[0]
 
@@ -228,7 +286,8 @@ def fail_left_running_(study: optuna.Study) -> list[FrozenTrial]:
 
 def _open_sqlite(path: Path) -> optuna.storages.RDBStorage:
     storage = optuna.storages.RDBStorage(
-        f"sqlite:///{path.resolve()}", engine_kwargs={"connect_args": {"timeout": BUSY_TIMEOUT_S}}
+        f"sqlite:///{path.resolve()}",
+        engine_kwargs={"connect_args": {"timeout": BUSY_TIMEOUT_S}},
     )
     event.listen(storage.engine, "connect", _write_ahead)
     event.listen(storage.engine, "begin", _begin_immediate)
@@ -237,7 +296,9 @@ def _open_sqlite(path: Path) -> optuna.storages.RDBStorage:
 
 
 def _write_ahead(connection: Any, record: object) -> None:
-    connection.isolation_level = None  # the driver must not begin transactions by itself
+    connection.isolation_level = (
+        None  # the driver must not begin transactions by itself
+    )
     connection.execute("PRAGMA journal_mode=WAL")
 
 

@@ -1,0 +1,92 @@
+"""What `--encrypt-run` costs: keeping a checkpoint and taking it up again, with and without it.
+
+    python benchmarks/bench_seal.py      # table to stdout, and to benchmarks/results/seal.md
+
+Medians of `--repeat` turns, the ways interleaved; each save is of other weights, since equal content is kept
+once.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import platform
+import statistics
+import tempfile
+import time
+from datetime import date
+from importlib.metadata import version
+from pathlib import Path
+
+import torch
+import torchvision
+
+from autoprune.config import Lock
+from autoprune.keys import keygen
+from autoprune.plan import PruningPlan
+from autoprune.sealing import run_seal
+from autoprune.store import RunStore, quiet_optuna
+
+NETWORKS = ("mobilenet_v2", "resnet18", "resnet50")
+PLAN = PruningPlan(keep={}, num_units={})
+
+
+def times(store: RunStore, model: torch.nn.Module) -> tuple[float, float]:
+    """Seconds to save and to load a checkpoint."""
+    with torch.no_grad():
+        next(model.parameters()).add_(1e-3)
+    began = time.perf_counter()
+    artifact = store.save(model, PLAN)
+    saved = time.perf_counter()
+    store.load(artifact)
+    done = time.perf_counter()
+    store.forget(artifact)
+    return saved - began, done - saved
+
+
+def row(name: str, plain: RunStore, sealed: RunStore, repeat: int) -> str:
+    """One network's medians, in milliseconds."""
+    model = torchvision.models.get_model(name, weights=None)
+    megabytes = sum(t.numel() * t.element_size() for t in model.state_dict().values()) / 1e6
+    measured = [(times(plain, model), times(sealed, model)) for _ in range(repeat)]
+    shown = [
+        1000 * statistics.median(turn[way][step] for turn in measured) for step in (0, 1) for way in (0, 1)
+    ]
+    return f"| {name} | {megabytes:.1f} | " + " | ".join(f"{ms:.0f}" for ms in shown) + " |"
+
+
+def main() -> None:
+    """Measure all networks, write the page."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--repeat", type=int, default=9)
+    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "seal.md")
+    arguments = parser.parse_args()
+    with tempfile.TemporaryDirectory() as folder, quiet_optuna():
+        key = Path(folder) / "key"
+        lock = Lock(run_recipients=(keygen(key),), run_identities=(str(key),))
+        plain = RunStore(Path(folder) / "plain", "a", create=True)
+        sealed = RunStore(Path(folder) / "sealed", "a", create=True, seal=run_seal(lock))
+        rows = [row(name, plain, sealed, arguments.repeat) for name in NETWORKS]
+        plain.close()
+        sealed.close()
+    lines = [
+        "# Checkpoints encrypted at rest",
+        "",
+        f"{date.today().isoformat()}, {os.cpu_count()} cores ({platform.processor() or platform.machine()}), "
+        f"{torch.get_num_threads()} thread, pyrage {version('pyrage')}, "
+        f"load average {os.getloadavg()[0]:.1f}; medians of {arguments.repeat}, in milliseconds.",
+        "",
+        "    python benchmarks/bench_seal.py",
+        "",
+        "| network | MB | save | save, encrypted | load | load, encrypted |",
+        "|---|---:|---:|---:|---:|---:|",
+        *rows,
+    ]
+    arguments.out.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    print(arguments.out.read_text(encoding="utf-8"))
+
+
+if __name__ == "__main__":
+    main()
