@@ -52,30 +52,20 @@ class Target:
             UsageError: the text names no known metric, or its value is out of range.
         """
         hint = "write for example macs=0.5, params=300k, size=2MB or latency=4ms"
-        match = re.fullmatch(
-            r"\s*([a-z]+)\s*=\s*([0-9.]+(?:e[0-9]+)?)\s*([a-zA-Z]*)\s*", text
-        )
+        match = re.fullmatch(r"\s*([a-z]+)\s*=\s*([0-9.]+(?:e[0-9]+)?)\s*([a-zA-Z]*)\s*", text)
         if match is None:
             raise UsageError(f"target {text!r} is not of the form metric=value", hint)
         metric, number, unit = match[1], match[2], match[3].lower()
         if metric not in METRICS:
-            raise UsageError(
-                f"target {text!r} names {metric!r}; known are {', '.join(METRICS)}",
-                hint,
-            )
+            raise UsageError(f"target {text!r} names {metric!r}; known are {', '.join(METRICS)}", hint)
         try:
             value = float(number)
         except ValueError:
-            raise UsageError(
-                f"target {text!r}: {number!r} is not a number", hint
-            ) from None
+            raise UsageError(f"target {text!r}: {number!r} is not a number", hint) from None
         if unit in UNITS[metric] and (unit or value > 1):
             return cls(metric=metric, value=value * UNITS[metric][unit], relative=False)
         if unit or not 0 < value < 1:
-            raise UsageError(
-                f"target {text!r}: a fraction lies between 0 and 1, or give a unit",
-                hint,
-            )
+            raise UsageError(f"target {text!r}: a fraction lies between 0 and 1, or give a unit", hint)
         return cls(metric=metric, value=value, relative=True)
 
     def absolute(self, original: float) -> float:
@@ -294,11 +284,7 @@ def check_study(study: Study) -> None:
     Raises:
         ConfigError: with every problem found, not only the first.
     """
-    problems = [
-        *_parse_problems(study),
-        *_range_problems(study),
-        *_choice_problems(study),
-    ]
+    problems = [*_parse_problems(study), *_range_problems(study), *_choice_problems(study)]
     if problems:
         raise ConfigError(problems)
 
@@ -312,10 +298,7 @@ def _parse_problems(study: Study) -> list[AutopruneError]:
             problems.append(error)
     if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", study.name):
         problems.append(
-            UsageError(
-                f"study name {study.name!r} is no file name",
-                "use letters, digits, . _ -",
-            )
+            UsageError(f"study name {study.name!r} is no file name", "use letters, digits, . _ -")
         )
     return problems
 
@@ -354,16 +337,7 @@ def _choice_problems(study: Study) -> list[AutopruneError]:
     chosen = study.search.decays
     unknown = [d for d in chosen if d not in DECAYS]
     if study.norms not in ("keep", "rescale"):
-        return [
-            UsageError(
-                f"norms={study.norms!r} is not allowed", "choose keep or rescale"
-            )
-        ]
+        return [UsageError(f"norms={study.norms!r} is not allowed", "choose keep or rescale")]
     if unknown or not chosen:
-        return [
-            UsageError(
-                f"search.decays={chosen} is not allowed",
-                f"choose from {', '.join(DECAYS)}",
-            )
-        ]
+        return [UsageError(f"search.decays={chosen} is not allowed", f"choose from {', '.join(DECAYS)}")]
     return []

@@ -66,8 +66,7 @@ class Checkpoint:
         """Whether a model has exactly these weights."""
         state = model.state_dict()
         return state.keys() == self.weights.keys() and all(
-            torch.equal(state[name].cpu(), weight)
-            for name, weight in self.weights.items()
+            torch.equal(state[name].cpu(), weight) for name, weight in self.weights.items()
         )
 
     def load_into_(self, model: nn.Module) -> None:
@@ -96,20 +95,14 @@ class RunStore:
         UsageError: there is no database in the folder, or it holds a run of another name.
     """
 
-    def __init__(
-        self, folder: Path, name: str, *, create: bool = False, seal: Seal | None = None
-    ) -> None:
+    def __init__(self, folder: Path, name: str, *, create: bool = False, seal: Seal | None = None) -> None:
         self.folder, self.name, self.seal = folder, name, seal
         if not create and not (folder / DATABASE).is_file():
-            raise UsageError(
-                f"there is no run in {folder}", "start it without --resume"
-            )
+            raise UsageError(f"there is no run in {folder}", "start it without --resume")
         (folder / ARTIFACTS).mkdir(parents=True, exist_ok=True)
         self.storage = _open_sqlite(folder / DATABASE)
         self.artifacts = FileSystemArtifactStore(folder / ARTIFACTS)
-        others = {n.split("/")[0] for n in optuna.get_all_study_names(self.storage)} - {
-            name
-        }
+        others = {n.split("/")[0] for n in optuna.get_all_study_names(self.storage)} - {name}
         if others:
             self.close()
             raise UsageError(
@@ -131,20 +124,14 @@ class RunStore:
     def study(self, number: int | str) -> optuna.Study | None:
         """The study of a round attempt (0 is the baseline) or `FINAL`; None where there is none yet."""
         try:
-            return optuna.load_study(
-                study_name=self._study_name(number), storage=self.storage
-            )
+            return optuna.load_study(study_name=self._study_name(number), storage=self.storage)
         except KeyError:
             return None
 
-    def create_study(
-        self, number: int | str, attributes: Mapping[str, Any]
-    ) -> optuna.Study:
+    def create_study(self, number: int | str, attributes: Mapping[str, Any]) -> optuna.Study:
         """A new study that knows these attributes."""
         study = optuna.create_study(
-            study_name=self._study_name(number),
-            storage=self.storage,
-            direction="maximize",
+            study_name=self._study_name(number), storage=self.storage, direction="maximize"
         )
         put(study, **attributes)
         return study
@@ -156,18 +143,13 @@ class RunStore:
     def rounds(self) -> Iterator[optuna.Study]:
         """The studies of the round attempts so far, in order; one whose making was interrupted is none."""
         number = 1
-        while (
-            study := self.study(number)
-        ) is not None and "planned" in study.user_attrs:
+        while (study := self.study(number)) is not None and "planned" in study.user_attrs:
             yield study
             number += 1
 
     def save(self, model: nn.Module, plan: PruningPlan) -> str:
         """Keep a model; gives the artifact's id, which pins its content."""
-        weights = {
-            name: t.detach().cpu().clone().contiguous()
-            for name, t in model.state_dict().items()
-        }
+        weights = {name: t.detach().cpu().clone().contiguous() for name, t in model.state_dict().items()}
         content = save_safetensors(weights, metadata={PLAN_KEY: plan.to_json()})
         artifact_id = f"{hashlib.sha256(content).hexdigest()}{SUFFIX}"
         if self.seal is not None:
@@ -188,24 +170,14 @@ class RunStore:
             with self.artifacts.open_reader(artifact_id) as file:
                 content = file.read()
         except ArtifactNotFound:
-            raise ArtifactError(
-                f"checkpoint {artifact_id} is missing in {self.folder}", hint
-            ) from None
+            raise ArtifactError(f"checkpoint {artifact_id} is missing in {self.folder}", hint) from None
         content = self._opened(artifact_id, content)
-        if hashlib.sha256(content).hexdigest() != artifact_id.removesuffix(
-            SEALED
-        ).removesuffix(SUFFIX):
-            raise ArtifactError(
-                f"checkpoint {artifact_id} in {self.folder} is damaged", hint
-            )
+        if hashlib.sha256(content).hexdigest() != artifact_id.removesuffix(SEALED).removesuffix(SUFFIX):
+            raise ArtifactError(f"checkpoint {artifact_id} in {self.folder} is damaged", hint)
         try:
-            return Checkpoint(
-                weights=load_safetensors(content), plan=_plan_in_header(content)
-            )
+            return Checkpoint(weights=load_safetensors(content), plan=_plan_in_header(content))
         except (SafetensorError, KeyError, ValueError) as error:
-            raise ArtifactError(
-                f"checkpoint {artifact_id} is not one of autoprune's", hint
-            ) from error
+            raise ArtifactError(f"checkpoint {artifact_id} is not one of autoprune's", hint) from error
 
     def forget(self, artifact_id: str) -> None:
         """Remove a checkpoint that no round will start from."""
@@ -230,11 +202,7 @@ class RunStore:
         return True
 
     def _study_name(self, number: int | str) -> str:
-        return (
-            f"{self.name}/{number}"
-            if isinstance(number, str)
-            else f"{self.name}/round-{number:02d}"
-        )
+        return f"{self.name}/{number}" if isinstance(number, str) else f"{self.name}/round-{number:02d}"
 
 
 def name_in(folder: Path) -> str:
@@ -245,8 +213,7 @@ def name_in(folder: Path) -> str:
     """
     if not (folder / DATABASE).is_file():
         raise UsageError(
-            f"there is no run in {folder}",
-            "give the folder that autoprune run wrote: runs/NAME",
+            f"there is no run in {folder}", "give the folder that autoprune run wrote: runs/NAME"
         )
     storage = _open_sqlite(folder / DATABASE)
     try:
@@ -257,8 +224,7 @@ def name_in(folder: Path) -> str:
     started = [n.removesuffix(BASELINE) for n in names if n.endswith(BASELINE)]
     if not started:
         raise UsageError(
-            f"the run in {folder} has not measured its baseline yet",
-            "wait for it, or start it again",
+            f"the run in {folder} has not measured its baseline yet", "wait for it, or start it again"
         )
     return started[0]
 
@@ -286,8 +252,7 @@ def fail_left_running_(study: optuna.Study) -> list[FrozenTrial]:
 
 def _open_sqlite(path: Path) -> optuna.storages.RDBStorage:
     storage = optuna.storages.RDBStorage(
-        f"sqlite:///{path.resolve()}",
-        engine_kwargs={"connect_args": {"timeout": BUSY_TIMEOUT_S}},
+        f"sqlite:///{path.resolve()}", engine_kwargs={"connect_args": {"timeout": BUSY_TIMEOUT_S}}
     )
     event.listen(storage.engine, "connect", _write_ahead)
     event.listen(storage.engine, "begin", _begin_immediate)
@@ -296,9 +261,7 @@ def _open_sqlite(path: Path) -> optuna.storages.RDBStorage:
 
 
 def _write_ahead(connection: Any, record: object) -> None:
-    connection.isolation_level = (
-        None  # the driver must not begin transactions by itself
-    )
+    connection.isolation_level = None  # the driver must not begin transactions by itself
     connection.execute("PRAGMA journal_mode=WAL")
 
 
