@@ -15,7 +15,10 @@ from dataclasses import dataclass
 from autoprune.config import Budget, Control, Search
 from autoprune.controller import State
 
-FINAL_SHARE = 0.15  # of the whole budget, for the final tuning; a guess
+FINAL_SHARE = 0.4  # of the whole budget, for the final tuning at least; a guess
+FIRST_RUNG = 1 / 3  # of a trial's epochs, as a complete schedule before the rest; a guess
+MIN_RUNG = 0.3  # epochs: a shorter schedule says nothing about a longer one; a guess
+BEYOND = 2.0  # a trial near its floor may take this many times its epochs more
 RETRY_ROUNDS = 0.5  # rounds' worth of budget kept for one that fails; a guess
 MIN_TRIALS, MAX_TRIALS = 3, 24  # TPE gains over its start-up trials only from about 8 on
 MIN_EPOCHS = 0.1  # of one trial: below it nothing can recover
@@ -86,6 +89,19 @@ class Meter:
         return left.seconds >= trial_s and left.epochs >= epochs - 1e-9
 
 
+def ladder(epochs: float, *, longer: bool) -> tuple[float, ...]:
+    """The epochs of each rung of a trial: complete schedules one after the other.
+
+    Args:
+        epochs: planned for the trial.
+        longer: a last rung beyond the plan may follow.
+    """
+    beyond = (BEYOND * epochs,) if longer else ()
+    if FIRST_RUNG * epochs < MIN_RUNG:
+        return (epochs, *beyond)
+    return (FIRST_RUNG * epochs, (1 - FIRST_RUNG) * epochs, *beyond)
+
+
 def rounds_ahead(state: State, target_share: float) -> int:
     """How many promotions at the present ceiling lead to the target, at least one."""
     if state.ceiling <= 0 or state.current.cost_share <= target_share:
@@ -94,11 +110,14 @@ def rounds_ahead(state: State, target_share: float) -> int:
     return max(1, math.ceil(rounds - 1e-6))
 
 
-def plan_round(left: Left, speed: Speed, search: Search, rounds: int, epochs_scale: float) -> Effort:
+def plan_round(
+    left: Left, speed: Speed, search: Search, rounds: int, epochs_scale: float, *,
+    at_least: float = ENOUGH_EPOCHS,
+) -> Effort:  # fmt: skip
     """How many trials of how many epochs the next of `rounds` rounds gets.
 
     What the study fixes stays; the rest follows from the round's part of what is left, analysis of this
-    round and the later ones taken off.
+    round and the later ones taken off. Trials are rather fewer than shorter than `at_least` epochs.
     """
     if search.trials is not None and search.epochs is not None:
         return Effort(trials=search.trials, epochs=search.epochs * epochs_scale)
@@ -114,7 +133,7 @@ def plan_round(left: Left, speed: Speed, search: Search, rounds: int, epochs_sca
         return min((seconds / trials - speed.trial_s) / speed.epoch_s, epochs / trials)
 
     trials = search.trials or _clipped(_trials_in(seconds, epochs, speed) / epochs_scale)
-    while search.trials is None and trials > 1 and affordable(trials) < ENOUGH_EPOCHS:
+    while search.trials is None and trials > 1 and affordable(trials) < max(ENOUGH_EPOCHS, at_least):
         trials -= 1
     return Effort(trials=trials, epochs=min(MAX_EPOCHS, max(MIN_EPOCHS, affordable(trials))))
 

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
     from autoprune.data import Data, Split
 
-Decay = Literal["cosine", "linear", "step", "exponential"]
+Decay = Literal["cosine", "linear", "step", "exponential", "onecycle"]
 DECAYS: tuple[Decay, ...] = get_args(Decay)
 Metric = Literal["macs", "params", "size", "memory", "latency"]
 METRICS: tuple[Metric, ...] = get_args(Metric)
@@ -147,8 +147,8 @@ class Finetune:
     momentum: float = 0.9
     weight_decay: float = 5e-4
     warmup: float = 0.1
-    distill: float = 0.5
-    temperature: float = 2.0
+    distill: float = 0.9
+    temperature: float = 4.0
     label_smoothing: float = 0.0
     recalibrate_batches: int = 20
 

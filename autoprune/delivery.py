@@ -15,9 +15,10 @@ from typing import Any
 from torch import nn
 
 from autoprune import events as ev
+from autoprune.advice import params_of
 from autoprune.artifact import Protection, write_artifact
 from autoprune.baseline import Work
-from autoprune.budget import MIN_EPOCHS
+from autoprune.budget import MAX_EPOCHS, MIN_EPOCHS
 from autoprune.config import Lock, Study
 from autoprune.controller import Promotion, State
 from autoprune.densify import densify, verify
@@ -32,13 +33,12 @@ from autoprune.plan import PruningPlan
 from autoprune.preflight import Setup
 from autoprune.record import Difference, ModelSummary, Outcome, RunRecord, RunResult
 from autoprune.report import write_report
-from autoprune.search import params_of, tell_budget
+from autoprune.search import tell_budget
 from autoprune.splits import derive_seed
 from autoprune.store import FINAL, put, scored
 from autoprune.train import EpochRecord, finetune_
 from autoprune.wording import percent
 
-FINAL_FACTOR = 4.0  # epochs of the final tuning, of a trial's, if the budget has them; a guess
 SAFETY = 0.9  # of the seconds left: epochs are planned from a mean
 FINAL_SEED = 1 << 20  # far from any round's number
 PLAIN_NAME, LOCKED_NAME = "model.autoprune", "model.autoprune.age"
@@ -108,7 +108,7 @@ def _tuned(work: Work, best: Promotion, found: Finished) -> Finished:
     attempt = work.store.study(best.round)
     assert attempt is not None
     plan = read_plan(attempt)
-    epochs = _affordable_epochs(work, plan.epochs)
+    epochs = _affordable_epochs(work)
     if epochs < MIN_EPOCHS:
         return found
     work.on_event(ev.StageStarted(stage="finish", round=0, detail=f"tune {epochs:.3g} epochs"))
@@ -133,10 +133,11 @@ def _tuned(work: Work, best: Promotion, found: Finished) -> Finished:
     return replace(found, model=model, search_top1=top1, tuned_epochs=epochs)
 
 
-def _affordable_epochs(work: Work, trial_epochs: float) -> float:
+def _affordable_epochs(work: Work) -> float:
+    """All that is left of the budget."""
     left, speed = work.meter.left(), measured_speed(work.store)
     by_time = SAFETY * left.seconds / speed.epoch_s if speed else 0.0
-    return min(FINAL_FACTOR * trial_epochs, by_time, left.epochs)
+    return min(MAX_EPOCHS, by_time, left.epochs)
 
 
 def _keep(work: Work, state: State, finished: Finished, began: float) -> None:

@@ -24,6 +24,7 @@ from autoprune.record import (
     ModelSummary,
     Outcome,
     RoundRecord,
+    Rung,
     RunRecord,
     SensitivityCell,
     SplitSummary,
@@ -241,7 +242,7 @@ def _read_trial(trial: FrozenTrial, *, promoted: bool) -> TrialRecord:
 
 def _read(kind: type[T], values: Mapping[str, Any]) -> T:
     """A record from plain values; more keys than it has fields may be there."""
-    nested: dict[str, Any] = {"sensitivity": SensitivityCell, "epochs": EpochPoint}
+    nested: dict[str, Any] = {"sensitivity": SensitivityCell, "epochs": EpochPoint, "rungs": Rung}
     chosen = {f.name: values[f.name] for f in fields(kind) if f.name in values}  # type: ignore[arg-type]
     for name, inner in nested.items():
         if isinstance(chosen.get(name), list | tuple):

@@ -17,6 +17,7 @@ from pathlib import Path
 import optuna
 
 from autoprune import events as ev
+from autoprune.advice import Point, first_points, next_points
 from autoprune.baseline import Work, begin, is_measured
 from autoprune.budget import FINAL_SHARE, MIN_EPOCHS, Effort, Speed, plan_round, rounds_ahead
 from autoprune.config import Lock, Study
@@ -30,19 +31,20 @@ from autoprune.history import (
     measured_speed,
     outcomes,
     read_plan,
+    read_trials,
     summaries,
 )
 from autoprune.latency import with_latency
 from autoprune.preflight import Setup, fitting_threads, prepare, traced
 from autoprune.record import RunResult, SensitivityCell
 from autoprune.sealing import run_seal
-from autoprune.search import Point, RoundJob, first_points, next_points, search_round
+from autoprune.search import RoundJob, search_round
 from autoprune.sensitivity import SensitivityTable, most_points, sensitivity
 from autoprune.splits import derive_seed
 from autoprune.store import RunStore, Seal, put, quiet_optuna, scored
 from autoprune.trial import Ground, probe_speed
 
-WORTHWHILE = 0.5  # of this round's epochs: with less for one trial, no further round is begun; a guess
+WORTHWHILE = 0.5  # of the longest trials' epochs: shorter ones are not worth a round; a guess
 ANALYSIS_PART = 0.25  # of the time left: an analysis that takes more is not made again; a guess
 
 
@@ -134,17 +136,19 @@ def analyse(work: Work, state: State, ground: Ground) -> tuple[RoundJob, optuna.
 
 
 def known_points(job: RoundJob) -> list[Point]:
-    """What the round tries first."""
-    previous = job.store.study(job.plan.number - 1)
-    if job.plan.number == 1 or previous is None:
-        return first_points(job)
-    return next_points(job, previous)
+    """What the round tries first: in a later round, what was best in the one before."""
+    previous = job.store.study(job.plan.number - 1) if job.plan.number > 1 else None
+    tried = [t for t in read_trials(previous) if t.top1 is not None] if previous is not None else []
+    if not tried:
+        return first_points(job.ground, job.space)
+    best = next((t for t in tried if t.promoted), max(tried, key=lambda t: t.top1 or 0.0))
+    return next_points(best.params, job.space)
 
 
 def judge(work: Work, job: RoundJob, attempt: optuna.Study) -> Decision:
     """Let the controller decide, check the promoted network, and keep the decision."""
     study = work.setup.study
-    epochs = study.search.epochs or max(MIN_EPOCHS, WORTHWHILE * job.plan.epochs)
+    epochs = study.search.epochs or _worthwhile_epochs(work)
     enough = work.meter.affords(job.speed.trial_s + epochs * job.speed.epoch_s, epochs)
     outcome = RoundOutcome(trials=summaries(attempt), budget_left=enough)
     decision = decide(work.goal, study.control, job.state, outcome)
@@ -218,7 +222,14 @@ def _effort(work: Work, state: State, ground: Ground, analysis_s: float) -> Effo
     rounds, left = rounds_ahead(state, work.goal.target_share), work.meter.left(keep=FINAL_SHARE)
     later_s = analysis_s * (rounds - 1) if analysis_s <= ANALYSIS_PART * left.seconds else 0.0
     speed = replace(_speed(work, ground), analysis_s=later_s / rounds)
-    return plan_round(left, speed, work.setup.study.search, rounds, state.epochs_scale)
+    at_least = _worthwhile_epochs(work)
+    return plan_round(left, speed, work.setup.study.search, rounds, state.epochs_scale, at_least=at_least)
+
+
+def _worthwhile_epochs(work: Work) -> float:
+    """A trial of fewer epochs is not worth its while: so far longer ones were needed."""
+    planned = [read_plan(a).epochs for a in work.store.rounds()]
+    return max(MIN_EPOCHS, WORTHWHILE * max(planned, default=0.0))
 
 
 def _sensitivity(work: Work, number: int, ground: Ground) -> SensitivityTable:

@@ -54,6 +54,19 @@ class EpochPoint:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Rung:
+    """The end of a complete learning-rate schedule inside a trial.
+
+    Attributes:
+        epochs: of fine-tuning up to here.
+        top1: on the search split.
+    """
+
+    epochs: float
+    top1: float
+
+
+@dataclass(frozen=True, kw_only=True)
 class TrialRecord:
     """One trial of a round.
 
@@ -63,6 +76,7 @@ class TrialRecord:
         cost_share: what is left of the original's cost in the target's metric.
         top1: on the search split after fine-tuning; None when the trial failed or still runs.
         before_tuning: the same before fine-tuning, after batch-norm recalibration.
+        rungs: how far it climbed; the last one's top-1 is `top1`.
         recovered: at or above the round's floor.
         promoted: became the next round's baseline.
         seconds: all of the trial; `tuning_seconds` of them went into fine-tuning.
@@ -81,6 +95,7 @@ class TrialRecord:
     high: float | None = None
     loss: float | None = None
     before_tuning: float | None = None
+    rungs: tuple[Rung, ...] = ()
     recovered: bool = False
     promoted: bool = False
     epochs: tuple[EpochPoint, ...] = ()

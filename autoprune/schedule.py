@@ -1,8 +1,9 @@
-"""The learning rate over a fine-tuning: a warm-up, then one of four decays, one step per batch.
+"""The learning rate over a fine-tuning: a warm-up, then one of five decays, one step per batch.
 
 Everything is one of `torch.optim.lr_scheduler`'s own schedulers. That the rate ends low within the given
 budget matters more than the shape on the way down (Li et al. 2020, "Budgeted training"); the warm-up is
-that of Zimmer et al. 2023 (section 4).
+that of Zimmer et al. 2023 (section 4). One cycle brings a rise of its own (Smith and Topin 2018, "Super-
+convergence", section 3), so that no warm-up comes before it; momentum stays.
 """
 
 from __future__ import annotations
@@ -35,7 +36,8 @@ class Schedule:
         gamma: `step`: the factor of each drop; `exponential`: the last rate over the first; in (0, 1).
         milestones: `step` only: how many drops, evenly spread over the steps after the warm-up.
         final: `cosine` and `linear` only: the last rate over the first, in [0, 1).
-        warmup: share of all steps, in [0, 1).
+        peak: `onecycle` only: the share of the steps that go up, in (0, 1).
+        warmup: share of all steps, in [0, 1); `onecycle` takes its `peak` instead.
 
     Raises:
         UsageError: a value is out of range, missing, or cannot take effect with this decay.
@@ -46,6 +48,7 @@ class Schedule:
     gamma: float | None = None
     milestones: int | None = None
     final: float = 0.0
+    peak: float | None = None
     warmup: float = 0.1
 
     def __post_init__(self) -> None:
@@ -58,11 +61,15 @@ class Schedule:
             (wants_gamma and (self.gamma is None or not 0 < self.gamma < 1),
              f"gamma={self.gamma}", f"a factor between 0 and 1 with {self.decay} decay"),
             (not wants_gamma and self.gamma is not None, f"gamma={self.gamma}", "step or exponential decay"),
-            (wants_gamma and self.final != 0, f"final={self.final}", "cosine or linear decay"),
+            (self.decay not in ("cosine", "linear") and self.final != 0,
+             f"final={self.final}", "cosine or linear decay"),
             (self.decay == "step" and (self.milestones or 0) < 1,
              f"milestones={self.milestones}", "1 or more with step decay"),
             (self.decay != "step" and self.milestones is not None,
              f"milestones={self.milestones}", "step decay"),
+            (self.decay == "onecycle" and (self.peak is None or not 0 < self.peak < 1),
+             f"peak={self.peak}", "a share between 0 and 1 with onecycle decay"),
+            (self.decay != "onecycle" and self.peak is not None, f"peak={self.peak}", "onecycle decay"),
         )  # fmt: skip
         for wrong, given, allowed in problems:
             if wrong:
@@ -75,7 +82,8 @@ def make_scheduler(optimizer: Optimizer, schedule: Schedule, num_steps: int) -> 
     """The scheduler to step once after every batch of `num_steps`; sets the optimiser's rate at once."""
     for group in optimizer.param_groups:
         group["lr"] = group["initial_lr"] = schedule.lr
-    num_warmup = min(round(schedule.warmup * num_steps), num_steps - 1)
+    rising = schedule.warmup if schedule.peak is None else schedule.peak
+    num_warmup = min(round(rising * num_steps), num_steps - 1)
     decay = _decay(optimizer, schedule, num_steps - num_warmup)
     if num_warmup == 0:
         return decay
@@ -85,7 +93,7 @@ def make_scheduler(optimizer: Optimizer, schedule: Schedule, num_steps: int) -> 
 
 def _decay(optimizer: Optimizer, schedule: Schedule, num_steps: int) -> LRScheduler:
     """The part after the warm-up, over `num_steps` steps."""
-    if schedule.decay == "cosine":
+    if schedule.decay in ("cosine", "onecycle"):
         return CosineAnnealingLR(optimizer, num_steps, eta_min=schedule.final * schedule.lr)
     if schedule.decay == "linear":
         return LinearLR(optimizer, start_factor=1.0, end_factor=schedule.final, total_iters=num_steps)

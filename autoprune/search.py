@@ -2,42 +2,37 @@
 
 The value of a trial is lexicographic: recovered trials count what they removed, the others what they are
 short of the floor (negative), so that the sampler, the dashboard and the controller agree on what is best.
-The first trials are known-good points; a fresh sampler is seeded for every trial from (seed, round, seat),
-so a run that was stopped and resumed asks for the same trials as one that was not. The seat of a trial is
-its place among the finished ones: a trial of a killed process gives its seat, and its parameters, back.
+What a trial tries follows from the stored trials and from (seed, round, seat), so a run that was stopped and
+resumed asks for the same trials as one that was not. The seat of a trial is its place among the finished
+ones: a trial of a killed process gives its seat, and its parameters, back.
+
+A trial climbs a ladder of complete learning-rate schedules and leaves it on a rung: when it has recovered,
+or when the trials before it say that it cannot. Only annealed models are ever compared.
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
 import optuna
-import torch
-from torch import nn
 
 from autoprune import events as ev
-from autoprune.budget import Meter, Speed
+from autoprune.advice import Past, Point, Space, advise, make_sampler, settled_points, suggest
+from autoprune.budget import Meter, Speed, ladder
 from autoprune.config import Search
 from autoprune.controller import Goal, State, TrialSummary, has_recovered
-from autoprune.densify import densify
 from autoprune.errors import TrialError
-from autoprune.history import CHECKPOINT, RESULT, RoundPlan, read_trials
+from autoprune.history import CHECKPOINT, RESULT, RoundPlan, read_plan, read_trials
 from autoprune.record import TrialRecord
 from autoprune.splits import derive_seed
 from autoprune.store import RunStore, fail_left_running_, put, scored
 from autoprune.train import EpochRecord
-from autoprune.trial import Ground, TrialParams, TrialResult, run_trial
+from autoprune.trial import Climb, Ground, TrialResult, run_trial
 
 FAILED_VALUE = -1.0  # top-1 cannot fall short by more; NaN would teach the sampler nothing
-STARTUP_TRIALS = 4  # measured on a surrogate of 8 to 32 trials: fewer random trials lose nothing
-SHALLOW = 0.5  # the lowest rate searched, as a share of the ceiling
-SNAP = 0.95  # rates from this share of the ceiling on become the ceiling, or targets are missed by a hair
 TIE_WEIGHT = 1e-3  # of top-1 beside the rate
-
-Point = dict[str, Any]
+KNOWN_GAINS = 2  # trials that went from the first rung to the second before one is given up there
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -58,6 +53,11 @@ class RoundJob:
         """The study's search settings."""
         return self.ground.study.search
 
+    @property
+    def space(self) -> Space:
+        """What the round may try."""
+        return Space.of(self.search, self.plan.ceiling)
+
 
 def search_round(job: RoundJob, study: optuna.Study, known: Sequence[Point]) -> None:
     """Run the round's trials until the planned number is finished or the budget affords no more.
@@ -69,48 +69,62 @@ def search_round(job: RoundJob, study: optuna.Study, known: Sequence[Point]) -> 
     """
     again = [t.params for t in fail_left_running_(study) if t.params]
     while (seat := len(scored(study))) < job.plan.trials and _affordable(job, study):
-        if again:
-            study.enqueue_trial(again.pop(0))
-        elif seat < len(known):
-            study.enqueue_trial(known[seat])
-        study.sampler = make_sampler(job.search.sampler, derive_seed(job.ground.seed, seat))
+        study.enqueue_trial(again.pop(0) if again else next_point(job, study, known))
         _one_trial(job, study, seat)
 
 
-def make_sampler(kind: str, seed: int) -> optuna.samplers.BaseSampler:
-    """The sampler that a study names."""
-    if kind == "gp":
-        return optuna.samplers.GPSampler(n_startup_trials=STARTUP_TRIALS, seed=seed % 2**32)
-    if kind == "random":
-        return optuna.samplers.RandomSampler(seed=seed % 2**32)
-    return optuna.samplers.TPESampler(n_startup_trials=STARTUP_TRIALS, seed=seed % 2**32)
+def next_point(job: RoundJob, study: optuna.Study, known: Sequence[Point]) -> Point:
+    """What to try next: a known point while there are some, then what the sampler advises.
+
+    Once a trial has recovered at the ceiling, the rate stays there.
+    """
+    seat, space = len(scored(study)), job.space
+    settled = _is_settled(job, study)
+    points = settled_points(known, space) if settled and known else known
+    if seat < len(points):
+        return points[seat]
+    sampler = make_sampler(job.search.sampler, derive_seed(job.ground.seed, seat))
+    point = advise(space, sampler, [*_earlier(job), *_own(study)])
+    return point | {"prune_rate": space.ceiling} if settled else point
 
 
-def suggest(trial: optuna.Trial, search: Search, ceiling: float) -> TrialParams:
-    """Let the sampler choose a trial's parameters, those of its decay included."""
-    trial.suggest_float("prune_rate", SHALLOW * ceiling, ceiling)
-    trial.suggest_float("lr", *search.lr, log=True)
-    decay = trial.suggest_categorical("decay", search.decays)
-    trial.suggest_categorical("criterion", search.criteria)
-    trial.suggest_categorical("strategy", search.strategies)
-    if decay == "step":
-        trial.suggest_float("step_gamma", 0.1, 0.5)
-        trial.suggest_int("step_milestones", 1, 3)
-    elif decay == "exponential":
-        trial.suggest_float("exponential_gamma", 1e-3, 1e-1, log=True)
-    else:
-        trial.suggest_float(f"{decay}_final", 0.0, 0.1)
-    return params_of(trial.params, ceiling)
+def _is_settled(job: RoundJob, study: optuna.Study) -> bool:
+    return any(
+        t.recovered and t.params["prune_rate"] >= job.plan.ceiling * (1 - 1e-9) for t in read_trials(study)
+    )
 
 
-def params_of(point: Mapping[str, Any], ceiling: float) -> TrialParams:
-    """A trial's parameters, from what the storage holds."""
-    rate, decay = point["prune_rate"], point["decay"]
-    return TrialParams(
-        prune_rate=ceiling if rate >= SNAP * ceiling else rate, lr=point["lr"], decay=decay,
-        gamma=point.get(f"{decay}_gamma"), milestones=point.get(f"{decay}_milestones"),
-        final=point.get(f"{decay}_final", 0.0), criterion=point["criterion"], strategy=point["strategy"],
-    )  # fmt: skip
+def _own(study: optuna.Study) -> list[Past]:
+    return [Past(point=t.params, value=t.value) for t in scored(study) if t.value is not None]
+
+
+def _earlier(job: RoundJob) -> list[Past]:
+    """The trials of the round before, told for this one.
+
+    After a failure they started from the same network: rate and floor are comparable. After a promotion,
+    the same share of the ceiling is taken to ask as much of the network as it did then.
+    """
+    before = job.store.study(job.plan.number - 1) if job.plan.number > 1 else None
+    if before is None:
+        return []
+    plan = read_plan(before)
+    same = plan.started_from == job.plan.started_from
+    factor = 1.0 if same else job.plan.ceiling / plan.ceiling
+    values = {t.number: t.value for t in scored(before)}
+    return [
+        Past(
+            point=t.params | {"prune_rate": factor * t.params["prune_rate"]},
+            value=value_of(t, job) if same else _told_value(t, factor, values[t.number] or FAILED_VALUE),
+        )
+        for t in read_trials(before)
+        if t.number in values
+    ]
+
+
+def _told_value(record: TrialRecord, factor: float, value: float) -> float:
+    if record.recovered and record.prune_rate is not None and record.top1 is not None:
+        return factor * record.prune_rate + TIE_WEIGHT * record.top1
+    return value
 
 
 def value_of(record: TrialRecord, job: RoundJob) -> float:
@@ -125,36 +139,43 @@ def value_of(record: TrialRecord, job: RoundJob) -> float:
     return max(FAILED_VALUE, min(-1e-9, record.top1 - job.plan.floor))
 
 
-def first_points(job: RoundJob) -> list[Point]:
-    """Where the first round starts: at the ceiling and at a safe low rate, with learning rates that fit.
-
-    The more of the weights goes, the higher the rate that recovers it (the idea of ALLR: Zimmer et al. 2023,
-    "How I learned to stop worrying and love retraining", section 3). Theirs is linear in the change and so
-    at its highest for whole channels; on a log scale it meets what was measured. ResNet-20 on CIFAR-10,
-    35 % removed, 190 steps: 0.01 -> 90.2, 0.03 -> 89.1, 0.1 -> 86.7 % top-1.
-    """
-    return [_point(job, rate) for rate in (job.plan.ceiling, SHALLOW * job.plan.ceiling)]
-
-
-def next_points(job: RoundJob, previous: optuna.Study) -> list[Point]:
-    """Where a later round starts: the last round's best at the new ceiling, and at a safe low rate."""
-    trials = [t for t in read_trials(previous) if t.top1 is not None]
-    if not trials:
-        return first_points(job)
-    best = next((t for t in trials if t.promoted), max(trials, key=lambda t: t.top1 or 0.0))
-    ceiling = job.plan.ceiling
-    return [best.params | {"prune_rate": ceiling}, best.params | {"prune_rate": SHALLOW * ceiling}]
-
-
 def _one_trial(job: RoundJob, study: optuna.Study, seat: int) -> None:
     trial = study.ask()
-    params = suggest(trial, job.search, job.plan.ceiling)
+    params = suggest(trial, job.space)
     job.on_event(ev.TrialStarted(round=job.plan.number, trial=trial.number, params=trial.params))
     result = run_trial(
-        job.ground, params, epochs=job.plan.epochs, seed=derive_seed(job.ground.seed, seat),
+        job.ground, params, epochs=ladder(job.plan.epochs, longer=job.search.epochs is None),
+        seed=derive_seed(job.ground.seed, seat), goes_on=lambda climb: _goes_on(job, climb),
         on_epoch=lambda e: _tell_epoch(job, trial.number, e),
     )  # fmt: skip
     _keep(job, study, trial, result)
+
+
+def _goes_on(job: RoundJob, climb: Climb) -> bool:
+    """Whether a trial climbs to the next rung: it has not recovered yet, and it still can.
+
+    From the first rung to the second it can if the largest gain that a trial of this run made there is
+    enough. Beyond the planned epochs it can if what it gained on its last rung is enough once more, and the
+    budget has the epochs.
+    """
+    top1 = climb.tops[-1]
+    summary = TrialSummary(number=-1, prune_rate=climb.prune_rate, cost_share=climb.cost_share, top1=top1)
+    if has_recovered(job.goal, job.state, summary):
+        return False
+    floor = job.goal.floor if climb.cost_share <= job.goal.target_share else job.plan.floor
+    if len(climb.tops) == 1:
+        gains = _gains(job)
+        return len(gains) < KNOWN_GAINS or top1 + max(gains) >= floor
+    hopeful = top1 + (top1 - climb.tops[-2]) >= floor
+    return hopeful and job.meter.affords(
+        climb.next_epochs * job.speed.epoch_s, climb.done + climb.next_epochs
+    )
+
+
+def _gains(job: RoundJob) -> list[float]:
+    """What the trials of this run gained from the first rung to the second."""
+    trials = [t for study in job.store.rounds() for t in read_trials(study)]
+    return [t.rungs[1].top1 - t.rungs[0].top1 for t in trials if len(t.rungs) > 1]
 
 
 def _keep(job: RoundJob, study: optuna.Study, trial: optuna.Trial, result: TrialResult) -> None:
@@ -212,29 +233,3 @@ def _tell_epoch(job: RoundJob, trial: int, epoch: EpochRecord) -> None:
     )  # fmt: skip
     if job.meter.left().seconds < 0:
         raise TrialError("the time budget ran out during fine-tuning", "give the run a larger --budget")
-
-
-def _point(job: RoundJob, rate: float) -> Point:
-    search = job.search
-    decay = "cosine" if "cosine" in search.decays else search.decays[0]
-    low, high = search.lr
-    point: Point = {
-        "prune_rate": rate, "decay": decay, "criterion": search.criteria[0],
-        "strategy": search.strategies[0],
-    }  # fmt: skip
-    if decay in ("cosine", "linear"):
-        point[f"{decay}_final"] = 0.0
-    change = _weight_change(job.ground, rate, search.criteria[0], search.strategies[0])
-    return point | {"lr": min(max(low * (high / low) ** change, low), high)}
-
-
-def _weight_change(ground: Ground, rate: float, criterion: str, strategy: str) -> float:
-    """The share of the weights' norm that a rate takes away, in [0, 1]."""
-    params = TrialParams(prune_rate=rate, lr=1.0, decay="linear", criterion=criterion, strategy=strategy)
-    pruned = densify(ground.model, ground.graph, ground.choose(params))
-    return math.sqrt(max(0.0, 1 - _square_norm(pruned) / _square_norm(ground.model)))
-
-
-def _square_norm(model: nn.Module) -> float:
-    weights = [p.detach() for p in model.parameters() if p.ndim > 1]
-    return sum(float(torch.sum(w.double() ** 2)) for w in weights)

@@ -11,7 +11,7 @@ import math
 import time
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -29,7 +29,7 @@ from autoprune.graph import ChannelGraph
 from autoprune.latency import measured_share
 from autoprune.metrics import Evaluation
 from autoprune.plan import PruningPlan
-from autoprune.record import EpochPoint, TrialRecord
+from autoprune.record import EpochPoint, Rung, TrialRecord
 from autoprune.schedule import Schedule
 from autoprune.sensitivity import SensitivityTable
 from autoprune.splits import derive_seed
@@ -52,12 +52,13 @@ class TrialParams:
     gamma: float | None = None
     milestones: int | None = None
     final: float = 0.0
+    peak: float | None = None
 
     def schedule(self, warmup: float) -> Schedule:
         """The learning rate over the trial."""
         return Schedule(
             lr=self.lr, decay=self.decay, gamma=self.gamma, milestones=self.milestones,
-            final=self.final, warmup=warmup,
+            final=self.final, peak=self.peak, warmup=warmup,
         )  # fmt: skip
 
 
@@ -145,14 +146,46 @@ class TrialResult:
     plan: PruningPlan | None
 
 
+@dataclass(frozen=True, kw_only=True)
+class Climb:
+    """Where a trial stands at the end of a rung.
+
+    Attributes:
+        prune_rate, cost_share: as in its record.
+        tops: top-1 at the end of each rung so far.
+        done: epochs so far; `next_epochs` would come on the next rung.
+    """
+
+    prune_rate: float
+    cost_share: float
+    tops: tuple[float, ...]
+    done: float
+    next_epochs: float
+
+
+def all_the_way(climb: Climb) -> bool:
+    """A trial that leaves no rung out."""
+    return True
+
+
 def run_trial(
-    ground: Ground, params: TrialParams, *, epochs: float, seed: int,
+    ground: Ground, params: TrialParams, *, epochs: tuple[float, ...], seed: int,
+    goes_on: Callable[[Climb], bool] = all_the_way,
     on_epoch: Callable[[EpochRecord], None] | None = None,
 ) -> TrialResult:  # fmt: skip
-    """Prune the ground's network by these parameters, fine-tune it and measure it on the search split."""
+    """Prune the ground's network by these parameters, fine-tune it and measure it on the search split.
+
+    Args:
+        ground: what the round stands on.
+        params: what to try.
+        epochs: of each rung, a complete schedule.
+        seed: of order, augmentation and dropout.
+        goes_on: asked between two rungs.
+        on_epoch: told of every epoch.
+    """
     began = time.perf_counter()
     try:
-        return _run(ground, params, epochs, seed, on_epoch)
+        return _Trial(ground, params, seed, on_epoch).run(epochs, goes_on)
     except (TrialError, torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
         if not _fails_the_trial_only(error):
             raise
@@ -163,44 +196,65 @@ def run_trial(
         return TrialResult(record=record, model=None, plan=None)
 
 
-def _run(
-    ground: Ground, params: TrialParams, epochs: float, seed: int,
-    on_epoch: Callable[[EpochRecord], None] | None,
-) -> TrialResult:  # fmt: skip
-    began = time.perf_counter()
-    study, data = ground.study, ground.data
-    plan = ground.choose(params)
-    model = densify(ground.model, ground.graph, plan)
-    recalibrate_(
-        model, data.train, num_batches=study.finetune.recalibrate_batches,
-        batch_size=study.finetune.batch_size, device=ground.device, seed=ground.seed,
-    )  # fmt: skip
-    untuned = measure(ground, model)
-    tuning_began = time.perf_counter()
-    curve = finetune_(
-        model, data.train, schedule=params.schedule(study.finetune.warmup), settings=study.finetune,
-        epochs=epochs, seed=derive_seed(seed, 1), device=ground.device, teacher=ground.original,
-        loss=study.loss, on_epoch=on_epoch,
-    )  # fmt: skip
-    tuning_seconds = time.perf_counter() - tuning_began
-    tuned = measure(ground, model)
-    cost = ground.graph.cost(plan)
-    present, after = ground.graph.cost().of(ground.metric), ground.cost_after(plan, model)
-    record = _record(
-        prune_rate=1 - after / present,
-        cost_share=after / ground.original_cost,
-        macs=cost.macs,
-        num_params=cost.params,
-        top1=tuned.top1,
-        low=tuned.interval.low,
-        high=tuned.interval.high,
-        loss=tuned.loss if math.isfinite(tuned.loss) else None,
-        before_tuning=untuned.top1,
-        epochs=points(curve),
-        tuning_seconds=tuning_seconds,
-        seconds=time.perf_counter() - began,
-    )
-    return TrialResult(record=record, model=model, plan=ground.plan.compose(plan))
+class _Trial:
+    """One trial under way."""
+
+    def __init__(
+        self, ground: Ground, params: TrialParams, seed: int, on_epoch: Callable[[EpochRecord], None] | None
+    ) -> None:
+        self.ground, self.params, self.seed, self.on_epoch = ground, params, seed, on_epoch
+        self.plan = ground.choose(params)
+        self.model = densify(ground.model, ground.graph, self.plan)
+        self.curve: list[EpochRecord] = []
+        self.rungs: list[Rung] = []
+
+    def run(self, epochs: tuple[float, ...], goes_on: Callable[[Climb], bool]) -> TrialResult:
+        """Climb, and say how far it came."""
+        ground, tune, began = self.ground, self.ground.study.finetune, time.perf_counter()
+        recalibrate_(
+            self.model, ground.data.train, num_batches=tune.recalibrate_batches,
+            batch_size=tune.batch_size, device=ground.device, seed=ground.seed,
+        )  # fmt: skip
+        untuned = measure(ground, self.model)
+        after, present = ground.cost_after(self.plan, self.model), ground.graph.cost().of(ground.metric)
+        rate, share, tuning_seconds = 1 - after / present, after / ground.original_cost, 0.0
+        for number, part in enumerate(epochs):
+            if number:
+                tops = tuple(r.top1 for r in self.rungs)
+                done = self.rungs[-1].epochs
+                climb = Climb(prune_rate=rate, cost_share=share, tops=tops, done=done, next_epochs=part)
+                if not goes_on(climb):
+                    break
+            tuning_began = time.perf_counter()
+            self._climb(part)
+            tuning_seconds += time.perf_counter() - tuning_began
+            tuned = measure(ground, self.model)
+            self.rungs.append(Rung(epochs=self.curve[-1].epoch, top1=tuned.top1))
+        cost = ground.graph.cost(self.plan)
+        record = _record(
+            prune_rate=rate, cost_share=share, macs=cost.macs, num_params=cost.params,
+            top1=tuned.top1, low=tuned.interval.low, high=tuned.interval.high,
+            loss=tuned.loss if math.isfinite(tuned.loss) else None,
+            before_tuning=untuned.top1, epochs=points(self.curve), rungs=tuple(self.rungs),
+            tuning_seconds=tuning_seconds, seconds=time.perf_counter() - began,
+        )  # fmt: skip
+        return TrialResult(record=record, model=self.model, plan=ground.plan.compose(self.plan))
+
+    def _climb(self, epochs: float) -> None:
+        """One complete schedule."""
+        ground, study = self.ground, self.ground.study
+        done = self.curve[-1].epoch if self.curve else 0.0
+
+        def tell(record: EpochRecord) -> None:
+            self.curve.append(replace(record, epoch=done + record.epoch))
+            if self.on_epoch is not None:
+                self.on_epoch(self.curve[-1])
+
+        finetune_(
+            self.model, ground.data.train, schedule=self.params.schedule(study.finetune.warmup),
+            settings=study.finetune, epochs=epochs, seed=derive_seed(self.seed, 1 + len(self.rungs)),
+            device=ground.device, teacher=ground.original, loss=study.loss, on_epoch=tell,
+        )  # fmt: skip
 
 
 def probe_speed(ground: Ground) -> Speed:

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import math
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -15,6 +16,7 @@ from autoprune.budget import (
     Meter,
     Speed,
     forecast,
+    ladder,
     plan_round,
     rounds_ahead,
 )
@@ -67,19 +69,34 @@ def test_more_budget_buys_more_trials_of_more_epochs() -> None:
 
 
 def test_a_meter_keeps_a_share_for_the_end() -> None:
-    meter = Meter(Budget(epochs=10), epochs=5)
-    assert meter.affords(1e9, 3.5)
-    meter.spend(3.0)
-    assert not meter.affords(0, 1)
-    assert meter.left().epochs == 2
-    assert math.isclose(meter.left(keep=FINAL_SHARE).epochs, 0.5)
+    whole = 10 / (1 - FINAL_SHARE)
+    meter = Meter(Budget(epochs=whole), epochs=5)
+    assert meter.affords(1e9, 4.9)
+    meter.spend(4.0)
+    assert not meter.affords(0, 1.1)
+    assert math.isclose(meter.left().epochs, whole - 9)
+    assert math.isclose(meter.left(keep=FINAL_SHARE).epochs, 1.0)
+
+
+def test_a_ladder_is_made_of_complete_schedules() -> None:
+    assert ladder(6.0, longer=False) == pytest.approx((2.0, 4.0))
+    assert ladder(6.0, longer=True) == pytest.approx((2.0, 4.0, 12.0))
+    assert ladder(0.5, longer=False) == (0.5,), "a rung must be long enough to say something"
+
+
+def test_trials_are_rather_fewer_than_shorter_than_what_was_needed() -> None:
+    left = Left(seconds=math.inf, epochs=12)
+    free = plan_round(left, SPEED, Search(), 1, 1.0)
+    held = plan_round(left, SPEED, Search(), 1, 1.0, at_least=4.0)
+    assert held.trials < free.trials
+    assert held.epochs >= 4.0 > free.epochs
 
 
 def test_a_meter_counts_what_earlier_processes_used() -> None:
-    meter = Meter(Budget(seconds=100), seconds=90)
+    meter = Meter(Budget(seconds=100 / (1 - FINAL_SHARE)), seconds=90)
     assert 90 <= meter.seconds < 95
-    assert not meter.affords(1.0, 1.0)
-    assert meter.affords(-10.0, 1.0)
+    assert not meter.affords(11.0, 1.0)
+    assert meter.affords(2.0, 1.0)
 
 
 def test_the_forecast_ends_at_the_target() -> None:

@@ -14,6 +14,7 @@ from autoprune.schedule import WARMUP_START, Schedule, make_scheduler
 
 EXTRA: dict[str, dict[str, Any]] = {
     "cosine": {}, "linear": {}, "step": {"gamma": 0.1, "milestones": 2}, "exponential": {"gamma": 0.01},
+    "onecycle": {"peak": 0.3},
 }  # fmt: skip
 
 
@@ -55,6 +56,9 @@ def test_each_decay_has_its_shape() -> None:
     assert [step[i] for i in (0, 29, 30, 59, 60, 89)] == pytest.approx([1, 1, 0.1, 0.1, 0.01, 0.01])
     exponential = rates(Schedule(lr=1.0, decay="exponential", warmup=0.0, gamma=0.01), 100)
     assert exponential[50] == pytest.approx(0.1)
+    cycle = rates(Schedule(lr=1.0, decay="onecycle", warmup=0.9, peak=0.3), 100)
+    assert cycle.index(max(cycle)) == 30
+    assert cycle[65] == pytest.approx(0.5)
 
 
 def test_the_warm_up_starts_at_a_tenth() -> None:
@@ -77,6 +81,8 @@ def test_the_warm_up_starts_at_a_tenth() -> None:
         ({"decay": "step", "milestones": 2}, "gamma=None"),
         ({"decay": "exponential", "gamma": 1.5}, "gamma=1.5"),
         ({"decay": "exponential", "gamma": 0.1, "final": 0.1}, "final=0.1"),
+        ({"decay": "onecycle"}, "peak=None"),
+        ({"decay": "cosine", "peak": 0.3}, "peak=0.3"),
     ],
 )
 def test_a_setting_that_is_wrong_or_without_effect_is_an_error(changes: dict[str, Any], message: str) -> None:

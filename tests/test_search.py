@@ -10,26 +10,18 @@ import pytest
 import torch
 
 from autoprune import events as ev
+from autoprune.advice import SHALLOW, params_of
 from autoprune.baseline import Work, begin
-from autoprune.config import DECAYS, Lock, Search
+from autoprune.budget import Meter
+from autoprune.config import Budget, Lock, Search
 from autoprune.controller import start
-from autoprune.history import CHECKPOINT, read_trials
+from autoprune.history import CHECKPOINT, RESULT, read_trials
 from autoprune.pipeline import analyse, known_points, stand
 from autoprune.preflight import prepare
-from autoprune.record import TrialRecord
-from autoprune.search import (
-    FAILED_VALUE,
-    RoundJob,
-    first_points,
-    make_sampler,
-    next_points,
-    params_of,
-    search_round,
-    suggest,
-    value_of,
-)
-from autoprune.store import RunStore, quiet_optuna, scored
-from autoprune.trial import run_trial
+from autoprune.record import Rung, TrialRecord
+from autoprune.search import FAILED_VALUE, RoundJob, _earlier, _goes_on, next_point, search_round, value_of
+from autoprune.store import RunStore, put, quiet_optuna, scored
+from autoprune.trial import Climb, run_trial
 from tests.tiny import tiny_study
 
 
@@ -66,18 +58,67 @@ def test_the_first_trial_is_the_prior_at_the_ceiling(work: Work) -> None:
     assert job.search.lr[0] <= params["lr"] <= job.search.lr[1]
 
 
-def test_the_less_goes_the_lower_the_learning_rate(work: Work) -> None:
-    deep, shallow = first_points(first_round(work)[0])
-    assert shallow["lr"] < deep["lr"]
-
-
-def test_a_later_round_starts_from_the_best_of_the_last(work: Work) -> None:
+def test_a_later_round_starts_from_the_best_of_the_last_and_knows_its_trials(work: Work) -> None:
     job, study = first_round(work)
     search_round(job, study, known_points(job))
     best = max(read_trials(study), key=lambda t: t.top1 or 0)
-    deep, safe = next_points(replace(job, plan=replace(job.plan, ceiling=0.2)), study)
+    plan = replace(job.plan, number=2, ceiling=0.2)
+    later, attempt = replace(job, plan=plan), work.store.create_study(2, {})
+    deep, safe = known_points(later)
     assert deep == best.params | {"prune_rate": 0.2}
     assert safe["prune_rate"] == pytest.approx(0.1)
+    earlier = _earlier(later)
+    assert [p.point["lr"] for p in earlier] == [t.params["lr"] for t in scored(study)]
+    assert [p.value for p in earlier] == pytest.approx([t.value for t in scored(study)])
+    point = next_point(later, attempt, [])
+    assert SHALLOW * 0.2 <= point["prune_rate"] <= 0.2
+    assert point == next_point(later, attempt, [])
+
+
+def test_what_a_promoted_round_removed_is_told_as_a_share_of_the_ceiling(work: Work) -> None:
+    job, study = first_round(work)
+    search_round(job, study, known_points(job))
+    plan = replace(job.plan, number=2, started_from=1, ceiling=job.plan.ceiling / 2)
+    for past, trial in zip(_earlier(replace(job, plan=plan)), read_trials(study), strict=True):
+        assert past.point["prune_rate"] == pytest.approx(trial.params["prune_rate"] / 2)
+        assert (past.value > 0) == trial.recovered
+
+
+def test_a_round_that_recovered_at_its_ceiling_keeps_the_rate_there(work: Work) -> None:
+    job, study = first_round(work)
+    easy = replace(job, goal=replace(job.goal, max_drop_pp=90), plan=replace(job.plan, floor=0.1, trials=5))
+    search_round(easy, study, known_points(easy))
+    trials = read_trials(study)
+    assert trials[0].recovered
+    assert {t.params["prune_rate"] for t in trials} == {job.plan.ceiling}
+    assert len({t.params["lr"] for t in trials[:3]}) > 1
+
+
+def climb(*tops: float, share: float = 0.8) -> Climb:
+    return Climb(prune_rate=0.2, cost_share=share, tops=tops, done=1.0, next_epochs=2.0)
+
+
+def test_a_trial_leaves_the_ladder_when_it_recovered_or_cannot(work: Work) -> None:
+    job, _ = first_round(work)
+    floor = job.plan.floor
+    assert not _goes_on(job, climb(floor + 0.001))
+    assert _goes_on(job, climb(floor - 0.5)), "nothing is known of gains yet"
+    assert _goes_on(job, climb(floor - 0.02, floor - 0.01)), "as much again is enough"
+    assert not _goes_on(job, climb(floor - 0.02, floor - 0.015)), "as much again is too little"
+    used_up = replace(job, meter=Meter(Budget(epochs=1.0)))
+    assert not _goes_on(used_up, climb(floor - 0.02, floor - 0.01)), "there are no epochs for it"
+
+
+def test_a_trial_below_every_gain_so_far_is_given_up(work: Work) -> None:
+    job, study = first_round(work)
+    for gain in (0.01, 0.02):
+        trial = study.ask()
+        rungs = (Rung(epochs=1, top1=0.5), Rung(epochs=3, top1=0.5 + gain))
+        record = TrialRecord(number=0, state="complete", params={}, top1=0.5, rungs=rungs)
+        put(trial, **{RESULT: record})
+        study.tell(trial, -0.1)
+    assert _goes_on(job, climb(job.plan.floor - 0.019))
+    assert not _goes_on(job, climb(job.plan.floor - 0.021))
 
 
 def test_a_diverged_trial_fails_alone(work: Work) -> None:
@@ -106,11 +147,11 @@ def test_running_out_of_memory_fails_the_trial_and_other_errors_stop_the_run(wor
         torch.OutOfMemoryError("CUDA out of memory"),
         RuntimeError("DefaultCPUAllocator: can't allocate memory"),
     ):
-        result = run_trial(failing(error).ground, params, epochs=0.1, seed=0)
+        result = run_trial(failing(error).ground, params, epochs=(0.1,), seed=0)
         assert "memory" in result.record.failure
         assert result.model is None
     with pytest.raises(RuntimeError, match="a bug"):
-        run_trial(failing(RuntimeError("a bug")).ground, params, epochs=0.1, seed=0)
+        run_trial(failing(RuntimeError("a bug")).ground, params, epochs=(0.1,), seed=0)
 
 
 def test_values_are_lexicographic(work: Work) -> None:
@@ -128,24 +169,3 @@ def test_values_are_lexicographic(work: Work) -> None:
               value(0.05, 1.0), value(0.3, floor), value(0.3, floor + 0.01), value(0.35, floor)]  # fmt: skip
     assert ranked == sorted(ranked)
     assert value(0.35, floor - 0.001) < 0 < value(0.05, floor)
-
-
-@pytest.mark.parametrize("kind", ["tpe", "gp", "random"])
-def test_samplers_repeat_for_a_seed_and_cover_every_decay(kind: str) -> None:
-    def draw(seed: int, count: int) -> list[dict[str, object]]:
-        study = optuna.create_study(direction="maximize")
-        for number in range(count):
-            study.sampler = make_sampler(kind, seed + number)
-            trial = study.ask()
-            params = suggest(trial, Search(), 0.4)
-            params.schedule(0.1)
-            assert 0.2 <= params.prune_rate <= 0.4
-            study.tell(trial, params.prune_rate)
-        return [t.params for t in study.trials]
-
-    with quiet_optuna():
-        few = 7 if kind == "gp" else 30
-        assert draw(1, few) == draw(1, few)
-        assert draw(1, 3) != draw(2, 3)
-        if kind != "gp":
-            assert {p["decay"] for p in draw(1, few)} == set(DECAYS)

@@ -14,7 +14,7 @@ from autoprune.plan import PruningPlan
 from autoprune.sensitivity import sensitivity
 from autoprune.tracing import trace
 from autoprune.train import EpochRecord, train_baseline_
-from autoprune.trial import Ground, TrialParams, probe_speed, run_trial
+from autoprune.trial import Climb, Ground, TrialParams, probe_speed, run_trial
 from tests.tiny import tiny_data, tiny_net, tiny_study
 
 PARAMS = TrialParams(prune_rate=0.3, lr=0.05, decay="cosine", criterion="l2", strategy="sensitivity")
@@ -35,7 +35,7 @@ def ground() -> Ground:
 
 def test_a_trial_says_what_it_left_and_how_well_that_does(ground: Ground) -> None:
     epochs: list[EpochRecord] = []
-    result = run_trial(ground, PARAMS, epochs=1.0, seed=3, on_epoch=epochs.append)
+    result = run_trial(ground, PARAMS, epochs=(1.0,), seed=3, on_epoch=epochs.append)
     record, model, plan = result.record, result.model, result.plan
     assert model is not None
     assert plan is not None
@@ -51,7 +51,7 @@ def test_a_trial_says_what_it_left_and_how_well_that_does(ground: Ground) -> Non
 
 def test_a_trial_leaves_its_ground_alone_and_repeats_for_a_seed(ground: Ground) -> None:
     before = {k: v.clone() for k, v in ground.model.state_dict().items()}
-    first, second = (run_trial(ground, PARAMS, epochs=0.5, seed=3) for _ in range(2))
+    first, second = (run_trial(ground, PARAMS, epochs=(0.5,), seed=3) for _ in range(2))
     assert first.model is not None
     assert second.model is not None
     states = zip(first.model.state_dict().values(), second.model.state_dict().values(), strict=True)
@@ -83,7 +83,7 @@ def test_the_plan_is_told_for_the_original(ground: Ground) -> None:
     graph = trace(model, torch.zeros(1, 1, 8, 8))
     table = sensitivity(model, graph, ground.data.search, ratios=(0.5,))
     later = replace(ground, model=model, graph=graph, plan=first, table=table, cached_scores={})
-    result = run_trial(later, replace(PARAMS, prune_rate=0.2), epochs=0.1, seed=0)
+    result = run_trial(later, replace(PARAMS, prune_rate=0.2), epochs=(0.1,), seed=0)
     assert result.plan is not None
     assert result.model is not None
     assert result.plan.num_units["conv2"] == 16
@@ -92,11 +92,27 @@ def test_the_plan_is_told_for_the_original(ground: Ground) -> None:
     assert shapes == {k: v.shape for k, v in result.model.state_dict().items()}
 
 
+def test_a_trial_climbs_complete_schedules_until_it_is_told_to_stop(ground: Ground) -> None:
+    asked: list[Climb] = []
+
+    def goes_on(climb: Climb) -> bool:
+        asked.append(climb)
+        return len(climb.tops) < 2
+
+    record = run_trial(ground, PARAMS, epochs=(0.5, 1.0, 2.0), seed=3, goes_on=goes_on).record
+    assert [r.epochs for r in record.rungs] == pytest.approx([0.5, 1.5], abs=0.1)
+    assert [e.epoch for e in record.epochs] == sorted(e.epoch for e in record.epochs)
+    assert record.rungs[-1].top1 == record.top1
+    assert [c.next_epochs for c in asked] == [1.0, 2.0]
+    assert asked[1].tops == tuple(r.top1 for r in record.rungs)
+    assert asked[0].cost_share == record.cost_share
+
+
 def test_time_running_out_fails_the_trial(ground: Ground) -> None:
     def stop(epoch: EpochRecord) -> None:
         raise TrialError("the time budget ran out", "more")
 
-    result = run_trial(ground, PARAMS, epochs=1.0, seed=3, on_epoch=stop)
+    result = run_trial(ground, PARAMS, epochs=(1.0,), seed=3, on_epoch=stop)
     assert (result.record.failure, result.record.top1) == ("the time budget ran out", None)
 
 
