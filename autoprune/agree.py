@@ -1,65 +1,72 @@
 """Does the pruned program do what the labels say? Two recorded passes compared, operator by operator.
 
-The pruned network runs the same operators in the same order, with the same numbers, on tensors of the lengths
-that the labels predict. If it does, it computes what the masked network computes. Anything else, such as a
-scale that is derived from a pruned width, is a disagreement. A network in which the class of a module was
-exchanged for one of ours (`attention`, `padding`, `rescaled`) runs other operators, also behind it, where
-strides differ; there only the outputs' shapes are compared.
+The pruned network runs the same operators in the same order, on the same tensors with the same numbers and
+of the lengths that the labels predict. If it does, it computes what the masked network computes. Anything
+else, such as a scale that is derived from a pruned width, is a disagreement. A network in which the class of
+a module was exchanged for one of ours (`attention`, `padding`, `rescaled`) runs other operators, also behind
+it, where strides differ; there only the outputs' shapes are compared.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 from torch import nn
 
 from autoprune.graph import Group
+from autoprune.labels import LabelArray
 from autoprune.loose import LooseModule
 from autoprune.plan import PruningPlan
-from autoprune.tape import Op, Tape
+from autoprune.tape import Op, Ref, Tape
 from autoprune.walk import Walk
 
-SIZES = frozenset(
-    [
-        "size",
-        "sizes",
-        "shape",
-        "split_size",
-        "split_sizes",
-        "start",
-        "end",
-        "groups",
-        "group",
-        "num_groups",
-        "N",
-        "C",
-        "HxW",
-        "normalized_shape",
-        "repeats",
-        "storage_offset",
-        "stride",
-    ]
-)  # arguments that may follow a width; the tensors' shapes are compared instead
+SIZES: dict[str, frozenset[str]] = {
+    **dict.fromkeys(
+        (
+            "view",
+            "_unsafe_view",
+            "reshape",
+            "_reshape_alias",
+            "expand",
+            "unflatten",
+            "new_empty",
+            "new_zeros",
+        ),
+        frozenset({"size", "shape", "sizes"}),
+    ),
+    **dict.fromkeys(("new_ones", "new_full", "empty", "zeros", "ones", "full"), frozenset({"size"})),
+    **dict.fromkeys(("rand", "randn"), frozenset({"size"})),
+    **dict.fromkeys(("split", "unsafe_split"), frozenset({"split_size"})),
+    **dict.fromkeys(("split_with_sizes", "unsafe_split_with_sizes"), frozenset({"split_sizes"})),
+    **dict.fromkeys(("as_strided", "empty_strided", "new_empty_strided"), frozenset({"size", "stride"})),
+    "slice": frozenset({"start", "end"}),
+    "convolution": frozenset({"groups"}),
+    "native_group_norm": frozenset({"N", "C", "HxW", "group"}),
+    "native_layer_norm": frozenset({"normalized_shape"}),
+    "_fused_rms_norm": frozenset({"normalized_shape"}),
+}  # arguments that may follow a width, by operator: the tensors' shapes are compared instead
+NO_SIZES: frozenset[str] = frozenset()
 
 
 def disagreement(walk: Walk, pruned: Tape, plan: PruningPlan, groups: Mapping[str, Group]) -> str:
     """Where the pruned pass differs from what the original's labels predict; empty where nowhere."""
-    stays = _staying(walk, plan, groups)
-    before = walk.tape.ops
-    for position, (old, new) in enumerate(zip(before, pruned.ops, strict=False)):
-        place = f"{new.name} in {new.module or 'the network'}, {new.where}"
-        if old.name != new.name:
-            return f"another operator runs where {old.name} ran ({place})"
-        if changed := _changed_number(old.arguments, new.arguments):
-            return f"argument {changed!r} follows a width ({place})"
-        if walk.live[position] and (shapes := _other_shape(walk, pruned, old, new, stays)):
-            return f"{shapes} ({place})"
-    if len(before) != len(pruned.ops):
-        return f"it runs {len(pruned.ops)} operators instead of {len(before)}"
-    return ""
+    lengths = _Lengths(walk, plan, groups)
+    twins = _Twins(walk.tape, pruned)
+    for position, (old, new) in enumerate(zip(walk.tape.ops, pruned.ops, strict=False)):
+        problem = (
+            (f"another operator runs where {old.name} ran" if old.name != new.name else "")
+            or _changed_number(old, new)
+            or twins.changed(old, new)
+            or (_other_shape(walk, pruned, old, new, lengths) if walk.live[position] else "")
+            or (_other_stretch(walk, pruned, old, new, lengths) if walk.live[position] else "")
+        )
+        if problem:
+            return f"{problem} ({new.name} in {new.module or 'the network'}, {new.where})"
+    if len(walk.tape.ops) != len(pruned.ops):
+        return f"it runs {len(pruned.ops)} operators instead of {len(walk.tape.ops)}"
+    return twins.changed_outputs()
 
 
 def other_outputs(walk: Walk, pruned: Tape) -> str:
@@ -79,25 +86,66 @@ def _own_class(module: nn.Module) -> type:
     return type(module).__bases__[1] if isinstance(module, LooseModule) else type(module)
 
 
-def _staying(walk: Walk, plan: PruningPlan, groups: Mapping[str, Group]) -> NDArray[np.bool_]:
-    """Whether each label stays under the plan, bool (labels,)."""
-    stays = np.ones(walk.labels.size, bool)
-    starts = {(s.name, s.dim, s.pad_op, s.side): s.start for s in walk.labels.slots}
-    for name, keep in plan.keep.items():
-        group = groups[name]
-        gone = np.setdiff1d(np.arange(group.num_units), keep)
-        for member in group.members:
-            stays[starts[member.name, member.dim, None, "left"] + member.index[gone].ravel()] = False
-        for padding in group.paddings:
-            start = starts[padding.module, padding.dim, padding.op, padding.side]
-            stays[start + padding.index[gone].ravel()] = False
-    return stays
+class _Lengths:
+    """How long every axis of labels is under a plan."""
+
+    def __init__(self, walk: Walk, plan: PruningPlan, groups: Mapping[str, Group]) -> None:
+        self.stays = np.ones(walk.labels.size + 1, bool)  # the last is FIXED's
+        self._known: dict[int, int] = {}
+        starts = {(s.name, s.dim, s.pad_op, s.side): s.start for s in walk.labels.slots}
+        for name, keep in plan.keep.items():
+            group = groups[name]
+            is_gone = np.ones(group.num_units, bool)
+            is_gone[keep] = False
+            for member in group.members:
+                start = starts[member.name, member.dim, None, "left"]
+                self.stays[start + member.index[is_gone]] = False
+            for padding in group.paddings:
+                start = starts[padding.module, padding.dim, padding.op, padding.side]
+                self.stays[start + padding.index[is_gone]] = False
+
+    def of(self, axis: LabelArray) -> int:
+        """The length of one of the walk's arrays."""
+        if id(axis) not in self._known:
+            self._known[id(axis)] = int(np.count_nonzero(self.stays[axis]))
+        return self._known[id(axis)]
 
 
-def _changed_number(old: Mapping[str, Any], new: Mapping[str, Any]) -> str:
-    for name, value in old.items():
-        if name not in SIZES and _numbers(value) != _numbers(new.get(name)):
-            return name
+class _Twins:
+    """Which tensor of the pruned pass stands for which of the original's."""
+
+    def __init__(self, original: Tape, pruned: Tape) -> None:
+        self.original, self.pruned = original, pruned
+        named = {name: index for index, name in pruned.parameters.items()}
+        self.of = {index: named.get(name, -1) for index, name in original.parameters.items()}
+        self._enter(original.inputs, pruned.inputs)
+
+    def _enter(self, old: Sequence[Ref | None], new: Sequence[Ref | None]) -> None:
+        for left, right in zip(old, new, strict=False):
+            if left is not None and right is not None:
+                self.of.setdefault(left.index, right.index)
+
+    def changed(self, old: Op, new: Op) -> str:
+        """Whether the operator reads other tensors than its twin did; constants come up at their use."""
+        if len(old.inputs) != len(new.inputs):
+            return "it reads another number of tensors"
+        for left, right in zip(old.inputs, new.inputs, strict=True):
+            if self.of.setdefault(left.index, right.index) != right.index:
+                return "it reads another tensor"
+        self._enter(old.outputs, new.outputs)
+        return ""
+
+    def changed_outputs(self) -> str:
+        """Whether the network gives out other tensors."""
+        expected = [self.of.get(r.index) for r in self.original.outputs]
+        return "" if expected == [r.index for r in self.pruned.outputs] else "it gives out other tensors"
+
+
+def _changed_number(old: Op, new: Op) -> str:
+    may_follow = SIZES.get(old.name, NO_SIZES)
+    for name, value in old.arguments.items():
+        if name not in may_follow and _numbers(value) != _numbers(new.arguments.get(name)):
+            return f"argument {name!r} follows a width"
     return ""
 
 
@@ -108,17 +156,36 @@ def _numbers(value: Any) -> Any:
     return tuple(_numbers(v) for v in value) if isinstance(value, list) else ()
 
 
-def _other_shape(walk: Walk, pruned: Tape, old: Op, new: Op, stays: NDArray[np.bool_]) -> str:
+def _other_shape(walk: Walk, pruned: Tape, old: Op, new: Op, lengths: _Lengths) -> str:
     for number, (left, right) in enumerate(zip(old.outputs, new.outputs, strict=False)):
-        if left is None or right is None or 0 in walk.shape(left):
+        if left is None or right is None:
             continue
-        axes = walk.get(left)
-        if number > 0 and all(a is None for a in axes):
+        shape, axes = walk.shape(left), walk.axes.get(left.index)
+        if 0 in shape or (number > 0 and axes is None):
             continue  # statistics that nothing reads
-        expected = tuple(
-            n if a is None else int((a < 0).sum() + stays[a[a >= 0]].sum())
-            for n, a in zip(walk.shape(left), axes, strict=True)
+        expected = (
+            shape
+            if axes is None
+            else tuple(n if a is None else lengths.of(a) for n, a in zip(shape, axes, strict=True))
         )
         if pruned.shapes[right.index] != expected:
             return f"a tensor becomes {pruned.shapes[right.index]} and not {expected}"
     return ""
+
+
+def _other_stretch(walk: Walk, pruned: Tape, old: Op, new: Op, lengths: _Lengths) -> str:
+    """Sizes that no shape shows: where a slice begins, and how wide a normalisation group is."""
+    if old.name == "slice":
+        dim = old.arg("dim", 0) % len(walk.shape(old.inputs[0]))
+        axis, length = walk.get(old.inputs[0])[dim], pruned.shapes[new.inputs[0].index][dim]
+        starts = [_first(op, n) for op, n in ((old, walk.shape(old.inputs[0])[dim]), (new, length))]
+        wanted = starts[0] if axis is None else int(np.count_nonzero(lengths.stays[axis[: starts[0]]]))
+        return "" if starts[1] == wanted else f"a slice begins at {starts[1]} and not at {wanted}"
+    if old.name == "native_group_norm":
+        widths = [int(op.arg("C")) / int(op.arg("group")) for op in (old, new)]
+        return "" if widths[0] == widths[1] else "its groups are of another width"
+    return ""
+
+
+def _first(op: Op, length: int) -> int:
+    return slice(op.arg("start"), op.arg("end"), op.arg("step") or 1).indices(length)[0]

@@ -8,8 +8,7 @@ function; `verify` measures by how much they differ.
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -19,6 +18,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from autoprune.attention import mend_attention
+from autoprune.copying import copied
 from autoprune.errors import UsageError, VerificationError
 from autoprune.graph import ChannelGraph, Group
 from autoprune.loose import loosen
@@ -26,7 +26,6 @@ from autoprune.padding import mend_paddings
 from autoprune.plan import PruningPlan
 from autoprune.rescaled import rescale
 
-Change = Callable[[str, Tensor], Tensor]
 TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4}  # relative; measured: 1e-14 and 1e-6 on torchvision
 
 
@@ -125,11 +124,11 @@ def verify(model: nn.Module, graph: ChannelGraph, plan: PruningPlan, example_inp
 
 def difference(dense: nn.Module, reference: nn.Module, inputs: tuple[Any, ...]) -> float:
     """Largest absolute difference of two networks' outputs over the reference's largest absolute output."""
-    with torch.no_grad(), torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        got = _outputs(dense.eval(), inputs)
-        torch.manual_seed(0)
-        want = _outputs(reference.eval(), inputs)
+    return largest_gap(outputs(dense, inputs), outputs(reference, inputs))
+
+
+def largest_gap(got: list[Tensor], want: list[Tensor]) -> float:
+    """Largest absolute difference over the largest absolute entry of `want`; infinite where shapes differ."""
     if [t.shape for t in got] != [t.shape for t in want]:
         return float("inf")
     largest = max((float(t.abs().max()) for t in want if t.numel()), default=0.0)
@@ -138,8 +137,11 @@ def difference(dense: nn.Module, reference: nn.Module, inputs: tuple[Any, ...]) 
     return worst / largest if largest > 0 else worst
 
 
-def _outputs(model: nn.Module, inputs: tuple[Any, ...]) -> list[Tensor]:
-    result = model(*tree_map_only(Tensor, torch.clone, inputs))
+def outputs(model: nn.Module, inputs: tuple[Any, ...]) -> list[Tensor]:
+    """What a network gives out in evaluation mode from a fixed seed, in float64."""
+    with torch.no_grad(), torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        result = model.eval()(*tree_map_only(Tensor, torch.clone, inputs))
     return [t.double() for t in tree_leaves(result) if isinstance(t, Tensor) and not t.is_complex()]
 
 
@@ -154,38 +156,24 @@ def _removals(graph: ChannelGraph, plan: PruningPlan) -> Iterator[tuple[Group, N
                 "make the plan from a graph of this very network",
             )
         if len(keep) < group.num_units:
-            yield group, np.setdiff1d(np.arange(group.num_units), keep)
+            is_gone = np.ones(group.num_units, bool)
+            is_gone[keep] = False
+            yield group, np.flatnonzero(is_gone)
 
 
 def _kept_positions(graph: ChannelGraph, plan: PruningPlan) -> dict[str, dict[int, NDArray[np.int64]]]:
     """Parameter name -> dimension -> kept positions, for those that shrink."""
-    gone: dict[tuple[str, int], list[NDArray[np.int64]]] = {}
-    widths: dict[tuple[str, int], int] = {}
+    stays: dict[tuple[str, int], NDArray[np.bool_]] = {}
     for group, removed in _removals(graph, plan):
         for member in group.members:
-            gone.setdefault((member.name, member.dim), []).append(member.index[removed].ravel())
-            widths[member.name, member.dim] = graph.width(member.name, member.dim)
+            key = member.name, member.dim
+            if key not in stays:
+                stays[key] = np.ones(graph.width(*key), bool)
+            stays[key][member.index[removed]] = False
     kept: dict[str, dict[int, NDArray[np.int64]]] = {}
-    for (name, dim), positions in gone.items():
-        kept.setdefault(name, {})[dim] = np.setdiff1d(np.arange(widths[name, dim]), np.concatenate(positions))
+    for (name, dim), positions in stays.items():
+        kept.setdefault(name, {})[dim] = np.flatnonzero(positions)
     return kept
-
-
-def copied(model: nn.Module, change: Change) -> nn.Module:
-    """A copy of the module tree whose tensors are `change`d on the way; tied ones stay tied."""
-    memo: dict[int, Any] = {}
-    for name, parameter in model.named_parameters(remove_duplicate=False):
-        if id(parameter) not in memo:
-            data = change(name, parameter.detach())
-            memo[id(parameter)] = nn.Parameter(data, requires_grad=parameter.requires_grad)
-    for name, buffer in model.named_buffers(remove_duplicate=False):
-        if id(buffer) not in memo:
-            memo[id(buffer)] = change(name, buffer.detach())
-    for module in model.modules():
-        for value in vars(module).values():
-            if isinstance(value, Tensor) and id(value) not in memo:
-                memo[id(value)] = value.detach().clone()
-    return copy.deepcopy(model, memo)
 
 
 def _mended(model: nn.Module, graph: ChannelGraph, plan: PruningPlan) -> nn.Module:

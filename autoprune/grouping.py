@@ -5,12 +5,14 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from autoprune.copying import named_tensors
 from autoprune.cost import Axis, CostModel, Product, Term
 from autoprune.graph import ChannelGraph, Counted, Frozen, Group, Member, Padding
 from autoprune.labels import LabelArray, Slot
@@ -62,6 +64,7 @@ def _freeze_wishes(walk: Walk, kept: Mapping[str, str]) -> None:
             walk.labels.freeze(np.arange(slot.start, slot.start + slot.size), wish)
 
 
+Found = tuple[int, Slot, NDArray[np.int64]]  # a slot's number, the slot, its positions (units, k)
 WIDE = 4  # a group is rounded from so many multiples on: two or three counts to choose from are too few
 
 
@@ -86,6 +89,7 @@ class _Grouping:
             np.searchsorted(starts, np.arange(size), side="right") - 1 if size else np.empty(0, np.int64)
         )
         self.group_of = self._group_of_classes()
+        self.group_of_label = np.append(self.group_of[self.classes], -1)  # the last is FIXED's
         self.rows: dict[tuple[Any, ...], int] = {}
         self.row_of: dict[int, int] = {}
 
@@ -120,8 +124,7 @@ class _Grouping:
         return group_of
 
     def graph(self, round_to: int) -> ChannelGraph:
-        units = self._units()
-        groups = self._named([self._members(u) for u in units], round_to)
+        groups = self._named(self._members(self._units()), round_to)
         model = self._cost_model()
         widths = np.array([g.num_units for g in groups], dtype=np.int64)
         at_stake, _ = model.macs_touched(widths)
@@ -144,25 +147,39 @@ class _Grouping:
 
     def _units(self) -> list[NDArray[np.int64]]:
         """Class numbers of every group's units, ordered by first label."""
-        num = int(self.group_of.max()) + 1 if len(self.group_of) else 0
-        found = [np.flatnonzero(self.group_of == g) for g in range(num)]
-        return [u[np.argsort(self.first[u])] for u in found]
+        order = np.lexsort((self.first, self.group_of))
+        return _runs(order, self.group_of[order])
 
-    def _members(self, units: NDArray[np.int64]) -> tuple[int, list[tuple[int, Slot, NDArray[np.int64]]]]:
-        rank = np.full(len(self.is_frozen), -1, np.int64)
-        rank[units] = np.arange(len(units))
-        labels = np.flatnonzero(rank[self.classes] >= 0)
-        members = []
-        for number in np.unique(self.slot_of[labels]):
-            slot = self.slots[int(number)]
-            mine = labels[self.slot_of[labels] == number]
-            order = np.argsort(rank[self.classes[mine]], kind="stable")
-            members.append((int(number), slot, (mine[order] - slot.start).reshape(len(units), -1)))
-        return len(units), members
+    def _members(self, units: list[NDArray[np.int64]]) -> list[tuple[int, list[Found]]]:
+        """Per group its width, and for every slot that it owns positions of, which unit owns which."""
+        rank = np.empty(len(self.is_frozen), np.int64)
+        for mine in units:
+            rank[mine] = np.arange(len(mine))
+        owned = np.flatnonzero(self.group_of_label[:-1] >= 0)
+        groups = self.group_of_label[owned]
+        order = np.argsort(groups.astype(np.int16 if len(units) < 2**15 else np.int64), kind="stable")
+        return [
+            (len(mine), self._positions(labels, rank, len(mine)))
+            for mine, labels in zip(units, _runs(owned[order], groups[order]), strict=True)
+        ]
 
-    def _named(
-        self, found: list[tuple[int, list[tuple[int, Slot, NDArray[np.int64]]]]], round_to: int
-    ) -> list[Group]:
+    def _positions(self, labels: LabelArray, rank: LabelArray, width: int) -> list[Found]:
+        numbers, ranks = self.slot_of[labels], rank[self.classes[labels]]
+        borders = [0, *(np.flatnonzero(np.diff(numbers)) + 1).tolist(), len(labels)]
+        is_falling = np.append(np.diff(ranks) < 0, False)
+        is_falling[np.array(borders[1:]) - 1] = False
+        falls = set(numbers[is_falling].tolist())
+        found = []
+        for start, end in pairwise(borders):
+            number = int(numbers[start])
+            mine = labels[start:end]
+            if number in falls:
+                mine = mine[np.argsort(ranks[start:end], kind="stable")]
+            slot = self.slots[number]
+            found.append((number, slot, (mine - slot.start).reshape(width, -1)))
+        return found
+
+    def _named(self, found: list[tuple[int, list[Found]]], round_to: int) -> list[Group]:
         buffers = {name for name, _ in self.model.named_buffers(remove_duplicate=False)}
         groups, taken = [], dict[str, int]()
         for width, slots in found:
@@ -189,15 +206,11 @@ class _Grouping:
             )  # fmt: skip
         return groups
 
-    def _axis(self, labels: LabelArray) -> Axis:
-        known = labels[labels >= 0]
-        groups = self.group_of[self.classes[known]]
-        kept = len(labels) - len(known) + int((groups < 0).sum())
-        numbers, positions = np.unique(groups[groups >= 0], return_counts=True)
-        widths = self._widths
+    def _axis(self, labels: LabelArray | slice) -> Axis:
+        counts = np.bincount(self.group_of_label[labels] + 1, minlength=1)
         return Axis(
-            fixed=kept,
-            per_unit={int(g): int(p) // int(widths[g]) for g, p in zip(numbers, positions, strict=True)},
+            fixed=int(counts[0]),
+            per_unit={int(g): int(counts[g + 1]) // int(self._widths[g]) for g in np.flatnonzero(counts[1:])},
         )
 
     @cached_property
@@ -270,7 +283,7 @@ class _Grouping:
         params, sizes = [], []
         for name, tensor, is_buffer in _tensors(self.model):
             slots = by_name.get(name, [])
-            rows = tuple(self._row(self._axis(np.arange(s.start, s.start + s.size))) for s in slots)
+            rows = tuple(self._row(self._axis(slice(s.start, s.start + s.size))) for s in slots)
             tracked = {s.dim for s in slots}
             constant = int(
                 np.prod([n for d, n in enumerate(tensor.shape) if d not in tracked], dtype=np.int64)
@@ -337,6 +350,12 @@ class _Grouping:
         return {module: tuple(splits) for module, splits in found.items()}
 
 
+def _runs(values: NDArray[np.int64], keys: NDArray[np.int64]) -> list[NDArray[np.int64]]:
+    """Values with equal keys together; the keys are sorted, and those below 0 are left out."""
+    values, keys = values[keys >= 0], keys[keys >= 0]
+    return np.split(values, np.flatnonzero(np.diff(keys)) + 1) if len(values) else []
+
+
 PIECES: tuple[str, ...] = ("head", "group")
 PARTS = ("width", "split", "chunk")
 WIDTHS = ("attn", "inner", "all_head", "hidden", "out_dim", "dim_out", "val")
@@ -353,8 +372,7 @@ def _counting_attributes(module: nn.Module, length: int, words: tuple[str, ...])
 def _tensors(model: nn.Module) -> list[tuple[str, Tensor, bool]]:
     """Every parameter and buffer once, under its first name."""
     found: dict[int, tuple[str, Tensor, bool]] = {}
-    for name, parameter in model.named_parameters(remove_duplicate=False):
-        found.setdefault(id(parameter), (name, parameter, False))
-    for name, buffer in model.named_buffers(remove_duplicate=False):
-        found.setdefault(id(buffer), (name, buffer, True))
+    for are_buffers, tensors in enumerate(named_tensors(model)):
+        for name, tensor in tensors:
+            found.setdefault(id(tensor), (name, tensor, bool(are_buffers)))
     return list(found.values())

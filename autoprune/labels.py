@@ -10,6 +10,7 @@ the network is walked; the classes are found once at the end, all together.
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from dataclasses import dataclass
 from typing import Literal
 
@@ -54,11 +55,13 @@ class Labels:
         self.freezes: list[Freeze] = []
         self.ignores_fixed = False  # a probe follows one axis; positions of others are unknown, not fixed
         self.is_muted = False
+        self._starts: list[int] = []
         self._ties: list[tuple[LabelArray, LabelArray]] = []
 
     def new(self, name: str, dim: int, size: int) -> LabelArray:
         """Open a slot of `size` fresh labels."""
         self.slots.append(Slot(name, dim, self.size, size))
+        self._starts.append(self.size)
         self.size += size
         return np.arange(self.size - size, self.size, dtype=np.int64)
 
@@ -88,16 +91,14 @@ class Labels:
         """Say what the slots of these labels do; the first word stands."""
         if labels is None:
             return
-        starts = np.array([s.start for s in self.slots]) if len(self.slots) > self._marked else self._starts
-        self._starts, self._marked = starts, len(self.slots)
         known = labels[labels >= 0]
-        if known.size:
-            for index in np.unique(np.searchsorted(starts, known, side="right") - 1):
-                slot = self.slots[int(index)]
-                slot.role = slot.role or role
-
-    _marked = 0
-    _starts: LabelArray = np.empty(0, np.int64)
+        if not known.size:
+            return
+        first, last = (bisect_right(self._starts, int(n)) - 1 for n in (known.min(), known.max()))
+        numbers = [first] if first == last else np.unique(np.searchsorted(self._starts, known, "right") - 1)
+        for number in numbers:
+            slot = self.slots[int(number)]
+            slot.role = slot.role or role
 
     def classes(self) -> NDArray[np.int32]:
         """Class number of every label, (size,)."""

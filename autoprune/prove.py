@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import cached_property
 from typing import Any
 
@@ -21,7 +21,8 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
 from autoprune.agree import disagreement, has_exchanged, other_outputs
-from autoprune.densify import copied, densify, densify_on_meta, difference, masked
+from autoprune.copying import copied
+from autoprune.densify import densify, densify_on_meta, largest_gap, masked, outputs
 from autoprune.graph import ChannelGraph, Group
 from autoprune.grouping import Wishes, build
 from autoprune.labels import LabelArray
@@ -31,6 +32,7 @@ from autoprune.tape import Tape, record_on_meta
 from autoprune.walk import Walk
 
 CHEAP_MACS = 1_000_000_000  # below this the comparison in numbers takes about a tenth of a second
+SMALL_MACS, SMALL_PARAMS = 20_000_000, 1_000_000  # so small that it costs nothing, neither time nor memory
 NOISE_DOUBLE = 1e-5  # relative; casts to float32 inside the network leave less
 NOISE_SINGLE = 1e-3
 ROUNDS = 12
@@ -48,8 +50,8 @@ def proven(model: nn.Module, inputs: tuple[Any, ...], tape: Tape, wishes: Wishes
     for _ in range(ROUNDS):
         graph, walk = build(model, tape, wishes, choices=choices, refused=refused)
         proof = _Proof(model, inputs, walk)
-        graph, runs = proof.loosened(graph)
-        failing = proof.failing(graph, spent, runs=runs)
+        graph, reason = proof.loosened(graph)
+        failing = proof.failing(graph, spent, reason=reason)
         if not failing:
             return graph
         for group, reason in failing:
@@ -61,25 +63,32 @@ def proven(model: nn.Module, inputs: tuple[Any, ...], tape: Tape, wishes: Wishes
     return build(model, tape, wishes, choices=choices, refused=refused)[0]
 
 
-@dataclass(frozen=True, eq=False)
 class _Proof:
-    """The two checks of one network: that its pruned program runs, and that it computes the same."""
+    """The two checks of one network: that its pruned program agrees, and that it computes the same.
 
-    model: nn.Module
-    inputs: tuple[Any, ...]
-    walk: Walk
+    Attributes:
+        has_exchanged: whether a program ran in which the class of a module was exchanged for one of ours.
+    """
+
+    def __init__(self, model: nn.Module, inputs: tuple[Any, ...], walk: Walk) -> None:
+        self.model, self.inputs, self.walk = model, inputs, walk
+        self.has_exchanged = False
 
     def program(self, graph: ChannelGraph, groups: Sequence[Group]) -> str | None:
         """What goes wrong when a copy with these groups pruned runs without values."""
+        return self._run(graph, groups)[0]
+
+    def _run(self, graph: ChannelGraph, groups: Sequence[Group]) -> tuple[str | None, nn.Module]:
         plan = _probe_plan(groups)
         dense = densify_on_meta(self.model, graph, plan)
         try:
             pruned = record_on_meta(dense, self.inputs)
         except Exception as error:  # any failure of the user's forward is the finding
-            return f"its forward has the size written in: {_first_line(error)}"
+            return f"its forward has the size written in: {_first_line(error)}", dense
         if has_exchanged(self.model, dense):
-            return other_outputs(self.walk, pruned) or None
-        return disagreement(self.walk, pruned, plan, {g.name: g for g in groups}) or None
+            self.has_exchanged = True
+            return other_outputs(self.walk, pruned) or None, dense
+        return disagreement(self.walk, pruned, plan, {g.name: g for g in groups}) or None, dense
 
     @cached_property
     def subject(self) -> tuple[nn.Module, tuple[Any, ...], float]:
@@ -91,59 +100,67 @@ class _Proof:
         inputs = tree_map_only(Tensor, lambda x: x.double() if x.is_floating_point() else x, self.inputs)
         strong = copied(self.model, _strengthened).double().eval()
         try:
-            difference(strong, strong, inputs)
+            outputs(strong, inputs)
         except Exception:  # whatever fails, fails without any pruning
             return copied(self.model, _strengthened), self.inputs, NOISE_SINGLE
         return strong, inputs, NOISE_DOUBLE
 
     def numbers(self, graph: ChannelGraph, groups: Sequence[Group]) -> str | None:
-        """What goes wrong when the copy is compared with the masked network."""
+        """What goes wrong when the copy is compared with the masked network. One of them lives at a time."""
         plan = _probe_plan(groups)
         network, inputs, noise = self.subject
         try:
-            apart = difference(densify(network, graph, plan), masked(network, graph, plan), inputs)
+            wanted = outputs(masked(network, graph, plan), inputs)
+            apart = largest_gap(outputs(densify(network, graph, plan), inputs), wanted)
         except Exception as error:  # any failure of the user's forward is the finding
             return f"its forward has the size written in: {_first_line(error)}"
         return None if apart < noise else f"the pruned network computes something else ({apart:.1e} apart)"
 
-    def loosened(self, graph: ChannelGraph) -> tuple[ChannelGraph, bool]:
-        """The graph with those modules loosened without which it fails, and whether the program then runs."""
-        if not self.walk.tape.is_meta:
-            return graph, False
-        if self.program(graph, graph.groups) is None:
-            return graph, True
-        loose = replace(graph, loosened=frozenset(graph.merged.keys() | graph.split.keys()))
-        if self.program(loose, graph.groups) is not None:
-            return loose, False
-        dense = densify_on_meta(self.model, loose, _probe_plan(graph.groups))
-        record_on_meta(dense, self.inputs)
-        modules = dict(dense.named_modules())
-        needed = {
-            n for n, m in modules.items() if isinstance(m, LooseModule) and m.autoprune_widths.are_needed
-        }
-        return replace(graph, loosened=frozenset(needed)), True
+    def loosened(self, graph: ChannelGraph) -> tuple[ChannelGraph, str | None]:
+        """The graph with those modules loosened without which it fails, and what goes wrong even then."""
+        if not self.walk.tape.is_meta or not graph.groups:
+            return graph, None
+        reason, _ = self._run(graph, graph.groups)
+        candidates = frozenset(graph.merged.keys() | graph.split.keys())
+        if reason is None or not candidates:
+            return graph, reason
+        loose = replace(graph, loosened=candidates)
+        reason, dense = self._run(loose, graph.groups)
+        if reason is not None:
+            return loose, reason
+        loosened = {n: m for n, m in dense.named_modules() if isinstance(m, LooseModule)}
+        needed = {n for n, m in loosened.items() if m.autoprune_widths.are_needed}
+        return replace(graph, loosened=frozenset(needed)), None
 
-    def failing(self, graph: ChannelGraph, spent: list[int], *, runs: bool) -> list[tuple[Group, str]]:
+    def failing(
+        self, graph: ChannelGraph, spent: list[int], *, reason: str | None
+    ) -> list[tuple[Group, str]]:
         """The groups whose pruning fails, with what happens.
 
         Args:
             spent: one entry for every run made so far.
-            runs: whether the program is known to agree with all groups pruned.
+            reason: what is known to go wrong in the program when all groups are pruned.
         """
         if not graph.groups:
             return []
-        if self.walk.tape.is_meta and not runs:
-            found = _bisect(graph.groups, lambda groups: self.program(graph, groups), spent)
-            if found:
-                return found
-        needs_numbers = self.walk.is_risky or graph.loosened
-        if self.walk.tape.is_meta and (graph.cost().macs > CHEAP_MACS or not needs_numbers):
+        if reason is not None:
+            return _bisect(graph.groups, lambda groups: self.program(graph, groups), spent, reason)
+        if not self._needs_numbers(graph):
             return []
         if graph.loosened and (reason := self.numbers(graph, graph.groups)) is not None:
             corrected = [g for g in graph.groups if self._passes(g, graph.loosened)]
             if corrected:
                 return [(g, reason) for g in corrected]
         return _bisect(graph.groups, lambda groups: self.numbers(graph, groups), spent)
+
+    def _needs_numbers(self, graph: ChannelGraph) -> bool:
+        """Where the program was not compared operator by operator; or where channels split and it is free."""
+        cost = graph.cost()
+        if not self.walk.tape.is_meta:
+            return True
+        is_split = self.walk.is_risky or bool(graph.loosened)
+        is_small = cost.macs <= SMALL_MACS and cost.params <= SMALL_PARAMS
+        return (is_split and is_small) or (self.has_exchanged and cost.macs <= CHEAP_MACS)
 
     def _passes(self, group: Group, modules: frozenset[str]) -> bool:
         """Whether a group's channels are put together or split in one of the modules."""
@@ -162,8 +179,10 @@ def _strengthened(name: str, tensor: Tensor) -> Tensor:
     return fresh.to(tensor.device, tensor.dtype)
 
 
-def _bisect(groups: Sequence[Group], check: Check, spent: list[int]) -> list[tuple[Group, str]]:
-    reason = check(groups)
+def _bisect(
+    groups: Sequence[Group], check: Check, spent: list[int], known: str | None = None
+) -> list[tuple[Group, str]]:
+    reason = known or check(groups)
     spent.append(1)
     if reason is None:
         return []

@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from copy import copy
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 from typing import Any, cast
 
@@ -26,9 +27,12 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
+from autoprune.copying import named_tensors
 from autoprune.errors import TraceError
+from autoprune.meta_results import Rule, rule
 
 TORCH_FOLDER = str(Path(torch.__file__).parent) + "/"
+META = torch.device("meta")
 UNSAFE_VIEW = torch.ops.aten._unsafe_view.default  # a view, though its schema does not say so
 
 
@@ -54,6 +58,7 @@ class Op:
         is_in_place: whether it writes into one of its inputs.
         makes: whether its results are new tensors, neither views nor what it was given.
         call: the operator itself, so that it can be run again.
+        inputs: all tensor arguments, in order.
     """
 
     name: str
@@ -66,15 +71,14 @@ class Op:
     is_in_place: bool
     makes: bool
     call: Any = field(repr=False, compare=False)
+    inputs: list[Ref] = field(init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        self.inputs = list(_refs(self.arguments.values()))
 
     def arg(self, name: str, default: Any = None) -> Any:
         """The argument called `name`, or `default` where the call left it out."""
         return self.arguments.get(name, default)
-
-    @property
-    def inputs(self) -> list[Ref]:
-        """All tensor arguments, in order."""
-        return list(_refs(self.arguments.values()))
 
 
 @dataclass(slots=True)
@@ -100,6 +104,14 @@ class Tape:
     outputs: list[Ref] = field(default_factory=list)
     calls: dict[str, int] = field(default_factory=dict)
     is_meta: bool = True
+
+    def readers(self) -> dict[int, list[int]]:
+        """Ref index -> positions of the operators that read it, in order."""
+        found: dict[int, list[int]] = {}
+        for position, op in enumerate(self.ops):
+            for index in {r.index for r in op.inputs}:
+                found.setdefault(index, []).append(position)
+        return found
 
     def live(self) -> list[bool]:
         """Per operator whether its result reaches an output; operators in place always count."""
@@ -154,7 +166,8 @@ def _run_meta(model: nn.Module, inputs: tuple[Any, ...], recorder: _Recorder) ->
     for name, tensor in _named_tensors(model):
         state[name] = copies.setdefault(id(tensor), tensor.detach().to("meta"))
     moved = tree_map_only(Tensor, lambda t: t.to("meta"), inputs)
-    with torch.no_grad(), torch.device("meta"):
+    recorder.is_meta = True
+    with torch.no_grad():
         recorder.run(lambda: torch.func.functional_call(model, state, moved, tie_weights=False), state, moved)
 
 
@@ -176,9 +189,9 @@ def _run_real(model: nn.Module, inputs: tuple[Any, ...], recorder: _Recorder) ->
         recorder.run(lambda: model(*inputs), state, inputs)
 
 
-def _named_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    yield from model.named_parameters(remove_duplicate=False)
-    yield from model.named_buffers(remove_duplicate=False)
+def _named_tensors(model: nn.Module) -> list[tuple[str, Tensor]]:
+    parameters, buffers = named_tensors(model)
+    return [*parameters, *buffers]
 
 
 @contextmanager
@@ -223,6 +236,7 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         super().__init__()  # type: ignore[no-untyped-call]
         self.tape = Tape()
         self.names = {id(m): name for name, m in model.named_modules()}
+        self.is_meta = False
         self.stack: list[str] = [""]
         self.refs: dict[int, Ref] = {}
         self.alive: list[Tensor] = []  # an id is only unique while its tensor lives
@@ -271,32 +285,43 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         kwargs: Mapping[str, Any] | None = None,
     ) -> Any:
         kwargs = kwargs or {}
-        schema = func._schema
-        names = [a.name for a in schema.arguments]
-        arguments = {n: self._note(v) for n, v in zip(names, args, strict=False)}
+        kind = _kind(func)
+        arguments = {n: self._note(v) for n, v in zip(kind.arguments, args, strict=False)}
         arguments |= {n: self._note(v) for n, v in kwargs.items()}
-        plain = _plain_name(func)
-        if plain == "native_batch_norm" and args[0].is_meta and not args[5]:
-            result: Any = (torch.empty_like(args[0]), args[0].new_empty(0), args[0].new_empty(0))
-        else:  # torch decomposes batch norm without values in Python, for milliseconds each
-            result = func(*args, **kwargs)
-        if not func.namespace.startswith("prim"):
+        result: Any = kind.rule(*args, **kwargs) if kind.rule is not None and self.is_meta else None
+        if result is None:
+            result = self._called(func, kind, args, kwargs)
+        if not kind.is_prim:
             outputs = result if isinstance(result, (tuple, list)) else (result,)
             self.tape.ops.append(
                 Op(
-                    name=plain,
-                    overload=func._overloadname,
+                    name=kind.name,
+                    overload=kind.overload,
                     arguments=arguments,
                     outputs=tuple(self.ref(t) if isinstance(t, Tensor) else None for t in outputs),
                     module=self.stack[-1],
                     where=_where(),
-                    is_pointwise=torch.Tag.pointwise in func.tags,
-                    is_in_place=schema.is_mutable,
-                    makes=func is not UNSAFE_VIEW and any(r.alias_info is None for r in schema.returns),
+                    is_pointwise=kind.is_pointwise,
+                    is_in_place=kind.is_in_place,
+                    makes=kind.makes,
                     call=func,
                 )
             )
         return result
+
+    def _called(self, func: Any, kind: _Kind, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+        """The operator's own result. Without values, new tensors have none, and constants lose theirs.
+
+        A constant that the program keeps to itself is computed as it is, until it meets what has no values.
+        """
+        if not self.is_meta:
+            return func(*args, **kwargs)
+        tensors = [t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
+        if not tensors and kind.makes_new:
+            return func(*args, **{**kwargs, "device": META})
+        if len({t.is_meta for t in tensors}) > 1:
+            args, kwargs = tree_map_only(Tensor, lambda t: t if t.is_meta else t.to(META), (args, kwargs))
+        return func(*args, **kwargs)
 
     def _note(self, value: Any) -> Any:
         if isinstance(value, Tensor):
@@ -306,9 +331,36 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         return value
 
 
-def _plain_name(func: Any) -> str:
-    name = cast("str", func.overloadpacket.__name__)
-    return name if name.startswith("__") else name.rstrip("_")
+@dataclass(frozen=True, slots=True)
+class _Kind:
+    """What is the same for all calls of an operator; see `Op`. `rule` makes its result without values."""
+
+    name: str
+    overload: str
+    arguments: tuple[str, ...]
+    is_pointwise: bool
+    is_in_place: bool
+    makes: bool
+    is_prim: bool
+    makes_new: bool
+    rule: Rule | None
+
+
+@cache
+def _kind(func: Any) -> _Kind:
+    schema, name = func._schema, cast("str", func.overloadpacket.__name__)
+    arguments = tuple(a.name for a in schema.arguments)
+    return _Kind(
+        name=name if name.startswith("__") else name.rstrip("_"),
+        overload=func._overloadname,
+        arguments=arguments,
+        is_pointwise=torch.Tag.pointwise in func.tags,
+        is_in_place=schema.is_mutable,
+        makes=func is not UNSAFE_VIEW and any(r.alias_info is None for r in schema.returns),
+        is_prim=func.namespace.startswith("prim"),
+        makes_new="device" in arguments,
+        rule=rule(name, func._overloadname) if func.namespace == "aten" else None,
+    )
 
 
 def _refs(values: Any) -> Iterator[Ref]:

@@ -9,7 +9,9 @@ travel over operators are ours.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import gc
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from fnmatch import fnmatchcase
 from typing import Any, Literal
 
@@ -50,7 +52,20 @@ def trace(
     wishes = Wishes(
         kept=_excluded(model, exclude, only), round_to=round_to, rescales_norms=norms == "rescale"
     )
-    return proven(model, inputs, record(model, inputs), wishes)
+    with _without_collector():
+        return proven(model, inputs, record(model, inputs), wishes)
+
+
+@contextmanager
+def _without_collector() -> Iterator[None]:
+    """The tape's many small objects would wake Python's collector of cycles again and again, for nothing."""
+    was_on = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_on:
+            gc.enable()
 
 
 def _excluded(model: nn.Module, exclude: Sequence[str], only: Sequence[str]) -> dict[str, str]:

@@ -17,6 +17,7 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from heapq import heappop, heappush
 from typing import Any
 
 import numpy as np
@@ -120,6 +121,7 @@ class Walk:
     is_risky: bool = False
     votes: int = 0
     live: list[bool] = field(default_factory=list)
+    readers: Mapping[int, list[int]] = field(default_factory=dict)
     reshapes: Counter[str] = field(default_factory=Counter)
     position: int = 0
 
@@ -131,7 +133,7 @@ class Walk:
     def run(self) -> None:
         """Walk the whole tape and freeze what reaches the outputs."""
         self.weights = _derived_weights(self.tape)
-        self.live = self.tape.live()
+        self.live, self.readers = self.tape.live(), self.tape.readers()
         self.zero = {i for i, n in self.tape.parameters.items() if n in self.maskable}
         for position, op in enumerate(self.tape.ops):
             self.labels.is_muted = not self.live[position]  # what never reaches an output ties nothing
@@ -149,20 +151,28 @@ class Walk:
     def probe(self, ref: Ref, axis: int) -> tuple[str, int]:
         """What the axis of `ref` runs into that it may not pass, and how often it ends as a batch axis."""
         shape = self.tape.shapes[ref.index]
-        probe = Walk(self.tape, self.modules, self.table, weights=self.weights, live=self.live)
+        probe = Walk(
+            self.tape, self.modules, self.table, weights=self.weights, live=self.live, readers=self.readers
+        )
         probe.probe_depth = self.probe_depth + 1
         probe.labels.ignores_fixed = True
         labels: Axes = [None] * len(shape)
         labels[axis] = probe.labels.new("probe", axis, shape[axis])
         probe.axes[ref.index] = labels
-        steps = 0
-        for position in range(self.position + 1, len(self.tape.ops)):
+        ahead = [n for n in self.readers.get(ref.index, ()) if n > self.position]
+        seen = set(ahead)
+        while ahead and len(seen) - len(ahead) <= PROBE_OPS and not probe.labels.freezes:
+            position = heappop(ahead)
             op = self.tape.ops[position]
-            if self.live[position] and any(r.index in probe.axes for r in op.inputs):
-                probe._apply(position, op)
-                steps += 1
-            if steps > PROBE_OPS or probe.labels.freezes:
-                break
+            if not self.live[position] or not any(r.index in probe.axes for r in op.inputs):
+                continue
+            probe._apply(position, op)
+            for out in op.outputs:
+                if out is not None and out.index in probe.axes:
+                    later = {n for n in self.readers.get(out.index, ()) if n > position} - seen
+                    seen |= later
+                    for number in later:
+                        heappush(ahead, number)
         return "".join(f.reason for f in probe.labels.freezes[:1]), probe.votes
 
     def _apply(self, position: int, op: Op) -> None:
@@ -184,7 +194,8 @@ class Walk:
         shape = self.tape.shapes[ref.index]
         assert len(axes) == len(shape), (self.tape.ops[self.position], axes)
         kept: Axes = [
-            None if a is None or n <= 1 or (a < 0).all() else a for a, n in zip(axes, shape, strict=True)
+            None if a is None or n <= 1 or (a[0] < 0 and (a < 0).all()) else a
+            for a, n in zip(axes, shape, strict=True)
         ]
         if any(a is not None for a in kept):
             self.axes[ref.index] = kept
