@@ -1,12 +1,11 @@
-"""Where the truth of a run lives: an Optuna storage and an artifact store in the run's folder.
+"""The truth of a run: an Optuna storage and an artifact store.
 
 One Optuna study per round attempt, `<run>/round-NN`; `<run>/round-00` is the baseline and `<run>/final` the
 delivered model. What the controller and the report need are user attributes of these studies and their
-trials, so any process that can open the folder can continue the run. Weights are checkpoints: one
+trials, so any process that can open them can continue the run. Weights are checkpoints: one
 safetensors file with the composed plan in its header, named by its own SHA-256 and verified when read.
 
-SQLite as Optuna opens it hands one enqueued trial to two workers and gives up on a busy database; a
-write-ahead log, `BEGIN IMMEDIATE` and a patient timeout mend both.
+Where the run is, a folder or PostgreSQL with S3, is `place`; how it waits for them `patience`.
 """
 
 from __future__ import annotations
@@ -23,21 +22,23 @@ from typing import Any
 
 import optuna
 import torch
-from optuna.artifacts import FileSystemArtifactStore
 from optuna.artifacts.exceptions import ArtifactNotFound
 from optuna.trial import FrozenTrial, TrialState
 from safetensors import SafetensorError
 from safetensors.torch import load as load_safetensors
 from safetensors.torch import save as save_safetensors
-from sqlalchemy import Connection, event
 from torch import Tensor, nn
 
 from autoprune.errors import ArtifactError, UsageError
+from autoprune.patience import open_artifacts, open_storage
+from autoprune.place import ARTIFACTS, DATABASE, Place
 from autoprune.plan import PruningPlan
 
-DATABASE = "study.sqlite3"
-ARTIFACTS = "artifacts"
-BUSY_TIMEOUT_S = 60
+__all__ = [
+    "ARTIFACTS", "DATABASE", "FINAL", "Checkpoint", "Place", "RunStore", "Seal", "fail_left_running_",
+    "name_in", "put", "quiet_optuna", "scored",
+]  # fmt: skip
+
 FINAL = "final"
 BASELINE = "/round-00"
 PLAN_KEY = "autoprune_plan"
@@ -86,7 +87,7 @@ class RunStore:
     """One run's studies and checkpoints.
 
     Args:
-        folder: of the run.
+        where: the run is; a path is a folder that holds all of it.
         name: of the run, the prefix of its studies.
         create: make the database; otherwise it has to exist.
         seal: what new checkpoints are encrypted with, and sealed ones opened; None keeps them as they are.
@@ -95,31 +96,50 @@ class RunStore:
         UsageError: there is no database in the folder, or it holds a run of another name.
     """
 
-    def __init__(self, folder: Path, name: str, *, create: bool = False, seal: Seal | None = None) -> None:
-        self.folder, self.name, self.seal = folder, name, seal
-        if not create and not (folder / DATABASE).is_file():
-            raise UsageError(f"there is no run in {folder}", "start it without --resume")
-        (folder / ARTIFACTS).mkdir(parents=True, exist_ok=True)
-        self.storage = _open_sqlite(folder / DATABASE)
-        self.artifacts = FileSystemArtifactStore(folder / ARTIFACTS)
+    def __init__(
+        self, where: Place | Path, name: str, *, create: bool = False, seal: Seal | None = None
+    ) -> None:
+        self.place = where if isinstance(where, Place) else Place(folder=where)
+        self.folder, self.name, self.seal = self.place.folder, name, seal
+        if self.place.is_local and not create and not (self.folder / DATABASE).is_file():
+            raise UsageError(f"there is no run in {self.folder}", "start it without --resume")
+        self.artifacts = open_artifacts(self.place)
+        self.storage = open_storage(self.place)
+        self._guard: Callable[[], None] = _nobody_minds
         others = {n.split("/")[0] for n in optuna.get_all_study_names(self.storage)} - {name}
-        if others:
+        if others and self.place.is_local:  # a database server holds many runs
             self.close()
             raise UsageError(
-                f"{folder} holds the run {min(others)!r}, not {name!r}",
+                f"{self.folder} holds the run {min(others)!r}, not {name!r}",
                 "resume it with the study that started it, or choose another --out",
             )
 
+    def guard_with(self, check: Callable[[], None]) -> None:
+        """Let `check` raise before anything that only the run's coordinator may change is changed."""
+        self._guard = check
+
+    def guard(self) -> None:
+        """See that this process may still decide.
+
+        Raises:
+            RunError: another process has taken the run over.
+        """
+        self._guard()
+
     def close(self) -> None:
-        """Let go of the database file."""
+        """Let go of the database and the artifact store."""
+        self.artifacts.close()
         self.storage.remove_session()
         self.storage.engine.dispose()
 
     def erase(self) -> None:
-        """Remove the database and all checkpoints; the store has to be closed."""
+        """Remove the database and all checkpoints of a folder; the store has to be closed."""
+        if not self.place.is_local:
+            return
         for name in (DATABASE, f"{DATABASE}-wal", f"{DATABASE}-shm"):
             (self.folder / name).unlink(missing_ok=True)
-        shutil.rmtree(self.folder / ARTIFACTS)
+        if self.place.artifacts is None:
+            shutil.rmtree(self.folder / ARTIFACTS)
 
     def study(self, number: int | str) -> optuna.Study | None:
         """The study of a round attempt (0 is the baseline) or `FINAL`; None where there is none yet."""
@@ -130,6 +150,7 @@ class RunStore:
 
     def create_study(self, number: int | str, attributes: Mapping[str, Any]) -> optuna.Study:
         """A new study that knows these attributes."""
+        self.guard()
         study = optuna.create_study(
             study_name=self._study_name(number), storage=self.storage, direction="maximize"
         )
@@ -138,6 +159,7 @@ class RunStore:
 
     def drop_study(self, number: int | str) -> None:
         """Forget a study whose making was interrupted."""
+        self.guard()
         optuna.delete_study(study_name=self._study_name(number), storage=self.storage)
 
     def rounds(self) -> Iterator[optuna.Study]:
@@ -170,10 +192,12 @@ class RunStore:
             with self.artifacts.open_reader(artifact_id) as file:
                 content = file.read()
         except ArtifactNotFound:
-            raise ArtifactError(f"checkpoint {artifact_id} is missing in {self.folder}", hint) from None
+            raise ArtifactError(
+                f"checkpoint {artifact_id} is missing in {self.place.checkpoints}", hint
+            ) from None
         content = self._opened(artifact_id, content)
         if hashlib.sha256(content).hexdigest() != artifact_id.removesuffix(SEALED).removesuffix(SUFFIX):
-            raise ArtifactError(f"checkpoint {artifact_id} in {self.folder} is damaged", hint)
+            raise ArtifactError(f"checkpoint {artifact_id} in {self.place.checkpoints} is damaged", hint)
         try:
             return Checkpoint(weights=load_safetensors(content), plan=_plan_in_header(content))
         except (SafetensorError, KeyError, ValueError) as error:
@@ -205,17 +229,18 @@ class RunStore:
         return f"{self.name}/{number}" if isinstance(number, str) else f"{self.name}/round-{number:02d}"
 
 
-def name_in(folder: Path) -> str:
+def name_in(where: Place | Path) -> str:
     """The name of the run in a folder.
 
     Raises:
         UsageError: there is no run, or it has not measured its baseline yet.
     """
-    if not (folder / DATABASE).is_file():
+    place = where if isinstance(where, Place) else Place(folder=where)
+    if place.is_local and not (place.folder / DATABASE).is_file():
         raise UsageError(
-            f"there is no run in {folder}", "give the folder that autoprune run wrote: runs/NAME"
+            f"there is no run in {place.folder}", "give the folder that autoprune run wrote: runs/NAME"
         )
-    storage = _open_sqlite(folder / DATABASE)
+    storage = open_storage(place)
     try:
         names = [s.study_name for s in storage.get_all_studies()]
     finally:
@@ -224,7 +249,7 @@ def name_in(folder: Path) -> str:
     started = [n.removesuffix(BASELINE) for n in names if n.endswith(BASELINE)]
     if not started:
         raise UsageError(
-            f"the run in {folder} has not measured its baseline yet", "wait for it, or start it again"
+            f"the run in {place} has not measured its baseline yet", "wait for it, or start it again"
         )
     return started[0]
 
@@ -250,23 +275,8 @@ def fail_left_running_(study: optuna.Study) -> list[FrozenTrial]:
     return left
 
 
-def _open_sqlite(path: Path) -> optuna.storages.RDBStorage:
-    storage = optuna.storages.RDBStorage(
-        f"sqlite:///{path.resolve()}", engine_kwargs={"connect_args": {"timeout": BUSY_TIMEOUT_S}}
-    )
-    event.listen(storage.engine, "connect", _write_ahead)
-    event.listen(storage.engine, "begin", _begin_immediate)
-    storage.engine.dispose()  # the connection that made the tables knows neither listener
-    return storage
-
-
-def _write_ahead(connection: Any, record: object) -> None:
-    connection.isolation_level = None  # the driver must not begin transactions by itself
-    connection.execute("PRAGMA journal_mode=WAL")
-
-
-def _begin_immediate(connection: Connection) -> None:
-    connection.exec_driver_sql("BEGIN IMMEDIATE")
+def _nobody_minds() -> None:
+    """A store outside a run may change anything."""
 
 
 def _plain(value: Any) -> Any:

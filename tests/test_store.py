@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import shutil
 import sqlite3
 import subprocess
 import sys
@@ -10,7 +11,7 @@ import optuna
 import pytest
 import torch
 
-from autoprune.errors import ArtifactError, UsageError
+from autoprune.errors import ArtifactError, RunError, UsageError
 from autoprune.plan import PruningPlan
 from autoprune.store import (
     ARTIFACTS,
@@ -149,3 +150,30 @@ def test_optuna_is_quiet_only_inside() -> None:
     with quiet_optuna():
         assert optuna.logging.get_verbosity() == optuna.logging.WARNING
     assert optuna.logging.get_verbosity() == before
+
+
+def test_a_damaged_tail_of_the_log_is_recovered_and_a_damaged_database_is_named(tmp_path: Path) -> None:
+    with quiet_optuna():
+        store = RunStore(tmp_path / "r", "a", create=True)
+        study = store.create_study(1, {"planned": True})
+        for value in range(3):
+            study.tell(study.ask(), value)
+        copy = tmp_path / "copy"  # what is on the disk while the run is at work, log included
+        shutil.copytree(tmp_path / "r", copy)
+        store.close()
+        log = copy / f"{DATABASE}-wal"
+        content = log.read_bytes()
+        assert content
+        log.write_bytes(content[: len(content) - 5000] + bytes(5000))  # the last commit was half written
+        with closing(RunStore(copy, "a")) as found:
+            again = found.study(1)
+            assert again is not None
+            assert 0 < len(scored(again)) <= 3
+            again.tell(again.ask(), 9)
+            assert scored(again)[-1].value == 9
+        content = (tmp_path / "r" / DATABASE).read_bytes()
+        for damaged in (b"no database at all" * 400, content[:4096] + b"\xff" * (len(content) - 4096)):
+            (tmp_path / "r" / DATABASE).write_bytes(damaged)
+            with pytest.raises(RunError, match="does not work") as caught:
+                RunStore(tmp_path / "r", "a")
+            assert ".recover" in caught.value.hint

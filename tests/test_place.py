@@ -1,0 +1,112 @@
+"""Where a run lives, as people write it; and that no password gets in."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+
+import pytest
+
+from autoprune.errors import RunError, UsageError
+from autoprune.patience import open_artifacts, open_storage
+from autoprune.place import Place, checked_artifacts, checked_database, find_run
+
+
+def test_a_folder_holds_all_of_a_run(tmp_path: Path) -> None:
+    found = find_run(str(tmp_path / "runs" / "a"))
+    assert found.name is None
+    assert found.place.is_local
+    assert found.place.url == f"sqlite:///{tmp_path}/runs/a/study.sqlite3"
+    assert found.place.checkpoints == str(tmp_path / "runs" / "a" / "artifacts")
+
+
+def test_a_database_holds_many_runs_by_name() -> None:
+    found = find_run("postgresql://ann@db.site:5433/prune#night", "s3://models/night/")
+    assert found.name == "night"
+    assert not found.place.is_local
+    assert str(found.place) == "postgresql://ann@db.site:5433/prune"
+    assert found.place.url == "postgresql+psycopg://ann@db.site:5433/prune"
+    assert found.place.checkpoints == "s3://models/night"
+    assert found.place.folder == Path("runs/night")
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        "postgresql://ann:hunter2@db/prune#a",
+        "postgresql://db/prune?password=hunter2#a",
+        "postgresql://ann:hunter2@db/prune",
+    ],
+)
+def test_a_password_in_a_url_is_refused_and_not_repeated(url: str) -> None:
+    with pytest.raises(UsageError) as caught:
+        find_run(url)
+    assert "hunter2" not in str(caught.value)
+    assert "PGPASSWORD" in caught.value.hint
+
+
+@pytest.mark.parametrize(
+    ("text", "told"),
+    [
+        ("postgresql://db/prune", "names no run"),
+        ("mysql://db/prune#a", "mysql"),
+        ("redis://host#a", "no database URL|not supported|redis"),
+    ],
+)
+def test_what_is_no_place_is_refused(text: str, told: str) -> None:
+    with pytest.raises(UsageError, match=told):
+        find_run(text)
+
+
+@pytest.mark.parametrize("text", ["gs://bucket/a", "s3://", "s3://key:secret@bucket/a", "https://host/b"])
+def test_an_artifact_store_is_s3_or_a_folder(text: str) -> None:
+    with pytest.raises(UsageError, match="--artifacts") as caught:
+        checked_artifacts(text)
+    assert "secret" not in caught.value.message
+    assert checked_artifacts("shared") == str(Path.cwd() / "shared")
+
+
+def test_a_database_that_is_not_there_is_told_at_once() -> None:
+    place = Place(folder=Path("x"), database=checked_database("postgresql://127.0.0.1:1/none"))
+    with pytest.raises(UsageError, match="cannot be opened") as caught:
+        open_storage(place)
+    assert "PGPASSWORD" in caught.value.hint
+
+
+@pytest.mark.parametrize(("missing", "opens"), [("psycopg", open_storage), ("boto3", open_artifacts)])
+def test_a_missing_client_is_named(missing: str, opens: object, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, missing, None)
+    place = Place(folder=Path("x"), database="postgresql://127.0.0.1:1/none", artifacts="s3://b/p")
+    with pytest.raises(UsageError, match=f"{missing}, which is missing") as caught:
+        opens(place)  # type: ignore[operator]
+    assert "pip install 'autoprune[cluster]'" in caught.value.hint
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs Linux's full device")
+def test_a_full_disk_leaves_no_half_checkpoint(tmp_path: Path) -> None:
+    import io
+
+    store = open_artifacts(Place(folder=tmp_path))
+    part = tmp_path / "artifacts" / f".x.{os.getpid()}.part"
+    part.symlink_to("/dev/full")
+    with pytest.raises(RunError, match="No space left") as caught:
+        store.write("x", io.BytesIO(bytes(1 << 20)))
+    assert "--resume" in caught.value.hint
+    assert list((tmp_path / "artifacts").iterdir()) == []
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root writes everywhere")
+def test_a_read_only_folder_is_named(tmp_path: Path) -> None:
+    import io
+
+    store = open_artifacts(Place(folder=tmp_path))
+    (tmp_path / "artifacts").chmod(0o500)
+    with pytest.raises(RunError, match="Permission denied"):
+        store.write("x", io.BytesIO(b"x"))
+
+
+def test_a_place_that_cannot_be_made_is_named(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(RunError, match="cannot be made"):
+        open_artifacts(Place(folder=tmp_path / "file"))

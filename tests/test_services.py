@@ -1,0 +1,149 @@
+"""PostgreSQL and an S3 server, for real: what a run needs of them, and what happens when they go away."""
+
+from __future__ import annotations
+
+import tempfile
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import closing
+from pathlib import Path
+
+import pytest
+
+from autoprune.errors import ArtifactError, RunError, UsageError
+from autoprune.place import Place, checked_database
+from autoprune.plan import PruningPlan
+from autoprune.presence import HeldError, joined
+from autoprune.store import RunStore, put, quiet_optuna, scored
+from tests.services import Postgres, Relay, postgres, postgres_programs, s3
+from tests.tiny import tiny_net
+
+pytestmark = [
+    pytest.mark.services,
+    pytest.mark.skipif(postgres_programs() is None, reason="PostgreSQL is not installed"),
+]
+PLAN = PruningPlan(keep={}, num_units={})
+
+
+@pytest.fixture(scope="module")
+def database() -> Iterator[Postgres]:
+    folder = Path(tempfile.gettempdir()) / f"autoprune-{time.time_ns()}"  # pytest's are closed to `postgres`
+    with postgres(folder) as server:
+        yield server
+
+
+@pytest.fixture(scope="module")
+def bucket() -> Iterator[Relay]:
+    boto3 = pytest.importorskip("boto3")
+    with s3() as relay, pytest.MonkeyPatch.context() as patch:
+        patch.setenv("AWS_ENDPOINT_URL_S3", f"http://127.0.0.1:{relay.port}")
+        patch.setenv("AWS_ACCESS_KEY_ID", "any")
+        patch.setenv("AWS_SECRET_ACCESS_KEY", "any")
+        patch.setenv("AWS_DEFAULT_REGION", "us-east-1")
+        with closing(boto3.client("s3")) as client:
+            client.create_bucket(Bucket="models")
+        yield relay
+
+
+@pytest.fixture
+def place(database: Postgres, bucket: Relay, tmp_path: Path) -> Place:
+    return Place(
+        folder=tmp_path / "out", database=checked_database(database.url), artifacts="s3://models/night"
+    )
+
+
+@pytest.fixture
+def store(place: Place) -> Iterator[RunStore]:
+    with quiet_optuna(), closing(RunStore(place, f"run{time.time_ns()}", create=True)) as made:
+        yield made
+
+
+def while_away(server: Postgres | Relay, seconds: float) -> threading.Thread:
+    """Stop a server, and start it again later."""
+    server.stop()
+
+    def back() -> None:
+        time.sleep(seconds)
+        server.start()
+
+    thread = threading.Thread(target=back)
+    thread.start()
+    return thread
+
+
+def test_a_run_lives_in_a_database_and_a_bucket(store: RunStore) -> None:
+    study = store.create_study(0, {"floor": 0.5})
+    trial = study.ask()
+    artifact = store.save(tiny_net(), PLAN)
+    put(trial, checkpoint=artifact)
+    study.tell(trial, 0.9)
+    assert store.load(artifact).is_of(tiny_net())
+    assert [t.value for t in scored(study)] == [0.9]
+    with closing(RunStore(store.place, store.name)) as other:
+        found = other.study(0)
+        assert found is not None
+        assert found.user_attrs["floor"] == 0.5
+    store.forget(artifact)
+    with pytest.raises(ArtifactError, match="missing in s3://models/night"):
+        store.load(artifact)
+
+
+def test_a_damaged_object_is_refused(store: RunStore) -> None:
+    import io
+
+    artifact = store.save(tiny_net(), PLAN)
+    with store.artifacts.open_reader(artifact) as file:
+        content = bytearray(file.read())
+    for damaged in (content[:-9], bytes([content[0] ^ 1]) + content[1:]):
+        store.artifacts.write(artifact, io.BytesIO(damaged))
+        with pytest.raises(ArtifactError, match="damaged"):
+            store.load(artifact)
+    assert store.save(tiny_net(), PLAN) == artifact
+    store.load(artifact)
+
+
+def test_two_runs_share_a_database_and_each_has_one_coordinator(store: RunStore) -> None:
+    with (
+        closing(RunStore(store.place, "another", create=True)) as other,
+        closing(RunStore(store.place, store.name)) as second,
+        joined(store, "coordinator"),
+        joined(other, "coordinator"),
+        pytest.raises(HeldError),
+        joined(second, "coordinator"),
+    ):
+        pytest.fail("there are two")
+
+
+def test_a_stopped_database_is_waited_for(store: RunStore, database: Postgres) -> None:
+    study = store.create_study(1, {"planned": True})
+    trial = study.ask()
+    with joined(store, "coordinator") as me:
+        back = while_away(database, 20)
+        began = time.monotonic()
+        trial.suggest_float("x", 0, 1)
+        study.tell(trial, 1.0)
+        took = time.monotonic() - began
+        back.join()
+        assert took > 5
+        assert [t.value for t in scored(study)] == [1.0]
+        me.check()
+
+
+def test_an_object_store_that_refuses_is_waited_for(store: RunStore, bucket: Relay) -> None:
+    back = while_away(bucket, 20)
+    began = time.monotonic()
+    artifact = store.save(tiny_net(), PLAN)
+    assert time.monotonic() - began > 5
+    back.join()
+    assert store.load(artifact).is_of(tiny_net())
+
+
+def test_a_missing_bucket_and_a_wrong_name_are_told(place: Place, database: Postgres) -> None:
+    from dataclasses import replace
+
+    with pytest.raises(RunError, match="no-such-bucket"):
+        RunStore(replace(place, artifacts="s3://no-such-bucket/a"), "a", create=True)
+    wrong = replace(place, database=database.url.replace("/postgres", "/nothing"))
+    with pytest.raises(UsageError, match="cannot be opened"):
+        RunStore(wrong, "a")
