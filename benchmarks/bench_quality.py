@@ -1,0 +1,194 @@
+"""Top-1 at equal multiply-adds for equal training samples: autoprune beside four other ways to get there.
+
+    AUTOPRUNE_DATA=DIR python benchmarks/bench_quality.py --cells resnet8:0.5 resnet8:0.3 --epochs 12
+    AUTOPRUNE_DATA=DIR python benchmarks/bench_quality.py --cells resnet20:0.5 --epochs 10 --seeds 0 1
+
+A cell is a network with its data and a target. Every way gets the same network, the same cut of the data and
+the same number of training samples, those of its search included; it may look at the search split as it
+likes. The test split is read once, at the end. Rows go to a CSV as they come, and a row that is there is not
+made again, so that hours of it can be run in pieces. `quality_rivals.py` holds the other ways.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import os
+import platform
+import subprocess
+import tempfile
+import time
+from collections.abc import Iterable
+from datetime import date
+from importlib.metadata import version
+from pathlib import Path
+from statistics import mean
+
+import optuna
+import torch
+from oneshot_models import load
+from quality_rivals import RIVALS, Made, Task
+
+from autoprune import events as ev
+from autoprune.config import Budget, Finetune, Lock, Study
+from autoprune.evaluation import evaluate
+from autoprune.pipeline import run
+
+HERE = Path(__file__).resolve().parent
+OURS, HALF = "autoprune", "autoprune, half"
+FIELDS = (
+    "cell",
+    "epochs",
+    "method",
+    "seed",
+    "macs_share",
+    "search_top1",
+    "test_top1",
+    "used_epochs",
+    "seconds",
+)
+WEIGHT_DECAY = {"resnet20": 1e-4}
+MAX_DROP = 10.0  # percentage points: everyone shall get to the target
+
+
+def main() -> None:
+    """Make the rows that are missing, then the page."""
+    args = _arguments()
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    torch.set_num_threads(args.threads)
+    path = Path(args.out)
+    done = {_key(row) for row in _read(path)}
+    for seed in args.seeds:
+        for cell in args.cells:
+            for method in args.methods:
+                key = (cell, f"{args.epochs:g}", method, str(seed))
+                if key not in done:
+                    _append(path, _row(cell, method, seed, args))
+    path.with_suffix(".md").write_text(_page(_read(path), args), encoding="utf-8")
+
+
+def _arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--cells", nargs="+", default=["resnet8:0.5", "resnet8:0.3"], help="NETWORK:SHARE")
+    parser.add_argument("--epochs", type=float, default=12.0, help="of the train split, for each way")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1])
+    parser.add_argument("--methods", nargs="+", default=[*RIVALS, OURS, HALF])
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--cache", type=Path, default=Path(tempfile.gettempdir()) / "autoprune-bench")
+    parser.add_argument("--out", default=str(HERE / "results" / "quality.csv"))
+    return parser.parse_args()
+
+
+def _row(cell: str, method: str, seed: int, args: argparse.Namespace) -> dict[str, str]:
+    name, _, share = cell.partition(":")
+    case = load(name, Path(os.environ["AUTOPRUNE_DATA"]), args.cache)
+    task = Task(
+        model=case.model, data=case.data, share=float(share), seed=seed, max_drop=MAX_DROP,
+        weight_decay=WEIGHT_DECAY.get(name, 5e-4), epochs=args.epochs / (2 if method == HALF else 1),
+    )  # fmt: skip
+    began = time.perf_counter()
+    torch.manual_seed(seed)
+    if method in RIVALS:
+        made = RIVALS[method](task)
+        search, test = (evaluate(made.model, s).top1 for s in (task.data.search, task.data.test))
+    else:
+        made, search, test = _ours(task)
+    row = {
+        "cell": cell, "epochs": f"{args.epochs:g}", "method": method, "seed": str(seed),
+        "macs_share": f"{made.share:.4f}", "search_top1": f"{search:.4f}", "test_top1": f"{test:.4f}",
+        "used_epochs": f"{made.epochs:.2f}", "seconds": f"{time.perf_counter() - began:.0f}",
+    }  # fmt: skip
+    print(row, flush=True)
+    return row
+
+
+def _ours(task: Task) -> tuple[Made, float, float]:
+    study = Study(
+        name="quality", model=task.model, data=task.data, target=f"macs={task.share}", max_drop=task.max_drop,
+        budget=f"epochs={task.epochs}", seed=task.seed, device="cpu", round_to=1,
+        finetune=Finetune(weight_decay=task.weight_decay),
+    )  # fmt: skip
+    assert Budget.parse(study.budget).epochs == task.epochs
+    used = 0.0
+
+    def listen(event: ev.Event) -> None:
+        nonlocal used
+        if isinstance(event, ev.BudgetUsed):
+            used = event.epochs
+        if isinstance(event, ev.Decided | ev.TrialFinished | ev.Note):
+            print("   ", _short(event), flush=True)
+
+    with tempfile.TemporaryDirectory() as folder:
+        result = run(study, out=Path(folder) / "run", lock=Lock(plain=True), on_event=listen)
+    share = result.after.macs / result.before.macs
+    made = Made(model=task.model, share=share, epochs=used)
+    return made, result.after.search_top1, result.after.top1
+
+
+def _short(event: ev.Decided | ev.TrialFinished | ev.Note) -> str:
+    if isinstance(event, ev.TrialFinished):
+        t = event.record
+        rungs = [f"{r.top1:.4f}@{r.epochs:.1f}" for r in t.rungs]
+        return f"trial {t.params} untuned {t.before_tuning} rungs {rungs}"
+    return event.reason if isinstance(event, ev.Decided) else event.message
+
+
+def _read(path: Path) -> list[dict[str, str]]:
+    if not path.exists():
+        return []
+    with path.open(newline="", encoding="utf-8") as file:
+        return list(csv.DictReader(file))
+
+
+def _append(path: Path, row: dict[str, str]) -> None:
+    is_new = not path.exists()
+    with path.open("a", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, FIELDS)
+        if is_new:
+            writer.writeheader()
+        writer.writerow(row)
+
+
+def _key(row: dict[str, str]) -> tuple[str, str, str, str]:
+    return row["cell"], row["epochs"], row["method"], row["seed"]
+
+
+def _page(rows: list[dict[str, str]], args: argparse.Namespace) -> str:
+    """One table: a line per cell and way, means over seeds."""
+    packages = ", ".join(f"{p} {version(p)}" for p in ("torch", "torch-pruning", "optuna"))
+    lines = [
+        "# Top-1 at equal multiply-adds, for equal training samples", "",
+        f"{date.today().isoformat()}, {_processor()}, {args.threads} thread, Python {platform.python_version()},",
+        f"{packages}, commit {_commit()}. Made by `python benchmarks/bench_quality.py`, which its head explains;",
+        "rows in the CSV beside it. Top-1 in percent, means over seeds; the test split is read once a row.", "",
+        "| cell | epochs | way | MACs left | search top-1 | test top-1 | seeds (test top-1) |",
+        "|---|---:|---|---:|---:|---:|---|",
+    ]  # fmt: skip
+    for cell, epochs, method in dict.fromkeys((r["cell"], r["epochs"], r["method"]) for r in rows):
+        mine = [r for r in rows if (r["cell"], r["epochs"], r["method"]) == (cell, epochs, method)]
+        each = ", ".join(f"{100 * float(r['test_top1']):.2f}" for r in mine)
+        lines.append(
+            f"| {cell} | {epochs} | {method} | {_mean(mine, 'macs_share')} % | {_mean(mine, 'search_top1')} "
+            f"| {_mean(mine, 'test_top1')} | {len(mine)} ({each}) |"
+        )
+    return "\n".join(lines) + "\n"
+
+
+def _mean(rows: Iterable[dict[str, str]], field: str) -> str:
+    return f"{100 * mean(float(r[field]) for r in rows):.2f}"
+
+
+def _processor() -> str:
+    lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    return next(line.split(":")[1].strip() for line in lines if line.startswith("model name"))
+
+
+def _commit() -> str:
+    command = ["git", "-C", str(HERE), "rev-parse", "--short", "HEAD"]
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+
+
+if __name__ == "__main__":
+    main()
