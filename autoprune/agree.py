@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 from torch import nn
 
+from autoprune.copying import named_modules
 from autoprune.graph import Group
 from autoprune.labels import LabelArray
 from autoprune.loose import LooseModule
@@ -78,8 +79,8 @@ def other_outputs(walk: Walk, pruned: Tape) -> str:
 
 def has_exchanged(original: nn.Module, dense: nn.Module) -> bool:
     """Whether a module's class is not the original's, and not only loosened."""
-    kinds = {name: _own_class(module) for name, module in original.named_modules()}
-    return any(_own_class(module) is not kinds.get(name) for name, module in dense.named_modules())
+    kinds = {name: _own_class(module) for name, module in named_modules(original).items()}
+    return any(_own_class(module) is not kinds.get(name) for name, module in named_modules(dense).items())
 
 
 def _own_class(module: nn.Module) -> type:

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from autoprune.attention import mend_attention
-from autoprune.copying import copied
+from autoprune.copying import copied, named_modules, without_collector
 from autoprune.errors import UsageError, VerificationError
 from autoprune.graph import ChannelGraph, Group
 from autoprune.loose import loosen
@@ -37,14 +37,15 @@ def densify(model: nn.Module, graph: ChannelGraph, plan: PruningPlan) -> nn.Modu
     Raises:
         UsageError: the plan was not made for this graph.
     """
-    cuts = _kept_positions(graph, plan)
 
     def cut(name: str, tensor: Tensor) -> Tensor:
         for dim, keep in cuts.get(name, {}).items():
             tensor = tensor.index_select(dim, torch.from_numpy(keep).to(tensor.device))
         return tensor if name in cuts else tensor.clone()
 
-    return _mended(copied(model, cut), graph, plan)
+    with without_collector():
+        cuts = _kept_positions(graph, plan)
+        return _mended(copied(model, cut), graph, plan)
 
 
 def densify_on_meta(model: nn.Module, graph: ChannelGraph, plan: PruningPlan) -> nn.Module:
@@ -178,7 +179,7 @@ def _kept_positions(graph: ChannelGraph, plan: PruningPlan) -> dict[str, dict[in
 
 def _mended(model: nn.Module, graph: ChannelGraph, plan: PruningPlan) -> nn.Module:
     counts = {name: len(kept) for name, kept in plan.keep.items()}
-    modules = dict(model.named_modules())
+    modules = named_modules(model)
     changed = {m.name.rpartition(".")[0] for g, _ in _removals(graph, plan) for m in g.members}
     for counter in graph.counted:
         value = graph.length(counter.axis, counts) // counter.per

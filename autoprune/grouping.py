@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from autoprune.copying import named_tensors
+from autoprune.copying import named_modules, named_tensors
 from autoprune.cost import Axis, CostModel, Product, Term
 from autoprune.graph import ChannelGraph, Counted, Frozen, Group, Member, Padding
 from autoprune.labels import LabelArray, Slot
@@ -49,7 +49,7 @@ def build(
         choices: of reshape operators, see `Walk`.
         refused: labels that did not prove, with reasons.
     """
-    walk = Walk(tape, dict(model.named_modules()), TABLE, choices, rescales_norms=wishes.rescales_norms)
+    walk = Walk(tape, named_modules(model), TABLE, choices, rescales_norms=wishes.rescales_norms)
     walk.run()
     for labels, reason in refused:
         walk.labels.freeze(labels, reason)

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
 from autoprune.agree import disagreement, has_exchanged, other_outputs
-from autoprune.copying import copied
+from autoprune.copying import copied, named_modules
 from autoprune.densify import densify, densify_on_meta, largest_gap, masked, outputs
 from autoprune.graph import ChannelGraph, Group
 from autoprune.grouping import Wishes, build
@@ -128,7 +128,7 @@ class _Proof:
         reason, dense = self._run(loose, graph.groups)
         if reason is not None:
             return loose, reason
-        loosened = {n: m for n, m in dense.named_modules() if isinstance(m, LooseModule)}
+        loosened = {n: m for n, m in named_modules(dense).items() if isinstance(m, LooseModule)}
         needed = {n for n, m in loosened.items() if m.autoprune_widths.are_needed}
         return replace(graph, loosened=frozenset(needed)), None
 

@@ -12,6 +12,7 @@ back the Ref that it was given.
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
@@ -27,7 +28,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
-from autoprune.copying import named_tensors
+from autoprune.copying import named_modules, named_tensors
 from autoprune.errors import TraceError
 from autoprune.meta_results import Rule, rule
 
@@ -153,10 +154,17 @@ def record(model: nn.Module, example_inputs: tuple[Any, ...]) -> Tape:
 
 
 def record_on_meta(model: nn.Module, example_inputs: tuple[Any, ...]) -> Tape:
-    """As `record`, without values or not at all; what the forward pass raises comes through."""
+    """As `record`, of a network whose parameters have no values; what its forward pass raises comes through.
+
+    What the pass leaves on the modules stays there.
+    """
     recorder = _Recorder(model)
-    with _quiet(model):
-        _run_meta(model, example_inputs, recorder)
+    recorder.is_meta = True
+    moved = tree_map_only(Tensor, lambda t: t.to(META), example_inputs)
+    for module in named_modules(model).values():
+        module.training = False
+    with torch.no_grad(), _slow_attention():
+        recorder.run(lambda: model(*moved), dict(_named_tensors(model)), moved)
     return recorder.tape
 
 
@@ -201,17 +209,25 @@ def _quiet(model: nn.Module) -> Iterator[None]:
     A forward pass may keep things on its modules (weight_norm's weight, a cached position table); what it
     kept here has no values, so every module's attributes are put back.
     """
-    before = [(module, _attributes(module)) for module in model.modules()]
-    fast = torch.backends.mha.get_fastpath_enabled()
-    torch.backends.mha.set_fastpath_enabled(False)
+    before = [(module, _attributes(module)) for module in named_modules(model).values()]
     try:
         for module, _ in before:
             module.training = False
+        with _slow_attention():
+            yield
+    finally:
+        for module, attributes in before:
+            _put_back(module, attributes)
+
+
+@contextmanager
+def _slow_attention() -> Iterator[None]:
+    fast = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
         yield
     finally:
         torch.backends.mha.set_fastpath_enabled(fast)
-        for module, attributes in before:
-            _put_back(module, attributes)
 
 
 def _attributes(module: nn.Module) -> dict[str, tuple[Any, Any]]:
@@ -235,7 +251,7 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def __init__(self, model: nn.Module) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.tape = Tape()
-        self.names = {id(m): name for name, m in model.named_modules()}
+        self.names = {id(m): name for name, m in named_modules(model).items()}
         self.is_meta = False
         self.stack: list[str] = [""]
         self.refs: dict[int, Ref] = {}
@@ -316,7 +332,7 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         """
         if not self.is_meta:
             return func(*args, **kwargs)
-        tensors = [t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
+        tensors = list(_tensors([*args, *kwargs.values()]))
         if not tensors and kind.makes_new:
             return func(*args, **{**kwargs, "device": META})
         if len({t.is_meta for t in tensors}) > 1:
@@ -363,6 +379,14 @@ def _kind(func: Any) -> _Kind:
     )
 
 
+def _tensors(values: Any) -> Iterator[Tensor]:
+    for value in values:
+        if isinstance(value, Tensor):
+            yield value
+        elif isinstance(value, (list, tuple)):
+            yield from _tensors(value)
+
+
 def _refs(values: Any) -> Iterator[Ref]:
     for value in values:
         if isinstance(value, Ref):
@@ -377,4 +401,4 @@ def _where() -> str:
     while frame.f_code.co_filename.startswith(TORCH_FOLDER) and frame.f_back is not None:
         frame = frame.f_back
     file = frame.f_code.co_filename
-    return "in torch" if file == __file__ else f"{Path(file).name}:{frame.f_lineno}"
+    return "in torch" if file == __file__ else f"{file.rpartition(os.sep)[2]}:{frame.f_lineno}"

@@ -9,14 +9,13 @@ travel over operators are ours.
 
 from __future__ import annotations
 
-import gc
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from fnmatch import fnmatchcase
 from typing import Any, Literal
 
 from torch import Tensor, nn
 
+from autoprune.copying import named_modules, without_collector
 from autoprune.errors import UsageError
 from autoprune.graph import ChannelGraph
 from autoprune.grouping import Wishes
@@ -52,25 +51,13 @@ def trace(
     wishes = Wishes(
         kept=_excluded(model, exclude, only), round_to=round_to, rescales_norms=norms == "rescale"
     )
-    with _without_collector():
+    with without_collector():
         return proven(model, inputs, record(model, inputs), wishes)
-
-
-@contextmanager
-def _without_collector() -> Iterator[None]:
-    """The tape's many small objects would wake Python's collector of cycles again and again, for nothing."""
-    was_on = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if was_on:
-            gc.enable()
 
 
 def _excluded(model: nn.Module, exclude: Sequence[str], only: Sequence[str]) -> dict[str, str]:
     """Modules whose channels stay at the user's wish, with the wish."""
-    names = [name for name, _ in model.named_modules() if name]
+    names = [name for name in named_modules(model) if name]
     matched: dict[str, set[str]] = {}
     for pattern in (*exclude, *only):
         hits = {n for n in names if fnmatchcase(n, pattern) or n.startswith(pattern + ".") or n == pattern}
