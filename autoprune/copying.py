@@ -39,7 +39,7 @@ def copied(model: nn.Module, change: Change) -> nn.Module:
     for name, buffer in buffers:
         if id(buffer) not in memo:
             memo[id(buffer)] = change(name, buffer.detach())
-    modules = list(named_modules(model).values())
+    modules: list[nn.Module] = list(named_modules(model).values())
     for module in modules:
         for value in vars(module).values():
             if isinstance(value, Tensor) and id(value) not in memo:
@@ -69,9 +69,9 @@ def named_tensors(model: nn.Module) -> tuple[list[tuple[str, Tensor]], list[tupl
     return parameters, buffers
 
 
-def named_modules(model: nn.Module) -> dict[str, nn.Module]:
+def named_modules(model: nn.Module) -> dict[str, Any]:
     """Every module once under its first name, in the order of `nn.Module.named_modules`, but faster."""
-    found: dict[str, nn.Module] = {}
+    found: dict[str, Any] = {}
     seen: set[int] = set()
 
     def visit(module: nn.Module, name: str) -> None:

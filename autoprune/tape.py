@@ -156,15 +156,18 @@ def record(model: nn.Module, example_inputs: tuple[Any, ...]) -> Tape:
 def record_on_meta(model: nn.Module, example_inputs: tuple[Any, ...]) -> Tape:
     """As `record`, of a network whose parameters have no values; what its forward pass raises comes through.
 
-    What the pass leaves on the modules stays there.
+    The network is ours: it is left in evaluation mode, without gradients, with what the pass put on it.
     """
     recorder = _Recorder(model)
     recorder.is_meta = True
     moved = tree_map_only(Tensor, lambda t: t.to(META), example_inputs)
+    state = dict(_named_tensors(model))
+    for tensor in state.values():
+        tensor.requires_grad_(False)  # torch multiplies by other operators where gradients may be wanted
     for module in named_modules(model).values():
         module.training = False
     with torch.no_grad(), _slow_attention():
-        recorder.run(lambda: model(*moved), dict(_named_tensors(model)), moved)
+        recorder.run(lambda: model(*moved), state, moved)
     return recorder.tape
 
 
