@@ -139,6 +139,8 @@ class Finetune:
         warmup: share of the steps that raise the rate linearly from a tenth of it.
         distill: weight of the distillation loss against the original network, in [0, 1]; 0 turns it off.
         temperature: of the distillation (Hinton et al. 2015, section 2).
+        ema: share of the steps that an exponential average of the weights reaches back over, in [0, 1);
+            0 gives the last step's weights.
         recalibrate_batches: batches that re-estimate the batch-norm statistics after pruning.
     """
 
@@ -150,6 +152,7 @@ class Finetune:
     distill: float = 0.9
     temperature: float = 4.0
     label_smoothing: float = 0.0
+    ema: float = 0.0
     recalibrate_batches: int = 20
 
 
@@ -315,6 +318,7 @@ def _range_problems(study: Study) -> list[AutopruneError]:
         (tune.batch_size >= 2, f"finetune.batch_size={tune.batch_size}", "2 or more"),
         (0 <= tune.distill <= 1, f"finetune.distill={tune.distill}", "a weight from 0 to 1"),
         (0 <= tune.warmup < 1, f"finetune.warmup={tune.warmup}", "a share from 0, below 1"),
+        (0 <= tune.ema < 1, f"finetune.ema={tune.ema}", "a share from 0, below 1"),
         (tune.temperature > 0, f"finetune.temperature={tune.temperature}", "above 0"),
         (0 < search.lr[0] <= search.lr[1], f"search.lr={search.lr}", "a range above 0, low before high"),
         (search.trials is None or search.trials >= 1, f"search.trials={search.trials}", "1 or more"),

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.optim.lr_scheduler import LRScheduler
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from autoprune.config import Baseline, Finetune
 from autoprune.errors import TrialError, UsageError
@@ -112,11 +113,18 @@ def finetune_(  # noqa: PLR0913 - one whole stage: each argument is a decision o
     plan = _Plan(
         optimizer=optimizer, scheduler=make_scheduler(optimizer, schedule, num_steps), num_steps=num_steps,
         batch_size=settings.batch_size, seed=seed, device=place, on_epoch=on_epoch,
+        ema_steps=settings.ema * num_steps,
     )  # fmt: skip
     with ExitStack() as stack:
         if teacher is not None:
             stack.enter_context(borrowed(teacher, place, training=False, channels_last=True))
-        return _fit_(model, used, plan, _objective(model, settings, teacher, loss))
+        records = _fit_(model, used, plan, _objective(model, settings, teacher, loss))
+    if plan.averages:
+        recalibrate_(
+            model, used, num_batches=settings.recalibrate_batches, batch_size=settings.batch_size,
+            device=place, seed=seed,
+        )  # fmt: skip
+    return records
 
 
 def train_baseline_(  # noqa: PLR0913 - as finetune_
@@ -172,6 +180,12 @@ class _Plan:
     seed: int
     device: torch.device
     on_epoch: OnEpoch | None
+    ema_steps: float
+
+    @property
+    def averages(self) -> bool:
+        """Whether the weights are averaged over more than one step."""
+        return self.ema_steps > 1
 
 
 def _objective(
@@ -209,12 +223,13 @@ def _fit_(
         borrowed(model, plan.device, training=True, channels_last=True),
     ):
         torch.manual_seed(plan.seed)
+        average = _Average(model, plan) if plan.averages else None
         while done < plan.num_steps:
             count = min(per_epoch, plan.num_steps - done)
             shuffle = derive_seed(plan.seed, len(records))
             batches = split.batches(plan.batch_size, device=plan.device, seed=shuffle, augment=True)
             began = time.perf_counter()
-            losses, lr, seen = _epoch_(zip(range(count), batches, strict=False), plan, objective)
+            losses, lr, seen = _epoch_(zip(range(count), batches, strict=False), plan, objective, average)
             done += count
             records.append(
                 EpochRecord(
@@ -225,12 +240,31 @@ def _fit_(
             if plan.on_epoch is not None:
                 plan.on_epoch(records[-1])
         plan.optimizer.zero_grad(set_to_none=True)
+        if average is not None:
+            average.give()
     return records
+
+
+class _Average:
+    """An exponential moving average of a model's weights."""
+
+    def __init__(self, model: nn.Module, plan: _Plan) -> None:
+        self.model = model
+        self.mean = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(1 - 1 / plan.ema_steps))
+
+    def step(self) -> None:
+        self.mean.update_parameters(self.model)
+
+    @torch.no_grad()
+    def give(self) -> None:
+        """Put the average in the weights' place."""
+        for mine, mean in zip(self.model.parameters(), self.mean.module.parameters(), strict=True):
+            mine.copy_(mean)
 
 
 def _epoch_(
     batches: Iterator[tuple[int, tuple[Tensor, Tensor]]], plan: _Plan,
-    objective: Callable[[Tensor, Tensor], Tensor],
+    objective: Callable[[Tensor, Tensor], Tensor], average: _Average | None,
 ) -> tuple[float, float, int]:  # fmt: skip
     """Train on some batches; the sum of their losses, the last rate, the number of samples."""
     total, lr, seen = torch.zeros((), device=plan.device), 0.0, 0
@@ -244,6 +278,8 @@ def _epoch_(
         lr = float(plan.optimizer.param_groups[0]["lr"])
         plan.optimizer.step()
         plan.scheduler.step()
+        if average is not None:
+            average.step()
         total += loss.detach()
         seen += len(inputs)
         if step % CHECK_EVERY == 0:

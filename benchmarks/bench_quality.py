@@ -14,18 +14,15 @@ from __future__ import annotations
 import argparse
 import csv
 import os
-import platform
-import subprocess
 import tempfile
 import time
 from collections.abc import Iterable
-from datetime import date
-from importlib.metadata import version
 from pathlib import Path
 from statistics import mean
 
 import optuna
 import torch
+from machine import headline
 from oneshot_models import load
 from quality_rivals import RIVALS, Made, Task
 
@@ -64,7 +61,7 @@ def main() -> None:
                 key = (cell, f"{args.epochs:g}", method, str(seed))
                 if key not in done:
                     _append(path, _row(cell, method, seed, args))
-    path.with_suffix(".md").write_text(_page(_read(path), args), encoding="utf-8")
+    path.with_suffix(".md").write_text(_page(_read(path)), encoding="utf-8")
 
 
 def _arguments() -> argparse.Namespace:
@@ -155,14 +152,13 @@ def _key(row: dict[str, str]) -> tuple[str, str, str, str]:
     return row["cell"], row["epochs"], row["method"], row["seed"]
 
 
-def _page(rows: list[dict[str, str]], args: argparse.Namespace) -> str:
+def _page(rows: list[dict[str, str]]) -> str:
     """One table: a line per cell and way, means over seeds."""
-    packages = ", ".join(f"{p} {version(p)}" for p in ("torch", "torch-pruning", "optuna"))
     lines = [
         "# Top-1 at equal multiply-adds, for equal training samples", "",
-        f"{date.today().isoformat()}, {_processor()}, {args.threads} thread, Python {platform.python_version()},",
-        f"{packages}, commit {_commit()}. Made by `python benchmarks/bench_quality.py`, which its head explains;",
-        "rows in the CSV beside it. Top-1 in percent, means over seeds; the test split is read once a row.", "",
+        headline("torch", "torch-pruning", "optuna"),
+        "Made by `python benchmarks/bench_quality.py`, which its head explains; rows in the CSV beside it.",
+        "Top-1 in percent, means over seeds; the test split is read once a row.", "",
         "| cell | epochs | way | MACs left | search top-1 | test top-1 | seeds (test top-1) |",
         "|---|---:|---|---:|---:|---:|---|",
     ]  # fmt: skip
@@ -178,16 +174,6 @@ def _page(rows: list[dict[str, str]], args: argparse.Namespace) -> str:
 
 def _mean(rows: Iterable[dict[str, str]], field: str) -> str:
     return f"{100 * mean(float(r[field]) for r in rows):.2f}"
-
-
-def _processor() -> str:
-    lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    return next(line.split(":")[1].strip() for line in lines if line.startswith("model name"))
-
-
-def _commit() -> str:
-    command = ["git", "-C", str(HERE), "rev-parse", "--short", "HEAD"]
-    return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
 
 
 if __name__ == "__main__":

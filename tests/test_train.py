@@ -105,6 +105,22 @@ def test_the_teacher_matters() -> None:
     assert same(weights(alone), weights(off))
 
 
+def test_the_average_of_the_weights_is_given_and_follows_them() -> None:
+    steady = Schedule(lr=0.3, decay="linear", final=0.99, warmup=0.0)
+    last, _ = trained(schedule=steady)
+    mean, _ = trained(schedule=steady, settings=replace(SETTINGS, ema=0.5))
+    again, _ = trained(schedule=steady, settings=replace(SETTINGS, ema=0.5))
+    off, _ = trained(schedule=steady, settings=replace(SETTINGS, ema=0.01))
+    assert same(weights(last), weights(off)), "an average over less than one step is the last step"
+    assert not same(weights(last), weights(mean))
+    assert same(weights(mean), weights(again))
+    start, norms = tiny_net(), []
+    for model in (last, mean):
+        pairs = zip(model.parameters(), start.parameters(), strict=True)
+        norms.append(sum(float((a - b).detach().square().sum()) for a, b in pairs))
+    assert norms[1] < norms[0], "the average lags behind"
+
+
 def test_distillation_is_zero_for_equal_outputs_and_scales_with_temperature() -> None:
     logits = torch.randn(8, 5, generator=torch.Generator().manual_seed(0))
     assert distillation_loss(logits, logits, 3.0).item() == pytest.approx(0, abs=1e-6)
