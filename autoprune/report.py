@@ -120,7 +120,7 @@ def _render(record: RunRecord, out: Path, svgs: Mapping[str, str]) -> str:
     page = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     page.filters |= {
         "percent": wording.percent, "duration": wording.duration, "size": wording.size,
-        "setting": wording.setting, "when": _when, "fate": _fate, "unbroken": _unbroken,
+        "setting": wording.setting, "when": _when, "fate": fate, "unbroken": _unbroken,
         "sentence": _sentence, "shown": _shown,
     }  # fmt: skip
     template = page.from_string((files("autoprune") / "report.html.j2").read_text(encoding="utf-8"))
@@ -183,7 +183,8 @@ def _when(started: str) -> str:
         return started
 
 
-def _fate(trial: TrialRecord) -> str:
+def fate(trial: TrialRecord) -> str:
+    """What became of a trial, in a word or its failure."""
     if trial.state == "running":
         return "running"
     if trial.state == "failed":

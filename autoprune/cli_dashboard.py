@@ -1,0 +1,40 @@
+"""`autoprune dashboard`: look at runs in the browser."""
+
+from __future__ import annotations
+
+import sys
+import webbrowser
+from typing import Annotated
+
+import typer
+
+
+def register(app: typer.Typer) -> None:
+    """Add the command of this module."""
+    app.command(rich_help_panel="Look", epilog="Example: autoprune dashboard runs")(dashboard)
+
+
+def dashboard(
+    runs: Annotated[str, typer.Argument(
+        metavar="RUN|FOLDER|STORAGE",
+        help="A run's folder, a folder of runs, or a database (postgresql://...).")] = "runs",
+    port: Annotated[int | None, typer.Option(
+        metavar="N", min=0, max=65535, show_default="8080, or the next that is free",
+        help="Where to listen, on 127.0.0.1 alone; 0 takes any port that is free.")] = None,
+    browser: Annotated[bool, typer.Option(
+        "--browser/--no-browser", help="Open it in the browser, or only print the address.")] = True,
+) -> None:  # fmt: skip
+    """Show runs in the browser, finished or still going on; Ctrl-C ends it.
+
+    It is optuna-dashboard over a view of the runs: nothing that is clicked there changes a run.
+    """
+    from autoprune.dashboard import open_dashboard
+
+    shown = open_dashboard(runs, port)
+    names = ", ".join(dict.fromkeys(run.label for run in shown.runs))
+    sys.stdout.write(f"{shown.address}\n")
+    sys.stdout.flush()
+    sys.stderr.write(f"{len(shown.runs)} runs: {names}. Ctrl-C ends it\n")
+    if browser:
+        webbrowser.open(shown.address)
+    shown.serve()

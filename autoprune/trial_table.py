@@ -1,0 +1,100 @@
+"""Every trial of a run as one table, and which of its hyperparameters mattered."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import optuna
+import pandas as pd
+
+from autoprune.record import RoundRecord, RunRecord, TrialRecord
+
+MIN_TRIALS = 6  # below it an importance is noise; a guess
+COLUMNS = (
+    "state", "prune_rate", "cost_share", "macs", "num_params", "before_tuning", "top1", "low", "high", "loss",
+    "recovered", "promoted", "seconds", "tuning_seconds", "failure",
+)  # fmt: skip
+
+
+def trial_frame(record: RunRecord) -> pd.DataFrame:
+    """One row a trial: round, number, what it tried (`params_...`), what came of it."""
+    return pd.DataFrame([_row(one, trial) for one in record.rounds for trial in one.trials])
+
+
+def trials_csv(record: RunRecord) -> str:
+    """The table as text."""
+    return str(trial_frame(record).to_csv(index=False))
+
+
+def _row(one: RoundRecord, trial: TrialRecord) -> dict[str, Any]:
+    row: dict[str, Any] = {"round": one.number, "trial": trial.number, "floor": one.floor}
+    row |= {f"params_{name}": value for name, value in trial.params.items()}
+    row |= {name: getattr(trial, name) for name in COLUMNS}
+    return row | {"epochs": trial.epochs[-1].epoch if trial.epochs else 0.0}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Importance:
+    """How much of the differences between trials one hyperparameter explains, in [0, 1]."""
+
+    name: str
+    share: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class Importances:
+    """All of them, from `num_trials` trials."""
+
+    shares: tuple[Importance, ...]
+    num_trials: int
+
+
+def importances(record: RunRecord) -> Importances | None:
+    """What explains the recovered accuracy, by Optuna's fANOVA over all rounds' trials together.
+
+    The score is top-1 less the round's floor, so that rounds can be put together, the rate counts as a share
+    of the round's ceiling, and parameters that belong to one decay alone are left out. None where there are
+    too few trials, or nothing differed.
+    """
+    points = [p for one in record.rounds for p in _comparable(one)]
+    names = set.intersection(*(set(p.params) for p in points)) if points else set()
+    seen = {n: {p.params[n] for p in points} for n in sorted(names)}
+    varied = [n for n in seen if len(seen[n]) > 1]
+    if len(points) < MIN_TRIALS or not varied or len({p.value for p in points}) < 2:
+        return None
+    space = {n: _range(n, seen[n]) for n in varied}
+    study = optuna.create_study(storage=optuna.storages.InMemoryStorage(), direction="maximize")
+    for point in points:
+        params = {n: point.params[n] for n in varied}
+        study.add_trial(optuna.trial.create_trial(params=params, distributions=space, value=point.value))
+    evaluator = optuna.importance.FanovaImportanceEvaluator(seed=0)
+    found = optuna.importance.get_param_importances(study, evaluator=evaluator, params=varied)
+    shares = tuple(Importance(name=n, share=float(s)) for n, s in found.items())
+    return Importances(shares=shares, num_trials=len(points))
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Point:
+    """A trial in terms that all rounds share."""
+
+    params: dict[str, Any]
+    value: float
+
+
+def _comparable(one: RoundRecord) -> Iterator[_Point]:
+    for trial in one.trials:
+        if trial.top1 is None:
+            continue
+        params = {n: v for n, v in trial.params.items() if not n.startswith(f"{trial.params.get('decay')}_")}
+        if "prune_rate" in params:
+            params["prune_rate"] = min(1.0, params["prune_rate"] / one.ceiling)
+        yield _Point(params=params, value=trial.top1 - one.floor)
+
+
+def _range(name: str, seen: set[Any]) -> optuna.distributions.BaseDistribution:
+    """The space that holds every value seen."""
+    if all(isinstance(v, int | float) and not isinstance(v, bool) for v in seen):
+        return optuna.distributions.FloatDistribution(min(seen), max(seen), log=name == "lr")
+    return optuna.distributions.CategoricalDistribution(sorted(seen, key=str))

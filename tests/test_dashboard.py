@@ -1,0 +1,209 @@
+"""The dashboard as a browser and as a hostile page see it; the run behind it is a real one."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from autoprune import events as ev
+from autoprune.config import Lock, Search
+from autoprune.dashboard import Dashboard, find_runs, open_dashboard
+from autoprune.errors import UsageError
+from autoprune.pipeline import run
+from autoprune.store import DATABASE
+from tests.tiny import tiny_study
+
+PLAIN = Lock(plain=True)
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+
+
+class Page:
+    """What the dashboard's own page asks for."""
+
+    def __init__(self, dashboard: Dashboard) -> None:
+        self.root = dashboard.address.removesuffix("/dashboard")
+
+    def get(self, path: str) -> Any:
+        return json.loads(self.raw(path))
+
+    def raw(self, path: str) -> bytes:
+        with urllib.request.urlopen(self.root + path) as answer:  # noqa: S310 - our own server
+            return bytes(answer.read())
+
+    def status(self, path: str, method: str = "GET", **headers: str) -> int:
+        request = urllib.request.Request(self.root + path, method=method, headers=headers)  # noqa: S310
+        try:
+            with urllib.request.urlopen(request) as answer:  # noqa: S310
+                return int(answer.status)
+        except urllib.error.HTTPError as error:
+            return error.code
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with two finished runs."""
+    folder = tmp_path_factory.mktemp("runs")
+    study = tiny_study(search=Search(trials=2, epochs=1), max_drop=60.0)
+    run(study, out=folder / "first", lock=PLAIN, command="autoprune run tiny")
+    shutil.copytree(folder / "first", folder / "deeper" / "second")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def shown(runs: Path) -> Iterator[Dashboard]:
+    dashboard = open_dashboard(str(runs), 0)
+    dashboard.serve_beside()
+    yield dashboard
+    dashboard.server.shutdown()
+    dashboard.server.server_close()
+
+
+@pytest.fixture(scope="module")
+def page(shown: Dashboard) -> Page:
+    return Page(shown)
+
+
+def test_the_list_reads_as_the_campaign(page: Page) -> None:
+    names = [s["study_name"] for s in page.get("/api/studies")["study_summaries"]]
+    firsts = [n for n in names if n.startswith("first/")]
+    assert len(firsts) * 2 == len(names), "both runs are in one list"
+    assert "original:" in firsts[0]
+    assert firsts[0].startswith("first/round-00")
+    assert firsts[1].startswith("first/round-01")
+    assert "left," in firsts[1]
+    assert firsts[-1].startswith("first/final")
+    assert "fewer MACs" in firsts[-1]
+
+
+def test_a_round_says_what_it_did_and_why(page: Page) -> None:
+    listed = page.get("/api/studies")["study_summaries"]
+    one = next(s["study_id"] for s in listed if s["study_name"].startswith("first/round-01"))
+    original = next(s["study_id"] for s in listed if s["study_name"].startswith("first/round-00"))
+    detail = page.get(f"/api/studies/{one}")
+    facts = {a["key"]: a["value"] for a in detail["user_attrs"]}
+    assert facts["decision"] in ("promoted", "target reached")
+    assert "removed" in facts["reason"]
+    assert facts["reason"][1:] in detail["note"]["body"]
+    assert f"/dashboard/studies/{original}" in detail["note"]["body"]
+    assert detail["objective_names"] == ["removed (negative: short of the floor)"]
+    titles = [
+        json.loads(g["graph_object"])["layout"]["title"]["text"] for g in detail["plotly_graph_objects"]
+    ]
+    assert "Accuracy over cost" in titles
+    assert len(detail["trials"]) == 2
+    assert detail["has_intermediate_values"] is False
+
+
+def test_every_trial_has_its_curve_its_plan_and_its_report(page: Page) -> None:
+    listed = page.get("/api/studies")["study_summaries"]
+    for study in (s["study_id"] for s in listed if "/round-01" in s["study_name"]):
+        for trial in page.get(f"/api/studies/{study}")["trials"]:
+            files = {a["filename"]: a["artifact_id"] for a in trial["artifacts"]}
+            where = f"/artifacts/{study}/{trial['trial_id']}"
+            report = page.raw(f"{where}/{files['report.md']}").decode()
+            assert report.startswith(f"# Round 1, trial {trial['number']}")
+            assert trial["note"]["body"] == report
+            kept = json.loads(page.raw(f"{where}/{files['plan.json']}"))
+            assert "groups" in kept or "missing" in kept["unavailable"]
+            feasible = all(c <= 0 for c in trial["constraints"])
+            assert feasible == (trial["values"][0] > 0), "the dashboard's verdict is ours"
+
+
+def test_the_original_offers_all_trials_as_a_table(page: Page) -> None:
+    detail = page.get("/api/studies/1")
+    (artifact,) = detail["artifacts"]
+    assert artifact["filename"] == "trials.csv"
+    table = page.raw(f"/artifacts/1/{artifact['artifact_id']}").decode()
+    assert table.startswith("round,trial,floor,params_prune_rate")
+
+
+def test_the_dashboards_own_pages_work_on_the_view(page: Page) -> None:
+    listed = page.get("/api/studies")["study_summaries"]
+    one = next(s["study_id"] for s in listed if "/round-01" in s["study_name"])
+    assert page.status(f"/csv/{one}") == 200
+    assert page.status(f"/api/studies/{one}/plot/timeline") == 200
+    assert page.status("/api/studies/999") == 404
+
+
+def test_nothing_that_is_sent_changes_a_run(page: Page, runs: Path) -> None:
+    before = (runs / "first" / DATABASE).read_bytes()
+    assert page.status("/api/studies/1", "DELETE") == 403
+    assert page.status("/api/studies", "POST") == 403
+    assert page.status("/api/studies/1/note", "PUT") == 403
+    assert (runs / "first" / DATABASE).read_bytes() == before
+    assert page.status("/api/studies", Host="attacker.example:8080") == 421
+    assert page.status("/api/studies", Host="localhost") == 200
+
+
+def test_it_listens_on_this_machine_alone(shown: Dashboard) -> None:
+    assert shown.server.server_address[0] == "127.0.0.1"
+
+
+def test_it_works_while_the_run_is_writing(tmp_path: Path) -> None:
+    """At every decision the dashboard, asked from inside the run, already knows it."""
+    seen: list[list[str]] = []
+    opened: list[Dashboard] = []
+
+    def look(event: ev.Event) -> None:
+        if isinstance(event, ev.RoundStarted) and not opened:
+            opened.append(open_dashboard(str(tmp_path), 0))
+            opened[0].serve_beside()
+        if isinstance(event, ev.TrialStarted | ev.Decided):
+            listed = Page(opened[0]).get("/api/studies")["study_summaries"]
+            seen.append([s["study_name"] for s in listed])
+
+    study = tiny_study(search=Search(trials=1, epochs=0.5), max_drop=60.0)
+    run(study, out=tmp_path / "live", lock=PLAIN, on_event=look)
+    opened[0].server.shutdown()
+    opened[0].server.server_close()
+    assert seen[0][1].startswith("live/round-01  running: ")
+    assert any(name.startswith("live/round-02") for name in seen[-1])
+
+
+def test_what_holds_no_run_is_refused(tmp_path: Path, runs: Path) -> None:
+    with pytest.raises(UsageError, match="there is no run"):
+        open_dashboard(str(tmp_path), 0)
+    assert [r.label for r in find_runs(str(runs / "first"))] == ["first"]
+    first = open_dashboard(str(runs), 0)
+    with pytest.raises(UsageError, match="taken"):
+        open_dashboard(str(runs), first.server.server_port)
+    first.server.server_close()
+
+
+def visit(url: str, folder: Path, name: str) -> str:
+    """What a browser shows at an address; the picture goes beside."""
+    command = [
+        str(CHROMIUM), "--headless=new", "--no-sandbox", "--disable-gpu", "--hide-scrollbars",
+        "--window-size=1280,1600", "--virtual-time-budget=20000", f"--user-data-dir={folder / 'profile'}",
+    ]  # fmt: skip
+    subprocess.run(
+        [*command, f"--screenshot={folder / name}", url], check=True, capture_output=True, timeout=120
+    )
+    done = subprocess.run([*command, "--dump-dom", url], check=True, capture_output=True, timeout=120)
+    return done.stdout.decode()
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="there is no Chromium here (Debian package chromium)")
+def test_a_person_finds_the_decision_and_the_picture(page: Page, tmp_path: Path) -> None:
+    """Screenshots go to $AUTOPRUNE_SCREENSHOTS where that is set."""
+    folder = Path(os.environ.get("AUTOPRUNE_SCREENSHOTS", tmp_path))
+    front = visit(f"{page.root}/dashboard", folder, "dashboard-list.png")
+    assert "first/round-01" in front
+    assert "first/final" in front
+    listed = page.get("/api/studies")["study_summaries"]
+    one = next(s["study_id"] for s in listed if s["study_name"].startswith("first/round-01"))
+    study = visit(f"{page.root}/dashboard/studies/{one}", folder, "dashboard-round.png")
+    for words in ("Accuracy over cost", "this round's floor", "decision", "removed (negative"):
+        assert words in study.replace("&#39;", "'"), words
+    note = visit(f"{page.root}/dashboard/studies/{one}/note", folder, "dashboard-note.png")
+    assert "Round 1:" in note
+    assert all((folder / f"dashboard-{n}.png").stat().st_size > 20_000 for n in ("list", "round", "note"))
