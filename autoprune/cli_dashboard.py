@@ -21,8 +21,8 @@ def dashboard(
     port: Annotated[int | None, typer.Option(
         metavar="N", min=0, max=65535, show_default="8080, or the next that is free",
         help="Where to listen, on 127.0.0.1 alone; 0 takes any port that is free.")] = None,
-    browser: Annotated[bool, typer.Option(
-        "--browser/--no-browser", help="Open it in the browser, or only print the address.")] = True,
+    no_browser: Annotated[bool, typer.Option(
+        "--no-browser", metavar="", help="Only print the address.")] = False,
 ) -> None:  # fmt: skip
     """Show runs in the browser, finished or still going on; Ctrl-C ends it.
 
@@ -35,6 +35,6 @@ def dashboard(
     sys.stdout.write(f"{shown.address}\n")
     sys.stdout.flush()
     sys.stderr.write(f"{len(shown.runs)} runs: {names}. Ctrl-C ends it\n")
-    if browser:
+    if not no_browser:
         webbrowser.open(shown.address)
     shown.serve()

@@ -51,7 +51,7 @@ class ViewStorage(BaseStorage):
     A study keeps its id from the first time it was seen.
     """
 
-    def __init__(self, look: Callable[[], Sequence[StudyView]], *, patience_s: float = 2.0) -> None:
+    def __init__(self, look: Callable[[], Sequence[StudyView]], *, patience_s: float = 0.5) -> None:
         self._look, self._patience_s = look, patience_s
         self._lock = threading.Lock()
         self._ids: dict[str, int] = {}
