@@ -206,8 +206,8 @@ class Control:
         budget_growth: fine-tuning epochs are multiplied by this after going back.
     """
 
-    first_ceiling: float = 0.35
-    max_ceiling: float = 0.6
+    first_ceiling: float = 0.5
+    max_ceiling: float = 0.7
     raise_factor: float = 1.25
     lower_factor: float = 0.5
     min_rate: float = 0.025

@@ -100,9 +100,10 @@ def test_a_meter_counts_what_earlier_processes_used() -> None:
 
 
 def test_the_forecast_ends_at_the_target() -> None:
-    ceilings = forecast(start(GOAL, Control()), Control(), 0.5)
+    control = Control(first_ceiling=0.35)
+    ceilings = forecast(start(GOAL, control), control, 0.5)
     assert math.isclose(math.prod(1 - c for c in ceilings), 0.5)
-    assert len(ceilings) == rounds_ahead(start(GOAL, Control()), 0.5) == 2
+    assert len(ceilings) == rounds_ahead(start(GOAL, control), 0.5) == 2
 
 
 def test_a_small_budget_goes_into_few_trials_that_can_recover() -> None:

@@ -22,7 +22,7 @@ from autoprune.controller import (
 )
 
 GOAL = Goal(baseline_top1=0.9, max_drop_pp=1.0, target_share=0.5)
-CONTROL = Control()
+CONTROL = Control(first_ceiling=0.35, max_ceiling=0.6)
 
 
 def trial(state: State, rate: float, top1: float, number: int = 0) -> TrialSummary:

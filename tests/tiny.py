@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from autoprune.config import Analysis, Baseline, Finetune, Search, Study
+from autoprune.config import Analysis, Baseline, Control, Finetune, Search, Study
 from autoprune.data import Data
 from autoprune.splits import Normalization, TensorSplit
 
@@ -62,6 +62,6 @@ def tiny_study(**changes: Any) -> Study:
         "name": "tiny", "model": tiny_net, "data": tiny_data, "target": "macs=0.5", "max_drop": 2.0,
         "budget": "epochs=40", "baseline": Baseline(epochs=6, lr=0.1, batch_size=64),
         "finetune": Finetune(batch_size=64, recalibrate_batches=4), "analysis": Analysis(ratios=(0.5,)),
-        "search": Search(trials=2, epochs=2), "device": "cpu",
+        "search": Search(trials=2, epochs=2), "device": "cpu", "control": Control(first_ceiling=0.35),
     }  # fmt: skip
     return Study(**(settings | changes))
