@@ -18,7 +18,7 @@ from autoprune.wording import percent, setting
 LAYOUT: dict[str, Any] = {
     "template": "none", "font": {"size": 13}, "margin": {"l": 60, "r": 20, "t": 50, "b": 50},
     "legend": {"orientation": "h", "y": -0.2}, "paper_bgcolor": "rgba(0,0,0,0)",
-    "plot_bgcolor": "rgba(0,0,0,0)",
+    "plot_bgcolor": "rgba(0,0,0,0)", "title": {"x": 0.02},
 }  # fmt: skip
 
 
@@ -81,7 +81,7 @@ def _readable(record: RunRecord) -> list[float]:
     tops = [100 * t.top1 for r in record.rounds for t in r.trials if t.top1 is not None]
     room = max(start - floor, 0.5)
     lowest = min([floor, *tops])
-    return [max(lowest - 0.5 * room, floor - 5 * room), max([start, *tops]) + 0.5 * room]
+    return [max(lowest - 0.5 * room, floor - 5 * room), min(100.5, max([start, *tops]) + 0.5 * room)]
 
 
 def _top1(trial: TrialRecord) -> float:
