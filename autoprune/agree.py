@@ -55,9 +55,10 @@ def disagreement(walk: Walk, pruned: Tape, plan: PruningPlan, groups: Mapping[st
     """Where the pruned pass differs from what the original's labels predict; empty where nowhere."""
     lengths = _Lengths(walk, plan, groups)
     twins = _Twins(walk.tape, pruned)
-    for position, (old, new) in enumerate(zip(walk.tape.ops, pruned.ops, strict=False)):
+    before, after = _steps(walk.tape, twins.source), _steps(pruned, twins.source_pruned)
+    for (position, old), (_, new) in zip(before, after, strict=False):
         problem = (
-            (f"another operator runs where {old.name} ran" if old.name != new.name else "")
+            (f"another operator runs where {old.name} ran" if _name(old) != _name(new) else "")
             or _changed_number(old, new)
             or twins.changed(old, new)
             or (_other_shape(walk, pruned, old, new, lengths) if walk.live[position] else "")
@@ -65,9 +66,32 @@ def disagreement(walk: Walk, pruned: Tape, plan: PruningPlan, groups: Mapping[st
         )
         if problem:
             return f"{problem} ({new.name} in {new.module or 'the network'}, {new.where})"
-    if len(walk.tape.ops) != len(pruned.ops):
-        return f"it runs {len(pruned.ops)} operators instead of {len(walk.tape.ops)}"
+    if len(before) != len(after):
+        return f"it runs {len(after)} operators instead of {len(before)}"
     return twins.changed_outputs()
+
+
+def _steps(tape: Tape, source: dict[int, int]) -> list[tuple[int, Op]]:
+    """The operators with their positions. Mere copies, which strides decide on, are left out.
+
+    Args:
+        source: gets what each copy is a copy of.
+    """
+    written = {r.index for op in tape.ops if op.is_in_place for r in op.outputs if r is not None}
+    steps = []
+    for position, op in enumerate(tape.ops):
+        ends = {r.index for r in (*op.inputs, *op.outputs) if r is not None}
+        if op.name == "clone" and not ends & written:
+            copy, original = op.outputs[0], op.inputs[0].index
+            assert copy is not None
+            source[copy.index] = source.get(original, original)
+        else:
+            steps.append((position, op))
+    return steps
+
+
+def _name(op: Op) -> str:
+    return "view" if op.name == "_unsafe_view" else op.name
 
 
 def other_outputs(walk: Walk, pruned: Tape) -> str:
@@ -113,11 +137,17 @@ class _Lengths:
 
 
 class _Twins:
-    """Which tensor of the pruned pass stands for which of the original's."""
+    """Which tensor of the pruned pass stands for which of the original's.
+
+    Attributes:
+        source: what a copy that is left out is a copy of; `source_pruned` likewise.
+    """
 
     def __init__(self, original: Tape, pruned: Tape) -> None:
         self.original, self.pruned = original, pruned
         named = {name: index for index, name in pruned.parameters.items()}
+        self.source: dict[int, int] = {}
+        self.source_pruned: dict[int, int] = {}
         self.of = {index: named.get(name, -1) for index, name in original.parameters.items()}
         self._enter(original.inputs, pruned.inputs)
 
@@ -131,15 +161,17 @@ class _Twins:
         if len(old.inputs) != len(new.inputs):
             return "it reads another number of tensors"
         for left, right in zip(old.inputs, new.inputs, strict=True):
-            if self.of.setdefault(left.index, right.index) != right.index:
+            index = self.source_pruned.get(right.index, right.index)
+            if self.of.setdefault(self.source.get(left.index, left.index), index) != index:
                 return "it reads another tensor"
         self._enter(old.outputs, new.outputs)
         return ""
 
     def changed_outputs(self) -> str:
         """Whether the network gives out other tensors."""
-        expected = [self.of.get(r.index) for r in self.original.outputs]
-        return "" if expected == [r.index for r in self.pruned.outputs] else "it gives out other tensors"
+        old = [self.source.get(r.index, r.index) for r in self.original.outputs]
+        new = [self.source_pruned.get(r.index, r.index) for r in self.pruned.outputs]
+        return "" if [self.of.get(n) for n in old] == new else "it gives out other tensors"
 
 
 def _changed_number(old: Op, new: Op) -> str:
