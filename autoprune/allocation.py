@@ -12,7 +12,7 @@ What the last step took too much is given back where it is worth most.
 from __future__ import annotations
 
 import heapq
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Literal, get_args
@@ -39,9 +39,9 @@ LEAST = 1e-9  # of the whole cost: what a step is taken to save that saves nothi
 MAX_EXCHANGE = 3  # further steps of one group tried to come closer to the limit
 
 
-def allocate(
+def allocate(  # noqa: PLR0913 - a plan has that many conditions
     graph: ChannelGraph, scores: Scores, *, metric: Metric, limit: float, strategy: str = "sensitivity",
-    table: SensitivityTable | None = None,
+    table: SensitivityTable | None = None, emphasis: Mapping[str, float] | None = None,
 ) -> PruningPlan:  # fmt: skip
     """The plan that costs at most `limit`, and at most 1 % of the network's cost less.
 
@@ -52,6 +52,7 @@ def allocate(
         limit: in that metric, absolute.
         strategy: one of `STRATEGIES`.
         table: measured on this graph; needed by `sensitivity` only.
+        emphasis: factors on the price of removing from these groups, each above 0.
 
     Raises:
         UnreachableError: no plan is that close; it names the nearest cost.
@@ -64,7 +65,8 @@ def allocate(
         return PruningPlan.full(graph)
     if walk.cost(walk.num_steps) > limit:
         raise _unreachable(walk, limit, walk.cost(walk.num_steps))
-    prices = _prices(walk, strategy, table)
+    factors = [(emphasis or {}).get(g.name, 1.0) for g in graph.groups]
+    prices = [p * f for p, f in zip(_prices(walk, strategy, table), factors, strict=True)]
     for mark in _marks(walk, limit) if strategy == "sensitivity" else [limit]:
         savings = walk.savings(steps) if strategy == "sensitivity" else np.ones(len(steps))
         priced = [p / s for p, s in zip(prices, savings, strict=True)]

@@ -10,7 +10,7 @@ and `fallback_groups` names them.
 from __future__ import annotations
 
 import difflib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -29,7 +29,7 @@ Values = NDArray[np.float64]
 Scores = dict[str, Values]
 
 TAYLOR_BATCHES, TAYLOR_BATCH = 16, 64  # about a thousand samples rank as ten thousand do (a guess)
-FISHER_BATCHES, FISHER_BATCH = 32, 8  # the nearer to one sample a batch, the nearer to the definition
+FISHER_BATCHES, FISHER_BATCH = 32, 32  # few samples a batch are near the definition; batch norm wants many
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -62,7 +62,7 @@ def score(  # noqa: PLR0913 - where and on what to compute are the caller's to s
         model: the network that `graph` was traced from; left as it was found.
         graph: its groups.
         criterion: one of `CRITERIA`.
-        split: samples for `taylor` and `fisher`; a small fixed part of them is used.
+        split: samples for `taylor`, `fisher` and `jacobian`; a small fixed part of them is used.
         device: where to run those.
         loss: None is cross-entropy.
         seed: chooses the samples, and the scores of `random`.
@@ -142,7 +142,7 @@ def taylor(ground: Ground) -> Scores:
     in Molchanov et al. 2019, equation 8). The absolute value is taken per batch: at the end of a training
     the gradient of all the data together is nearly zero.
     """
-    return _mean_over_batches(ground, TAYLOR_BATCHES, TAYLOR_BATCH, np.abs)
+    return _mean_over_batches(ground, TAYLOR_BATCHES, TAYLOR_BATCH, np.abs, _readers)
 
 
 def fisher(ground: Ground) -> Scores:
@@ -150,7 +150,16 @@ def fisher(ground: Ground) -> Scores:
 
     Liu et al. 2021, "Group Fisher Pruning", equation 5, without its division by memory.
     """
-    return _mean_over_batches(ground, FISHER_BATCHES, FISHER_BATCH, np.square)
+    return _mean_over_batches(ground, FISHER_BATCHES, FISHER_BATCH, np.square, _readers)
+
+
+def jacobian(ground: Ground) -> Scores:
+    """(sum of gradient x weight)² over everything coupled in a unit, the mean over batches.
+
+    wᵀJᵀJw, where a row of J is a batch's gradient by all parameters of the unit, so that what they do
+    together counts (Chen et al. 2025, "Optimal Brain Connection"). Biases are left out.
+    """
+    return _mean_over_batches(ground, TAYLOR_BATCHES, TAYLOR_BATCH, np.square, _coupled)
 
 
 def random(ground: Ground) -> Scores:
@@ -161,10 +170,10 @@ def random(ground: Ground) -> Scores:
 
 _CRITERIA: dict[str, Callable[[Ground], Scores]] = {
     "l1": l1, "l2": l2, "fpgm": fpgm, "bn_scale": bn_scale, "taylor": taylor, "fisher": fisher,
-    "random": random,
+    "jacobian": jacobian, "random": random,
 }  # fmt: skip
 CRITERIA = tuple(_CRITERIA)
-NEEDS_SPLIT = ("taylor", "fisher")
+NEEDS_SPLIT = ("taylor", "fisher", "jacobian")
 
 
 def _relative(values: Values) -> Values:
@@ -203,20 +212,24 @@ def _batch_norm_scales(model: nn.Module) -> set[str]:
 
 
 def _mean_over_batches(
-    ground: Ground, num_batches: int, batch_size: int, function: Callable[[Values], Values]
-) -> Scores:
+    ground: Ground, num_batches: int, batch_size: int, function: Callable[[Values], Values],
+    members_of: Callable[[Group, Mapping[str, nn.Parameter]], list[Member]],
+) -> Scores:  # fmt: skip
     """Mean over batches of function(sum of gradient x weight over the unit), in evaluation mode.
 
-    The sum goes over the weights that read the unit: it is the derivative by a factor on the channel. What
-    makes the channel goes with it and would count the same effect again, bent by batch norm's mean.
+    But batch norms use their batch's statistics: a pruned network has them estimated anew, which takes back
+    what a channel adds to a mean and a variance, and the gradient should know (figures: docs/analysis.md).
     """
     assert ground.split is not None  # `score` checked it
     named = dict(ground.model.named_parameters(remove_duplicate=False))
-    readers = {g.name: _readers(g, named) for g in ground.graph.groups}
-    wanted = {m.name: named[m.name] for members in readers.values() for m in members}
+    summed = {g.name: members_of(g, named) for g in ground.graph.groups}
+    wanted = {m.name: named[m.name] for members in summed.values() for m in members}
     totals = {g.name: np.zeros(g.num_units) for g in ground.graph.groups}
-    with borrowed(ground.model, ground.device, training=False), _differentiable(list(wanted.values())):
-        batches = ground.split.batches(batch_size, device=ground.device, seed=ground.seed)
+    with (
+        borrowed(ground.model, ground.device, training=False), _batch_statistics(ground.model),
+        _differentiable(list(wanted.values())),
+    ):  # fmt: skip
+        batches = ground.split.batches(batch_size, device=ground.device, seed=ground.seed, augment=True)
         for _, (inputs, targets) in zip(range(num_batches), batches, strict=False):
             loss = ground.loss(ground.model(inputs), targets)
             gradients = torch.autograd.grad(loss, list(wanted.values()), materialize_grads=True)
@@ -225,15 +238,37 @@ def _mean_over_batches(
                 for (name, weight), gradient in zip(wanted.items(), gradients, strict=True)
             }
             for group in ground.graph.groups:
-                parts = [_per_unit(products[m.name], m) for m in readers[group.name]]
+                parts = [_per_unit(products[m.name], m) for m in summed[group.name]]
                 totals[group.name] += function(np.sum(parts, axis=0))
     return totals
 
 
-def _readers(group: Group, named: dict[str, nn.Parameter]) -> list[Member]:
-    """The parameters that read a group; where none does, all that it has."""
+def _coupled(group: Group, named: Mapping[str, nn.Parameter]) -> list[Member]:
+    """All parameters of a group but its biases."""
+    return [m for m in group.members if m.name in named and not m.name.endswith("bias")]
+
+
+def _readers(group: Group, named: Mapping[str, nn.Parameter]) -> list[Member]:
+    """The parameters that read a group; where none does, all that it has.
+
+    The sum over them is the derivative by a factor on the channel. What makes the channel goes with it and
+    would count the same effect again.
+    """
     found = [m for m in group.members if m.name in named]
     return [m for m in found if m.role == "in"] or found
+
+
+@contextmanager
+def _batch_statistics(model: nn.Module) -> Iterator[None]:
+    """Let batch norms use their batch's statistics for a while, and remember nothing of it."""
+    norms = [m for m in model.modules() if isinstance(m, _BatchNorm) and m.track_running_stats]
+    try:
+        for norm in norms:
+            norm.training, norm.track_running_stats = True, False
+        yield
+    finally:
+        for norm in norms:
+            norm.training, norm.track_running_stats = False, True
 
 
 @contextmanager

@@ -12,7 +12,7 @@ change reaches, `WholeProbe` for all.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, Protocol
@@ -394,6 +394,42 @@ class ReplayProbe:
             whole = made = fused(made, weights, bench.device)
         kept = frozenset[int]().union(*(suffix(made, n).cut for n in self.names.values()))
         return _Compiled(program=made, replay=Replay(whole, weights, kept), statistics=names)
+
+
+def evaluate_replayed(bench: Bench, model: nn.Module) -> Evaluation:
+    """A network of its own on the bench's samples, recorded and run in fewer, faster steps where that works.
+
+    Worth its recording, about a tenth of a second, on a CPU only. The first batch is compared with the
+    network's own output; where they differ, or the network cannot be replayed, it is evaluated as it is.
+    """
+    if bench.device.type == "cpu" and bench.score is None and not bench.exact:
+        with suppress(NotReplayableError, TraceError, RuntimeError, NotImplementedError, TypeError, KeyError):
+            return _replayed(bench, model)
+    return evaluate(model, bench.split, device=bench.device, loss=bench.loss, score=bench.score)
+
+
+def _replayed(bench: Bench, model: nn.Module) -> Evaluation:
+    loss, tally, size = bench.loss or classification_loss, _Tally(), CORE_BATCH * torch.get_num_threads()
+    replays: dict[int, Replay] = {}
+    with borrowed(model, bench.device, training=False), torch.no_grad():
+        named = (
+            *model.named_parameters(remove_duplicate=False),
+            *model.named_buffers(remove_duplicate=False),
+        )
+        weights = channels_last({n: t.detach() for n, t in named})
+        for inputs, targets in bench.split.batches(size, device=bench.device):
+            if len(inputs) not in replays:
+                made = fused(program(record(model, (inputs,)), bench.device), weights, bench.device)
+                replays[len(inputs)] = Replay(made, weights)
+                leaves, structure = tree_flatten(model(inputs))
+            replay = replays[len(inputs)]
+            values = replay.run(inputs)
+            new = [values[v] for v in replay.program.outputs]
+            output = tree_unflatten([new.pop(0) if isinstance(x, Tensor) else x for x in leaves], structure)
+            if not tally.correct and not _agree(in_a_row(output), in_a_row(leaves)):
+                raise NotReplayableError("its replay does not give what the network gives")
+            tally.add(output, targets, loss)
+    return tally.evaluation
 
 
 def _half(name: str, num_units: int) -> PruningPlan:

@@ -78,11 +78,39 @@ def test_magnitudes_are_sums_over_the_whole_group(net: TinyNet, graph: ChannelGr
     np.testing.assert_allclose(score(net, graph, "l1")["conv2"], expected.detach().numpy(), rtol=1e-10)
 
 
+def by_batch_statistics(net: TinyNet) -> TinyNet:
+    for norm in (net.bn1, net.bn2, net.bn3):
+        norm.track_running_stats, norm.running_mean, norm.running_var = False, None, None
+    return net
+
+
+def test_the_jacobian_counts_all_that_is_coupled(net: TinyNet, graph: ChannelGraph) -> None:
+    split = tiny_split(64, 1)
+    found = score(net, graph, "jacobian", split=split)["conv2"]
+    images, labels = next(split.batches(64, seed=0))
+    nn.functional.cross_entropy(by_batch_statistics(net)(images), labels).backward()
+    products = [
+        p.detach() * p.grad
+        for p in (net.conv2.weight, net.bn2.weight, net.conv3.weight)
+        if p.grad is not None
+    ]
+    made, scaled, read = (p.double() for p in products)
+    by_hand = (made.sum((1, 2, 3)) + scaled + read.sum((0, 2, 3))) ** 2
+    np.testing.assert_allclose(found, (by_hand / by_hand.mean()).numpy(), rtol=1e-3)
+
+
+def test_gradients_know_that_statistics_will_be_estimated_anew(net: TinyNet, graph: ChannelGraph) -> None:
+    with torch.no_grad():
+        net.bn2.weight[3], net.bn2.bias[3] = 0.0, 100.0
+    scores = score(net, graph, "taylor", split=tiny_split(128, 1))["conv2"]
+    assert scores[3] < 1, "a channel that is the same everywhere but beside the picture's padded edge"
+
+
 def test_taylor_is_the_derivative_by_a_factor_on_the_channel(net: TinyNet, graph: ChannelGraph) -> None:
     split, gate = tiny_split(64, 1), torch.ones(16, requires_grad=True)
     handle = net.conv3.register_forward_pre_hook(lambda _, args: (args[0] * gate[:, None, None],))
     images, labels = next(split.batches(64, seed=0))
-    nn.functional.cross_entropy(net(images), labels).backward()
+    nn.functional.cross_entropy(by_batch_statistics(net)(images), labels).backward()
     handle.remove()
     assert gate.grad is not None
     expected = gate.grad.abs() / gate.grad.abs().mean()

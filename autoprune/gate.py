@@ -1,0 +1,269 @@
+"""Choosing among plans of one cost by trying them: predictions add up what each group costs alone.
+
+A plan is tried by building its network, estimating the batch-norm statistics anew and evaluating it on the
+bench's samples; a smaller network costs less to try than the whole one. `screen` does this with given plans.
+
+`refine` looks for better plans than the allocation's own: an evolution strategy with one parent (Rechenberg
+1973) varies the price of each group by a factor, the allocation makes a plan of the same cost from them, and
+the best one tried is the next parent. The width of the variation grows with a success and shrinks with a
+failure, so that one try in five succeeds.
+
+`descend` goes to a low cost in steps: scores and curves are measured anew on what each step leaves, because
+they say little about a network of which half is gone. Plans straight from the first network compete at every
+step.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import nn
+
+from autoprune.allocation import allocate
+from autoprune.config import Metric
+from autoprune.criteria import Scores
+from autoprune.criteria import score as score_units
+from autoprune.densify import densify
+from autoprune.errors import UnreachableError
+from autoprune.evaluation import Loss, Score, recalibrate_
+from autoprune.graph import ChannelGraph
+from autoprune.metrics import Evaluation
+from autoprune.plan import PruningPlan
+from autoprune.probing import Bench, evaluate_replayed
+from autoprune.sensitivity import (
+    RECALIBRATE_BATCH,
+    RECALIBRATE_BATCHES,
+    SensitivityTable,
+    sensitivity,
+)
+from autoprune.splits import Split
+
+CRITERIA = ("l1", "l2", "taylor", "jacobian")
+STRATEGIES = ("sensitivity", "global")
+SAMPLES = 1024  # differences between plans are paired, so a thousand tell more than their own intervals
+TRIES = 24
+STEP_TRIES = 8  # of a step on the way
+STEP = 0.8  # of the cost that a step leaves at least
+STEP_SHARE = 0.5  # of the bench's samples that curves are measured on after the first step
+WIDTH = 0.5  # of the first variation, in the logarithm of a price
+GROWTH, SHRINKAGE = 1.5, 0.9  # 1.5 * 0.9**4 is about 1: one success in five keeps the width
+SWITCH = 0.2  # of the tries take another ranking
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Screened:
+    """A plan, what its network does before any fine-tuning, and which criterion and strategy made it."""
+
+    plan: PruningPlan
+    evaluation: Evaluation
+    criterion: str = ""
+    strategy: str = ""
+
+    @property
+    def badness(self) -> float:
+        """What is compared: the loss, or the missing score where there is no loss."""
+        loss = self.evaluation.loss
+        return loss if math.isfinite(loss) else 1e9 * (1 - self.evaluation.top1)
+
+
+def bench(  # noqa: PLR0913 - where and on what to try are the caller's to say
+    model: nn.Module, graph: ChannelGraph, split: Split, *, calibration: Split | None,
+    num_samples: int = SAMPLES, device: torch.device | str = "cpu", loss: Loss | None = None,
+    score: Score | None = None,
+) -> Bench:  # fmt: skip
+    """What plans are tried on: `num_samples` of a split, and data that estimate statistics anew."""
+    part = split.subset(min(1.0, num_samples / len(split)), seed=0)
+    return Bench(
+        model=model, graph=graph, split=part, device=torch.device(device), calibration=calibration,
+        num_batches=RECALIBRATE_BATCHES, batch_size=RECALIBRATE_BATCH, loss=loss, score=score,
+    )  # fmt: skip
+
+
+def screen(bench: Bench, plans: Sequence[PruningPlan]) -> tuple[Screened, ...]:
+    """Every plan tried on the bench's samples, the best first; the model is left as it was found."""
+    found = [Screened(plan=p, evaluation=evaluate_replayed(bench, _built(bench, p))) for p in plans]
+    return tuple(sorted(found, key=lambda s: s.badness))
+
+
+def refine(  # noqa: PLR0913 - what `allocate` wants, and how long to look
+    bench: Bench, rankings: Mapping[str, Scores], *, metric: Metric, limit: float,
+    strategies: Sequence[str] = ("sensitivity",), table: SensitivityTable | None = None,
+    tries: int = TRIES, seed: int = 0,
+) -> Screened:  # fmt: skip
+    """The best plan found that costs `limit`: never worse, on the bench, than the allocation's own.
+
+    Args:
+        bench: the samples, and the data that estimate statistics anew.
+        rankings: scores by criterion.
+        metric: see `allocate`, as `limit` and `table`.
+        limit: what the plan may cost.
+        strategies: each makes a first plan with each criterion, and the best goes on.
+        table: for the strategy `sensitivity`.
+        tries: plans beyond the first ones; 0 only chooses among these.
+        seed: of the variation.
+
+    Raises:
+        UnreachableError: no criterion makes a plan that costs `limit`.
+    """
+    stage = _Stage(bench=bench, rankings=rankings, table=table, before=PruningPlan.full(bench.graph))
+    wish = _Wish(metric=metric, limit=limit, strategies=tuple(strategies))
+    return _best([stage], wish, tries, np.random.default_rng(seed)).screened
+
+
+def descend(  # noqa: PLR0913 - one whole stage: each argument is a decision of its caller
+    bench: Bench, retrace: Callable[[nn.Module], ChannelGraph], *, metric: Metric, limit: float,
+    table: SensitivityTable, criteria: Sequence[str] = CRITERIA, strategies: Sequence[str] = STRATEGIES,
+    tries: int = TRIES, seed: int = 0,
+) -> Screened:  # fmt: skip
+    """The best plan found that costs `limit`, looked for in steps down to it.
+
+    Args:
+        bench: the samples, and the data that estimate statistics and feed criteria.
+        retrace: the graph of a network that a plan leaves, under the bounds of the bench's.
+        metric: see `allocate`, as `limit`.
+        limit: what the plan may cost.
+        table: of the bench's network.
+        criteria: those that compete.
+        strategies: those that compete.
+        tries: plans varied in the last step.
+        seed: of the variation, and of the samples that criteria see.
+
+    Raises:
+        UnreachableError: no plan costs `limit`.
+    """
+    rng = np.random.default_rng(seed)
+    first = _Stage(
+        bench=bench, rankings=_ranked(bench, criteria, seed), table=table,
+        before=PruningPlan.full(bench.graph),
+    )  # fmt: skip
+    stages = [first]
+    marks = _marks(bench.graph.cost().of(metric), limit)
+    for mark in marks[:-1]:
+        wish = _Wish(metric=metric, limit=mark, strategies=tuple(strategies))
+        try:
+            found = _best(stages, wish, min(tries, STEP_TRIES), rng)
+        except UnreachableError:
+            continue
+        stages = [first, _next_stage(found, retrace, criteria, seed)]
+    wish = _Wish(metric=metric, limit=limit, strategies=tuple(strategies))
+    return _best(stages, wish, tries, rng).screened
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Wish:
+    """What a plan is to cost, and how prices are made."""
+
+    metric: Metric
+    limit: float
+    strategies: tuple[str, ...]
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class _Stage:
+    """A network to start from; `before` leads to it from the first one."""
+
+    bench: Bench
+    rankings: Mapping[str, Scores]
+    table: SensitivityTable | None
+    before: PruningPlan
+
+    def tried(
+        self, wish: _Wish, criterion: str, strategy: str, factors: NDArray[np.float64] | None = None
+    ) -> _Found | None:
+        """The plan by varied prices, or by plain ones; None where there is none of this cost."""
+        names = [g.name for g in self.bench.graph.groups]
+        emphasis = {} if factors is None else dict(zip(names, np.exp(factors).tolist(), strict=True))
+        try:
+            plan = self.allocated(wish, criterion, strategy, emphasis)
+        except UnreachableError:
+            return None
+        model = _built(self.bench, plan)
+        screened = Screened(
+            plan=self.before.compose(plan), evaluation=evaluate_replayed(self.bench, model),
+            criterion=criterion, strategy=strategy,
+        )  # fmt: skip
+        return _Found(stage=self, screened=screened, model=model)
+
+    def allocated(
+        self, wish: _Wish, criterion: str, strategy: str, emphasis: Mapping[str, float]
+    ) -> PruningPlan:
+        return allocate(
+            self.bench.graph, self.rankings[criterion], metric=wish.metric, limit=wish.limit,
+            strategy=strategy, table=self.table, emphasis=emphasis,
+        )  # fmt: skip
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class _Found:
+    """A plan tried, the stage that it starts from, and its network with new statistics."""
+
+    stage: _Stage
+    screened: Screened
+    model: nn.Module
+
+
+def _best(stages: Sequence[_Stage], wish: _Wish, tries: int, rng: np.random.Generator) -> _Found:
+    """The best of every stage's own plans, then of those varied around the best so far."""
+    ways = [(stage, c, s) for stage in stages for s in wish.strategies for c in stage.rankings]
+    own = [found for stage, c, s in ways if (found := stage.tried(wish, c, s)) is not None]
+    if not own:
+        ways[0][0].allocated(wish, *ways[0][1:], {})  # raises what is the matter
+    best = min(own, key=lambda f: f.screened.badness)
+    stage, strategy = best.stage, best.screened.strategy
+    factors, width = np.zeros(len(stage.bench.graph.groups)), WIDTH
+    for _ in range(tries):
+        switches = rng.uniform() < SWITCH
+        criterion = str(rng.choice(list(stage.rankings))) if switches else best.screened.criterion
+        varied = factors + width * rng.normal(size=len(factors))
+        found = stage.tried(wish, criterion, strategy, varied)
+        if found is not None and found.screened.badness < best.screened.badness:
+            best, factors, width = found, varied, width * GROWTH
+        else:
+            width *= SHRINKAGE
+    return best
+
+
+def _next_stage(
+    found: _Found, retrace: Callable[[nn.Module], ChannelGraph], criteria: Sequence[str], seed: int
+) -> _Stage:
+    before = found.stage.bench
+    bench = replace(before, model=found.model, graph=retrace(found.model))
+    table = sensitivity(
+        bench.model, bench.graph, bench.split.subset(STEP_SHARE, seed=0), calibration=bench.calibration,
+        device=bench.device, loss=bench.loss, score=bench.score,
+    )  # fmt: skip
+    return _Stage(
+        bench=bench, rankings=_ranked(bench, criteria, seed), table=table, before=found.screened.plan
+    )  # fmt: skip
+
+
+def _ranked(bench: Bench, criteria: Sequence[str], seed: int) -> dict[str, Scores]:
+    return {
+        c: score_units(
+            bench.model, bench.graph, c, split=bench.calibration, device=bench.device, loss=bench.loss,
+            seed=seed,
+        )
+        for c in criteria
+    }  # fmt: skip
+
+
+def _marks(present: float, limit: float) -> list[float]:
+    """Costs on the way down to the limit, each the same share of the one before, at least `STEP` of it."""
+    steps = max(1, math.ceil(math.log(limit / present) / math.log(STEP) - 1e-9))
+    return [present * (limit / present) ** (i / steps) for i in range(1, steps)] + [limit]
+
+
+def _built(bench: Bench, plan: PruningPlan) -> nn.Module:
+    """The pruned network, recalibrated."""
+    pruned = densify(bench.model, bench.graph, plan)
+    if bench.calibration is not None:
+        recalibrate_(
+            pruned, bench.calibration, num_batches=bench.num_batches, batch_size=bench.batch_size,
+            device=bench.device,
+        )  # fmt: skip
+    return pruned

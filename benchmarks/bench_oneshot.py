@@ -1,0 +1,248 @@
+"""Which units does autoprune remove, and which Torch-Pruning: top-1 without any fine-tuning, at equal MACs.
+
+For 30, 50 and 70 % of the multiply-adds removed: autoprune's decision (`gate.descend`, whose parts stand in
+further rows), and Torch-Pruning's {global, local} x {magnitude L2, L1, Taylor, Hessian}. Both sides see the
+same search and training images, and the test half is read only for the numbers of the page. Every variant of
+the rival is tried on the gate's samples first, and its best three a cell go on to the test, where the best of
+these counts. The rival's networks never cost less than autoprune's. Batch-norm statistics are estimated anew
+on the same 20 batches of 128 augmented training images on both sides; the mean over three such sets is told.
+
+    AUTOPRUNE_DATA=DIR python benchmarks/bench_oneshot.py [--networks resnet20 vgg mobile resnet8 digits]
+
+DIR holds `cifar10/`, `weights/`, `FashionMNIST/raw/`. The small networks are trained at the first use, which
+takes minutes, and kept in --cache. Results: results/oneshot_*.md
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+import oneshot_models
+import oneshot_rival
+import torch
+from bench_sensitivity import cpu_info
+from oneshot_models import Case
+from torch import nn
+
+from autoprune import gate
+from autoprune.allocation import allocate
+from autoprune.criteria import score
+from autoprune.densify import densify
+from autoprune.errors import UnreachableError
+from autoprune.evaluation import recalibrate_
+from autoprune.graph import ChannelGraph
+from autoprune.plan import PruningPlan
+from autoprune.probing import Bench, evaluate_replayed
+from autoprune.sensitivity import SensitivityTable, sensitivity
+from autoprune.splits import Split
+from autoprune.tracing import trace
+
+HERE = Path(__file__).resolve().parent
+SHARES = (0.7, 0.5, 0.3)  # of the multiply-adds that are kept
+SEEDS = (0, 1, 2)
+SLACK = 0.005  # of the MACs; both sides may miss the target by a percent
+BEST = 3  # of the rival's variants that go on to the test
+PARTS = (("l1", "sensitivity"), ("l2", "sensitivity"), ("jacobian", "sensitivity"), ("l2", "global"))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Row:
+    """One way to choose, on one network at one cost."""
+
+    network: str
+    share: float
+    way: str
+    macs_share: float
+    top1: tuple[float, ...]
+    seconds: float
+
+    @property
+    def mean(self) -> float:
+        """Over the calibration seeds, in percent."""
+        return 100 * float(np.mean(self.top1))
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Ground:
+    """A case, understood and analysed once."""
+
+    case: Case
+    graph: ChannelGraph
+    bench: Bench
+    table: SensitivityTable
+    test: Split
+
+    @property
+    def macs(self) -> int:
+        """Of the whole network."""
+        return self.graph.cost().macs
+
+
+def main() -> None:
+    """Measure, print and write the page; what an earlier process measured is taken from the cache."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("--networks", nargs="*", default=["resnet20", "vgg"], choices=oneshot_models.NETWORKS)
+    parser.add_argument("--cache", type=Path, default=HERE.parent / "runs" / "oneshot")
+    parser.add_argument("--samples", type=int, default=5000, help="of the test split, at most")
+    parser.add_argument("--out", type=Path, default=HERE / "results")
+    args = parser.parse_args()
+    torch.set_num_threads(1)
+    pages = []
+    for name in args.networks:
+        ground = prepare(name, Path(os.environ["AUTOPRUNE_DATA"]), args.cache, args.samples)
+        kept, rows = args.cache / f"rows-{name}.json", list[Row]()
+        known = [Row(**r) for r in json.loads(kept.read_text())] if kept.exists() else []
+        for share in SHARES:
+            rows += [r for r in known if r.share == share] or measured(ground, share)
+            kept.write_text(json.dumps([asdict(r) for r in rows]))
+        pages.append(page(ground, rows))
+    write(args.out, pages, " ".join(args.networks))
+
+
+def prepare(name: str, folder: Path, cache: Path, num_samples: int) -> Ground:
+    """Load and analyse a network."""
+    case = oneshot_models.load(name, folder, cache)
+    graph, data = trace(case.model, case.example), case.data
+    table = sensitivity(case.model, graph, data.search, calibration=data.train)
+    bench = gate.bench(case.model, graph, data.search, calibration=data.train)
+    test = data.test if len(data.test) <= num_samples else data.test.take(np.arange(num_samples))
+    return Ground(case=case, graph=graph, bench=bench, table=table, test=test)
+
+
+def measured(ground: Ground, share: float) -> list[Row]:
+    """Both sides at one cost."""
+    rows = [*ours(ground, share)]
+    limit = max(r.macs_share for r in rows) * ground.macs
+    rows += theirs(ground, share, limit)
+    for row in rows:
+        print(
+            row.network, f"{row.share:.0%}", row.way, f"{row.mean:.2f}", f"{row.macs_share:.4f}", flush=True
+        )
+    return rows
+
+
+def ours(ground: Ground, share: float) -> Iterator[Row]:
+    """The product's decision, and what it would be without trying and without steps."""
+    limit, graph, began = (share - SLACK) * ground.macs, ground.graph, time.process_time()
+    example = ground.case.example
+    best = gate.descend(
+        ground.bench, lambda m: trace(m, example).bounded_like(graph), metric="macs", limit=limit,
+        table=ground.table,
+    )  # fmt: skip
+    yield row(ground, share, "autoprune", densified(ground, best.plan), time.process_time() - began)
+    rankings = {c: score(ground.case.model, graph, c, split=ground.case.data.train) for c in gate.CRITERIA}
+    for criterion, strategy in PARTS:
+        try:
+            plan = allocate(
+                graph, rankings[criterion], metric="macs", limit=limit, strategy=strategy, table=ground.table
+            )
+        except UnreachableError:
+            continue
+        yield row(ground, share, f"untried, {strategy} {criterion}", densified(ground, plan), 0.0)
+
+
+def densified(ground: Ground, plan: PruningPlan) -> tuple[nn.Module, float]:
+    """The network that a plan leaves, and its multiply-adds."""
+    return densify(ground.case.model, ground.graph, plan), float(ground.graph.cost(plan).macs)
+
+
+def theirs(ground: Ground, share: float, limit: float) -> Iterator[Row]:
+    """The rival's best three by the gate's samples, on the test."""
+    base, train = oneshot_rival.prunable(ground.case.model), ground.case.data.train
+    found = []
+    for variant in oneshot_rival.variants(ground.case.model):
+        began = time.process_time()
+        oneshot_rival.fill_gradients_(base, variant, train, seed=0)
+        model, macs = oneshot_rival.prune(base, ground.case.example, variant, limit)
+        took = time.process_time() - began
+        recalibrate_(model, train, num_batches=ground.bench.num_batches, batch_size=128)
+        loss = evaluate_replayed(ground.bench, model).top1
+        found.append((-loss, str(variant), model, macs, took))
+        print("  tried", variant, f"{100 * loss:.1f}", f"{macs / ground.macs:.4f}", flush=True)
+    for _, name, model, macs, took in sorted(found, key=lambda f: f[:2])[:BEST]:
+        yield row(ground, share, f"Torch-Pruning, {name}", (model, macs), took)
+
+
+def row(ground: Ground, share: float, way: str, made: tuple[nn.Module, float], seconds: float) -> Row:
+    """Recalibrate and evaluate on the test, once a seed."""
+    (model, macs), top1 = made, []
+    bench = gate.bench(
+        ground.case.model, ground.graph, ground.test, calibration=None, num_samples=len(ground.test)
+    )
+    for seed in SEEDS:
+        recalibrate_(model, ground.case.data.train, num_batches=20, batch_size=128, seed=1000 + seed)
+        top1.append(evaluate_replayed(bench, model).top1)
+    return Row(
+        network=ground.case.name, share=share, way=way, macs_share=macs / ground.macs, top1=tuple(top1),
+        seconds=seconds,
+    )  # fmt: skip
+
+
+def page(ground: Ground, rows: list[Row]) -> str:
+    """One network's table: a line a way, a column a cost, the rival's best of each cost in one line."""
+    intact = evaluate_replayed(
+        gate.bench(
+            ground.case.model, ground.graph, ground.test, calibration=None, num_samples=len(ground.test)
+        ),
+        ground.case.model,
+    ).top1
+    best = [max((r for r in rows if r.share == s and "Torch" in r.way), key=lambda r: r.mean) for s in SHARES]
+    ways = list(dict.fromkeys(r.way for r in rows if "Torch" not in r.way))
+    lines = [f"| {w} | {' | '.join(cell(rows, w, s) for s in SHARES)} |" for w in ways]
+    rival = " | ".join(f"{cell(rows, b.way, b.share)}, {b.way.split(', ')[1]}" for b in best)
+    lines.insert(1, f"| **Torch-Pruning's best** | {rival} |")
+    lines[0] = lines[0].replace("| autoprune |", "| **autoprune** |")
+    heads = " | ".join(f"{s:.0%} of the MACs kept".replace("%", " %") for s in SHARES)
+    took = [f"{r.seconds:.0f}" for r in rows if r.way == "autoprune"]
+    return "\n".join([
+        f"## {ground.case.title}", "",
+        f"Intact {100 * intact:.2f} %; n = {len(ground.test):,} test images, {ground.macs / 1e6:.1f} million "
+        f"multiply-adds, {len(ground.graph.groups)} groups. autoprune's decision took {', '.join(took)} CPU "
+        f"seconds after an analysis of {ground.table.seconds:.0f} s.", "",
+        f"| | {heads} |", "|---" * (len(SHARES) + 1) + "|", *lines, "",
+    ])  # fmt: skip
+
+
+def cell(rows: list[Row], way: str, share: float) -> str:
+    """Mean and range over the seeds, and the cost where it is not what was asked for."""
+    found = [r for r in rows if r.way == way and r.share == share]
+    if not found:
+        return "not reachable"
+    one = found[0]
+    spread = f"{100 * min(one.top1):.1f}-{100 * max(one.top1):.1f}"
+    return f"{one.mean:.1f} ({spread}) at {one.macs_share:.3f}"
+
+
+def write(folder: Path, pages: list[str], networks: str) -> None:
+    """The page in results/."""
+    cpu = next((x.split(":")[1].strip() for x in cpu_info() if x.startswith("model name")), "")
+    date = time.strftime("%Y-%m-%d")
+    head = (
+        "# Pruned in one go, without fine-tuning: autoprune and Torch-Pruning at equal MACs\n\n"
+        f"{date}, {cpu or platform.machine()}, one thread, torch {torch.__version__}, "
+        f"torch-pruning {torch_pruning_version()}, Python {platform.python_version()}. Top-1 in percent on "
+        "test images that no decision saw, mean and range over three calibration seeds. Command: "
+        f"`AUTOPRUNE_DATA=DIR python benchmarks/bench_oneshot.py --networks {networks}`; its first lines say "
+        'what is compared. "Untried" rows are single allocations, without the gate and without steps.\n\n'
+    )
+    path = folder / f"oneshot_{platform.machine()}_{date}.md"
+    path.write_text(head + "\n".join(pages), encoding="utf-8")
+
+
+def torch_pruning_version() -> str:
+    """The installed distribution's: the module says 1.6.0 in 1.6.1."""
+    from importlib.metadata import version
+
+    return version("torch-pruning")
+
+
+if __name__ == "__main__":
+    main()

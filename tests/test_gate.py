@@ -1,0 +1,128 @@
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+
+from autoprune import gate
+from autoprune.config import Baseline
+from autoprune.criteria import score
+from autoprune.densify import densify
+from autoprune.errors import UnreachableError
+from autoprune.evaluation import evaluate
+from autoprune.graph import ChannelGraph
+from autoprune.plan import PruningPlan
+from autoprune.probing import Bench, evaluate_replayed
+from autoprune.sensitivity import SensitivityTable, sensitivity
+from autoprune.tracing import trace
+from autoprune.train import train_baseline_
+from tests.tiny import TinyNet, tiny_data, tiny_net
+
+DATA = tiny_data()
+EXAMPLE = torch.zeros(1, 1, 8, 8)
+
+
+@pytest.fixture(scope="module")
+def net() -> TinyNet:
+    model = tiny_net()
+    baseline = Baseline(epochs=3, lr=0.1, batch_size=64)
+    train_baseline_(model, DATA.train, baseline, seed=0, device=torch.device("cpu"), loss=None)
+    return model.eval()
+
+
+@pytest.fixture(scope="module")
+def graph(net: TinyNet) -> ChannelGraph:
+    return trace(net, EXAMPLE)
+
+
+@pytest.fixture(scope="module")
+def bench(net: TinyNet, graph: ChannelGraph) -> Bench:
+    made = gate.bench(net, graph, DATA.search, calibration=DATA.train)
+    return replace(made, batch_size=64)
+
+
+@pytest.fixture(scope="module")
+def table(net: TinyNet, graph: ChannelGraph) -> SensitivityTable:
+    return sensitivity(net, graph, DATA.search, ratios=(0.25, 0.5, 0.75), calibration=DATA.train)
+
+
+def badness(bench: Bench, plan: PruningPlan) -> float:
+    return gate.screen(bench, [plan])[0].badness
+
+
+def test_plans_are_tried_and_ordered_and_the_model_is_left_alone(bench: Bench, graph: ChannelGraph) -> None:
+    before = {n: t.clone() for n, t in bench.model.state_dict().items()}
+    plans = [PruningPlan.random(graph, ratio, 0) for ratio in (0.8, 0.1, 0.5)]
+    found = gate.screen(bench, plans)
+    losses = [s.evaluation.loss for s in found]
+    assert losses == sorted(losses)
+    assert losses[0] < losses[-1]
+    assert {id(s.plan) for s in found} == {id(p) for p in plans}
+    assert all(torch.equal(before[n], t) for n, t in bench.model.state_dict().items())
+
+
+def test_a_replayed_evaluation_is_the_networks_own(bench: Bench, graph: ChannelGraph) -> None:
+    pruned = densify(bench.model, graph, PruningPlan.random(graph, 0.4, 1))
+    quick, own = evaluate_replayed(bench, pruned), evaluate(pruned, bench.split)
+    assert quick.loss == pytest.approx(own.loss, rel=1e-4)
+    np.testing.assert_array_equal(quick.correct, own.correct)
+
+
+def test_looking_further_never_ends_worse_and_keeps_to_the_cost(
+    bench: Bench, graph: ChannelGraph, table: SensitivityTable
+) -> None:
+    rankings = {c: score(bench.model, graph, c, split=DATA.train) for c in ("l1", "random")}
+    limit = 0.4 * graph.cost().macs
+    badnesses = []
+    for tries in (0, 6):
+        found = gate.refine(bench, rankings, metric="macs", limit=limit, table=table, tries=tries)
+        assert 0.39 <= graph.cost(found.plan).macs / graph.cost().macs <= 0.4
+        badnesses.append(found.badness)
+        assert badness(bench, found.plan) == pytest.approx(found.badness, rel=1e-5)
+    assert badnesses[1] <= badnesses[0]
+
+
+def test_the_same_seed_finds_the_same(bench: Bench, graph: ChannelGraph, table: SensitivityTable) -> None:
+    rankings = {"l1": score(bench.model, graph, "l1")}
+    limit = 0.5 * graph.cost().macs
+    first, second = (
+        gate.refine(bench, rankings, metric="macs", limit=limit, table=table, tries=4, seed=3)
+        for _ in range(2)
+    )
+    assert {n: k.tolist() for n, k in first.plan.keep.items()} == {
+        n: k.tolist() for n, k in second.plan.keep.items()
+    }
+
+
+def test_a_descent_in_steps_gives_one_plan_of_the_first_network(
+    bench: Bench, graph: ChannelGraph, table: SensitivityTable
+) -> None:
+    limit = 0.3 * graph.cost().macs
+    found = gate.descend(
+        bench, lambda m: trace(m, EXAMPLE).bounded_like(graph), metric="macs", limit=limit, table=table,
+        criteria=("l1", "jacobian"), tries=4,
+    )  # fmt: skip
+    assert 0.28 <= graph.cost(found.plan).macs / graph.cost().macs <= 0.3
+    assert found.plan.num_units == {g.name: g.num_units for g in graph.groups}
+    direct = gate.refine(
+        bench, {c: score(bench.model, graph, c, split=DATA.train) for c in ("l1", "jacobian")},
+        metric="macs", limit=limit, table=table, strategies=gate.STRATEGIES, tries=0,
+    )  # fmt: skip
+    assert found.badness <= direct.badness, "plans straight from the first network compete"
+
+
+def test_what_cannot_be_reached_is_said(bench: Bench, graph: ChannelGraph, table: SensitivityTable) -> None:
+    rankings = {"l1": score(bench.model, graph, "l1")}
+    with pytest.raises(UnreachableError):
+        gate.refine(bench, rankings, metric="macs", limit=1.0, table=table)
+
+
+def test_marks_lead_down_in_even_steps() -> None:
+    marks = gate._marks(100.0, 30.0)
+    assert marks[-1] == 30.0
+    shares = np.array(marks) / np.array([100.0, *marks[:-1]])
+    np.testing.assert_allclose(shares, shares[0])
+    assert shares[0] >= gate.STEP
+    assert gate._marks(100.0, 90.0) == [90.0]
