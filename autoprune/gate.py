@@ -8,7 +8,7 @@ bench's samples; a smaller network costs less to try than the whole one. `screen
 the best one tried is the next parent. The width of the variation grows with a success and shrinks with a
 failure, so that one try in five succeeds.
 
-`descend` goes to a low cost in steps: scores and curves are measured anew on what each step leaves, because
+A `Descent` goes to a low cost in steps: scores and curves are measured anew on what each step leaves, because
 they say little about a network of which half is gone. Plans straight from the first network compete at every
 step.
 """
@@ -48,7 +48,8 @@ STRATEGIES = ("sensitivity", "global")
 SAMPLES = 1024  # differences between plans are paired, so a thousand tell more than their own intervals
 TRIES = 24
 STEP_TRIES = 8  # of a step on the way
-STEP = 0.8  # of the cost that a step leaves at least
+STEP = 0.8  # of the cost that a step leaves
+NEAREST = 0.92  # of a mark's cost: limits closer to it start from the mark before
 STEP_SHARE = 0.5  # of the bench's samples that curves are measured on after the first step
 WIDTH = 0.5  # of the first variation, in the logarithm of a price
 GROWTH, SHRINKAGE = 1.5, 0.9  # 1.5 * 0.9**4 is about 1: one success in five keeps the width
@@ -115,43 +116,63 @@ def refine(  # noqa: PLR0913 - what `allocate` wants, and how long to look
     return _best([stage], wish, tries, np.random.default_rng(seed)).screened
 
 
-def descend(  # noqa: PLR0913 - one whole stage: each argument is a decision of its caller
-    bench: Bench, retrace: Callable[[nn.Module], ChannelGraph], *, metric: Metric, limit: float,
-    table: SensitivityTable, criteria: Sequence[str] = CRITERIA, strategies: Sequence[str] = STRATEGIES,
-    tries: int = TRIES, seed: int = 0,
-) -> Screened:  # fmt: skip
-    """The best plan found that costs `limit`, looked for in steps down to it.
+class Descent:
+    """Plans of ever lower cost, looked for in steps; what was learned on the way is kept for the next cost.
 
     Args:
         bench: the samples, and the data that estimate statistics and feed criteria.
         retrace: the graph of a network that a plan leaves, under the bounds of the bench's.
-        metric: see `allocate`, as `limit`.
-        limit: what the plan may cost.
+        metric: what costs speak of.
         table: of the bench's network.
-        criteria: those that compete.
-        strategies: those that compete.
-        tries: plans varied in the last step.
+        criteria, strategies: those that compete.
         seed: of the variation, and of the samples that criteria see.
-
-    Raises:
-        UnreachableError: no plan costs `limit`.
     """
-    rng = np.random.default_rng(seed)
-    first = _Stage(
-        bench=bench, rankings=_ranked(bench, criteria, seed), table=table,
-        before=PruningPlan.full(bench.graph),
-    )  # fmt: skip
-    stages = [first]
-    marks = _marks(bench.graph.cost().of(metric), limit)
-    for mark in marks[:-1]:
-        wish = _Wish(metric=metric, limit=mark, strategies=tuple(strategies))
+
+    def __init__(  # noqa: PLR0913 - one whole stage: each argument is a decision of its caller
+        self, bench: Bench, retrace: Callable[[nn.Module], ChannelGraph], *, metric: Metric,
+        table: SensitivityTable, criteria: Sequence[str] = CRITERIA,
+        strategies: Sequence[str] = STRATEGIES, seed: int = 0,
+    ) -> None:  # fmt: skip
+        self.retrace, self.metric, self.seed = retrace, metric, seed
+        self.criteria, self.strategies = tuple(criteria), tuple(strategies)
+        self.first = _Stage(
+            bench=bench, rankings=_ranked(bench, criteria, seed), table=table,
+            before=PruningPlan.full(bench.graph),
+        )  # fmt: skip
+        self.present = bench.graph.cost().of(metric)
+        self.steps: list[_Stage] = []  # the network after each mark
+
+    def at(self, limit: float, *, tries: int = TRIES) -> Screened:
+        """The best plan found that costs `limit`.
+
+        Raises:
+            UnreachableError: no plan costs that.
+        """
+        depth = num_steps(self.present, limit)
+        while len(self.steps) < depth:
+            self._step()
+        stages = [self.first, self.steps[depth - 1]] if depth else [self.first]
+        return _best(stages, self._wish(limit), tries, np.random.default_rng([self.seed, depth])).screened
+
+    def _step(self) -> None:
+        """Go down to the next mark."""
+        number = len(self.steps) + 1
+        stages = [self.first, *self.steps[-1:]]
+        wish = self._wish(self.present * STEP**number)
         try:
-            found = _best(stages, wish, min(tries, STEP_TRIES), rng)
+            found = _best(stages, wish, STEP_TRIES, np.random.default_rng([self.seed, 0, number]))
         except UnreachableError:
-            continue
-        stages = [first, _next_stage(found, retrace, criteria, seed)]
-    wish = _Wish(metric=metric, limit=limit, strategies=tuple(strategies))
-    return _best(stages, wish, tries, rng).screened
+            self.steps.append(stages[-1])
+        else:
+            self.steps.append(_next_stage(found, self.retrace, self.criteria, self.seed))
+
+    def _wish(self, limit: float) -> _Wish:
+        return _Wish(metric=self.metric, limit=limit, strategies=self.strategies)
+
+
+def num_steps(present: float, limit: float) -> int:
+    """How many steps lead to the last mark from which the limit is still worth a step of its own."""
+    return max(0, math.floor(math.log(limit / present / NEAREST) / math.log(STEP) + 1e-9))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -250,12 +271,6 @@ def _ranked(bench: Bench, criteria: Sequence[str], seed: int) -> dict[str, Score
         )
         for c in criteria
     }  # fmt: skip
-
-
-def _marks(present: float, limit: float) -> list[float]:
-    """Costs on the way down to the limit, each the same share of the one before, at least `STEP` of it."""
-    steps = max(1, math.ceil(math.log(limit / present) / math.log(STEP) - 1e-9))
-    return [present * (limit / present) ** (i / steps) for i in range(1, steps)] + [limit]
 
 
 def _built(bench: Bench, plan: PruningPlan) -> nn.Module:

@@ -1,6 +1,6 @@
 """Which units does autoprune remove, and which Torch-Pruning: top-1 without any fine-tuning, at equal MACs.
 
-For 30, 50 and 70 % of the multiply-adds removed: autoprune's decision (`gate.descend`, whose parts stand in
+For 30, 50 and 70 % of the multiply-adds removed: autoprune's decision (`gate.Descent`, whose parts stand in
 further rows), and Torch-Pruning's {global, local} x {magnitude L2, L1, Taylor, Hessian}. Both sides see the
 same search and training images, and the test half is read only for the numbers of the page. Every variant of
 the rival is tried on the gate's samples first, and its best three a cell go on to the test, where the best of
@@ -34,7 +34,6 @@ from torch import nn
 
 from autoprune import gate
 from autoprune.allocation import allocate
-from autoprune.criteria import score
 from autoprune.densify import densify
 from autoprune.errors import UnreachableError
 from autoprune.evaluation import recalibrate_
@@ -50,7 +49,7 @@ SHARES = (0.7, 0.5, 0.3)  # of the multiply-adds that are kept
 SEEDS = (0, 1, 2)
 SLACK = 0.005  # of the MACs; both sides may miss the target by a percent
 BEST = 3  # of the rival's variants that go on to the test
-PARTS = (("l1", "sensitivity"), ("l2", "sensitivity"), ("jacobian", "sensitivity"), ("l2", "global"))
+PARTS = (("l1", "sensitivity"), ("jacobian", "sensitivity"), ("l2", "global"))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,6 +77,7 @@ class Ground:
     graph: ChannelGraph
     bench: Bench
     table: SensitivityTable
+    descent: gate.Descent
     test: Split
 
     @property
@@ -111,10 +111,17 @@ def prepare(name: str, folder: Path, cache: Path, num_samples: int) -> Ground:
     """Load and analyse a network."""
     case = oneshot_models.load(name, folder, cache)
     graph, data = trace(case.model, case.example), case.data
-    table = sensitivity(case.model, graph, data.search, calibration=data.train)
+    kept = cache / f"table-{name}.json"
+    if not kept.exists():
+        fresh = sensitivity(case.model, graph, data.search, calibration=data.train)
+        kept.write_text(fresh.to_json())
+    table = SensitivityTable.from_json(kept.read_text())
     bench = gate.bench(case.model, graph, data.search, calibration=data.train)
+    descent = gate.Descent(
+        bench, lambda m: trace(m, case.example).bounded_like(graph), metric="macs", table=table
+    )
     test = data.test if len(data.test) <= num_samples else data.test.take(np.arange(num_samples))
-    return Ground(case=case, graph=graph, bench=bench, table=table, test=test)
+    return Ground(case=case, graph=graph, bench=bench, table=table, descent=descent, test=test)
 
 
 def measured(ground: Ground, share: float) -> list[Row]:
@@ -132,17 +139,17 @@ def measured(ground: Ground, share: float) -> list[Row]:
 def ours(ground: Ground, share: float) -> Iterator[Row]:
     """The product's decision, and what it would be without trying and without steps."""
     limit, graph, began = (share - SLACK) * ground.macs, ground.graph, time.process_time()
-    example = ground.case.example
-    best = gate.descend(
-        ground.bench, lambda m: trace(m, example).bounded_like(graph), metric="macs", limit=limit,
-        table=ground.table,
-    )  # fmt: skip
+    best = ground.descent.at(limit)
     yield row(ground, share, "autoprune", densified(ground, best.plan), time.process_time() - began)
-    rankings = {c: score(ground.case.model, graph, c, split=ground.case.data.train) for c in gate.CRITERIA}
     for criterion, strategy in PARTS:
         try:
             plan = allocate(
-                graph, rankings[criterion], metric="macs", limit=limit, strategy=strategy, table=ground.table
+                graph,
+                ground.descent.first.rankings[criterion],
+                metric="macs",
+                limit=limit,
+                strategy=strategy,
+                table=ground.table,
             )
         except UnreachableError:
             continue

@@ -100,10 +100,12 @@ def test_a_descent_in_steps_gives_one_plan_of_the_first_network(
     bench: Bench, graph: ChannelGraph, table: SensitivityTable
 ) -> None:
     limit = 0.3 * graph.cost().macs
-    found = gate.descend(
-        bench, lambda m: trace(m, EXAMPLE).bounded_like(graph), metric="macs", limit=limit, table=table,
-        criteria=("l1", "jacobian"), tries=4,
+    descent = gate.Descent(
+        bench, lambda m: trace(m, EXAMPLE).bounded_like(graph), metric="macs", table=table,
+        criteria=("l1", "jacobian"),
     )  # fmt: skip
+    found = descent.at(limit, tries=4)
+    assert len(descent.steps) == gate.num_steps(1, 0.3) == 5
     assert 0.28 <= graph.cost(found.plan).macs / graph.cost().macs <= 0.3
     assert found.plan.num_units == {g.name: g.num_units for g in graph.groups}
     direct = gate.refine(
@@ -119,10 +121,7 @@ def test_what_cannot_be_reached_is_said(bench: Bench, graph: ChannelGraph, table
         gate.refine(bench, rankings, metric="macs", limit=1.0, table=table)
 
 
-def test_marks_lead_down_in_even_steps() -> None:
-    marks = gate._marks(100.0, 30.0)
-    assert marks[-1] == 30.0
-    shares = np.array(marks) / np.array([100.0, *marks[:-1]])
-    np.testing.assert_allclose(shares, shares[0])
-    assert shares[0] >= gate.STEP
-    assert gate._marks(100.0, 90.0) == [90.0]
+@pytest.mark.parametrize(("share", "steps"), [(0.95, 0), (0.8, 0), (0.7, 1), (0.5, 2), (0.3, 5)])
+def test_steps_end_before_the_limit(share: float, steps: int) -> None:
+    assert gate.num_steps(1000, 1000 * share) == steps
+    assert steps == 0 or share <= gate.NEAREST * gate.STEP**steps
