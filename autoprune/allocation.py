@@ -6,13 +6,15 @@ that meets the limit is the plan (a search over whole steps, so it cannot stall 
 What the last step took too much is given back where it is worth most.
 
 `uniform` removes the same ratio everywhere; `global` puts one threshold on the scores of all groups;
-`sensitivity` pays the least predicted loss per unit of cost saved. Costs are the graph's own.
+`isomorphic` puts one on the scores of groups that are coupled alike, so that each such kind loses the same
+share (Fang et al. 2024, "Isomorphic Pruning for Vision Models", section 3.2); `sensitivity` pays the least
+predicted loss per unit of cost saved. Costs are the graph's own.
 """
 
 from __future__ import annotations
 
 import heapq
-from collections.abc import Iterator, Mapping
+from collections.abc import Hashable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Literal, get_args
@@ -23,11 +25,11 @@ from numpy.typing import NDArray
 from autoprune.config import METRICS, Metric
 from autoprune.criteria import Scores
 from autoprune.errors import UnreachableError, UsageError
-from autoprune.graph import ChannelGraph
+from autoprune.graph import ChannelGraph, Group
 from autoprune.plan import PruningPlan
 from autoprune.sensitivity import SensitivityTable
 
-Strategy = Literal["uniform", "global", "sensitivity"]
+Strategy = Literal["uniform", "global", "isomorphic", "sensitivity"]
 STRATEGIES: tuple[Strategy, ...] = get_args(Strategy)
 Counts = NDArray[np.int64]
 Prices = NDArray[np.float64]
@@ -144,15 +146,41 @@ def _prices(walk: _Walk, strategy: str, table: SensitivityTable | None) -> list[
     if strategy == "sensitivity":
         assert table is not None  # _check saw to it
         return _loss_prices(walk, table)
-    prices = []
-    for index, (group, ladder) in enumerate(zip(walk.graph.groups, walk.ladders, strict=True)):
-        if strategy == "uniform":
-            prices.append(1 - ladder[1:] / group.num_units)
-        else:
-            total = np.concatenate([[0.0], np.cumsum(walk.scores[group.name][walk.order(index)])])
-            removed = group.num_units - ladder
-            prices.append(np.diff(total[removed]) / np.diff(removed))
-    return prices
+    if strategy == "uniform":
+        return [1 - ladder[1:] / ladder[0] for ladder in walk.ladders]
+    prices = [_score_prices(walk, index) for index in range(len(walk.ladders))]
+    return _ranks(walk, prices) if strategy == "isomorphic" else prices
+
+
+def _score_prices(walk: _Walk, index: int) -> Prices:
+    """The mean score of the units that go with each step."""
+    group, ladder = walk.graph.groups[index], walk.ladders[index]
+    total = np.concatenate([[0.0], np.cumsum(walk.scores[group.name][walk.order(index)])])
+    removed = group.num_units - ladder
+    return np.asarray(np.diff(total[removed]) / np.diff(removed), dtype=np.float64)
+
+
+def _ranks(walk: _Walk, prices: list[Prices]) -> list[Prices]:
+    """Instead of each price the share of units that are cheaper, among groups that are coupled alike."""
+    kinds: dict[Hashable, list[int]] = {}
+    for index, group in enumerate(walk.graph.groups):
+        kinds.setdefault(_coupling(group), []).append(index)
+    ranks = list(prices)
+    for members in kinds.values():
+        all_prices = np.concatenate([prices[i] for i in members])
+        units = np.concatenate([-np.diff(walk.ladders[i]) for i in members])
+        order = np.argsort(all_prices, kind="stable")
+        share = np.empty(len(order))
+        share[order] = np.cumsum(units[order]) / sum(walk.graph.groups[i].num_units for i in members)
+        ends = np.cumsum([len(prices[i]) for i in members])
+        for i, found in zip(members, np.split(share, ends[:-1]), strict=True):
+            ranks[i] = found
+    return ranks
+
+
+def _coupling(group: Group) -> Hashable:
+    """What is coupled in a group, but for its width: equal for structurally equal groups."""
+    return tuple(sorted((m.role, m.dim, m.name.rpartition(".")[2], m.index.shape[1]) for m in group.members))
 
 
 def _loss_prices(walk: _Walk, table: SensitivityTable) -> list[Prices]:

@@ -293,3 +293,21 @@ def test_rising_keeps_the_mean_and_what_rises_already(values: list[float]) -> No
     assert (np.diff(found) >= -1e-12).all()
     assert found.mean() == pytest.approx(given_values.mean(), abs=1e-9)
     np.testing.assert_array_equal(rising(np.sort(given_values), np.ones(len(values))), np.sort(given_values))
+
+
+def test_isomorphic_compares_only_groups_that_are_coupled_alike() -> None:
+    """The channels of a residual stage score many times what those inside its blocks do."""
+    graph = trace(resnet20(), torch.zeros(1, 3, 32, 32))
+    inside = {g.name for g in graph.groups if g.name.endswith("conv1") and g.name != "conv1"}
+    rng = np.random.default_rng(0)
+    scores = {
+        g.name: rng.uniform(0.5, 1.5, g.num_units) * (1 if g.name in inside else 100) for g in graph.groups
+    }
+    limit = 0.5 * graph.cost().macs
+    kept = {}
+    for strategy in ("global", "isomorphic"):
+        plan = allocate(graph, scores, metric="macs", limit=limit, strategy=strategy)
+        outside = [g for g in graph.groups if g.name not in inside]
+        kept[strategy] = sum(len(plan.keep[g.name]) for g in outside) / sum(g.num_units for g in outside)
+    assert kept["global"] == 1
+    assert kept["isomorphic"] == pytest.approx(0.7, abs=0.06), "half of the MACs is 0.7 of both widths"
