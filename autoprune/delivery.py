@@ -31,12 +31,13 @@ from autoprune.measure import measure_latency, summarise, with_latency
 from autoprune.metrics import Evaluation, difference_pp
 from autoprune.plan import PruningPlan
 from autoprune.preflight import Setup
-from autoprune.record import Difference, ModelSummary, Outcome, RunRecord, RunResult
+from autoprune.record import Difference, ModelSummary, Outcome, RunRecord, RunResult, Tuning
 from autoprune.report import write_report
 from autoprune.search import tell_budget
 from autoprune.splits import derive_seed
 from autoprune.store import FINAL, put, scored
 from autoprune.train import EpochRecord, finetune_
+from autoprune.trial import points
 from autoprune.wording import percent
 
 SAFETY = 0.9  # of the seconds left: epochs are planned from a mean
@@ -52,6 +53,7 @@ class Finished:
     plan: PruningPlan
     search_top1: float
     tuned_epochs: float
+    tuning: Tuning | None = None
 
 
 def deliver(work: Work, state: State, lock: Lock) -> RunResult:
@@ -115,7 +117,7 @@ def _tuned(work: Work, best: Promotion, found: Finished) -> Finished:
     params = params_of(attempt.trials[best.trial].params, plan.ceiling)
     model = copy.deepcopy(found.model)
     try:
-        finetune_(
+        curve = finetune_(
             model, setup.data.train, schedule=params.schedule(study.finetune.warmup), settings=study.finetune,
             epochs=epochs, seed=derive_seed(study.seed, FINAL_SEED), device=setup.device,
             teacher=setup.model, loss=study.loss, on_epoch=lambda e: _tell_epoch(work, e, epochs),
@@ -126,7 +128,11 @@ def _tuned(work: Work, best: Promotion, found: Finished) -> Finished:
     work.meter.spend(epochs)
     tell_budget(work.meter, work.on_event)
     top1 = _evaluate(setup, model, setup.data.search).top1
-    if top1 < found.search_top1:
+    kept = top1 >= found.search_top1
+    found = replace(
+        found, tuning=Tuning(epochs=points(curve), before=found.search_top1, search_top1=top1, kept=kept)
+    )
+    if not kept:
         told = f"{percent(top1, 2)}, less than {percent(found.search_top1, 2)}"
         work.on_event(ev.Note(message=f"the final tuning gave top-1 {told}: left out"))
         return found
@@ -152,6 +158,7 @@ def _keep(work: Work, state: State, finished: Finished, began: float) -> None:
         "outcome": _outcome(setup, state, finished, before, after),
         "started_from": state.best.round,
         "tuned_epochs": finished.tuned_epochs,
+        "tuning": finished.tuning,
         "seconds": time.perf_counter() - began,
     }
     study = work.store.create_study(FINAL, attributes)

@@ -30,6 +30,7 @@ from autoprune.record import (
     SplitSummary,
     StageTime,
     TrialRecord,
+    Tuning,
 )
 from autoprune.store import FINAL, RunStore
 
@@ -209,6 +210,7 @@ def read_run(store: RunStore) -> RunRecord:
         data=_read_all(SplitSummary, start["data"]),
         frozen=_read_all(FrozenPart, start["frozen"]),
         environment=start["environment"],
+        tuning=_read(Tuning, final["tuning"]) if final.get("tuning") else None,
     )
 
 

@@ -265,4 +265,22 @@ def curves(record: RunRecord) -> Figure | None:
     return figure
 
 
-PLOTS: dict[str, Draw] = {"path": path, "widths": widths, "sensitivity": sensitivity, "curves": curves}
+def tuning(record: RunRecord) -> Figure | None:
+    """Training loss and learning rate of the final fine-tuning."""
+    final = record.tuning
+    if final is None or len(final.epochs) < 2:
+        return None
+    look: Any = {"color": COLOURS["accent"], "linewidth": 1.8}
+    figure = Figure(figsize=(WIDTH_IN, 2.4))
+    left, right = figure.subplots(1, 2)
+    left.plot([p.epoch for p in final.epochs], [p.train_loss for p in final.epochs], **look)
+    right.plot([p.epoch for p in final.epochs], [p.lr for p in final.epochs], **look)
+    for axes, title in ((left, "training loss"), (right, "learning rate")):
+        axes.set_title(title, loc="left", color=COLOURS["ink"])
+        axes.set_xlabel("epochs of the final tuning")
+    return figure
+
+
+PLOTS: dict[str, Draw] = {
+    "path": path, "widths": widths, "sensitivity": sensitivity, "curves": curves, "tuning": tuning,
+}  # fmt: skip

@@ -145,6 +145,21 @@ class RoundRecord:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Tuning:
+    """The final, longer fine-tuning.
+
+    Attributes:
+        search_top1: after it, `before` it, on the search split.
+        kept: the delivered model is the tuned one.
+    """
+
+    epochs: tuple[EpochPoint, ...]
+    before: float
+    search_top1: float
+    kept: bool
+
+
+@dataclass(frozen=True, kw_only=True)
 class StageTime:
     """Wall-clock seconds of one stage, all rounds together (`baseline`, `analysis`, `search`, `finish`)."""
 
@@ -204,6 +219,7 @@ class RunRecord:
         max_drop_pp: allowed loss of top-1 on the search split; `floor` is the top-1 that follows.
         before: the original; `after`: the delivered model, None until the run is finished.
         environment: versions, device, machine.
+        tuning: the final one; None where there was none.
         command: the command line that makes this run again.
     """
 
@@ -226,6 +242,7 @@ class RunRecord:
     data: tuple[SplitSummary, ...]
     frozen: tuple[FrozenPart, ...]
     environment: dict[str, str]
+    tuning: Tuning | None = None
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -21,6 +21,7 @@ from jinja2 import Environment, StrictUndefined
 from autoprune import plots, wording
 from autoprune.config import DECAYS
 from autoprune.record import RoundRecord, RunRecord, TrialRecord
+from autoprune.trial_table import importances, trials_csv
 
 ACTIONS = {
     "promote": "promoted",
@@ -34,6 +35,7 @@ DELIVERED = {
     "model.autoprune": "the delivered model: weights, .pt2, ONNX and manifest in one file",
     "study.sqlite3": "every round and trial (Optuna storage)",
     "report.json": "every number of this page",
+    "trials.csv": "every trial as a table",
 }
 
 
@@ -60,7 +62,7 @@ class HowToLoad:
 
 
 def write_report(record: RunRecord, out: Path) -> Path:
-    """Write `report.html`, `report.json` and `plots/*.png` into `out`; returns the page's path.
+    """Write `report.html`, `report.json`, `trials.csv` and `plots/*.png` into `out`; returns the page's path.
 
     What is there is replaced, each file at once, so a page that is open elsewhere is never half written.
     """
@@ -69,6 +71,7 @@ def write_report(record: RunRecord, out: Path) -> Path:
     for name, figure in figures.items():
         plots.save_png(figure, out / "plots" / f"{name}.png")
     _replace(out / "report.json", to_json(record))
+    _replace(out / "trials.csv", trials_csv(record))
     svgs = {name: plots.to_svg(figure, name) for name, figure in figures.items()}
     _replace(out / "report.html", _render(record, out, svgs))
     return out / "report.html"
@@ -86,6 +89,7 @@ def to_json(record: RunRecord) -> str:
         "answer": wording.answer(record),
         "derived": derived(record),
         "comparison": [asdict(r) for r in wording.comparison(record.before, record.after, record.difference)],
+        "importances": asdict(found) if (found := importances(record)) else None,
         "record": asdict(record),
     }
     return json.dumps(_finite(document), indent=1, allow_nan=False) + "\n"
@@ -133,6 +137,7 @@ def _render(record: RunRecord, out: Path, svgs: Mapping[str, str]) -> str:
         actions=ACTIONS,
         winners=list(_winners(record)),
         params=_columns(record),
+        mattered=importances(record),
         total_s=sum(t.seconds for t in record.timings),
         files=_delivered(out),
         load=_how_to_load(out),

@@ -10,6 +10,7 @@ import optuna
 import pandas as pd
 
 from autoprune.record import RoundRecord, RunRecord, TrialRecord
+from autoprune.store import quiet_optuna
 
 MIN_TRIALS = 6  # below it an importance is noise; a guess
 COLUMNS = (
@@ -65,7 +66,8 @@ def importances(record: RunRecord) -> Importances | None:
     if len(points) < MIN_TRIALS or not varied or len({p.value for p in points}) < 2:
         return None
     space = {n: _range(n, seen[n]) for n in varied}
-    study = optuna.create_study(storage=optuna.storages.InMemoryStorage(), direction="maximize")
+    with quiet_optuna():
+        study = optuna.create_study(storage=optuna.storages.InMemoryStorage(), direction="maximize")
     for point in points:
         params = {n: point.params[n] for n in varied}
         study.add_trial(optuna.trial.create_trial(params=params, distributions=space, value=point.value))
