@@ -17,6 +17,7 @@ from autoprune.train import (
     distillation_loss,
     evaluate,
     finetune_,
+    lead,
     make_optimizer,
     recalibrate_,
     resolve_device,
@@ -119,6 +120,18 @@ def test_the_average_of_the_weights_is_given_and_follows_them() -> None:
         pairs = zip(model.parameters(), start.parameters(), strict=True)
         norms.append(sum(float((a - b).detach().square().sum()) for a, b in pairs))
     assert norms[1] < norms[0], "the average lags behind"
+
+
+def test_a_teacher_is_listened_to_as_far_as_it_knows_better() -> None:
+    assert float(lead(torch.tensor(2.0), torch.tensor(0.5))) == pytest.approx(0.75)
+    assert float(lead(torch.tensor(0.5), torch.tensor(2.0))) == 0
+    assert float(lead(torch.tensor(0.0), torch.tensor(0.0))) in (0.0, 1.0)
+    alone, _ = trained()
+    ignorant = tiny_net()
+    with torch.no_grad():
+        ignorant.linear.weight.mul_(-50)
+    held_back, _ = trained(teacher=ignorant)
+    assert same(weights(alone), weights(held_back)), "it is never ahead, so it is never followed"
 
 
 def test_distillation_is_zero_for_equal_outputs_and_scales_with_temperature() -> None:
