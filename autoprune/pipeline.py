@@ -35,11 +35,12 @@ from autoprune.history import (
     summaries,
 )
 from autoprune.latency import with_latency
+from autoprune.points import keep_point, kept_points
 from autoprune.preflight import Setup, fitting_threads, prepare, traced
 from autoprune.record import RunResult, SensitivityCell
 from autoprune.sealing import run_seal
 from autoprune.search import RoundJob, search_round
-from autoprune.sensitivity import SensitivityTable, most_points, sensitivity
+from autoprune.sensitivity import SensitivityPoint, SensitivityTable, most_points, sensitivity
 from autoprune.splits import derive_seed
 from autoprune.store import RunStore, Seal, put, quiet_optuna, scored
 from autoprune.trial import Ground, probe_speed
@@ -201,7 +202,7 @@ def _plan_round(
     """Analyse where that is still to be done, then fix the round's ceiling, floor, trials and epochs."""
     number, began, took = state.round + 1, time.perf_counter(), 0.0
     if table is None:
-        table = _sensitivity(work, number, ground)
+        table = _sensitivity(work, state, number, ground)
         took = time.perf_counter() - began
     plan = RoundPlan(
         number=number,
@@ -232,19 +233,26 @@ def _worthwhile_epochs(work: Work) -> float:
     return max(MIN_EPOCHS, WORTHWHILE * max(planned, default=0.0))
 
 
-def _sensitivity(work: Work, number: int, ground: Ground) -> SensitivityTable:
-    study, analysis = work.setup.study, work.setup.study.analysis
-    total, done = most_points(ground.graph, analysis.ratios, exact=analysis.exact), count(1)
+def _sensitivity(work: Work, state: State, number: int, ground: Ground) -> SensitivityTable:
+    """The table of the round's starting network; what a stopped process measured is not measured again."""
+    study, analysis, current = work.setup.study, work.setup.study.analysis, state.current
+    original, checkpoint = work.store.study(0), checkpoint_of(work.store, current.round, current.trial)
+    assert original is not None
+    known = kept_points(original, checkpoint)
+    total = most_points(ground.graph, analysis.ratios, exact=analysis.exact)
+    done = count(1 + (len(known.points) if known else 0))
+
+    def on_point(point: SensitivityPoint) -> None:
+        keep_point(original, checkpoint, point)
+        detail = f"{point.group} without {100 * point.ratio:.0f} %: {-point.drop_pp:+.1f} pp"
+        work.on_event(
+            ev.StageProgress(stage="analysis", round=number, done=next(done), total=total, detail=detail)
+        )
+
     return sensitivity(
         ground.model, ground.graph, ground.data.search, ratios=analysis.ratios, share=analysis.share,
         exact=analysis.exact, calibration=ground.data.train, device=ground.device, loss=study.loss,
-        score=study.evaluate,
-        on_point=lambda p: work.on_event(
-            ev.StageProgress(
-                stage="analysis", round=number, done=next(done), total=total,
-                detail=f"{p.group} without {100 * p.ratio:.0f} %: {-p.drop_pp:+.1f} pp",
-            )
-        ),
+        score=study.evaluate, on_point=on_point, known=known,
     )  # fmt: skip
 
 

@@ -129,7 +129,7 @@ class SensitivityTable:
     def to_json(self) -> str:
         """A text form that `from_json` reads; numbers that are none become null."""
         baseline = {k: _plain(getattr(self.baseline, k)) for k in ("top1", "loss", "num_samples")}
-        points = [{k: _plain(v) for k, v in asdict(p).items()} for p in self.points]
+        points = [values_of(p) for p in self.points]
         about = {"method": self.method, "reason": self.reason, "seconds": self.seconds}
         return json.dumps({"autoprune_sensitivity": 1, "baseline": baseline, "points": points} | about)
 
@@ -144,7 +144,7 @@ class SensitivityTable:
             document = json.loads(text)
             if document["autoprune_sensitivity"] != 1:
                 raise ValueError
-            points = [SensitivityPoint(**_number(p)) for p in document["points"]]
+            points = [point_of(p) for p in document["points"]]
             about = {n: document[n] for n in ("method", "reason", "seconds") if n in document}
             return cls(points=tuple(points), baseline=Evaluation(**_number(document["baseline"])), **about)
         except (ValueError, KeyError, TypeError, AttributeError) as error:
@@ -204,7 +204,8 @@ def sensitivity(  # noqa: PLR0913 - one whole stage: each argument is a decision
         exact: measure every ratio, by the network's own arithmetic: the result is that of masking each group
             and evaluating the whole network, to the sample.
         collapse_pp: drop of top-1, in percentage points, beyond which a curve is not followed.
-        known: points that this very network was measured at before, to go on from.
+        known: points that this very network was measured at before, to go on from; where they are all that
+            is wanted and their table has a baseline, nothing is measured.
 
     Raises:
         UsageError: the share is less than half, or a ratio is no ratio.
@@ -222,7 +223,7 @@ def sensitivity(  # noqa: PLR0913 - one whole stage: each argument is a decision
         points={} if known is None else {(p.group, p.ratio): p for p in known.points},
     )  # fmt: skip
     wave = survey.next_wave()
-    if not wave and known is not None:
+    if not wave and known is not None and math.isfinite(known.baseline.top1):
         return replace(known, points=survey.table_points())
     probe, reason = choose_probe(bench)
     while wave:
@@ -348,6 +349,16 @@ def _check(ratios: Sequence[float], share: float) -> None:
         )
     if not ratios or not all(0 < r < 1 for r in ratios):
         raise UsageError(f"ratios={tuple(ratios)} is not allowed", "give one or more ratios between 0 and 1")
+
+
+def values_of(point: SensitivityPoint) -> dict[str, Any]:
+    """A point as plain values; numbers that are none become null."""
+    return {k: _plain(v) for k, v in asdict(point).items()}
+
+
+def point_of(values: dict[str, Any]) -> SensitivityPoint:
+    """The point of these values."""
+    return SensitivityPoint(**_number(values))
 
 
 def _plain(value: Any) -> Any:
