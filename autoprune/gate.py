@@ -34,7 +34,8 @@ from autoprune.evaluation import Loss, Score, recalibrate_
 from autoprune.graph import ChannelGraph
 from autoprune.metrics import Evaluation
 from autoprune.plan import PruningPlan
-from autoprune.probing import Bench, evaluate_replayed
+from autoprune.probing import Bench
+from autoprune.quick import evaluate_replayed
 from autoprune.sensitivity import (
     RECALIBRATE_BATCH,
     RECALIBRATE_BATCHES,

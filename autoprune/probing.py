@@ -12,7 +12,7 @@ change reaches, `WholeProbe` for all.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, Protocol
@@ -22,6 +22,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
+from torch.utils.flop_counter import FlopCounterMode
 
 from autoprune.densify import densify, masked, masked_tensors
 from autoprune.errors import AutopruneError, TraceError
@@ -194,7 +195,7 @@ class _Compiled:
 
 
 @dataclass(kw_only=True, eq=False)
-class _Tally:
+class Tally:
     """What one network has scored so far."""
 
     losses: float = 0.0
@@ -202,11 +203,13 @@ class _Tally:
     changed: bool = False
 
     def add(self, output: Any, targets: Tensor, loss: Loss) -> None:
+        """Count one batch."""
         self.losses += float(loss(output, targets)) * len(targets)
         self.correct.append((logits_of(output).argmax(1) == targets).cpu().numpy())
 
     @property
     def evaluation(self) -> Evaluation:
+        """Of all batches so far."""
         hits = np.concatenate(self.correct)
         return Evaluation(
             top1=float(hits.mean()), loss=self.losses / len(hits), num_samples=len(hits), correct=hits
@@ -256,7 +259,7 @@ class ReplayProbe:
             models = [bench.model, *(masked(bench.model, bench.graph, p).eval() for p in plans)]
             for model, outputs in zip(models, found, strict=True):
                 want, got = in_a_row(model(self.sample)), in_a_row(outputs)
-                if got.shape != want.shape or not _agree(got, want):
+                if got.shape != want.shape or not agree(got, want):
                     raise NotReplayableError("its replay does not give what the network gives")
 
     def measure(self, plans: Sequence[PruningPlan]) -> Iterator[Measured]:
@@ -267,7 +270,7 @@ class ReplayProbe:
 
     def _measure(self, plans: list[dict[str, Tensor]], weights: dict[str, Tensor]) -> list[Measured]:
         changes = self._recalibrated(plans, weights)
-        tallies, intact, bound = [_Tally() for _ in plans], _Tally(), dict[tuple[int, int], Values]()
+        tallies, intact, bound = [Tally() for _ in plans], Tally(), dict[tuple[int, int], Values]()
         replays: dict[int, Replay] = {}
         for number, (inputs, targets) in enumerate(
             self.bench.split.batches(self.batch, device=self.bench.device)
@@ -396,40 +399,26 @@ class ReplayProbe:
         return _Compiled(program=made, replay=Replay(whole, weights, kept), statistics=names)
 
 
-def evaluate_replayed(bench: Bench, model: nn.Module) -> Evaluation:
-    """A network of its own on the bench's samples, recorded and run in fewer, faster steps where that works.
+def miscounted(bench: Bench, plans: Sequence[PruningPlan]) -> tuple[str, ...]:
+    """The groups whose pruned network does not cost what was predicted, by torch's own counter.
 
-    Worth its recording, about a tenth of a second, on a CPU only. The first batch is compared with the
-    network's own output; where they differ, or the network cannot be replayed, it is evaluated as it is.
+    Empty where the counter does not agree about the intact network: then it sees other operators.
     """
-    if bench.device.type == "cpu" and bench.score is None and not bench.exact:
-        with suppress(NotReplayableError, TraceError, RuntimeError, NotImplementedError, TypeError, KeyError):
-            return _replayed(bench, model)
-    return evaluate(model, bench.split, device=bench.device, loss=bench.loss, score=bench.score)
+    graph, inputs = bench.graph, next(bench.split.batches(1, device=bench.device))[0]
 
+    def counted(plan: PruningPlan) -> int:
+        model = densify(bench.model, graph, plan).requires_grad_(False)  # the counter looks for gradients
+        with (
+            borrowed(model, bench.device, training=False),
+            torch.no_grad(),
+            FlopCounterMode(display=False) as found,
+        ):
+            model(inputs)
+        return int(found.get_total_flops()) // 2
 
-def _replayed(bench: Bench, model: nn.Module) -> Evaluation:
-    loss, tally, size = bench.loss or classification_loss, _Tally(), CORE_BATCH * torch.get_num_threads()
-    replays: dict[int, Replay] = {}
-    with borrowed(model, bench.device, training=False), torch.no_grad():
-        named = (
-            *model.named_parameters(remove_duplicate=False),
-            *model.named_buffers(remove_duplicate=False),
-        )
-        weights = channels_last({n: t.detach() for n, t in named})
-        for inputs, targets in bench.split.batches(size, device=bench.device):
-            if len(inputs) not in replays:
-                made = fused(program(record(model, (inputs,)), bench.device), weights, bench.device)
-                replays[len(inputs)] = Replay(made, weights)
-                leaves, structure = tree_flatten(model(inputs))
-            replay = replays[len(inputs)]
-            values = replay.run(inputs)
-            new = [values[v] for v in replay.program.outputs]
-            output = tree_unflatten([new.pop(0) if isinstance(x, Tensor) else x for x in leaves], structure)
-            if not tally.correct and not _agree(in_a_row(output), in_a_row(leaves)):
-                raise NotReplayableError("its replay does not give what the network gives")
-            tally.add(output, targets, loss)
-    return tally.evaluation
+    if not plans or counted(PruningPlan.full(graph)) != graph.cost().macs:
+        return ()
+    return tuple(", ".join(p.keep) for p in plans if counted(p) != graph.cost(p).macs)
 
 
 def _half(name: str, num_units: int) -> PruningPlan:
@@ -437,6 +426,7 @@ def _half(name: str, num_units: int) -> PruningPlan:
     return PruningPlan(keep={name: keep}, num_units={name: num_units})
 
 
-def _agree(got: Tensor, want: Tensor) -> bool:
+def agree(got: Tensor, want: Tensor) -> bool:
+    """Whether two outputs are the same but for rounding."""
     scale = float(want.abs().max()) if len(want) else 0.0
     return len(want) == 0 or float((got - want).abs().max()) <= AGREES * scale

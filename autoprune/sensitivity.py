@@ -34,7 +34,7 @@ from autoprune.evaluation import Loss, Score
 from autoprune.graph import ChannelGraph
 from autoprune.metrics import Evaluation, difference_pp
 from autoprune.plan import PruningPlan
-from autoprune.probing import Bench, Measured, choose_probe
+from autoprune.probing import Bench, Measured, choose_probe, miscounted
 from autoprune.splits import Split
 
 MIN_SHARE = 0.5
@@ -82,6 +82,7 @@ class SensitivityTable:
     Attributes:
         method: `replay` or `whole` (see `probing`); `reason` says why not the first.
         seconds: that the measurement took.
+        miscounted: groups whose pruned network does not cost what was predicted.
     """
 
     points: tuple[SensitivityPoint, ...]
@@ -89,6 +90,7 @@ class SensitivityTable:
     method: str = "whole"
     reason: str = ""
     seconds: float = 0.0
+    miscounted: tuple[str, ...] = ()
 
     @overload
     def loss_at(self, group: str, ratio: float) -> float: ...
@@ -130,7 +132,7 @@ class SensitivityTable:
         """A text form that `from_json` reads; numbers that are none become null."""
         baseline = {k: _plain(getattr(self.baseline, k)) for k in ("top1", "loss", "num_samples")}
         points = [values_of(p) for p in self.points]
-        about = {"method": self.method, "reason": self.reason, "seconds": self.seconds}
+        about = {n: getattr(self, n) for n in ("method", "reason", "seconds", "miscounted")}
         return json.dumps({"autoprune_sensitivity": 1, "baseline": baseline, "points": points} | about)
 
     @classmethod
@@ -146,6 +148,7 @@ class SensitivityTable:
                 raise ValueError
             points = [point_of(p) for p in document["points"]]
             about = {n: document[n] for n in ("method", "reason", "seconds") if n in document}
+            about["miscounted"] = tuple(document.get("miscounted", ()))
             return cls(points=tuple(points), baseline=Evaluation(**_number(document["baseline"])), **about)
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise ArtifactError(
@@ -235,7 +238,8 @@ def sensitivity(  # noqa: PLR0913 - one whole stage: each argument is a decision
         wave = survey.next_wave()
     return SensitivityTable(
         points=survey.table_points(), baseline=probe.baseline, reason=reason,
-        method="whole" if reason else "replay", seconds=time.perf_counter() - began,
+        method="whole" if reason else "replay", miscounted=miscounted(bench, survey.furthest()),
+        seconds=time.perf_counter() - began,
     )  # fmt: skip
 
 
@@ -333,6 +337,19 @@ class _Survey:
         )  # fmt: skip
         self.points[point.group, point.ratio] = point
         return point
+
+    def furthest(self) -> list[PruningPlan]:
+        """For each group the plan of its last point."""
+        return [
+            self.plan(
+                PlannedPoint(
+                    group=name, num_removed=max(n for n in counts if (name, n / width) in self.points)
+                )
+            )
+            for name, counts in self.ladders.items()
+            for width in [self.graph.group(name).num_units]
+            if any((name, n / width) in self.points for n in counts)
+        ]
 
     def table_points(self) -> tuple[SensitivityPoint, ...]:
         """By group, in the graph's order, and ratio."""

@@ -116,6 +116,8 @@ def sensitivity_text(table: SensitivityTable, found: Sequence[Prospect] = ()) ->
         Text(f"{word}: {', '.join(names)}") for word, names in (("free", free), ("fragile", fragile)) if names
     ]
     silent = [Text(f"changed nothing when pruned: {', '.join(sorted(dead))}", BAD)] if dead else []
+    if table.miscounted:
+        silent.append(Text(f"did not cost what was predicted: {', '.join(table.miscounted)}", BAD))
     front: list[RenderableType] = [Text(answer(found), "bold"), Text(), _prospects(found), Text()]
     front = front if found else []
     return Group(*front, Text(head), Text("; ".join(notes), MUTED), Text(), shown, Text(), *said, *silent)

@@ -39,7 +39,8 @@ from autoprune.errors import UnreachableError
 from autoprune.evaluation import recalibrate_
 from autoprune.graph import ChannelGraph
 from autoprune.plan import PruningPlan
-from autoprune.probing import Bench, evaluate_replayed
+from autoprune.probing import Bench
+from autoprune.quick import evaluate_replayed
 from autoprune.sensitivity import SensitivityTable, sensitivity
 from autoprune.splits import Split
 from autoprune.tracing import trace

@@ -14,7 +14,8 @@ from autoprune.errors import UnreachableError
 from autoprune.evaluation import evaluate
 from autoprune.graph import ChannelGraph
 from autoprune.plan import PruningPlan
-from autoprune.probing import Bench, evaluate_replayed
+from autoprune.probing import Bench
+from autoprune.quick import evaluate_replayed
 from autoprune.sensitivity import SensitivityTable, sensitivity
 from autoprune.tracing import trace
 from autoprune.train import train_baseline_

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from autoprune.config import Baseline
+from autoprune.cost import CostModel, Term
 from autoprune.criteria import score
 from autoprune.densify import masked
 from autoprune.errors import ArtifactError, UsageError
@@ -89,6 +90,18 @@ def test_a_probe_that_changes_nothing_says_so(net: TinyNet, graph: ChannelGraph)
         dead.conv3.weight.zero_()
     points = sensitivity(dead, graph, tiny_split(40, 2), ratios=(0.5,)).points
     assert {p.group: p.changed for p in points} == {"conv1": True, "conv2": False}
+
+
+def test_a_probe_that_costs_something_else_says_so(net: TinyNet, graph: ChannelGraph) -> None:
+    split = tiny_split(40, 2)
+    assert sensitivity(net, graph, split, ratios=(0.5,)).miscounted == ()
+    rigid = CostModel(  # right about the whole network, and blind to what is removed
+        axes=graph.cost_model.axes, macs=[Term(constant=graph.cost().macs, axes=())], params=[],
+        size_bytes=[], num_groups=len(graph.groups),
+    )  # fmt: skip
+    table = sensitivity(net, replace(graph, cost_model=rigid), split, ratios=(0.5,))
+    assert set(table.miscounted) == {g.name for g in graph.groups}
+    assert SensitivityTable.from_json(table.to_json()).miscounted == table.miscounted
 
 
 def test_less_than_half_of_the_data_is_refused(net: TinyNet, graph: ChannelGraph) -> None:
