@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import product
 from typing import Any
 
 import optuna
@@ -159,7 +160,7 @@ def _other_rates(point: Point, space: Space) -> list[Point]:
 
 
 def _prior(ground: Ground, space: Space, rate: float) -> Point:
-    """A point whose learning rate fits to how much goes.
+    """A point whose learning rate fits to how much goes, ranked by what does best before any fine-tuning.
 
     The more of the weights goes, the higher the rate that recovers it (the idea of ALLR: Zimmer et al. 2023,
     "How I learned to stop worrying and love retraining", section 3). Theirs is linear in the change and so
@@ -168,8 +169,9 @@ def _prior(ground: Ground, space: Space, rate: float) -> Point:
     """
     decay = "cosine" if "cosine" in space.decays else space.decays[0]
     low, high = space.lr
+    criterion, strategy = ground.screened(rate, list(product(space.criteria, space.strategies)))
     point = _middle(decay) | {
-        "prune_rate": rate, "decay": decay, "criterion": space.criteria[0], "strategy": space.strategies[0],
+        "prune_rate": rate, "decay": decay, "criterion": criterion, "strategy": strategy,
     }  # fmt: skip
     change = _weight_change(ground, params_of(point | {"lr": 1.0}, space.ceiling))
     return point | {"lr": min(max(low * (high / low) ** change, low), high)}

@@ -1,7 +1,7 @@
 """One trial: choose the units, make the smaller network, recover its accuracy, measure it.
 
 A trial works on the round's dense starting network and knows nothing of Optuna: parameters in, a record
-and a model out. Running out of memory and a loss that is no number fail the trial, not the run.
+and a model out. Whatever goes wrong in it fails the trial, not the run.
 """
 
 from __future__ import annotations
@@ -9,9 +9,11 @@ from __future__ import annotations
 import copy
 import math
 import time
-from collections.abc import Callable
+import traceback
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -23,8 +25,9 @@ from autoprune.config import Decay, Metric, Study
 from autoprune.criteria import Scores, score
 from autoprune.data import Data
 from autoprune.densify import densify
-from autoprune.errors import AutopruneError, TrialError, UnreachableError
+from autoprune.errors import AutopruneError, RunError, TrialError, UnreachableError
 from autoprune.evaluation import evaluate, recalibrate_
+from autoprune.gate import bench, screen
 from autoprune.graph import ChannelGraph
 from autoprune.latency import measured_share
 from autoprune.metrics import Evaluation
@@ -60,6 +63,11 @@ class TrialParams:
             lr=self.lr, decay=self.decay, gamma=self.gamma, milestones=self.milestones,
             final=self.final, peak=self.peak, warmup=warmup,
         )  # fmt: skip
+
+
+def _untuned(prune_rate: float, criterion: str, strategy: str) -> TrialParams:
+    """What to prune, where it does not matter how it will be tuned."""
+    return TrialParams(prune_rate=prune_rate, lr=1.0, decay="linear", criterion=criterion, strategy=strategy)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -113,6 +121,21 @@ class Ground:
             return self._allocate(scores, nearest, params.strategy, table)
         except UnreachableError as error:
             raise TrialError(error.message, error.hint) from None
+
+    def screened(self, prune_rate: float, ways: Sequence[tuple[str, str]]) -> tuple[str, str]:
+        """The (criterion, strategy) that is best at this rate before any fine-tuning.
+
+        Each is tried on a thousand search samples with batch-norm statistics estimated anew.
+        """
+        if len(ways) == 1:
+            return ways[0]
+        plans = {way: self.choose(_untuned(prune_rate, *way)) for way in ways}
+        where = bench(
+            self.model, self.graph, self.data.search, calibration=self.data.train, device=self.device,
+            loss=self.study.loss, score=self.study.evaluate,
+        )  # fmt: skip
+        best = screen(where, list(plans.values()))[0].plan
+        return next(way for way, plan in plans.items() if plan is best)
 
     def limit(self, prune_rate: float) -> float:
         """What a network pruned by this rate may cost; never less than the target needs."""
@@ -186,14 +209,30 @@ def run_trial(
     began = time.perf_counter()
     try:
         return _Trial(ground, params, seed, on_epoch).run(epochs, goes_on)
-    except (TrialError, torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
-        if not _fails_the_trial_only(error):
-            raise
-        reason = error.message if isinstance(error, AutopruneError) else f"out of memory: {error}"
+    except RunError:
+        raise  # storage is away: that is not the trial's fault
+    except Exception as error:  # whatever the user's loader, loss or evaluate raises fails this trial alone
         with suppress(RuntimeError):
             torch.cuda.empty_cache()
-        record = _record(failure=reason.splitlines()[0][:300], seconds=time.perf_counter() - began)
+        record = failed_record(_reason(error), seconds=time.perf_counter() - began)
         return TrialResult(record=record, model=None, plan=None)
+
+
+def failed_record(reason: str, *, seconds: float) -> TrialRecord:
+    """The record of a trial that failed."""
+    return _record(failure=reason, seconds=seconds)
+
+
+def _reason(error: Exception) -> str:
+    """Why a trial failed, in one line: what was raised, and the innermost line of code."""
+    if isinstance(error, AutopruneError):
+        return error.message.splitlines()[0][:300]
+    told = f"{type(error).__name__}: {error}".splitlines()[0]
+    if isinstance(error, torch.OutOfMemoryError | MemoryError) or any(w in told for w in OUT_OF_MEMORY):
+        return f"out of memory: {error}".splitlines()[0][:300]
+    frames = traceback.extract_tb(error.__traceback__)
+    where = f" ({Path(frames[-1].filename).name}:{frames[-1].lineno})" if frames else ""
+    return told[: 300 - len(where)] + where
 
 
 class _Trial:
@@ -292,9 +331,3 @@ def points(curve: list[EpochRecord]) -> tuple[EpochPoint, ...]:
 
 def _record(**values: Any) -> TrialRecord:
     return TrialRecord(number=-1, state="running", params={}, **values)
-
-
-def _fails_the_trial_only(error: BaseException) -> bool:
-    if isinstance(error, TrialError | torch.OutOfMemoryError | MemoryError):
-        return True
-    return any(words in str(error) for words in OUT_OF_MEMORY)

@@ -10,6 +10,7 @@ from autoprune.config import Baseline
 from autoprune.densify import densify
 from autoprune.errors import TrialError
 from autoprune.evaluation import evaluate
+from autoprune.gate import bench, screen
 from autoprune.plan import PruningPlan
 from autoprune.sensitivity import sensitivity
 from autoprune.tracing import trace
@@ -65,6 +66,19 @@ def test_every_choice_meets_the_rate(ground: Ground, criterion: str, strategy: s
     plan = ground.choose(replace(PARAMS, criterion=criterion, strategy=strategy))
     cost, present = ground.graph.cost(plan).macs, ground.graph.cost().macs
     assert 0.64 * present <= cost <= 0.7 * present
+
+
+def test_the_ranking_that_does_best_untuned_is_found_by_trying(ground: Ground) -> None:
+    ways = [(c, s) for c in ("random", "l1", "taylor") for s in ("uniform", "sensitivity")]
+    best = ground.screened(0.4, ways)
+    assert ground.screened(0.4, [best]) == best
+
+    def loss(way: tuple[str, str]) -> float:
+        params = replace(PARAMS, prune_rate=0.4, criterion=way[0], strategy=way[1])
+        where = bench(ground.model, ground.graph, ground.data.search, calibration=ground.data.train)
+        return screen(where, [ground.choose(params)])[0].badness
+
+    assert loss(best) == min(loss(way) for way in ways) < max(loss(way) for way in ways)
 
 
 def test_no_trial_overshoots_the_target(ground: Ground) -> None:
