@@ -1,15 +1,18 @@
 """How far a network can be pruned in one step, without fine-tuning: measured, not predicted.
 
-For falling shares of its multiply-adds the network is pruned as a trial would prune it, its batch-norm
-statistics are estimated anew, and it is evaluated. What the numbers mean is in `outlook`.
+For falling shares of its multiply-adds the network is pruned as a trial would prune it: several criteria make
+a plan each, and the one that is best on a part of the samples is measured on all of them, with batch-norm
+statistics estimated anew. What the numbers mean is in `outlook`.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import nn
 
-from autoprune.allocation import allocate
+from autoprune import gate
 from autoprune.criteria import score as score_units
 from autoprune.densify import densify
 from autoprune.errors import UnreachableError
@@ -25,15 +28,18 @@ RECALIBRATE_BATCHES = 10
 
 def prospects(  # noqa: PLR0913 - where and on what to measure are the caller's to say
     model: nn.Module, graph: ChannelGraph, split: Split, table: SensitivityTable, *,
-    calibration: Split, num_classes: int, criterion: str = "l2", device: torch.device | str = "cpu",
-    loss: Loss | None = None, score: Score | None = None,
+    calibration: Split, num_classes: int, criteria: Sequence[str] = gate.CRITERIA,
+    device: torch.device | str = "cpu", loss: Loss | None = None, score: Score | None = None,
 ) -> tuple[Prospect, ...]:  # fmt: skip
     """Prune to ever smaller shares of the multiply-adds and measure, until it is hopeless."""
-    scores = score_units(model, graph, criterion, split=calibration, device=device, loss=loss)
+    rankings = {
+        c: score_units(model, graph, c, split=calibration, device=device, loss=loss) for c in criteria
+    }
+    bench = gate.bench(model, graph, split, calibration=calibration, device=device, loss=loss, score=score)
     whole, found = graph.cost().macs, list[Prospect]()
     for share in SHARES:
         try:
-            plan = allocate(graph, scores, metric="macs", limit=share * whole, table=table)
+            plan = gate.refine(bench, rankings, metric="macs", limit=share * whole, table=table, tries=0).plan
         except UnreachableError:
             continue
         pruned = densify(model, graph, plan)
