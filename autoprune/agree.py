@@ -2,14 +2,16 @@
 
 The pruned network runs the same operators in the same order, on the same tensors with the same numbers and
 of the lengths that the labels predict. If it does, it computes what the masked network computes. Anything
-else, such as a scale that is derived from a pruned width, is a disagreement. A network in which the class of
-a module was exchanged for one of ours (`attention`, `padding`, `rescaled`) runs other operators, also behind
-it, where strides differ; there only the outputs' shapes are compared.
+else, such as a scale that is derived from a pruned width, is a disagreement. Inside
+modules whose class was exchanged for one of ours (`attention`, `padding`, `rescaled`) other operators run;
+these are left out, and what such a module gives out is compared by its shape. Behind it strides may differ,
+and with them the operators; then only the network's outputs are compared.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -20,6 +22,7 @@ from autoprune.graph import Group
 from autoprune.labels import LabelArray
 from autoprune.loose import LooseModule
 from autoprune.plan import PruningPlan
+from autoprune.rescaled import RescaledModule
 from autoprune.tape import Op, Ref, Tape
 from autoprune.walk import Walk
 
@@ -51,18 +54,26 @@ SIZES: dict[str, frozenset[str]] = {
 NO_SIZES: frozenset[str] = frozenset()
 
 
-def disagreement(walk: Walk, pruned: Tape, plan: PruningPlan, groups: Mapping[str, Group]) -> str:
-    """Where the pruned pass differs from what the original's labels predict; empty where nowhere."""
+def disagreement(
+    walk: Walk, pruned: Tape, plan: PruningPlan, groups: Mapping[str, Group], others: Exchanged
+) -> str:
+    """Where the pruned pass differs from what the original's labels predict; empty where nowhere.
+
+    Args:
+        others: the modules whose operators are left out.
+    """
     lengths = _Lengths(walk, plan, groups)
-    twins = _Twins(walk.tape, pruned)
-    before, after = _steps(walk.tape, twins.source), _steps(pruned, twins.source_pruned)
+    twins = _Twins(walk, pruned, lengths)
+    before = _steps(walk.tape, twins.source, others)
+    after = _steps(pruned, twins.source_pruned, others)
     for (position, old), (_, new) in zip(before, after, strict=False):
+        is_live = walk.live[position]
         problem = (
             (f"another operator runs where {old.name} ran" if _name(old) != _name(new) else "")
             or _changed_number(old, new)
-            or twins.changed(old, new)
-            or (_other_shape(walk, pruned, old, new, lengths) if walk.live[position] else "")
-            or (_other_stretch(walk, pruned, old, new, lengths) if walk.live[position] else "")
+            or twins.changed(old, new, is_live=is_live)
+            or (_other_shape(walk, pruned, old, new, lengths) if is_live else "")
+            or (_other_stretch(walk, pruned, old, new, lengths) if is_live else "")
         )
         if problem:
             return f"{problem} ({new.name} in {new.module or 'the network'}, {new.where})"
@@ -71,15 +82,18 @@ def disagreement(walk: Walk, pruned: Tape, plan: PruningPlan, groups: Mapping[st
     return twins.changed_outputs()
 
 
-def _steps(tape: Tape, source: dict[int, int]) -> list[tuple[int, Op]]:
+def _steps(tape: Tape, source: dict[int, int], others: Exchanged) -> list[tuple[int, Op]]:
     """The operators with their positions. Mere copies, which strides decide on, are left out.
 
     Args:
         source: gets what each copy is a copy of.
     """
+    outside = {name for name in {op.module for op in tape.ops} if others.has(name)}
     written = {r.index for op in tape.ops if op.is_in_place for r in op.outputs if r is not None}
     steps = []
     for position, op in enumerate(tape.ops):
+        if op.module in outside:
+            continue
         ends = {r.index for r in (*op.inputs, *op.outputs) if r is not None}
         if op.name == "clone" and not ends & written:
             copy, original = op.outputs[0], op.inputs[0].index
@@ -94,17 +108,32 @@ def _name(op: Op) -> str:
     return "view" if op.name == "_unsafe_view" else op.name
 
 
+@dataclass(frozen=True)
+class Exchanged:
+    """Modules whose class is another now, and not only loosened: by themselves, or with all in them."""
+
+    alone: frozenset[str]
+    whole: frozenset[str]
+
+    def has(self, name: str) -> bool:
+        """Whether the operators of a module of that name are others now."""
+        parts = name.split(".")
+        return name in self.alone or any(".".join(parts[: n + 1]) in self.whole for n in range(len(parts)))
+
+
+def exchanged(original: nn.Module, dense: nn.Module) -> Exchanged:
+    """Which modules of a pruned copy were exchanged for ours."""
+    kinds = {name: _own_class(module) for name, module in named_modules(original).items()}
+    found = {n: m for n, m in named_modules(dense).items() if _own_class(m) is not kinds.get(n)}
+    alone = frozenset(n for n, m in found.items() if isinstance(m, RescaledModule))
+    return Exchanged(alone, frozenset(found) - alone)
+
+
 def other_outputs(walk: Walk, pruned: Tape) -> str:
     """Whether the pruned network's outputs have other shapes; empty if not."""
     expected = [walk.shape(r) for r in walk.tape.outputs]
     got = [pruned.shapes[r.index] for r in pruned.outputs]
     return f"its output becomes {got}" if got != expected else ""
-
-
-def has_exchanged(original: nn.Module, dense: nn.Module) -> bool:
-    """Whether a module's class is not the original's, and not only loosened."""
-    kinds = {name: _own_class(module) for name, module in named_modules(original).items()}
-    return any(_own_class(module) is not kinds.get(name) for name, module in named_modules(dense).items())
 
 
 def _own_class(module: nn.Module) -> type:
@@ -143,35 +172,44 @@ class _Twins:
         source: what a copy that is left out is a copy of; `source_pruned` likewise.
     """
 
-    def __init__(self, original: Tape, pruned: Tape) -> None:
-        self.original, self.pruned = original, pruned
-        named = {name: index for index, name in pruned.parameters.items()}
+    def __init__(self, walk: Walk, pruned: Tape, lengths: _Lengths) -> None:
+        self.walk, self.original, self.pruned, self.lengths = walk, walk.tape, pruned, lengths
         self.source: dict[int, int] = {}
         self.source_pruned: dict[int, int] = {}
-        self.of = {index: named.get(name, -1) for index, name in original.parameters.items()}
-        self._enter(original.inputs, pruned.inputs)
+        named = {name: index for index, name in pruned.parameters.items()}
+        self.of = {index: named.get(name, -1) for index, name in self.original.parameters.items()}
+        self._enter(self.original.inputs, pruned.inputs)
 
     def _enter(self, old: Sequence[Ref | None], new: Sequence[Ref | None]) -> None:
         for left, right in zip(old, new, strict=False):
             if left is not None and right is not None:
                 self.of.setdefault(left.index, right.index)
 
-    def changed(self, old: Op, new: Op) -> str:
+    def changed(self, old: Op, new: Op, *, is_live: bool) -> str:
         """Whether the operator reads other tensors than its twin did; constants come up at their use."""
         if len(old.inputs) != len(new.inputs):
             return "it reads another number of tensors"
         for left, right in zip(old.inputs, new.inputs, strict=True):
-            index = self.source_pruned.get(right.index, right.index)
-            if self.of.setdefault(self.source.get(left.index, left.index), index) != index:
-                return "it reads another tensor"
+            if self._found(left) != self.source_pruned.get(right.index, right.index):
+                if self._found(left) is not None:
+                    return "it reads another tensor"
+                if is_live and (problem := _length_apart(self.walk, self.pruned, left, right, self.lengths)):
+                    return problem
+                self.of[self.source.get(left.index, left.index)] = self.source_pruned.get(
+                    right.index, right.index
+                )
         self._enter(old.outputs, new.outputs)
         return ""
 
+    def _found(self, old: Ref) -> int | None:
+        return self.of.get(self.source.get(old.index, old.index))
+
     def changed_outputs(self) -> str:
         """Whether the network gives out other tensors."""
-        old = [self.source.get(r.index, r.index) for r in self.original.outputs]
-        new = [self.source_pruned.get(r.index, r.index) for r in self.pruned.outputs]
-        return "" if [self.of.get(n) for n in old] == new else "it gives out other tensors"
+        for left, right in zip(self.original.outputs, self.pruned.outputs, strict=False):
+            if self._found(left) not in (None, self.source_pruned.get(right.index, right.index)):
+                return "it gives out other tensors"
+        return other_outputs(self.walk, self.pruned)
 
 
 def _changed_number(old: Op, new: Op) -> str:
@@ -193,17 +231,21 @@ def _other_shape(walk: Walk, pruned: Tape, old: Op, new: Op, lengths: _Lengths) 
     for number, (left, right) in enumerate(zip(old.outputs, new.outputs, strict=False)):
         if left is None or right is None:
             continue
-        shape, axes = walk.shape(left), walk.axes.get(left.index)
-        if 0 in shape or (number > 0 and axes is None):
+        if number > 0 and walk.axes.get(left.index) is None:
             continue  # statistics that nothing reads
-        expected = (
-            shape
-            if axes is None
-            else tuple(n if a is None else lengths.of(a) for n, a in zip(shape, axes, strict=True))
-        )
-        if pruned.shapes[right.index] != expected:
-            return f"a tensor becomes {pruned.shapes[right.index]} and not {expected}"
+        if problem := _length_apart(walk, pruned, left, right, lengths):
+            return problem
     return ""
+
+
+def _length_apart(walk: Walk, pruned: Tape, left: Ref, right: Ref, lengths: _Lengths) -> str:
+    """Whether a tensor has another shape than its labels say."""
+    shape, axes = walk.shape(left), walk.axes.get(left.index)
+    expected = shape
+    if axes is not None:
+        expected = tuple(n if a is None else lengths.of(a) for n, a in zip(shape, axes, strict=True))
+    got = pruned.shapes[right.index]
+    return "" if got == expected or 0 in shape else f"a tensor becomes {got} and not {expected}"
 
 
 def _other_stretch(walk: Walk, pruned: Tape, old: Op, new: Op, lengths: _Lengths) -> str:

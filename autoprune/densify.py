@@ -189,7 +189,7 @@ def _mended(model: nn.Module, graph: ChannelGraph, plan: PruningPlan) -> nn.Modu
         modules[name].autoprune_grouped = policy
     for name, axes in graph.split_axes.items():
         modules[name].autoprune_axes = dict(axes)
-    for name in sorted(graph.rescaled.keys() & changed):
+    for name in sorted(n for n, width in graph.rescaled.items() if width and (n in changed or n == "")):
         rescale(modules[name], graph.rescaled[name])
     for name in changed:
         _mend(modules[name.removesuffix(".parametrizations.weight")])

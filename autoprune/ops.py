@@ -309,15 +309,30 @@ def reduction(walk: Walk, op: Op) -> list[Axes]:
     over = range(rank) if dims is None or dims == [] else [dims] if isinstance(dims, int) else dims
     reduced = {d % rank for d in over} if rank else set()
     axes = walk.get(x)
-    width = walk.stamp(op.module, "autoprune_norm_width")
-    if width is not None:
-        walk.rescaled[op.module] = width
     for d in reduced:
-        if not (width and walk.rescales_norms and op.name == "sum"):
+        if axes[d] is not None and not _counts_zeros(walk, op, x):
             walk.freeze(axes[d], f"{op.name} over the channels")
     keep = bool(op.arg("keepdim", False))
     out: Axes = [None if d in reduced else a for d, a in enumerate(axes) if keep or d not in reduced]
     return [list(out) for r in op.outputs if r is not None]
+
+
+def _counts_zeros(walk: Walk, op: Op, x: Ref) -> bool:
+    """Whether a sum or a mean over channels is the same without those that are zero; `rescaled` divides."""
+    width = walk.stamp(op.module, "autoprune_norm_width")
+    if x.index not in walk.zero or walk.is_probe:
+        return False
+    if op.name in ("sum", "linalg_vector_norm", "norm"):
+        walk.rescaled.setdefault(op.module, width or 0)
+        return walk.rescales_norms or not isinstance(walk.modules.get(op.module), nn.LayerNorm)
+    if op.name != "mean" or not isinstance(op.arg("dim"), list) or len(op.arg("dim")) != 1:
+        return False
+    dim = op.arg("dim")[0]
+    means = [o for o in walk.tape.ops if o.module == op.module and o.name == "mean"]
+    if any(walk.shape(o.inputs[0])[dim] != walk.shape(x)[dim] or o.arg("dim") != [dim] for o in means):
+        return False
+    walk.rescaled[op.module] = walk.shape(x)[dim]
+    return True
 
 
 def along(walk: Walk, op: Op) -> list[Axes]:

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
-from autoprune.agree import disagreement, has_exchanged, other_outputs
+from autoprune.agree import disagreement, exchanged, other_outputs
 from autoprune.copying import copied, named_modules
 from autoprune.densify import densify, densify_on_meta, largest_gap, masked, outputs
 from autoprune.graph import ChannelGraph, Group
@@ -67,12 +67,13 @@ class _Proof:
     """The two checks of one network: that its pruned program agrees, and that it computes the same.
 
     Attributes:
-        has_exchanged: whether a program ran in which the class of a module was exchanged for one of ours.
+        is_doubtful: whether a program ran that could not be compared, because the class of a module was
+            exchanged for one of ours, behind which strides differ.
     """
 
     def __init__(self, model: nn.Module, inputs: tuple[Any, ...], walk: Walk) -> None:
         self.model, self.inputs, self.walk = model, inputs, walk
-        self.has_exchanged = False
+        self.is_doubtful = False
 
     def program(self, graph: ChannelGraph, groups: Sequence[Group]) -> str | None:
         """What goes wrong when a copy with these groups pruned runs without values."""
@@ -85,10 +86,12 @@ class _Proof:
             pruned = record_on_meta(dense, self.inputs)
         except Exception as error:  # any failure of the user's forward is the finding
             return f"its forward has the size written in: {_first_line(error)}", dense
-        if has_exchanged(self.model, dense):
-            self.has_exchanged = True
+        names = exchanged(self.model, dense)
+        reason = disagreement(self.walk, pruned, plan, {g.name: g for g in groups}, names)
+        if (reason or "" in names.whole) and (names.alone or names.whole):
+            self.is_doubtful = True
             return other_outputs(self.walk, pruned) or None, dense
-        return disagreement(self.walk, pruned, plan, {g.name: g for g in groups}) or None, dense
+        return reason or None, dense
 
     @cached_property
     def subject(self) -> tuple[nn.Module, tuple[Any, ...], float]:
@@ -160,7 +163,7 @@ class _Proof:
             return True
         is_split = self.walk.is_risky or bool(graph.loosened)
         is_small = cost.macs <= SMALL_MACS and cost.params <= SMALL_PARAMS
-        return (is_split and is_small) or (self.has_exchanged and cost.macs <= CHEAP_MACS)
+        return (is_split and is_small) or (self.is_doubtful and cost.macs <= CHEAP_MACS)
 
     def _passes(self, group: Group, modules: frozenset[str]) -> bool:
         """Whether a group's channels are put together or split in one of the modules."""

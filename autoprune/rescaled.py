@@ -1,9 +1,12 @@
-"""Layer norm over fewer channels that still computes what the masked original does.
+"""Means over fewer channels that still compute what the masked original does.
 
 A layer norm divides by the number of its channels. With some of them removed, their zeros still count in the
 masked network: mean and variance are sums over what is left, divided by the original number. So a pruned
 module changes to a subclass whose layer norm does that (Ba et al. 2016, equation 3, with a fixed H). It is
 slower than the fused operator, which is why widths behind a layer norm stay as they are unless asked for.
+
+The same goes for a mean over channels that are zero where they are removed, as in global response
+normalisation (Woo et al. 2023, section 3.1): there it costs nothing, and is always done.
 """
 
 from __future__ import annotations
@@ -12,13 +15,14 @@ from collections.abc import Callable, Mapping, Sequence
 from functools import cache
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 
 class RescaledModule:
-    """Mixed in before a layer norm's class: statistics are taken over `autoprune_norm_width` channels."""
+    """Mixed in before a module's class: statistics are taken over `autoprune_norm_width` channels."""
 
     autoprune_norm_width: int
 
@@ -29,7 +33,7 @@ class RescaledModule:
 
 
 class _Rescaled(TorchFunctionMode):
-    """Replaces layer norm over the last axis."""
+    """Replaces layer norm over the last axis, and means over what is left of the channels."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
@@ -44,7 +48,17 @@ class _Rescaled(TorchFunctionMode):
     ) -> Any:
         if func is F.layer_norm:
             return rescaled_layer_norm(*args, width=self.width, **(kwargs or {}))
+        if func in MEANS:
+            return rescaled_mean(*args, width=self.width, **(kwargs or {}))
         return func(*args, **(kwargs or {}))
+
+
+MEANS = (torch.mean, Tensor.mean)
+
+
+def rescaled_mean(x: Tensor, dim: Any = None, keepdim: bool = False, *, width: int) -> Tensor:
+    """Mean over an axis of `x` as if it held `width` channels, the missing ones zero."""
+    return x.sum(dim, keepdim=keepdim) / width
 
 
 def rescaled_layer_norm(
@@ -71,9 +85,10 @@ def _rescaled_class(cls: type[nn.Module]) -> type[nn.Module]:
     return type(cls.__name__, (RescaledModule, cls), {"__module__": cls.__module__, "__doc__": cls.__doc__})
 
 
-def rescale(module: nn.LayerNorm, width: int) -> None:
-    """Change a layer norm, whose parameters are sliced already, to one that counts `width` channels."""
+def rescale(module: nn.Module, width: int) -> None:
+    """Change a module whose parameters are sliced already, so that its statistics count `width` channels."""
     if not isinstance(module, RescaledModule):
         vars(module)["autoprune_norm_width"] = width
         module.__class__ = _rescaled_class(type(module))  # type: ignore[assignment,arg-type]
-    module.normalized_shape = (len(module.weight),)
+    if isinstance(module, nn.LayerNorm):
+        module.normalized_shape = (len(module.weight),)

@@ -96,7 +96,7 @@ class Walk:
         merges: (operator, labels) of every axis that a reshape made out of several.
         splits: (operator, labels of each piece) where an axis is split into pieces of written lengths.
         rescales_norms: whether a layer norm's channels may go, with its statistics rescaled.
-        rescaled: layer norm -> channels that its statistics count.
+        rescaled: module -> channels that its statistics count; 0 where a sum relies on zeros alone.
         zero: Refs whose removed positions are zero in the masked network, see `zeros`.
         choices: reshape operator -> axis that shrinks, where the first choice did not hold.
     """
@@ -184,7 +184,7 @@ class Walk:
             return
         result = handler(self, op)
         many = result if result and isinstance(result[0], list) else [result]
-        is_zero = self.rescales_norms and stays_zero(op, self.zero, set(self.axes))
+        is_zero = not self.is_probe and stays_zero(op, self.zero, self.axes)
         for ref, axes in zip(op.outputs, many, strict=False):
             if ref is not None:
                 self._set(ref, axes)  # type: ignore[arg-type]

@@ -8,6 +8,8 @@ where one factor is.
 
 from __future__ import annotations
 
+from collections.abc import Container
+
 from autoprune.tape import Op, Tape
 
 SHAPES = """
@@ -15,12 +17,14 @@ SHAPES = """
 """
 HARMLESS = """
     add sub mul cat copy convolution addmm mm bmm baddbmm native_batch_norm native_layer_norm
-    native_group_norm _native_batch_norm_legit_no_training
+    native_group_norm _native_batch_norm_legit_no_training addcmul
 """  # they do nothing bad to a parameter with zeros in it; dividing by one would
 KEEPS = """
     relu gelu silu hardswish leaky_relu elu mish tanh neg abs roll flip split split_with_sizes unbind cat
     stack constant_pad_nd mean sum avg_pool2d max_pool2d_with_indices _adaptive_avg_pool2d native_dropout div
-    add sub upsample_nearest2d upsample_bilinear2d pixel_shuffle pixel_unshuffle
+    add sub addcmul linalg_vector_norm norm sqrt square amax max_pool1d max_pool3d avg_pool1d avg_pool3d
+    upsample_nearest2d upsample_bilinear2d pixel_shuffle pixel_unshuffle hardshrink softshrink erf sin
+    _adaptive_avg_pool3d leaky_relu relu6
 """  # f(0) = 0
 SHAPE_NAMES = frozenset(SHAPES.split())
 HARMLESS_NAMES = SHAPE_NAMES | frozenset(HARMLESS.split())
@@ -47,7 +51,7 @@ def maskable(tape: Tape) -> frozenset[str]:
     return frozenset(name for index, name in tape.parameters.items() if index not in harmful)
 
 
-def stays_zero(op: Op, zero: set[int], labelled: set[int]) -> bool:
+def stays_zero(op: Op, zero: set[int], labelled: Container[int]) -> bool:
     """Whether an operator's result is zero wherever a removed channel would be."""
     inputs = [r.index for r in op.inputs if r.index in labelled]
     if op.name in ("convolution", "addmm", "mm", "baddbmm"):
@@ -58,6 +62,8 @@ def stays_zero(op: Op, zero: set[int], labelled: set[int]) -> bool:
     if op.name in NORMS:
         scales = [op.arg("weight"), op.arg("bias")]
         return all(r is not None and r.index in zero for r in scales)
+    if op.name == "div":
+        return op.inputs[0].index in zero and inputs == [op.inputs[0].index]
     if op.name in PRODUCTS:
         return any(i in zero for i in inputs)
     if op.name in ("add", "sub") and not all(

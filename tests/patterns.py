@@ -624,3 +624,43 @@ class _Skip(Net):
     def body(self, x: Tensor) -> Tensor:
         y = F.interpolate(self.down(x), scale_factor=2, mode="bilinear")
         return self.merge(torch.cat([x, y], 1))
+
+
+@pattern("global_response_norm", free=("up",))
+class _ResponseNorm(Net):
+    """Divides by a mean over channels that are zero where they are removed (ConvNeXt V2)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.norm, self.down = nn.Conv2d(8, 12, 1), _Response(12), nn.Conv2d(12, 8, 1)
+
+    def body(self, x: Tensor) -> Tensor:
+        return x + self.down(self.norm(F.gelu(self.up(x))))
+
+
+class _Response(nn.Module):
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.scale, self.shift = (nn.Parameter(torch.rand(width, 1, 1)) for _ in range(2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        size = x.norm(dim=(2, 3), keepdim=True)
+        return x + self.scale * (x * (size / (size.mean(dim=1, keepdim=True) + 1e-6))) + self.shift
+
+
+@pattern("sum_over_zeros", free=("up",))
+class _SumOverZeros(_ResponseNorm):
+    """A sum over such channels is the same without them; a norm too."""
+
+    def body(self, x: Tensor) -> Tensor:
+        y = F.relu(self.up(x))
+        return x * torch.sigmoid(y.sum(1, keepdim=True)) + self.down(y) / (1 + y.norm(dim=1, keepdim=True))
+
+
+@pattern("mean_after_sigmoid", stuck=("up",), reason="mean over the channels")
+class _MeanAfterSigmoid(_ResponseNorm):
+    """Removed channels are one half there, and not zero."""
+
+    def body(self, x: Tensor) -> Tensor:
+        y = torch.sigmoid(self.up(x))
+        return x + self.down(y) * y.mean(1, keepdim=True)
