@@ -7,18 +7,17 @@ two splits is refused, whoever made the cut.
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import combinations
-from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 from torch.utils.data import Dataset
 
-from autoprune.datasets import READERS, Source
+from autoprune.data_spec import parse_data
+from autoprune.datasets import READERS, Source, read_imagefolder
 from autoprune.errors import DataError
 from autoprune.splits import LoaderSplit, Normalization, Split, TensorSplit
 
@@ -197,7 +196,7 @@ def load_data(
     """Load `digits`, `cifar10:DIR`, `fashionmnist:DIR` or `imagefolder:DIR` and cut it.
 
     Args:
-        spec: the name, and the folder where the data lie.
+        spec: the name, the folder where the data lie, and options, see `data_spec`.
         seed: of the cut.
         search_from: where the search split is cut from. `test` for weights that came trained: they have
             seen the training set, so half of the official test set is for the search. `train` when the
@@ -207,15 +206,13 @@ def load_data(
     Raises:
         DataError: the name, the folder or its files are not what they should be.
     """
-    name, _, folder = spec.partition(":")
-    if name not in READERS:
-        near = difflib.get_close_matches(name, READERS, n=1)
-        known = ", ".join(n if n == "digits" else f"{n}:DIR" for n in READERS)
-        raise DataError(
-            f"there is no data set {name!r}",
-            f"did you mean {near[0]}? known are {known}" if near else f"known are {known}",
-        )
-    return _from_source(READERS[name](Path(folder) if folder else None, normalization), seed, search_from)
+    known = parse_data(spec)
+    used = normalization or known.normalization
+    if known.size is not None:
+        source = read_imagefolder(known.folder, used, known.size)
+    else:
+        source = READERS[known.name](known.folder, used)
+    return _from_source(source, seed, search_from)
 
 
 def _from_source(source: Source, seed: int, search_from: Literal["train", "test"]) -> Data:

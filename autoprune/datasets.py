@@ -122,16 +122,19 @@ def read_fashionmnist(folder: Path | None, normalization: Normalization | None) 
     )
 
 
-def read_imagefolder(folder: Path | None, normalization: Normalization | None) -> Source:
+def read_imagefolder(
+    folder: Path | None, normalization: Normalization | None, size: int | None = None
+) -> Source:
     """Photographs in one folder a class, below `train` and `val` (or `test`), or directly in the folder.
 
-    Preprocessing is that of ImageNet's classifiers: 224 x 224 from a shorter side of 256.
+    Preprocessing is that of ImageNet's classifiers: 224 x 224 from a shorter side of 256. With a `size`,
+    the shorter side becomes that, and the middle is used: images that have the size stay as they are.
     """
     found = _existing("imagefolder", folder)
     used = normalization or IMAGENET
     held_out = next((found / name for name in ("val", "test") if (found / name).is_dir()), None)
-    train = _folder_split(found / "train" if (found / "train").is_dir() else found, used)
-    test = None if held_out is None else _folder_split(held_out, used)
+    train = _folder_split(found / "train" if (found / "train").is_dir() else found, used, size)
+    test = None if held_out is None else _folder_split(held_out, used, size)
     classes = tuple(train.dataset.classes)  # type: ignore[attr-defined]  # torchvision ships no types
     if test is not None and tuple(test.dataset.classes) != classes:  # type: ignore[attr-defined]
         odd = sorted(set(classes) ^ set(test.dataset.classes))  # type: ignore[attr-defined]
@@ -140,8 +143,8 @@ def read_imagefolder(folder: Path | None, normalization: Normalization | None) -
             "give every class a folder of the same name in both",
         )
     return Source(
-        train=train, test=test, class_names=classes, input_shape=(3, 224, 224), normalization=used,
-        test_share=FOLDER_TEST_SHARE,
+        train=train, test=test, class_names=classes, input_shape=(3, size or 224, size or 224),
+        normalization=used, test_share=FOLDER_TEST_SHARE,
     )  # fmt: skip
 
 
@@ -227,14 +230,19 @@ def _idx(path: Path, num_dims: int) -> Bytes:
     return np.frombuffer(data, dtype=np.uint8, offset=start).reshape(shape)
 
 
-def _folder_split(folder: Path, normalization: Normalization) -> LoaderSplit:
+def _folder_split(folder: Path, normalization: Normalization, size: int | None) -> LoaderSplit:
     from torchvision.datasets import ImageFolder
     from torchvision.transforms import v2
 
     normalize = v2.Normalize(normalization.mean, normalization.std)
     finish = [v2.ToImage(), v2.ToDtype(torch.float32, scale=True), normalize]
-    plain = v2.Compose([v2.Resize(256), v2.CenterCrop(224), *finish])
-    varied = v2.Compose([v2.RandomResizedCrop(224), v2.RandomHorizontalFlip(), *finish])
+    if size is None:
+        fixed, moved = [v2.Resize(256), v2.CenterCrop(224)], [v2.RandomResizedCrop(224)]
+    else:
+        fixed = [v2.Resize(size), v2.CenterCrop(size)]
+        moved = [v2.Resize(size), v2.RandomCrop(size, padding=size // 8, padding_mode="reflect")]
+    plain = v2.Compose([*fixed, *finish])
+    varied = v2.Compose([*moved, v2.RandomHorizontalFlip(), *finish])
     try:
         dataset, augmented = ImageFolder(folder, plain), ImageFolder(folder, varied)
     except FileNotFoundError as error:

@@ -47,7 +47,7 @@ def study_of_flags(model: str, weights: str, data: str) -> Study:
     def build() -> nn.Module:
         return _with_weights(factory, load().num_classes, weights)
 
-    words = (model.rpartition(":")[2], data.partition(":")[0])
+    words = (model.rpartition(":")[2], re.split("[:,]", data)[0])
     name = re.sub(r"[^A-Za-z0-9._-]+", "-", "-".join(words)).strip("-.") or "run"
     return Study(name=name, model=build, data=load)
 

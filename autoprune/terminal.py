@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from rich.console import Console, Group, RenderableType
+from rich.constrain import Constrain
 from rich.live import Live
 from rich.progress_bar import ProgressBar
 from rich.rule import Rule
@@ -31,6 +32,7 @@ VERBS = {
     "finish": "done",
     "stop": "stopped",
 }
+ECHOED = 6  # columns left free: a terminal echoes Ctrl-C as ^C, and in the last column that makes a line
 GOOD, BAD, MUTED = "green", "yellow", "dim"
 
 
@@ -44,7 +46,11 @@ def listener(*, quiet: bool = False, console: Console | None = None) -> Iterator
         yield _Lines(screen)
     else:
         panel = _Panel()
-        with Live(get_renderable=panel.render, console=screen, transient=True, refresh_per_second=4):
+
+        def narrow() -> RenderableType:
+            return Constrain(panel.render(), max(1, screen.width - ECHOED))
+
+        with Live(get_renderable=narrow, console=screen, transient=True, refresh_per_second=4):
             lines = _Lines(screen)
 
             def both(event: Event) -> None:

@@ -9,6 +9,7 @@ travel over operators are ours.
 
 from __future__ import annotations
 
+import difflib
 from collections.abc import Sequence
 from fnmatch import fnmatchcase
 from typing import Any, Literal
@@ -55,6 +56,11 @@ def trace(
         return proven(model, inputs, record(model, inputs), wishes)
 
 
+def _like(pattern: str, names: Sequence[str]) -> str:
+    near = difflib.get_close_matches(pattern, names, n=1)
+    return f"did you mean {near[0]!r}?" if near else f"modules are named like {', '.join(names[:3])}"
+
+
 def _excluded(model: nn.Module, exclude: Sequence[str], only: Sequence[str]) -> dict[str, str]:
     """Modules whose channels stay at the user's wish, with the wish."""
     names = [name for name in named_modules(model) if name]
@@ -65,7 +71,7 @@ def _excluded(model: nn.Module, exclude: Sequence[str], only: Sequence[str]) -> 
         if not hits:
             raise UsageError(
                 f"the pattern {pattern!r} matches no module of the network",
-                f"modules are named like {', '.join(names[:3])}; see `autoprune groups`",
+                f"{_like(pattern, names)}; see `autoprune groups`",
             )
     wishes = {name: f"excluded by {p!r}" for p in exclude for name in matched[p]}
     if only:

@@ -1,0 +1,100 @@
+"""The text that names data: `NAME[:DIR][,size=N][,normalize=HOW]`, as `--data` takes it.
+
+`size` is the height and width of an image folder's inputs, `normalize` what the weights were trained with:
+the name of a data set whose constants are meant, `half` (0.5 and 0.5), `none` (inputs in [0, 1]), or numbers
+as MEAN/STD, for all channels or one each: `0.5/0.25`, `0.49:0.48:0.45/0.25:0.24:0.26`.
+"""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+from autoprune.datasets import CIFAR10, DIGITS, FASHION, READERS
+from autoprune.errors import DataError
+from autoprune.splits import IMAGENET, Normalization
+
+NAMED = {
+    "imagenet": IMAGENET, "cifar10": CIFAR10, "fashionmnist": FASHION, "digits": DIGITS,
+    "half": Normalization(mean=(0.5,), std=(0.5,)), "none": Normalization(mean=(0.0,), std=(1.0,)),
+}  # fmt: skip
+CHANNELS = {"digits": 1, "fashionmnist": 1}  # the others have three
+OPTIONS = ("size", "normalize")
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataSpec:
+    """Which data, and how they become inputs; None is the data set's own way."""
+
+    name: str
+    folder: Path | None
+    size: int | None
+    normalization: Normalization | None
+
+
+def parse_data(text: str) -> DataSpec:
+    """Read a data spec.
+
+    Raises:
+        DataError: it names no data set, or an option of it is wrong; the hint names the nearest.
+    """
+    head, *options = re.split(r",(?=\w+=)", text)
+    name, _, folder = head.partition(":")
+    if name not in READERS:
+        known = ", ".join(n if n == "digits" else f"{n}:DIR" for n in READERS)
+        raise DataError(f"there is no data set {name!r}", _nearest(name, READERS, f"known are {known}"))
+    given = dict(option.split("=", 1) for option in options)
+    for option in given:
+        if option not in OPTIONS:
+            hint = _nearest(option, OPTIONS, f"known are {', '.join(OPTIONS)}")
+            raise DataError(f"data {text!r} has no option {option!r}", hint)
+    return DataSpec(
+        name=name, folder=Path(folder).expanduser() if folder else None, size=_size(name, given.get("size")),
+        normalization=_normalization(given.get("normalize"), CHANNELS.get(name, 3)),
+    )  # fmt: skip
+
+
+def _size(name: str, text: str | None) -> int | None:
+    if text is None:
+        return None
+    if name != "imagefolder":
+        raise DataError(f"{name} has images of one size", "size= is for imagefolder")
+    if not re.fullmatch(r"[1-9][0-9]{0,3}", text):
+        raise DataError(f"size={text} is no image size", "write for example size=64")
+    return int(text)
+
+
+def _normalization(text: str | None, channels: int) -> Normalization | None:
+    if text is None:
+        return None
+    found = NAMED.get(text) or _numbers(text)
+    if found is None:
+        names = ", ".join(NAMED)
+        hint = _nearest(text, NAMED, f"give one of {names}, or MEAN/STD as in 0.5/0.25")
+        raise DataError(f"normalize={text} is not understood", hint)
+    if len(found.mean) == 1:
+        return Normalization(mean=found.mean * channels, std=found.std * channels)
+    if len(found.mean) != channels:
+        raise DataError(
+            f"normalize={text} is for {len(found.mean)} channels, and the images have {channels}",
+            "give one number for all channels, or one for each",
+        )
+    return found
+
+
+def _numbers(text: str) -> Normalization | None:
+    mean, _, std = text.partition("/")
+    try:
+        means, stds = (tuple(float(n) for n in part.split(":")) for part in (mean, std))
+    except ValueError:
+        return None
+    fits = len(means) == len(stds) and all(s > 0 for s in stds)
+    return Normalization(mean=means, std=stds) if fits else None
+
+
+def _nearest(word: str, known: Iterable[str], otherwise: str) -> str:
+    near = difflib.get_close_matches(word, list(known), n=1)
+    return f"did you mean {near[0]}? {otherwise}" if near else otherwise
