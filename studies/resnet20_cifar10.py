@@ -52,5 +52,5 @@ study = Study(
     max_drop=1.0,
     budget="30m",
     round_to=1,
-    finetune=Finetune(share=0.5, weight_decay=1e-4),
+    finetune=Finetune(weight_decay=1e-4),
 )
