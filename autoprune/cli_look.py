@@ -50,13 +50,27 @@ def register(app: typer.Typer) -> None:
 
 
 def doctor(
+    study: Name = None,
     out: Annotated[Path, typer.Option(metavar="DIR", help="Where runs would be written.")] = Path("runs"),
+    storage: Annotated[str | None, typer.Option(
+        metavar="URL", show_default=False,
+        help="A database for runs: postgresql://user@host/database.")] = None,
+    artifacts: Annotated[str | None, typer.Option(
+        metavar="PLACE", show_default=False,
+        help="A place for checkpoints: s3://bucket/prefix, or a folder.")] = None,
     as_json: AsJson = False,
-) -> int:
-    """Say what a run would find on this machine, and what is missing; exits 1 if something is."""
-    from autoprune.doctor import examine
+) -> int:  # fmt: skip
+    """Say what a run would find on this machine, and what is missing; exits 1 if something is.
 
-    findings = examine(out)
+    With a study, half a minute of its own training and evaluation is measured, too.
+    """
+    from autoprune.doctor import examine
+    from autoprune.place import Place, checked_artifacts, checked_database
+
+    database = None if storage is None else checked_database(storage)
+    place = Place(folder=out, database=database, artifacts=checked_artifacts(artifacts))
+    named = None if study is None else (lambda: choose_study(study, None, None, None))
+    findings = examine(place, named)
     if as_json:
         sys.stdout.write(json.dumps([asdict(f) for f in findings], indent=1) + "\n")
     else:
@@ -177,6 +191,7 @@ def _measure(study: Study, on_event: OnEvent) -> tuple[SensitivityTable, tuple[P
     from autoprune.onestep import prospects
     from autoprune.preflight import understand
     from autoprune.sensitivity import most_points, sensitivity
+    from autoprune.splits import derive_seed
     from autoprune.train import train_baseline_
 
     check_study(study)
@@ -185,7 +200,8 @@ def _measure(study: Study, on_event: OnEvent) -> tuple[SensitivityTable, tuple[P
         total = study.baseline.epochs
         on_event(StageStarted(stage="baseline", round=0, detail="train"))
         train_baseline_(
-            known.model, known.data.train, study.baseline, seed=study.seed, device=device, loss=study.loss,
+            known.model, known.data.train, study.baseline, seed=derive_seed(study.seed, 0), device=device,
+            loss=study.loss,
             on_epoch=lambda e: on_event(StageProgress(stage="baseline", round=0, done=e.epoch, total=total)),
         )  # fmt: skip
     planned = most_points(known.graph, study.analysis.ratios, exact=study.analysis.exact)

@@ -164,11 +164,14 @@ class Analysis:
     Attributes:
         ratios: shares of a group's units that may be tried; bisection measures three of them at most.
         exact: measure them all, by the network's own arithmetic.
+        known: the analysis.json that `autoprune analyze` wrote of this network and these data: what it holds
+            is not measured again.
     """
 
     ratios: tuple[float, ...] = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
     share: float = 1.0
     exact: bool = False
+    known: str | None = None
 
 
 @dataclass(frozen=True, kw_only=True)

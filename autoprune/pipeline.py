@@ -239,6 +239,8 @@ def _sensitivity(work: Work, state: State, number: int, ground: Ground) -> Sensi
     original, checkpoint = work.store.study(0), checkpoint_of(work.store, current.round, current.trial)
     assert original is not None
     known = kept_points(original, checkpoint)
+    if known is None and analysis.known is not None and current.round == 0:
+        known = SensitivityTable.from_json(Path(analysis.known).read_text(encoding="utf-8"))
     total = most_points(ground.graph, analysis.ratios, exact=analysis.exact)
     done = count(1 + (len(known.points) if known else 0))
 

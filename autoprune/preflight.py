@@ -297,15 +297,19 @@ def environment(device: torch.device) -> dict[str, str]:
 
 
 def _check_choices(study: Study) -> None:
-    known = (
+    allowed_in = (
         ("criteria", study.search.criteria, CRITERIA),
         ("strategies", study.search.strategies, STRATEGIES),
     )
     problems = [
         UsageError(f"search.{name}={chosen} is not allowed", f"choose from {', '.join(allowed)}")
-        for name, chosen, allowed in known
+        for name, chosen, allowed in allowed_in
         if not chosen or set(chosen) - set(allowed)
     ]
+    known = study.analysis.known
+    if known is not None and not Path(known).is_file():
+        hint = "name the analysis.json that `autoprune analyze` wrote"
+        problems.append(UsageError(f"analysis.known={known} is no file", hint))
     if problems:
         raise ConfigError(problems)
 

@@ -11,6 +11,7 @@ counts as no loss, never as a loss) and joined by a monotone cubic (Fritsch & Ca
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import time
@@ -83,6 +84,7 @@ class SensitivityTable:
         method: `replay` or `whole` (see `probing`); `reason` says why not the first.
         seconds: that the measurement took.
         miscounted: groups whose pruned network does not cost what was predicted.
+        of: digest of the network and the data that were measured; empty where nobody noted it.
     """
 
     points: tuple[SensitivityPoint, ...]
@@ -91,6 +93,7 @@ class SensitivityTable:
     reason: str = ""
     seconds: float = 0.0
     miscounted: tuple[str, ...] = ()
+    of: str = ""
 
     @overload
     def loss_at(self, group: str, ratio: float) -> float: ...
@@ -132,7 +135,7 @@ class SensitivityTable:
         """A text form that `from_json` reads; numbers that are none become null."""
         baseline = {k: _plain(getattr(self.baseline, k)) for k in ("top1", "loss", "num_samples")}
         points = [values_of(p) for p in self.points]
-        about = {n: getattr(self, n) for n in ("method", "reason", "seconds", "miscounted")}
+        about = {n: getattr(self, n) for n in ("method", "reason", "seconds", "miscounted", "of")}
         return json.dumps({"autoprune_sensitivity": 1, "baseline": baseline, "points": points} | about)
 
     @classmethod
@@ -147,7 +150,7 @@ class SensitivityTable:
             if document["autoprune_sensitivity"] != 1:
                 raise ValueError
             points = [point_of(p) for p in document["points"]]
-            about = {n: document[n] for n in ("method", "reason", "seconds") if n in document}
+            about = {n: document[n] for n in ("method", "reason", "seconds", "of") if n in document}
             about["miscounted"] = tuple(document.get("miscounted", ()))
             return cls(points=tuple(points), baseline=Evaluation(**_number(document["baseline"])), **about)
         except (ValueError, KeyError, TypeError, AttributeError) as error:
@@ -211,7 +214,7 @@ def sensitivity(  # noqa: PLR0913 - one whole stage: each argument is a decision
             is wanted and their table has a baseline, nothing is measured.
 
     Raises:
-        UsageError: the share is less than half, or a ratio is no ratio.
+        UsageError: the share is less than half, a ratio is no ratio, or `known` is of something else.
     """
     _check(ratios, share)
     began = time.perf_counter()
@@ -220,6 +223,11 @@ def sensitivity(  # noqa: PLR0913 - one whole stage: each argument is a decision
         device=torch.device(device), num_batches=RECALIBRATE_BATCHES, batch_size=RECALIBRATE_BATCH,
         loss=loss, score=score, exact=exact,
     )  # fmt: skip
+    of = fingerprint(bench, criterion)
+    if known is not None and known.of not in ("", of):
+        raise UsageError(
+            "the known sensitivities are those of another network, or of other data", "measure them anew"
+        )
     survey = _Survey(
         graph=graph, ladders=_ladders(graph, ratios), collapse_pp=None if exact else collapse_pp,
         scores=score_units(model, graph, criterion, split=calibration, device=device, loss=loss),
@@ -239,8 +247,19 @@ def sensitivity(  # noqa: PLR0913 - one whole stage: each argument is a decision
     return SensitivityTable(
         points=survey.table_points(), baseline=probe.baseline, reason=reason,
         method="whole" if reason else "replay", miscounted=miscounted(bench, survey.furthest()),
-        seconds=time.perf_counter() - began,
+        seconds=time.perf_counter() - began, of=of,
     )  # fmt: skip
+
+
+def fingerprint(bench: Bench, criterion: str) -> str:
+    """SHA-256 of what a point depends on but its group and ratio: weights, samples, how it is measured."""
+    splits = [s.digest() for s in (bench.split, bench.calibration) if s is not None]
+    found = hashlib.sha256(" ".join((*splits, criterion, str(bench.exact))).encode())
+    for name, tensor in bench.model.state_dict().items():
+        if isinstance(tensor, torch.Tensor):
+            found.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+            found.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+    return found.hexdigest()
 
 
 @dataclass(frozen=True, kw_only=True)

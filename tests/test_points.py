@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -9,12 +10,14 @@ import pytest
 import torch
 
 from autoprune import events as ev
-from autoprune.config import Lock
+from autoprune.config import Analysis, Baseline, Lock
+from autoprune.errors import ConfigError, UsageError
 from autoprune.pipeline import run
 from autoprune.points import keep_point, kept_points
 from autoprune.sensitivity import SensitivityPoint, sensitivity
 from autoprune.tracing import trace
-from tests.tiny import tiny_net, tiny_split, tiny_study
+from autoprune.train import train_baseline_
+from tests.tiny import TinyNet, tiny_data, tiny_net, tiny_split, tiny_study
 
 RATIOS = (0.25, 0.5, 0.75)
 PLAIN = Lock(plain=True)
@@ -67,3 +70,33 @@ def test_a_killed_run_measures_no_point_twice(tmp_path: Path) -> None:
     with pytest.raises(KeyboardInterrupt):
         run(tiny_study(), out=tmp_path / "run", lock=PLAIN, resume=True, on_event=stop_at(2))
     assert seen == [1, 2]
+
+
+def test_an_analysis_is_used_by_a_run_of_the_same_network_and_refused_by_another(tmp_path: Path) -> None:
+    def network() -> TinyNet:
+        net = tiny_net()
+        train_baseline_(net, tiny_data().train, Baseline(epochs=2, lr=0.1, batch_size=64), seed=0)
+        return net
+
+    graph = trace(network(), torch.zeros(1, 1, 8, 8))
+    data = tiny_data()
+    table = sensitivity(network().eval(), graph, data.search, ratios=(0.5,), calibration=data.train)
+    file = tmp_path / "analysis.json"
+    file.write_text(table.to_json())
+    given = Analysis(ratios=(0.5,), known=str(file))
+    seen: list[ev.Event] = []
+
+    def stop(event: ev.Event) -> None:
+        seen.append(event)
+        if isinstance(event, ev.RoundStarted):
+            raise KeyboardInterrupt
+
+    study = tiny_study(model=network, baseline=None, analysis=given, target="macs=0.7")
+    with pytest.raises(KeyboardInterrupt):
+        run(study, out=tmp_path / "run", lock=PLAIN, on_event=stop)
+    assert not [e for e in seen if isinstance(e, ev.StageProgress) and e.stage == "analysis"]
+    with pytest.raises(UsageError, match="another network"):
+        run(replace(study, model=tiny_net), out=tmp_path / "other", lock=PLAIN)
+    nothing = replace(study, analysis=replace(given, known=str(tmp_path / "nothing.json")))
+    with pytest.raises(ConfigError, match="is no file"):
+        run(nothing, out=tmp_path / "third", lock=PLAIN)
