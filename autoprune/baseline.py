@@ -7,8 +7,11 @@ from __future__ import annotations
 
 import json
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from types import MappingProxyType
+from typing import Any
 
 from autoprune import events as ev
 from autoprune.budget import Meter
@@ -19,24 +22,35 @@ from autoprune.history import CHECKPOINT, checkpoint_of, pack, read_goal, spent
 from autoprune.measure import summarise
 from autoprune.plan import PruningPlan
 from autoprune.preflight import Setup, environment, measured_baseline, plain_settings
+from autoprune.presence import Presence
 from autoprune.record import FrozenPart, SplitSummary
 from autoprune.search import tell_budget
 from autoprune.splits import derive_seed
 from autoprune.store import RunStore, put, scored
 from autoprune.train import train_baseline_
 
+NONE: Mapping[str, str] = MappingProxyType({})
 MAY_CHANGE = ("budget", "device", "data")  # the data are compared by their digests
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Work:
-    """A run at work: what was set up, where it is kept, what it aims at and what it may still spend."""
+    """A run at work: what was set up, where it is kept, what it aims at and what it may still spend.
+
+    `me` is this process among those that work on it; None where there is no other.
+    """
 
     setup: Setup
     store: RunStore
     goal: Goal
     meter: Meter
     on_event: ev.OnEvent
+    me: Presence | None = None
+
+    @property
+    def leads(self) -> bool:
+        """Whether this process decides."""
+        return self.me is None or self.me.role == "coordinator"
 
 
 def is_measured(store: RunStore) -> bool:
@@ -45,12 +59,14 @@ def is_measured(store: RunStore) -> bool:
     return study is not None and bool(scored(study))
 
 
-def begin(setup: Setup, store: RunStore, on_event: ev.OnEvent, command: str) -> Work:
+def begin(
+    setup: Setup, store: RunStore, on_event: ev.OnEvent, command: str, sources: Mapping[str, str] = NONE
+) -> Work:
     """Measure the original and keep it, or take up what an earlier process measured."""
     if is_measured(store):
         _take_up(setup, store)
     else:
-        _measure_baseline(setup, store, on_event, command)
+        _measure_baseline(setup, store, on_event, {"command": command, "sources": dict(sources)})
     goal, used = read_goal(store), spent(store)
     cost = setup.graph.cost()
     on_event(
@@ -65,7 +81,7 @@ def begin(setup: Setup, store: RunStore, on_event: ev.OnEvent, command: str) -> 
     return Work(setup=setup, store=store, goal=goal, meter=meter, on_event=on_event)
 
 
-def _measure_baseline(setup: Setup, store: RunStore, on_event: ev.OnEvent, command: str) -> None:
+def _measure_baseline(setup: Setup, store: RunStore, on_event: ev.OnEvent, given: dict[str, Any]) -> None:
     began, study, data = time.perf_counter(), setup.study, setup.data
     started = datetime.now(UTC).isoformat(timespec="seconds")
     on_event(ev.StageStarted(stage="baseline", round=0, detail="train" if study.baseline else "measure"))
@@ -75,7 +91,8 @@ def _measure_baseline(setup: Setup, store: RunStore, on_event: ev.OnEvent, comma
     test = evaluate(setup.model, data.test, device=setup.device, loss=study.loss, score=study.evaluate)
     goal = Goal(baseline_top1=found.top1, max_drop_pp=study.max_drop, target_share=setup.target_share)
     attributes = {
-        "command": command,
+        **given,
+        "artifacts": store.place.artifacts,
         "started": started,
         "settings": plain_settings(study),
         "target": study.target,

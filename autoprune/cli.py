@@ -16,7 +16,7 @@ from typing import Annotated, Any
 
 import typer
 
-from autoprune import cli_artifact, cli_dashboard, cli_look, cli_run
+from autoprune import cli_artifact, cli_dashboard, cli_fleet, cli_look, cli_run
 from autoprune.errors import AutopruneError
 
 app = typer.Typer(
@@ -46,6 +46,7 @@ def _options(
 
 
 cli_run.register(app)
+cli_fleet.register(app)
 cli_look.register(app)
 cli_dashboard.register(app)
 cli_artifact.register(app)

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import shlex
+import signal
 import sys
+import threading
 import webbrowser
-from collections.abc import Iterable
-from dataclasses import asdict, replace
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from types import FrameType
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -23,10 +28,13 @@ from autoprune.wording import answer, comparison
 
 if TYPE_CHECKING:
     from autoprune.config import Study
+    from autoprune.place import Place
+    from autoprune.presence import Process
     from autoprune.record import RunRecord, RunResult
 
 NOT_REACHED = 3
 
+WHERE = "Where it lives, who works on it"
 DATA, AIM, KEYS, SHOW = "What to prune", "What to reach", "Who may open the result", "Output"
 Name = Annotated[
     str | None, typer.Argument(metavar="STUDY", help="A built-in study, or a .py file that defines one.")
@@ -71,13 +79,46 @@ AsJson = Annotated[
     bool, typer.Option("--json", metavar="", rich_help_panel=SHOW, help="The result as JSON on stdout.")
 ]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", metavar="", rich_help_panel=SHOW, help="No progress.")]
-RunFolder = Annotated[Path, typer.Argument(metavar="RUN", help="The run's folder.")]
+RunPlace = Annotated[
+    str, typer.Argument(metavar="RUN", help="The run's folder, or postgresql://user@host/database#name.")
+]
+Storage = Annotated[
+    str | None,
+    typer.Option(
+        metavar="URL", rich_help_panel=WHERE, show_default=False,
+        help="Keep the run in PostgreSQL: postgresql://user@host/database (PGPASSWORD or ~/.pgpass).",
+    ),
+]  # fmt: skip
+Artifacts = Annotated[
+    str | None,
+    typer.Option(
+        metavar="PLACE", rich_help_panel=WHERE, show_default=False,
+        help="Keep checkpoints in s3://bucket/prefix (AWS_* or ~/.aws), or in a folder that all share.",
+    ),
+]  # fmt: skip
 
 
 class StoppedError(AutopruneError):
     """Ctrl-C stopped a command."""
 
     exit_code = 130
+
+
+@contextmanager
+def terminable() -> Iterator[None]:
+    """SIGTERM, which Slurm, Kubernetes and systemd send, ends a command as Ctrl-C does."""
+
+    def interrupt(number: int, frame: FrameType | None) -> None:
+        raise KeyboardInterrupt
+
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, interrupt)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def register(app: typer.Typer) -> None:
@@ -107,8 +148,12 @@ def run(
     out: Annotated[Path | None, typer.Option(
         metavar="DIR", rich_help_panel=SHOW, help="The run's folder (default: runs/NAME).",
         show_default=False)] = None,
+    storage: Storage = None,
+    artifacts: Artifacts = None,
+    workers: Annotated[int, typer.Option(
+        metavar="N", min=1, rich_help_panel=WHERE, help="Processes on this machine that run trials.")] = 1,
     resume: Annotated[bool, typer.Option(
-        "--resume", metavar="", help="Go on with the run in --out.")] = False,
+        "--resume", metavar="", help="Go on with the run, or start it where there is none.")] = False,
     dry_run: Annotated[bool, typer.Option(
         "--dry-run", metavar="", help="Check everything and print the plan.")] = False,
     recipient: Annotated[list[str] | None, typer.Option(
@@ -147,20 +192,23 @@ def run(
     )  # fmt: skip
     given = {"target": target, "max_drop": max_drop, "budget": budget, "seed": seed, "device": device}
     words = list(context.obj or ())
-    with listener(quiet=quiet or dry_run) as on_event:
+    with terminable(), listener(quiet=quiet or dry_run) as on_event:
         chosen = narrowed(choose_study(study, model, weights, data), exclude, only)
         chosen = replace(chosen, **{k: v for k, v in given.items() if v is not None})  # type: ignore[arg-type]
-        folder = out or Path("runs") / chosen.name
+        place = _place(out or Path("runs") / chosen.name, storage, artifacts)
         if dry_run:
-            return _show_plan(chosen, folder, lock, resume=resume, as_json=as_json)
+            return _show_plan(chosen, place, lock, resume=resume, as_json=as_json)
         from autoprune import pipeline
+        from autoprune.local_workers import local_workers
 
         try:
-            result = pipeline.run(
-                chosen, out=folder, resume=resume, lock=lock, on_event=on_event, command=_command(words)
-            )
+            with local_workers(place, chosen.name, workers, on_event) as told:
+                result = pipeline.run(
+                    chosen, out=place, resume=resume, lock=lock, on_event=told, command=_command(words),
+                    sources=digests(study, model),
+                )  # fmt: skip
         except KeyboardInterrupt:
-            raise _interrupted(folder, words) from None
+            raise _interrupted(place, chosen.name, words) from None
     return _show_result(result, as_json=as_json)
 
 
@@ -168,15 +216,31 @@ def _command(words: list[str]) -> str:
     return shlex.join(["autoprune", *(w for w in words if w != "--resume")])
 
 
-def _interrupted(folder: Path, words: list[str]) -> StoppedError:
-    try:
-        from autoprune.store import name_in
+def _place(folder: Path, storage: str | None, artifacts: str | None) -> Place:
+    from autoprune.place import Place, checked_artifacts, checked_database
 
-        name_in(folder)
-    except UsageError:
+    database = None if storage is None else checked_database(storage)
+    return Place(folder=folder, database=database, artifacts=checked_artifacts(artifacts))
+
+
+def digests(study: str | None, model: str | None) -> dict[str, str]:
+    """SHA-256 of the file that defines a study or a network, by the name that was given."""
+    from autoprune.study_file import find_study
+
+    files = {study: find_study(study)} if study else {}
+    source = (model or "").rpartition(":")[0]
+    if source.endswith(".py"):
+        files[source] = Path(source).expanduser()
+    return {name: hashlib.sha256(file.read_bytes()).hexdigest() for name, file in files.items()}
+
+
+def _interrupted(place: Place, name: str, words: list[str]) -> StoppedError:
+    from autoprune.store import names_in
+
+    if name not in names_in(place):
         return StoppedError("interrupted; nothing was measured yet", f"start again: {_command(words)}")
     return StoppedError(
-        f"interrupted; everything finished so far is kept in {folder}",
+        f"interrupted; everything finished so far is kept in {place}",
         f"go on with: {_command(words)} --resume",
     )
 
@@ -233,12 +297,12 @@ def read_secret(descriptor: int) -> str:
     return secret
 
 
-def _show_plan(study: Study, folder: Path, lock: Lock, *, resume: bool, as_json: bool) -> int:
+def _show_plan(study: Study, place: Place, lock: Lock, *, resume: bool, as_json: bool) -> int:
     from autoprune.preflight import make_plan, prepare
     from autoprune.sealing import run_seal
 
     run_seal(lock)
-    plan = make_plan(prepare(study, out=folder, resume=resume, lock=lock))
+    plan = make_plan(prepare(study, out=place, resume=resume, lock=lock))
     if as_json:
         sys.stdout.write(json.dumps(asdict(plan), indent=1) + "\n")
     else:
@@ -262,39 +326,62 @@ def _show_result(result: RunResult, *, as_json: bool) -> int:
 
 
 def report(
-    folder: RunFolder,
+    run: RunPlace,
     open_: Annotated[bool, typer.Option("--open", metavar="", help="Show it in the browser.")] = False,
+    artifacts: Artifacts = None,
     as_json: AsJson = False,
 ) -> None:
     """Make a run's report again from its storage, also while it goes on."""
     from autoprune.report import to_json, write_report
 
-    record = _read(folder)
-    page = write_report(record, folder)
+    told = _read(run, artifacts)
+    record = told.record
+    told.place.folder.mkdir(parents=True, exist_ok=True)
+    page = write_report(record, told.place.folder)
     sys.stdout.write(to_json(record) if as_json else f"{page}\n")
     if open_:
         webbrowser.open(page.resolve().as_uri())
 
 
-def status(folder: RunFolder, as_json: AsJson = False) -> None:
-    """Say in a few lines where a run stands."""
+def status(run: RunPlace, artifacts: Artifacts = None, as_json: AsJson = False) -> None:
+    """Say where a run stands: rounds, trials, decisions, who works on it, time left."""
     from autoprune.report import to_json
 
-    record = _read(folder)
+    told = _read(run, artifacts)
     if as_json:
-        sys.stdout.write(to_json(record))
+        document = json.loads(to_json(told.record))
+        standing = {"processes": [asdict(p) for p in told.processes], "seconds_left": told.seconds_left}
+        sys.stdout.write(json.dumps(document | standing, indent=1) + "\n")
     else:
-        Console(highlight=False).print(status_text(record))
+        Console(highlight=False).print(status_text(told.record, told.processes, told.seconds_left))
 
 
-def _read(folder: Path) -> RunRecord:
+@dataclass(frozen=True, kw_only=True)
+class _Standing:
+    """What can be read of a run: its record, and who is at work on it."""
+
+    place: Place
+    record: RunRecord
+    processes: tuple[Process, ...]
+    seconds_left: float | None
+
+
+def _read(run: str, artifacts: str | None) -> _Standing:
     from contextlib import closing
 
-    from autoprune.history import read_run
-    from autoprune.store import RunStore, name_in
+    from autoprune.config import Budget
+    from autoprune.history import read_run, spent
+    from autoprune.place import find_run
+    from autoprune.presence import members
+    from autoprune.store import RunStore
+    from autoprune.worker import told_by
 
-    with closing(RunStore(folder, name_in(folder))) as store:
-        return read_run(store)
+    told = told_by(find_run(run, artifacts))
+    with closing(RunStore(told.place, told.name)) as store:
+        record = read_run(store)
+        seconds = Budget.parse(record.study["budget"]).seconds
+        left = None if seconds is None or record.outcome else max(0.0, seconds - spent(store).seconds)
+        return _Standing(place=told.place, record=record, processes=members(store), seconds_left=left)
 
 
 def narrowed(study: Study, exclude: list[str] | None, only: list[str] | None) -> Study:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, fields
+from datetime import datetime
 from typing import Any, TypeVar
 
 import numpy as np
@@ -32,7 +33,8 @@ from autoprune.record import (
     TrialRecord,
     Tuning,
 )
-from autoprune.store import FINAL, RunStore
+from autoprune.seats import is_withdrawn
+from autoprune.store import FINAL, RunStore, scored
 
 RESULT = "result"  # a trial's record, complete but for number, state and params
 CHECKPOINT = "checkpoint"  # a trial's model, where it is kept
@@ -120,7 +122,7 @@ def read_trials(study: optuna.Study) -> tuple[TrialRecord, ...]:
     return tuple(
         _read_trial(t, promoted=t.number == promoted)
         for t in study.get_trials(deepcopy=False)
-        if t.state is not TrialState.WAITING
+        if t.state is not TrialState.WAITING and not is_withdrawn(t)
     )
 
 
@@ -145,13 +147,25 @@ def read_round(study: optuna.Study) -> RoundRecord:
 
 
 def spent(store: RunStore) -> Spent:
-    """What the finished parts of the run have used."""
-    rounds = [read_round(study) for study in store.rounds()]
-    trials = [t for r in rounds for t in r.trials]
+    """What the finished parts of the run have used: the seconds in which any trial ran, and all epochs."""
+    studies = list(store.rounds())
+    trials = [t for study in studies for t in read_trials(study)]
     return Spent(
-        seconds=sum(r.seconds for r in rounds),
+        seconds=sum(read_plan(study).analysis_seconds + _busy_seconds(study) for study in studies),
         epochs=sum(t.epochs[-1].epoch for t in trials if t.epochs),
     )
+
+
+def _busy_seconds(study: optuna.Study) -> float:
+    """The time in which trials that were finished ran, counted once where several ran at a time."""
+    total, until = 0.0, 0.0
+    for trial in sorted(scored(study), key=lambda t: t.datetime_start or datetime.min):
+        if trial.datetime_start is None or trial.datetime_complete is None:
+            continue
+        began, ended = trial.datetime_start.timestamp(), trial.datetime_complete.timestamp()
+        total += max(0.0, ended - max(began, until))
+        until = max(until, ended)
+    return total
 
 
 def measured_speed(store: RunStore) -> Speed | None:

@@ -15,7 +15,7 @@ import logging
 import os
 import warnings
 from collections.abc import Callable
-from pathlib import Path
+from contextlib import suppress
 from typing import Any, BinaryIO, Protocol
 
 import optuna
@@ -47,6 +47,7 @@ class Artifacts(Protocol):
     def open_reader(self, artifact_id: str) -> BinaryIO: ...  # noqa: D102
     def write(self, artifact_id: str, content_body: BinaryIO) -> None: ...  # noqa: D102
     def remove(self, artifact_id: str) -> None: ...  # noqa: D102
+    def names(self) -> list[str]: ...  # noqa: D102
     def close(self) -> None: ...  # noqa: D102
 
 
@@ -205,22 +206,14 @@ def _begin_immediate(connection: Connection) -> None:
     connection.exec_driver_sql("BEGIN IMMEDIATE")
 
 
-def open_artifacts(place: Place) -> Artifacts:
-    """The artifact store of a run.
+def open_artifacts(where: str) -> Artifacts:
+    """An artifact store: an `s3://` URL, or a folder that is made when something is written.
 
     Raises:
         UsageError: S3's client is missing.
-        RunError: the folder cannot be made.
+        RunError: the bucket cannot be used.
     """
-    if place.checkpoints.startswith("s3://"):
-        return _Bucket(place.checkpoints)
-    try:
-        Path(place.checkpoints).mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise RunError(
-            f"{place.checkpoints} cannot be made: {error.strerror}", "choose another place"
-        ) from None
-    return Folder(place.checkpoints)
+    return _Bucket(where) if where.startswith("s3://") else Folder(where)
 
 
 class Folder(FileSystemArtifactStore):
@@ -235,17 +228,23 @@ class Folder(FileSystemArtifactStore):
         path = self._get_filepath(artifact_id)
         beside = path.with_name(f".{path.name}.{os.getpid()}.part")
         try:
+            path.parent.mkdir(parents=True, exist_ok=True)
             with beside.open("wb") as file:
                 file.write(content_body.read())
                 file.flush()
                 os.fsync(file.fileno())
             beside.replace(path)
         except OSError as error:
-            beside.unlink(missing_ok=True)
+            with suppress(OSError):
+                beside.unlink()
             raise RunError(
                 f"a checkpoint cannot be written to {self._base_path}: {error.strerror}",
                 f"make room there, or make it writable; {NEXT}",
             ) from error
+
+    def names(self) -> list[str]:
+        """All that is kept, half-written files of killed processes included."""
+        return [p.name for p in self._base_path.iterdir()] if self._base_path.is_dir() else []
 
     def close(self) -> None:
         """Nothing is held open."""
@@ -287,6 +286,13 @@ class _Bucket:
     def remove(self, artifact_id: str) -> None:
         """Remove it, once."""
         self._wait(lambda: self._store.remove(self._key(artifact_id)))
+
+    def names(self) -> list[str]:
+        """All that is kept below the prefix."""
+        pages = self._store.client.get_paginator("list_objects_v2")
+        prefix = self._key("")
+        found = self._wait(lambda: list(pages.paginate(Bucket=self._store.bucket, Prefix=prefix)))
+        return [o["Key"].removeprefix(prefix) for page in found for o in page.get("Contents", ())]
 
     def close(self) -> None:
         """Let go of the connections."""

@@ -8,7 +8,7 @@ rounds and finishing the undecided one. How a round is searched is in `search`, 
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from itertools import count
@@ -18,12 +18,13 @@ import optuna
 
 from autoprune import events as ev
 from autoprune.advice import Point, first_points, next_points
-from autoprune.baseline import Work, begin, is_measured
+from autoprune.baseline import NONE, Work, begin, is_measured
 from autoprune.budget import FINAL_SHARE, MIN_EPOCHS, Effort, Speed, plan_round, rounds_ahead
 from autoprune.config import Lock, Study
 from autoprune.controller import Decision, RoundOutcome, State, decide, floor_of_round, replay
 from autoprune.delivery import deliver
 from autoprune.densify import densify, verify
+from autoprune.errors import RunError
 from autoprune.history import (
     CHECKPOINT,
     RoundPlan,
@@ -37,54 +38,62 @@ from autoprune.history import (
 from autoprune.latency import with_latency
 from autoprune.points import keep_point, kept_points
 from autoprune.preflight import Setup, fitting_threads, prepare, traced
+from autoprune.presence import Presence, joined
 from autoprune.record import RunResult, SensitivityCell
 from autoprune.sealing import run_seal
-from autoprune.search import RoundJob, search_round
+from autoprune.search import RoundJob, same_failure, search_round
 from autoprune.sensitivity import SensitivityPoint, SensitivityTable, most_points, sensitivity
 from autoprune.splits import derive_seed
-from autoprune.store import RunStore, Seal, put, quiet_optuna, scored
+from autoprune.store import FINAL, Place, RunStore, Seal, has_run, put, quiet_optuna, scored
 from autoprune.trial import Ground, probe_speed
 
 WORTHWHILE = 0.5  # of the longest trials' epochs: shorter ones are not worth a round; a guess
 ANALYSIS_PART = 0.25  # of the time left: an analysis that takes more is not made again; a guess
 
 
-def run(
+def run(  # noqa: PLR0913 - the whole product: each argument is a decision of its caller
     study: Study,
     *,
-    out: Path | str | None = None,
+    out: Path | str | Place | None = None,
     resume: bool = False,
     lock: Lock = Lock(),  # noqa: B008 - frozen, never changed
     on_event: ev.OnEvent = ev.silent,
     command: str = "",
+    sources: Mapping[str, str] = NONE,
 ) -> RunResult:
     """Prune the study's network to its target, and deliver the result into a folder.
 
     Args:
         study: what to do.
-        out: the run's folder, `runs/NAME` by default; it must not hold anything yet.
-        resume: go on with the run in `out`.
+        out: where the run is kept, the folder `runs/NAME` by default; it must not hold anything yet.
+        resume: go on with the run in `out`, or start it where there is none.
         lock: who can open the delivered file; by default your own key, made on first use.
         on_event: told of everything that happens.
-        command: what to type to make this run again, for the report.
+        command: what to type to make this run again, for the report and for workers.
+        sources: SHA-256 of the files that the command names, which a worker compares.
 
     Raises:
         UsageError: something is wrong with what was given; nothing was written.
+        HeldError: another process coordinates this run.
         RunError: the run cannot go on; what was finished is kept.
     """
-    folder = Path(out) if out is not None else Path("runs") / study.name
+    place = out if isinstance(out, Place) else Place(folder=Path(out or Path("runs") / study.name))
+    resume = resume and has_run(place, study.name)
     seal = run_seal(lock)
-    setup = prepare(study, out=folder, resume=resume, lock=lock)
-    with quiet_optuna(), fitting_threads(setup), _opened(folder, study.name, seal, resume=resume) as store:
-        on_event(_run_started(setup, folder, resume=resume))
-        work = begin(setup, store, on_event, command)
+    setup = prepare(study, out=place, resume=resume, lock=lock)
+    with quiet_optuna(), fitting_threads(setup), _led(place, study.name, seal) as me:
+        store = me.store
+        on_event(_run_started(setup, place.folder, resume=resume))
+        work = replace(begin(setup, store, on_event, command, sources), me=me)
         state = replay(work.goal, study.control, outcomes(store))
         while state.ended is None:
             ground = stand(work, state)
             job, attempt = analyse(work, state, ground)  # Analysis
             search_round(job, attempt, known_points(job))  # Pruning and Fine-tuning
             state = judge(work, job, attempt).state
-        return deliver(work, state, lock)  # Transformation
+        result = deliver(work, state, lock)  # Transformation
+        store.keep_only(_needed(store, state))
+        return result
 
 
 def stand(work: Work, state: State) -> Ground:
@@ -115,6 +124,9 @@ def analyse(work: Work, state: State, ground: Ground) -> tuple[RoundJob, optuna.
     """
     number = state.round + 1
     attempt = next((a for n, a in enumerate(work.store.rounds(), 1) if n == number), None)
+    if attempt is not None and work.leads and same_failure(attempt):
+        work.store.drop_study(number)  # what made all its trials fail may be mended
+        attempt = None
     table = _known_table(work, state, ground) if attempt is None else _table_of(attempt)
     if attempt is None:
         work.on_event(
@@ -131,7 +143,7 @@ def analyse(work: Work, state: State, ground: Ground) -> tuple[RoundJob, optuna.
     work.on_event(ev.StageStarted(stage="search", round=number, detail=f"{plan.trials} trials"))
     job = RoundJob(
         ground=replace(ground, table=table), plan=plan, goal=work.goal, state=state, store=work.store,
-        meter=work.meter, speed=_speed(work, ground), on_event=work.on_event,
+        meter=work.meter, speed=_speed(work, ground), on_event=work.on_event, me=work.me,
     )  # fmt: skip
     return job, attempt
 
@@ -147,7 +159,16 @@ def known_points(job: RoundJob) -> list[Point]:
 
 
 def judge(work: Work, job: RoundJob, attempt: optuna.Study) -> Decision:
-    """Let the controller decide, check the promoted network, and keep the decision."""
+    """Let the controller decide, check the promoted network, and keep the decision.
+
+    Raises:
+        RunError: all trials failed in the same way.
+    """
+    if (failure := same_failure(attempt)) is not None:
+        raise RunError(
+            f"all trials of round {job.plan.number} failed in the same way: {failure}",
+            "mend that; the same command with --resume tries the round again",
+        )
     study = work.setup.study
     epochs = study.search.epochs or _worthwhile_epochs(work)
     enough = work.meter.affords(job.speed.trial_s + epochs * job.speed.epoch_s, epochs)
@@ -156,6 +177,7 @@ def judge(work: Work, job: RoundJob, attempt: optuna.Study) -> Decision:
     if decision.promoted is not None:
         plan = work.store.load(checkpoint_of(work.store, job.plan.number, decision.promoted)).plan
         verify(work.setup.model, work.setup.graph, plan, work.setup.example)
+    work.store.guard()
     put(
         attempt, budget_left=outcome.budget_left, promoted=decision.promoted, reason=decision.reason,
         action=decision.action,
@@ -172,20 +194,26 @@ def judge(work: Work, job: RoundJob, attempt: optuna.Study) -> Decision:
 
 
 @contextmanager
-def _opened(folder: Path, name: str, seal: Seal | None, *, resume: bool) -> Iterator[RunStore]:
-    """The run's store; a run that ends before its original was measured leaves nothing behind."""
-    is_new = not folder.exists()
-    folder.mkdir(parents=True, exist_ok=True)
-    store = RunStore(folder, name, create=not resume, seal=seal)
+def _led(place: Place, name: str, seal: Seal | None) -> Iterator[Presence]:
+    """The run's store, coordinated by this process alone.
+
+    A run that ends before its original was measured leaves nothing behind.
+    """
+    is_new = not place.folder.exists()
+    place.folder.mkdir(parents=True, exist_ok=True)
+    store, leads = RunStore(place, name, create=True, seal=seal), False
     try:
-        yield store
+        with joined(store, "coordinator") as me:
+            leads = True
+            store.guard_with(me.check)
+            yield me
     finally:
-        has_begun = is_measured(store)
+        has_begun = not leads or is_measured(store)
         store.close()
         if not has_begun:
             store.erase()
             if is_new:
-                folder.rmdir()
+                place.folder.rmdir()
 
 
 def _run_started(setup: Setup, out: Path, *, resume: bool) -> ev.RunStarted:
@@ -296,6 +324,14 @@ def _known_table(work: Work, state: State, ground: Ground) -> SensitivityTable |
 
 def _table_of(attempt: optuna.Study) -> SensitivityTable:
     return SensitivityTable.from_json(attempt.user_attrs["table"])
+
+
+def _needed(store: RunStore, state: State) -> set[str]:
+    """The checkpoints of the models that lead to the result, and the result's."""
+    final = store.study(FINAL)
+    assert final is not None
+    path = {checkpoint_of(store, p.round, p.trial) for p in (*state.path, state.best)}
+    return path | {checkpoint_of(store, 0, 0), scored(final)[0].user_attrs[CHECKPOINT]}
 
 
 def _forget_losers(work: Work, attempt: optuna.Study, decision: Decision) -> None:

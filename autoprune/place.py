@@ -45,10 +45,9 @@ class Place:
             make_url(self.database).set(drivername="postgresql+psycopg").render_as_string(hide_password=False)
         )
 
-    @property
-    def checkpoints(self) -> str:
-        """Where weights are kept: an `s3://` URL or a folder."""
-        return self.artifacts or str(self.folder / ARTIFACTS)
+    def checkpoints(self, name: str) -> str:
+        """Where the weights of the run of this name are kept: an `s3://` URL or a folder."""
+        return f"{self.artifacts}/{name}" if self.artifacts else str(self.folder / ARTIFACTS)
 
     @property
     def is_local(self) -> bool:

@@ -34,7 +34,7 @@ from autoprune.graph import ChannelGraph
 from autoprune.latency import with_latency
 from autoprune.metrics import Evaluation, wilson_interval
 from autoprune.signing import sign_manifest
-from autoprune.store import DATABASE
+from autoprune.store import Place, has_run
 from autoprune.timings import device_name
 from autoprune.tracing import trace
 from autoprune.wording import milliseconds
@@ -130,14 +130,14 @@ def understand(study: Study) -> Understood:
 
 
 def prepare(
-    study: Study, *, out: Path | None = None, resume: bool = False, lock: Lock | None = None
+    study: Study, *, out: Path | Place | None = None, resume: bool = False, lock: Lock | None = None
 ) -> Setup:
     """Check a study, its data, its network and the way out; nothing is trained or written.
 
     Args:
         study: what to run.
-        out: the run's folder; None leaves it unchecked.
-        resume: the folder has to hold a run.
+        out: where the run is kept; None leaves it unchecked.
+        resume: there may be a run, which has measured the network already.
         lock: of the delivered file; None leaves it unchecked.
 
     Raises:
@@ -146,7 +146,7 @@ def prepare(
     check_study(study)
     _check_choices(study)
     if out is not None:
-        check_folder(out, resume=resume)
+        check_place(out, study.name, resume=resume)
     if lock is not None and not lock.plain and (lock.recipients or lock.passphrase is not None):
         check_lock(lock.recipients, lock.passphrase)
     if lock is not None and lock.signing_key is not None:
@@ -160,7 +160,8 @@ def prepare(
     metric, original_cost, target_cost = _costs(target, graph)
     if out is not None and not resume:
         check_delivery(model, known.example)
-    found = None if study.baseline else measured_baseline(study, model, data, device)
+    is_known = resume and out is None
+    found = None if study.baseline or is_known else measured_baseline(study, model, data, device)
     return Setup(
         study=study, target=target, budget=Budget.parse(study.budget), metric=metric, model=model,
         graph=graph, data=data, device=device, example=known.example, original_cost=original_cost,
@@ -244,22 +245,22 @@ def make_plan(setup: Setup) -> RunPlan:
     )  # fmt: skip
 
 
-def check_folder(out: Path, *, resume: bool) -> None:
-    """See that a run may write there: an empty or new folder, or, to resume, one with a run.
+def check_place(out: Path | Place, name: str, *, resume: bool) -> None:
+    """See that a run may be kept there: in an empty or new folder, or, to resume, where there is one.
 
     Raises:
         UsageError: it may not.
     """
-    if resume:
-        if not (out / DATABASE).is_file():
-            raise UsageError(f"there is no run in {out} to resume", "start it without --resume")
-    elif out.exists() and (not out.is_dir() or any(out.iterdir())):
-        has_run = (out / DATABASE).is_file()
-        hint = "continue it with --resume, or choose another --out" if has_run else "choose another --out"
-        raise UsageError(f"{out} exists; a run is never overwritten", hint)
-    parent = next(p for p in (out, *out.absolute().parents) if p.exists())
+    place = out if isinstance(out, Place) else Place(folder=out)
+    folder, there = place.folder, has_run(place, name)
+    if there and not resume:
+        hint = f"continue the run {name!r} with --resume, or choose another --out"
+        raise UsageError(f"{place} exists; a run is never overwritten", hint)
+    if place.is_local and not there and folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise UsageError(f"{folder} exists; a run is never overwritten", "choose another --out")
+    parent = next(p for p in (folder, *folder.absolute().parents) if p.exists())
     if not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK):
-        raise UsageError(f"{out} cannot be written: no permission in {parent}", "choose another --out")
+        raise UsageError(f"{folder} cannot be written: no permission in {parent}", "choose another --out")
 
 
 @contextmanager

@@ -68,8 +68,8 @@ class Process:
 class Presence:
     """This process as a member of the run, with a thread that says every few seconds that it is alive."""
 
-    def __init__(self, store: RunStore, study: optuna.Study, trial: FrozenTrial) -> None:
-        self.store, self.number = store, trial.number
+    def __init__(self, store: RunStore, study: optuna.Study, trial: FrozenTrial, role: Role) -> None:
+        self.store, self.number, self.role = store, trial.number, role
         self._study, self._trial_id = study, trial._trial_id
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._beat, name="heartbeat", daemon=True)
@@ -131,7 +131,7 @@ def joined(store: RunStore, role: Role) -> Iterator[Presence]:
         HeldError: the run has a coordinator already, and this process wants to be one.
     """
     study = _processes(store)
-    me = Presence(store, study, _enter(study, role))
+    me = Presence(store, study, _enter(study, role), role)
     try:
         if role == "coordinator":
             _refuse_or_take_over(store, me.number)

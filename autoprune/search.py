@@ -3,8 +3,8 @@
 The value of a trial is lexicographic: recovered trials count what they removed, the others what they are
 short of the floor (negative), so that the sampler, the dashboard and the controller agree on what is best.
 What a trial tries follows from the stored trials and from (seed, round, seat), so a run that was stopped and
-resumed asks for the same trials as one that was not. The seat of a trial is its place among the finished
-ones: a trial of a killed process gives its seat, and its parameters, back.
+resumed asks for the same trials as one that was not. The seat of a trial is its place in the round; any
+number of processes take seats, and a trial of a killed process gives its seat, and its parameters, back.
 
 A trial climbs a ladder of complete learning-rate schedules and leaves it on a rung: when it has recovered,
 or when the trials before it say that it cannot. Only annealed models are ever compared.
@@ -12,10 +12,13 @@ or when the trials before it say that it cannot. Only annealed models are ever c
 
 from __future__ import annotations
 
+import re
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import optuna
+from optuna.exceptions import UpdateFinishedTrialError
 
 from autoprune import events as ev
 from autoprune.advice import Past, Point, Space, advise, make_sampler, settled_points, suggest
@@ -23,15 +26,20 @@ from autoprune.budget import Meter, Speed, ladder
 from autoprune.config import Search
 from autoprune.controller import Goal, State, TrialSummary, has_recovered
 from autoprune.errors import TrialError
-from autoprune.history import CHECKPOINT, RESULT, RoundPlan, read_plan, read_trials
+from autoprune.history import CHECKPOINT, RESULT, RoundPlan, read_plan, read_trials, spent
+from autoprune.presence import POLL_S, Presence, Watch
 from autoprune.record import TrialRecord
+from autoprune.seats import NOBODY, OWNER, Taken, free_, running, sit, take, tell
 from autoprune.splits import derive_seed
-from autoprune.store import RunStore, fail_left_running_, put, scored
+from autoprune.store import RunStore, put, scored
 from autoprune.train import EpochRecord
-from autoprune.trial import Climb, Ground, TrialResult, run_trial
+from autoprune.trial import Climb, Ground, TrialParams, TrialResult, failed_record, run_trial
 
 FAILED_VALUE = -1.0  # top-1 cannot fall short by more; NaN would teach the sampler nothing
 TIE_WEIGHT = 1e-3  # of top-1 beside the rate
+MAX_DEATHS = 5  # of processes on one seat, before its trial counts as failed; a guess
+OUT_OF_TIME = "the time budget ran out during fine-tuning"
+PARAMETERS = {"prune_rate", "lr", "decay", "criterion", "strategy"}
 KNOWN_GAINS = 2  # trials that went from the first rung to the second before one is given up there
 
 
@@ -47,6 +55,12 @@ class RoundJob:
     meter: Meter
     speed: Speed
     on_event: ev.OnEvent
+    me: Presence | None = None
+
+    @property
+    def owner(self) -> int:
+        """The name of this process on its trials."""
+        return NOBODY if self.me is None else self.me.number
 
     @property
     def search(self) -> Search:
@@ -60,31 +74,59 @@ class RoundJob:
 
 
 def search_round(job: RoundJob, study: optuna.Study, known: Sequence[Point]) -> None:
-    """Run the round's trials until the planned number is finished or the budget affords no more.
+    """Run trials until the planned number is finished or the budget affords no more.
+
+    The coordinator, or a process that is alone, stays until nobody runs a trial of the round any more, and
+    frees the seats of those who died. A worker leaves when there is no seat for it.
 
     Args:
         job: what to work with.
         study: of this round; its finished trials count, those that a stopped process left are tried again.
         known: points to start with, most promising first.
     """
-    again = [t.params for t in fail_left_running_(study) if t.params]
-    while (seat := len(scored(study))) < job.plan.trials and _affordable(job, study):
-        study.enqueue_trial(again.pop(0) if again else next_point(job, study, known))
-        _one_trial(job, study, seat)
+    leads = job.me is None or job.me.role == "coordinator"
+    watch, told = Watch(job.store), {t.number for t in scored(study)}
+    while True:
+        if job.me is not None:
+            job.me.check()
+        if leads:
+            free_(study, _alive(job, watch))
+        taken = take(study, job.plan.trials, job.owner) if _affordable(job, study) else None
+        if taken is not None:
+            _one_trial(job, study, taken, known)
+        _tell_finished(job, study, told)
+        if taken is None:
+            if not leads or not running(study):
+                return
+            time.sleep(POLL_S)
 
 
-def next_point(job: RoundJob, study: optuna.Study, known: Sequence[Point]) -> Point:
-    """What to try next: a known point while there are some, then what the sampler advises.
+def _alive(job: RoundJob, watch: Watch) -> set[int]:
+    if job.me is None:
+        return set()
+    return {p.number for p in watch.look() if p.state in ("working", "silent")}
+
+
+def _tell_finished(job: RoundJob, study: optuna.Study, told: set[int]) -> None:
+    """Say what was finished since, here or elsewhere."""
+    for record in read_trials(study):
+        if record.number not in told and record.state != "running" and record.seconds > 0:
+            told.add(record.number)
+            job.on_event(ev.TrialFinished(round=job.plan.number, record=record))
+
+
+def next_point(job: RoundJob, study: optuna.Study, known: Sequence[Point], seat: int | None = None) -> Point:
+    """What to try in this seat (the next one): a known point while there are some, then the sampler's advice.
 
     Once a trial has recovered at the ceiling, the rate stays there.
     """
-    seat, space = len(scored(study)), job.space
+    seat, space = len(scored(study)) if seat is None else seat, job.space
     settled = _is_settled(job, study)
     points = settled_points(known, space) if settled and known else known
     if seat < len(points):
         return points[seat]
     sampler = make_sampler(job.search.sampler, derive_seed(job.ground.seed, seat))
-    point = advise(space, sampler, [*_earlier(job), *_own(study)])
+    point = advise(space, sampler, [*_earlier(job), *_own(study), *_under_way(study)])
     return point | {"prune_rate": space.ceiling} if settled else point
 
 
@@ -96,6 +138,12 @@ def _is_settled(job: RoundJob, study: optuna.Study) -> bool:
 
 def _own(study: optuna.Study) -> list[Past]:
     return [Past(point=t.params, value=t.value) for t in scored(study) if t.value is not None]
+
+
+def _under_way(study: optuna.Study) -> list[Past]:
+    """What others try at this moment, with the worst value so far, so that it is not tried twice."""
+    worst = min((t.value for t in scored(study) if t.value is not None), default=FAILED_VALUE)
+    return [Past(point=t.params, value=worst) for t in running(study) if t.params.keys() >= PARAMETERS]
 
 
 def _earlier(job: RoundJob) -> list[Past]:
@@ -139,16 +187,30 @@ def value_of(record: TrialRecord, job: RoundJob) -> float:
     return max(FAILED_VALUE, min(-1e-9, record.top1 - job.plan.floor))
 
 
-def _one_trial(job: RoundJob, study: optuna.Study, seat: int) -> None:
-    trial = study.ask()
-    params = suggest(trial, job.space)
-    job.on_event(ev.TrialStarted(round=job.plan.number, trial=trial.number, params=trial.params))
-    result = run_trial(
+def _one_trial(job: RoundJob, study: optuna.Study, taken: Taken, known: Sequence[Point]) -> None:
+    point = taken.again or next_point(job, study, known, taken.seat)
+    trial = sit(study, taken, point)
+    try:
+        params = suggest(trial, job.space)
+        job.on_event(ev.TrialStarted(round=job.plan.number, trial=trial.number, params=trial.params))
+        result = _spared(taken) if taken.deaths >= MAX_DEATHS else _tried(job, trial, params, taken.seat)
+        _keep(job, study, trial, result)
+    except UpdateFinishedTrialError:
+        job.on_event(ev.Note(message=f"trial {trial.number} was given to another process: left out here"))
+
+
+def _tried(job: RoundJob, trial: optuna.Trial, params: TrialParams, seat: int) -> TrialResult:
+    return run_trial(
         job.ground, params, epochs=ladder(job.plan.epochs, longer=job.search.epochs is None),
         seed=derive_seed(job.ground.seed, seat), goes_on=lambda climb: _goes_on(job, climb),
         on_epoch=lambda e: _tell_epoch(job, trial.number, e),
     )  # fmt: skip
-    _keep(job, study, trial, result)
+
+
+def _spared(taken: Taken) -> TrialResult:
+    """A trial that killed process after process is not tried once more."""
+    reason = f"{taken.deaths} processes died running it (out of memory?)"
+    return TrialResult(record=failed_record(reason, seconds=1e-3), model=None, plan=None)
 
 
 def _goes_on(job: RoundJob, climb: Climb) -> bool:
@@ -188,9 +250,8 @@ def _keep(job: RoundJob, study: optuna.Study, trial: optuna.Trial, result: Trial
     if record.epochs:
         job.meter.spend(record.epochs[-1].epoch)
     put(trial, **{RESULT: _with_verdict(record, job)})
-    study.tell(trial, value_of(record, job))
-    told = next(t for t in read_trials(study) if t.number == trial.number)
-    job.on_event(ev.TrialFinished(round=job.plan.number, record=told))
+    if not tell(study, trial, value_of(record, job)):
+        raise UpdateFinishedTrialError
     tell_budget(job.meter, job.on_event)
 
 
@@ -218,10 +279,24 @@ def _recovered(record: TrialRecord, job: RoundJob) -> bool:
 
 
 def _affordable(job: RoundJob, study: optuna.Study) -> bool:
-    """Whether one more trial fits, by what the round's trials took or, before the first, by the estimate."""
+    """Whether one more trial fits, by what the round's trials took or, before the first, by the estimate.
+
+    What all processes have used counts, and what the trials under way will use.
+    """
     took = [t.seconds for t in read_trials(study) if t.epochs]
     estimate = job.plan.epochs * job.speed.epoch_s + job.speed.trial_s
-    return job.meter.affords(max(took) if took else estimate, job.plan.epochs)
+    job.meter.epochs = max(job.meter.epochs, spent(job.store).epochs)
+    reserved = job.plan.epochs * sum(t.user_attrs.get(OWNER) != job.owner for t in running(study))
+    return job.meter.affords(max(took) if took else estimate, job.plan.epochs + reserved)
+
+
+def same_failure(study: optuna.Study) -> str | None:
+    """Why all trials of the round failed, if they did so in the same way; out of time is no failure."""
+    records = [t for t in read_trials(study) if t.state != "running" and t.seconds > 0]
+    ways = {re.sub(r"[\d.]+(e[-+]?\d+)?", "#", t.failure) for t in records}
+    if not records or len(ways) > 1 or not records[0].failure or OUT_OF_TIME in records[0].failure:
+        return None
+    return records[0].failure
 
 
 def _tell_epoch(job: RoundJob, trial: int, epoch: EpochRecord) -> None:
@@ -232,4 +307,4 @@ def _tell_epoch(job: RoundJob, trial: int, epoch: EpochRecord) -> None:
         )
     )  # fmt: skip
     if job.meter.left().seconds < 0:
-        raise TrialError("the time budget ran out during fine-tuning", "give the run a larger --budget")
+        raise TrialError(OUT_OF_TIME, "give the run a larger --budget")

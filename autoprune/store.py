@@ -14,7 +14,7 @@ import hashlib
 import io
 import json
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, is_dataclass
 from pathlib import Path
@@ -36,7 +36,7 @@ from autoprune.plan import PruningPlan
 
 __all__ = [
     "ARTIFACTS", "DATABASE", "FINAL", "Checkpoint", "Place", "RunStore", "Seal", "fail_left_running_",
-    "name_in", "put", "quiet_optuna", "scored",
+    "has_run", "name_in", "names_in", "put", "quiet_optuna", "scored",
 ]  # fmt: skip
 
 FINAL = "final"
@@ -103,7 +103,10 @@ class RunStore:
         self.folder, self.name, self.seal = self.place.folder, name, seal
         if self.place.is_local and not create and not (self.folder / DATABASE).is_file():
             raise UsageError(f"there is no run in {self.folder}", "start it without --resume")
-        self.artifacts = open_artifacts(self.place)
+        if create:
+            self.folder.mkdir(parents=True, exist_ok=True)
+        self.checkpoints = self.place.checkpoints(name)
+        self.artifacts = open_artifacts(self.checkpoints)
         self.storage = open_storage(self.place)
         self._guard: Callable[[], None] = _nobody_minds
         others = {n.split("/")[0] for n in optuna.get_all_study_names(self.storage)} - {name}
@@ -139,7 +142,7 @@ class RunStore:
         for name in (DATABASE, f"{DATABASE}-wal", f"{DATABASE}-shm"):
             (self.folder / name).unlink(missing_ok=True)
         if self.place.artifacts is None:
-            shutil.rmtree(self.folder / ARTIFACTS)
+            shutil.rmtree(self.folder / ARTIFACTS, ignore_errors=True)
 
     def study(self, number: int | str) -> optuna.Study | None:
         """The study of a round attempt (0 is the baseline) or `FINAL`; None where there is none yet."""
@@ -192,12 +195,10 @@ class RunStore:
             with self.artifacts.open_reader(artifact_id) as file:
                 content = file.read()
         except ArtifactNotFound:
-            raise ArtifactError(
-                f"checkpoint {artifact_id} is missing in {self.place.checkpoints}", hint
-            ) from None
+            raise ArtifactError(f"checkpoint {artifact_id} is missing in {self.checkpoints}", hint) from None
         content = self._opened(artifact_id, content)
         if hashlib.sha256(content).hexdigest() != artifact_id.removesuffix(SEALED).removesuffix(SUFFIX):
-            raise ArtifactError(f"checkpoint {artifact_id} in {self.place.checkpoints} is damaged", hint)
+            raise ArtifactError(f"checkpoint {artifact_id} in {self.checkpoints} is damaged", hint)
         try:
             return Checkpoint(weights=load_safetensors(content), plan=_plan_in_header(content))
         except (SafetensorError, KeyError, ValueError) as error:
@@ -218,6 +219,13 @@ class RunStore:
             )
         return self.seal.open(content)
 
+    def keep_only(self, artifact_ids: Collection[str]) -> None:
+        """Remove all else, half-written files of killed processes included; for a run that is over."""
+        self.guard()
+        for name in self.artifacts.names():
+            if name not in artifact_ids:
+                self.artifacts.remove(name)
+
     def _holds(self, artifact_id: str) -> bool:
         try:
             self.load(artifact_id)
@@ -227,6 +235,17 @@ class RunStore:
 
     def _study_name(self, number: int | str) -> str:
         return f"{self.name}/{number}" if isinstance(number, str) else f"{self.name}/round-{number:02d}"
+
+
+def has_run(place: Place, name: str) -> bool:
+    """Whether there is a run to go on with.
+
+    Raises:
+        UsageError: the database cannot be reached.
+    """
+    if place.is_local:
+        return (place.folder / DATABASE).is_file()
+    return any(study.startswith(f"{name}/") for study in _study_names(place))
 
 
 def name_in(where: Place | Path) -> str:
@@ -240,18 +259,28 @@ def name_in(where: Place | Path) -> str:
         raise UsageError(
             f"there is no run in {place.folder}", "give the folder that autoprune run wrote: runs/NAME"
         )
-    storage = open_storage(place)
-    try:
-        names = [s.study_name for s in storage.get_all_studies()]
-    finally:
-        storage.remove_session()
-        storage.engine.dispose()
-    started = [n.removesuffix(BASELINE) for n in names if n.endswith(BASELINE)]
-    if not started:
+    names = names_in(place)
+    if not names:
         raise UsageError(
             f"the run in {place} has not measured its baseline yet", "wait for it, or start it again"
         )
-    return started[0]
+    return names[0]
+
+
+def names_in(place: Place) -> list[str]:
+    """The runs that have begun to measure their original."""
+    if place.is_local and not (place.folder / DATABASE).is_file():
+        return []
+    return [n.removesuffix(BASELINE) for n in _study_names(place) if n.endswith(BASELINE)]
+
+
+def _study_names(place: Place) -> list[str]:
+    storage = open_storage(place)
+    try:
+        return [str(s.study_name) for s in storage.get_all_studies()]
+    finally:
+        storage.remove_session()
+        storage.engine.dispose()
 
 
 def put(where: optuna.Study | optuna.Trial, **attributes: Any) -> None:

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from autoprune.doctor import Finding
     from autoprune.outlook import Cell, Prospect
     from autoprune.preflight import RunPlan
+    from autoprune.presence import Process
     from autoprune.record import RunRecord, TrialRecord
     from autoprune.sensitivity import SensitivityTable
 
@@ -65,8 +66,10 @@ def plan_text(plan: RunPlan) -> RenderableType:
     return Group(grid, Text(), end, Text(), rounds)
 
 
-def status_text(record: RunRecord) -> RenderableType:
-    """Where a run stands: the answer, then a line for every round."""
+def status_text(
+    record: RunRecord, processes: Sequence[Process] = (), seconds_left: float | None = None
+) -> RenderableType:
+    """Where a run stands: the answer, a line for every round, and who works on it."""
     table = _table("round", "from", "up to", "floor", "trials", "best", "left", "decision")
     for one in record.rounds:
         best = _best(one.trials)
@@ -76,7 +79,18 @@ def status_text(record: RunRecord) -> RenderableType:
             percent(best.cost_share if best else None), one.action or "running",
         )  # fmt: skip
     end = record.outcome.message if record.outcome else f"{duration(record.seconds)} of work so far"
-    return Group(Text(answer(record), "bold"), Text(end), Text(), table)
+    if seconds_left is not None:
+        end += f", {duration(seconds_left)} of {record.study['budget']} left"
+    seen = [_process_text(one) for one in processes if one.state in ("working", "silent")]
+    done = sum(one.state not in ("working", "silent") for one in processes)
+    last = [Text(f"{done} earlier processes", MUTED)] if done else []
+    return Group(Text(answer(record), "bold"), Text(end), Text(), table, Text(), *seen, *last)
+
+
+def _process_text(one: Process) -> Text:
+    silent = "" if one.state == "working" else ", silent"
+    told = f"{one.role} on {one.host}, process {one.pid}, for {duration(one.seconds)}{silent}"
+    return Text(told, BAD if silent else GOOD)
 
 
 def _best(trials: Iterable[TrialRecord]) -> TrialRecord | None:

@@ -361,7 +361,8 @@ def test_an_unwritable_folder_is_refused(tmp_path: Path) -> None:
 
 def test_resuming_wants_the_same_run(finished: tuple[RunResult, list[ev.Event]], tmp_path: Path) -> None:
     out = finished[0].out
-    with pytest.raises(UsageError, match="no run"):
+    (tmp_path / "mine").touch()
+    with pytest.raises(UsageError, match="never overwritten"):
         run(tiny_study(), out=tmp_path, resume=True, lock=PLAIN)
     with pytest.raises(UsageError, match="another max_drop"):
         run(tiny_study(max_drop=3.0), out=out, resume=True, lock=PLAIN)

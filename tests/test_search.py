@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import subprocess
+import sys
 from collections.abc import Iterator
 from contextlib import closing
 from dataclasses import replace
@@ -8,18 +10,31 @@ from pathlib import Path
 import optuna
 import pytest
 import torch
+from optuna.exceptions import UpdateFinishedTrialError
 
 from autoprune import events as ev
-from autoprune.advice import SHALLOW, params_of
+from autoprune.advice import SHALLOW, params_of, suggest
 from autoprune.baseline import Work, begin
 from autoprune.budget import Meter
 from autoprune.config import Budget, Lock, Search
 from autoprune.controller import start
+from autoprune.errors import RunError
 from autoprune.history import CHECKPOINT, RESULT, read_trials
 from autoprune.pipeline import analyse, known_points, stand
 from autoprune.preflight import prepare
 from autoprune.record import Rung, TrialRecord
-from autoprune.search import FAILED_VALUE, RoundJob, _earlier, _goes_on, next_point, search_round, value_of
+from autoprune.search import (
+    FAILED_VALUE,
+    MAX_DEATHS,
+    RoundJob,
+    _earlier,
+    _goes_on,
+    next_point,
+    same_failure,
+    search_round,
+    value_of,
+)
+from autoprune.seats import SEAT, free_, sit, take, tell
 from autoprune.store import RunStore, put, quiet_optuna, scored
 from autoprune.trial import Climb, run_trial
 from tests.tiny import tiny_study
@@ -132,7 +147,7 @@ def test_a_diverged_trial_fails_alone(work: Work) -> None:
     assert scored(study)[0].value == FAILED_VALUE
 
 
-def test_running_out_of_memory_fails_the_trial_and_other_errors_stop_the_run(work: Work) -> None:
+def test_whatever_is_raised_fails_the_trial_alone(work: Work) -> None:
     job, _ = first_round(work)
     params = params_of(known_points(job)[0], job.plan.ceiling)
 
@@ -150,8 +165,93 @@ def test_running_out_of_memory_fails_the_trial_and_other_errors_stop_the_run(wor
         result = run_trial(failing(error).ground, params, epochs=(0.1,), seed=0)
         assert "memory" in result.record.failure
         assert result.model is None
-    with pytest.raises(RuntimeError, match="a bug"):
-        run_trial(failing(RuntimeError("a bug")).ground, params, epochs=(0.1,), seed=0)
+    told = run_trial(failing(OSError("no such image")).ground, params, epochs=(0.1,), seed=0).record.failure
+    assert told.startswith("OSError: no such image (test_search.py:")
+    with pytest.raises(RunError):  # storage is away: that is not the trial's fault
+        run_trial(failing(RunError("no database", "wait")).ground, params, epochs=(0.1,), seed=0)
+
+
+def fails_when_tuning(work: Work, wanted: int) -> RoundJob:
+    """A round in which the first `wanted` trials meet a loss that raises."""
+    job, _ = first_round(work)
+    seen: list[int] = []
+
+    def loss(output: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+        if output.requires_grad and len(seen) < wanted:
+            seen.append(1)
+            raise ValueError("sample 17 is broken")
+        return torch.nn.functional.cross_entropy(output, target)
+
+    return replace(job, ground=replace(job.ground, study=replace(job.ground.study, loss=loss)))
+
+
+def test_a_round_goes_on_after_a_failure_and_all_failing_alike_is_noticed(work: Work) -> None:
+    study = first_round(work)[1]
+    job = fails_when_tuning(work, 1)
+    search_round(job, study, known_points(job))
+    trials = read_trials(study)
+    assert [t.state for t in trials] == ["failed", "complete", "complete"]
+    assert "sample 17 is broken" in trials[0].failure
+    assert trials[0].params["lr"] > 0
+    assert same_failure(study) is None
+    other = work.store.create_study(7, {})
+    job = fails_when_tuning(work, 3)
+    search_round(job, other, known_points(job))
+    assert "sample 17 is broken" in (same_failure(other) or "")
+
+
+def test_a_seat_is_taken_once_and_given_back(work: Work) -> None:
+    job, study = first_round(work)
+    first, second = take(study, 3, owner=5), take(study, 3, owner=6)
+    assert first is not None
+    assert second is not None
+    assert (first.seat, second.seat) == (0, 1)
+    point = known_points(job)[0]
+    trial = sit(study, first, point)
+    assert suggest(trial, job.space) == params_of(point, job.plan.ceiling)
+    assert [t.number for t in free_(study, alive={6})] == [0]
+    assert not tell(study, trial, 0.5), "who slept cannot overwrite"
+    with pytest.raises(UpdateFinishedTrialError):
+        put(trial, **{RESULT: {}})
+    again = take(study, 3, owner=6)
+    assert again is not None
+    assert (again.seat, again.again, again.deaths) == (0, point, 1)
+    assert take(study, 3, owner=7) is not None
+    assert take(study, 3, owner=8) is None
+    assert scored(study) == []
+
+
+SITTER = """
+import sys
+from pathlib import Path
+from autoprune.seats import take
+from autoprune.store import RunStore
+study = RunStore(Path(sys.argv[1]), "tiny").study(9)
+sys.stdin.readline()
+while (taken := take(study, 40, owner=int(sys.argv[2]))) is not None:
+    study.tell(taken.trial.number, 1.0)
+"""
+
+
+def test_many_processes_never_take_more_seats_than_planned(work: Work) -> None:
+    study = work.store.create_study(9, {})
+    command = [sys.executable, "-c", SITTER, str(work.store.folder)]
+    sitters = [subprocess.Popen([*command, str(n)], stdin=subprocess.PIPE, text=True) for n in range(3)]
+    for sitter in sitters:
+        sitter.communicate("\n")
+    assert [s.returncode for s in sitters] == [0] * 3
+    seats = [t.user_attrs[SEAT] for t in scored(study)]
+    assert sorted(seats) == list(range(40))
+
+
+def test_a_seat_that_kills_every_process_counts_as_failed(work: Work) -> None:
+    job, study = first_round(work)
+    for _ in range(MAX_DEATHS):
+        assert take(study, 1, owner=3) is not None
+        free_(study, alive=())
+    search_round(replace(job, plan=replace(job.plan, trials=1)), study, known_points(job))
+    assert "processes died" in read_trials(study)[-1].failure
+    assert scored(study)[0].value == FAILED_VALUE
 
 
 def test_values_are_lexicographic(work: Work) -> None:

@@ -85,7 +85,7 @@ def test_a_run_lives_in_a_database_and_a_bucket(store: RunStore) -> None:
         assert found is not None
         assert found.user_attrs["floor"] == 0.5
     store.forget(artifact)
-    with pytest.raises(ArtifactError, match="missing in s3://models/night"):
+    with pytest.raises(ArtifactError, match="missing in s3://models/night/"):
         store.load(artifact)
 
 

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from autoprune.config import Analysis, Baseline, Control, Finetune, Search, Study
 from autoprune.data import Data
 from autoprune.splits import Normalization, TensorSplit
+from autoprune.train import train_baseline_
 
 NORMALIZATION = Normalization(mean=(0.5,), std=(0.25,))
 
@@ -38,6 +39,13 @@ def tiny_net() -> TinyNet:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         return TinyNet()
+
+
+def trained_net() -> TinyNet:
+    """The tiny network after six epochs, the same in every process."""
+    model = tiny_net()
+    train_baseline_(model, tiny_data().train, Baseline(epochs=6, batch_size=64), seed=0)
+    return model
 
 
 def tiny_split(count: int, seed: int) -> TensorSplit:

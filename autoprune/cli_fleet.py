@@ -1,0 +1,269 @@
+"""`autoprune worker` and `sweep`: many processes on one run, many runs in one night."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+import shlex
+import sys
+import time
+from dataclasses import dataclass, replace
+from datetime import datetime, timedelta
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from autoprune.cli_run import (
+    AIM,
+    DATA,
+    KEYS,
+    SHOW,
+    Artifacts,
+    AsJson,
+    Device,
+    Quiet,
+    RunPlace,
+    StoppedError,
+    choose_study,
+    digests,
+    narrowed,
+    terminable,
+)
+from autoprune.config import Budget, Lock, Study, Target
+from autoprune.errors import UsageError
+from autoprune.terminal import listener
+
+if TYPE_CHECKING:
+    from autoprune.worker import Told
+
+PARTLY = 1
+
+
+def register(app: typer.Typer) -> None:
+    """Add the commands of this module."""
+    app.command(rich_help_panel="Prune", epilog="Example: autoprune worker runs/digits")(worker)
+    app.command(
+        rich_help_panel="Prune",
+        epilog="Example: autoprune sweep digits my_study.py --seed 0 --seed 1 --until 07:00",
+    )(sweep)
+
+
+def worker(
+    run: RunPlace,
+    artifacts: Artifacts = None,
+    study: Annotated[str | None, typer.Option(
+        metavar="STUDY", rich_help_panel=DATA, show_default=False,
+        help="The study, where the run's own command does not lead to it here.")] = None,
+    device: Device = None,
+    run_identity: Annotated[list[str] | None, typer.Option(
+        metavar="FILE", rich_help_panel=KEYS, show_default=False,
+        help="The secret key that opens the run's checkpoints, where they are encrypted.")] = None,
+    quiet: Quiet = False,
+) -> int:  # fmt: skip
+    """Join a run from any process or machine, and run trials of it until it is finished.
+
+    Network, data and settings have to be those that the run was started with, which is checked.
+    """
+    from autoprune.place import find_run
+    from autoprune.worker import told_by, work_on
+
+    told = told_by(find_run(run, artifacts))
+    with terminable(), listener(quiet=quiet) as on_event:
+        given = _given(told, study)
+        chosen = given.study if device is None else replace(given.study, device=device)
+        lock = replace(given.lock, run_identities=tuple(run_identity or given.lock.run_identities))
+        try:
+            number = work_on(chosen, told.place, lock=lock, on_event=on_event)
+        except KeyboardInterrupt:
+            raise StoppedError(
+                "interrupted; the run goes on without this worker", "the same command joins again"
+            ) from None
+    if not quiet:
+        sys.stderr.write(f"{told.name} is finished; this worker ran {number} trials\n")
+    return 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Given:
+    study: Study
+    lock: Lock
+
+
+def _given(told: Told, study: str | None) -> _Given:
+    """The study as the run's own command describes it.
+
+    Raises:
+        UsageError: the command cannot be followed here, or its files have changed.
+    """
+    if not told.command and study is None:
+        raise UsageError(
+            "the run was started from Python, so its study has no name", "name it: --study FILE.py"
+        )
+    words = shlex.split(told.command)[2:]
+    command: Any = typer.main.get_command(_app()).commands["run"]  # type: ignore[attr-defined]
+    params = command.make_context("run", list(words)).params
+    if study is not None:
+        params |= {"study": study, "model": None, "weights": None, "data": None}
+    found = digests(params["study"], params["model"])
+    if sorted(found.values()) != sorted(told.sources.values()):
+        raise UsageError(
+            f"{', '.join(found)} is not the file that the run was started with",
+            "give the worker the same file, by the same name or with --study",
+        )
+    named = ("target", "max_drop", "budget", "seed", "device")
+    changes: dict[str, Any] = {n: params[n] for n in named if params[n] is not None}
+    chosen = choose_study(params["study"], params["model"], params["weights"], params["data"])
+    lock = Lock(
+        run_recipients=tuple(params["encrypt_run"] or ()), run_identities=tuple(params["run_identity"] or ())
+    )
+    return _Given(study=replace(narrowed(chosen, params["exclude"], params["only"]), **changes), lock=lock)
+
+
+def _app() -> typer.Typer:
+    from autoprune import cli_run
+
+    app = typer.Typer()
+    cli_run.register(app)
+    return app
+
+
+def sweep(
+    studies: Annotated[list[str], typer.Argument(
+        metavar="STUDY...", help="Built-in studies, or .py files that define one each.")],
+    target: Annotated[list[str] | None, typer.Option(
+        metavar="METRIC=VALUE", rich_help_panel=AIM, show_default=False,
+        help="What the models may cost; repeatable: every study runs with each.")] = None,
+    max_drop: Annotated[float | None, typer.Option(
+        metavar="PP", rich_help_panel=AIM, help="Allowed loss of top-1, in percentage points.")] = None,
+    seed: Annotated[list[int] | None, typer.Option(
+        rich_help_panel=AIM, show_default=False,
+        help="Of everything random; repeatable: every study runs with each.")] = None,
+    until: Annotated[str | None, typer.Option(
+        metavar="HH:MM", rich_help_panel=AIM, help="When to end, on this machine's clock.")] = None,
+    budget: Annotated[str | None, typer.Option(
+        metavar="TIME", rich_help_panel=AIM, help="Time for all runs together: 8h.")] = None,
+    workers: Annotated[int, typer.Option(
+        metavar="N", min=1, rich_help_panel=DATA, help="Processes that work on each run.")] = 1,
+    device: Device = None,
+    out: Annotated[Path, typer.Option(
+        metavar="DIR", rich_help_panel=SHOW, help="The folder of the runs' folders.")] = Path("runs/sweep"),
+    recipient: Annotated[list[str] | None, typer.Option(
+        "--recipient", "-r", metavar="KEY|FILE", rich_help_panel=KEYS, show_default=False,
+        help="An age public key, or a file of them; repeatable (default: your own, made on first use).",
+    )] = None,
+    plain: Annotated[bool, typer.Option(
+        "--plain", metavar="", rich_help_panel=KEYS, help="Do not encrypt.")] = False,
+    as_json: AsJson = False,
+    quiet: Quiet = False,
+) -> int:  # fmt: skip
+    """Prune several networks, or one to several targets or with several seeds, one after the other.
+
+    The time is divided among the runs that are left. A run that fails does not stop the others. The same
+    command goes on where a sweep was stopped. Exit code 1: some runs are not done.
+    """
+    from autoprune.study_file import find_study
+    from autoprune.sweep import Clock, Job, Row, jobs_of, look, used_seconds
+    from autoprune.sweep import sweep as run_all
+    from autoprune.sweep_report import write_summary
+
+    for study in studies:
+        find_study(study)
+    for one in target or ():
+        Target.parse(one)
+    jobs = jobs_of(studies, target or (), seed or ())
+    if len({job.name for job in jobs}) < len(jobs):
+        raise UsageError("two of the runs would have the same folder", "give each of them once")
+    common = _common(max_drop, workers, device, tuple(recipient or ()), plain=plain)
+    before = tuple(look(job, out) for job in jobs)
+    clock = Clock(deadline=_deadline(until, budget, used_seconds(before)))
+
+    def command(row: Row, seconds: float | None) -> list[str]:
+        given = {"--target": row.job.target, "--seed": row.job.seed,
+                 "--budget": None if seconds is None else f"{math.ceil(seconds)}s"}  # fmt: skip
+        own = [w for option, value in given.items() if value is not None for w in (option, str(value))]
+        words = ["run", row.job.study, "--out", str(row.folder), "--resume", *own, *common]
+        return [sys.executable, "-m", "autoprune", *words]
+
+    def on_line(job: Job, line: str) -> None:
+        if not quiet:
+            sys.stderr.write(f"{job.name}  {line}\n")
+
+    out.mkdir(parents=True, exist_ok=True)
+    try:
+        with terminable():
+            rows = run_all(jobs, out, clock, command, on_line)
+    except KeyboardInterrupt:
+        write_summary(tuple(look(job, out) for job in jobs), out)
+        raise StoppedError(
+            f"interrupted; everything finished so far is kept in {out}", "the same command goes on"
+        ) from None
+    files = write_summary(rows, out)
+    _show(rows, files, as_json=as_json)
+    return 0 if all(row.is_done for row in rows) else PARTLY
+
+
+def _common(
+    max_drop: float | None, workers: int, device: str | None, recipients: tuple[str, ...], *, plain: bool
+) -> list[str]:
+    words = ["--workers", str(workers)] if workers > 1 else []
+    words += [] if max_drop is None else ["--max-drop", str(max_drop)]
+    words += [] if device is None else ["--device", device]
+    words += [w for key in recipients for w in ("--recipient", key)]
+    return [*words, *(["--plain"] if plain else [])]
+
+
+def _deadline(until: str | None, budget: str | None, used: float) -> float:
+    """In seconds of `time.monotonic`; what earlier processes used of the budget counts.
+
+    Raises:
+        UsageError: both are given, or one cannot be read.
+    """
+    if until is not None and budget is not None:
+        raise UsageError("--until and --budget are given", "give one of them")
+    if until is not None:
+        return time.monotonic() + seconds_until(until, datetime.now())
+    if budget is None:
+        return math.inf
+    seconds = Budget.parse(budget).seconds
+    if seconds is None:
+        raise UsageError("the budget of a sweep is a time", "write for example --budget 8h")
+    return time.monotonic() + seconds - used
+
+
+def seconds_until(clock: str, now: datetime) -> float:
+    """From now to the next time that the clock shows this.
+
+    Raises:
+        UsageError: it is no time of day.
+    """
+    match = re.fullmatch(r"([01]?\d|2[0-3]):([0-5]\d)", clock)
+    if match is None:
+        raise UsageError(f"--until {clock} is no time of day", "write for example --until 07:00")
+    then = now.replace(hour=int(match[1]), minute=int(match[2]), second=0, microsecond=0)
+    return ((then if then > now else then + timedelta(days=1)) - now).total_seconds()
+
+
+def _show(rows: object, files: tuple[Path, ...], *, as_json: bool) -> None:
+    from autoprune.sweep import Row
+    from autoprune.sweep_report import HEADS, cells, numbers_of
+
+    assert isinstance(rows, tuple)
+    known: tuple[Row, ...] = rows
+    if as_json:
+        sys.stdout.write(json.dumps([numbers_of(row) for row in known], indent=1) + "\n")
+        return
+    table = Table(box=None, padding=(0, 2, 0, 0), header_style="dim")
+    for head in HEADS:
+        table.add_column(head, justify="left" if head == HEADS[0] else "right", no_wrap=True)
+    for row in known:
+        table.add_row(*cells(row))
+    console = Console(highlight=False, soft_wrap=True)
+    console.print(table)
+    for row in known:
+        if row.reason and row.fate != "reached":
+            console.print(f"{row.job.name}: {row.reason}", style="yellow")
+    console.print(f"\nsummary  {', '.join(str(f) for f in files)}")

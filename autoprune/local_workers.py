@@ -1,0 +1,63 @@
+"""Workers on this machine: started once there is something to do, ended with the run."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+
+from autoprune import events as ev
+from autoprune.place import Place
+
+END_S = 30  # what a worker may take to end
+
+
+@contextmanager
+def local_workers(place: Place, name: str, count: int, on_event: ev.OnEvent) -> Iterator[ev.OnEvent]:
+    """Have `count` processes run trials, this one included; gives what the run should tell its events.
+
+    They start when the original is measured, and share the processor's cores evenly.
+    """
+    if count <= 1:
+        yield on_event
+        return
+    import torch
+
+    before, each = torch.get_num_threads(), max(1, torch.get_num_threads() // count)
+    started: list[subprocess.Popen[bytes]] = []
+
+    def told(event: ev.Event) -> None:
+        if isinstance(event, ev.BaselineMeasured):
+            started.extend(_start(place, name, each) for _ in range(count - 1))
+        on_event(event)
+
+    torch.set_num_threads(each)
+    try:
+        yield told
+    finally:
+        torch.set_num_threads(before)
+        _end(started)
+
+
+def _start(place: Place, name: str, threads: int) -> subprocess.Popen[bytes]:
+    run = str(place.folder) if place.is_local else f"{place.database}#{name}"
+    words = [sys.executable, "-m", "autoprune", "worker", run, "--quiet"]
+    words += ["--artifacts", place.artifacts] if place.artifacts else []
+    shared = {"OMP_NUM_THREADS": str(threads), "MKL_NUM_THREADS": str(threads)}
+    return subprocess.Popen(  # noqa: S603 - our own command line
+        words, env=os.environ | shared, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL,
+        start_new_session=True,
+    )  # fmt: skip
+
+
+def _end(started: list[subprocess.Popen[bytes]]) -> None:
+    for worker in started:
+        worker.terminate()
+    for worker in started:
+        with suppress(subprocess.TimeoutExpired):
+            worker.wait(END_S)
+            continue
+        worker.kill()
+        worker.wait()

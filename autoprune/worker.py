@@ -1,0 +1,167 @@
+"""`autoprune worker`: another process, here or on any machine, that runs trials of a run.
+
+It opens its own connection to the storage, builds the study again, checks that network, data and settings
+are those that the run was started with, and runs trials of the present round through the same code as a
+single process. It decides nothing: rounds are planned and judged by the run's coordinator.
+"""
+
+from __future__ import annotations
+
+import time
+from contextlib import closing, suppress
+from dataclasses import dataclass, replace
+from typing import Any
+
+import optuna
+
+from autoprune import events as ev
+from autoprune.baseline import Work, begin
+from autoprune.config import Lock, Study
+from autoprune.controller import State, replay
+from autoprune.errors import RunError, UsageError
+from autoprune.history import is_decided, outcomes
+from autoprune.patience import GRACE_S, open_storage
+from autoprune.pipeline import analyse, known_points, stand
+from autoprune.place import Place, Run
+from autoprune.preflight import fitting_threads, prepare
+from autoprune.presence import BuriedError, Presence, joined, members
+from autoprune.sealing import run_seal
+from autoprune.search import RoundJob, search_round
+from autoprune.store import BASELINE, FINAL, RunStore, name_in, names_in, quiet_optuna
+
+LONELY_S = 2 * GRACE_S  # without a coordinator for this long, nothing will come any more
+POLL_S = 2.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Told:
+    """How a run was started, as its baseline tells it.
+
+    Attributes:
+        place: where the run is, with the artifact store that it was started with unless another was given.
+        sources: SHA-256 of the files that the command names.
+    """
+
+    place: Place
+    name: str
+    command: str
+    sources: dict[str, str]
+
+
+def told_by(run: Run) -> Told:
+    """Read how a run was started.
+
+    Raises:
+        UsageError: there is no such run, or its original is not measured yet.
+    """
+    name = run.name or name_in(run.place)
+    if name not in names_in(run.place):
+        raise UsageError(
+            f"{run.place} holds no run {name!r} that has measured its baseline", "start it, or wait for it"
+        )
+    storage = open_storage(run.place)
+    try:
+        known = storage.get_study_user_attrs(storage.get_study_id_from_name(f"{name}{BASELINE}"))
+    finally:
+        storage.remove_session()
+        storage.engine.dispose()
+    return Told(
+        place=replace(run.place, artifacts=run.place.artifacts or known.get("artifacts")), name=name,
+        command=known["command"], sources=known.get("sources", {}),
+    )  # fmt: skip
+
+
+def work_on(
+    study: Study,
+    place: Place,
+    *,
+    lock: Lock = Lock(),  # noqa: B008 - frozen, never changed
+    on_event: ev.OnEvent = ev.silent,
+) -> int:
+    """Run trials of the run until it is finished; gives how many.
+
+    Raises:
+        UsageError: study, data or network are not those that the run was started with.
+        RunError: the run has no coordinator any more.
+    """
+    done = _Count(on_event)
+    setup = prepare(study, resume=True)
+    with (
+        quiet_optuna(), fitting_threads(setup),
+        closing(RunStore(place, study.name, seal=run_seal(lock))) as store,
+    ):  # fmt: skip
+        work = begin(setup, store, ev.silent, "")
+        while store.study(FINAL) is None:
+            with suppress(BuriedError), joined(store, "worker") as me:
+                _work(replace(work, me=me, on_event=done), me)
+                break
+    return done.number
+
+
+class _Count:
+    """Passes events on, and counts the trials that were started here."""
+
+    def __init__(self, on_event: ev.OnEvent) -> None:
+        self.number, self._on_event = 0, on_event
+        self._mine: set[tuple[int, int]] = set()
+
+    def __call__(self, event: ev.Event) -> None:
+        if isinstance(event, ev.TrialStarted):
+            self._mine.add((event.round, event.trial))
+        if isinstance(event, ev.TrialFinished):
+            if (event.round, event.record.number) not in self._mine:
+                return
+            self.number += 1
+        self._on_event(event)
+
+
+def _work(work: Work, me: Presence) -> None:
+    alone, ready = _Alone(work.store), _Ready()
+    while work.store.study(FINAL) is None:
+        attempt = next((a for a in work.store.rounds() if not is_decided(a)), None)
+        if attempt is not None and (job := ready.job(work, attempt)) is not None:
+            search_round(job, attempt, ready.known)
+        alone.check()
+        me.check()
+        time.sleep(POLL_S)
+
+
+class _Ready:
+    """The round that this process stands on; building its network and graph once is enough."""
+
+    def __init__(self) -> None:
+        self._name = ""
+        self._job: RoundJob | None = None
+        self.known: list[dict[str, Any]] = []
+
+    def job(self, work: Work, attempt: optuna.Study) -> RoundJob | None:
+        """What to work with in this round; None where its state is not settled yet."""
+        if attempt.study_name == self._name:
+            return self._job
+        state: State = replay(work.goal, work.setup.study.control, outcomes(work.store))
+        if state.ended is not None:
+            return None
+        self._job, _ = analyse(work, state, stand(work, state))
+        self.known, self._name = known_points(self._job), attempt.study_name
+        return self._job
+
+
+class _Alone:
+    """Notices that a run has had no coordinator for a while."""
+
+    def __init__(self, store: RunStore) -> None:
+        self._store, self._since = store, time.monotonic()
+
+    def check(self) -> None:
+        """Look whether there is one.
+
+        Raises:
+            RunError: there was none for `LONELY_S`.
+        """
+        if any(p.role == "coordinator" and p.state == "working" for p in members(self._store)):
+            self._since = time.monotonic()
+        elif time.monotonic() - self._since > LONELY_S:
+            raise RunError(
+                f"nobody has coordinated the run {self._store.name!r} for {LONELY_S:.0f} s",
+                "start it, or go on with it: autoprune run ... --resume",
+            )

@@ -1,0 +1,133 @@
+"""Many runs in one night: the queue, its clock, what a failure does, and the summary."""
+
+from __future__ import annotations
+
+import csv
+import json
+import signal
+import subprocess
+import sys
+import time
+from datetime import datetime
+from pathlib import Path
+
+import pytest
+
+from autoprune.cli import main
+from autoprune.cli_fleet import seconds_until
+from autoprune.errors import UsageError
+from autoprune.sweep import Clock, Job, Row, jobs_of, look
+from autoprune.sweep_report import Point, cells, front, write_summary
+from tests.example_record import REACHED
+
+ROOT = Path(__file__).resolve().parents[1]
+TINY = "from tests.tiny import tiny_study\n\nstudy = tiny_study()\n"
+BROKEN = (
+    "from tests.tiny import tiny_study\n\n\ndef data():\n    raise OSError('the disk is gone')\n\n\n"
+    "study = tiny_study(name='broken', data=data)\n"
+)
+
+
+def studies(folder: Path) -> tuple[str, str]:
+    good, bad = folder / "one_tiny.py", folder / "one_broken.py"
+    good.write_text(TINY, encoding="utf-8")
+    bad.write_text(BROKEN, encoding="utf-8")
+    return str(bad), str(good)
+
+
+def command(*words: object) -> list[str]:
+    return [sys.executable, "-m", "autoprune", "sweep", *map(str, words)]
+
+
+def test_a_queue_is_studies_times_targets_times_seeds() -> None:
+    jobs = jobs_of(["a", "b.py"], ["macs=0.5", "params=0.3"], [0, 1])
+    assert len(jobs) == len({job.name for job in jobs}) == 8
+    assert jobs[0] == Job(study="a", target="macs=0.5", seed=0)
+    assert jobs[-1].name == "b-params-0.3-seed-1"
+    assert jobs_of(["a"], [], []) == (Job(study="a"),)
+
+
+def test_time_is_divided_and_handed_on() -> None:
+    clock = Clock(deadline=time.monotonic() + 1000)
+    assert clock.part(4) == pytest.approx(225, abs=1)
+    assert clock.part(1) == pytest.approx(900, abs=1)
+    assert Clock().part(3) is None
+    assert Clock(deadline=time.monotonic() - 1).part(3) == 0
+
+
+def test_until_is_the_next_time_that_the_clock_shows() -> None:
+    evening = datetime(2026, 3, 1, 22, 30)
+    assert seconds_until("07:00", evening) == 8.5 * 3600
+    assert seconds_until("22:31", evening) == 60
+    assert seconds_until("22:30", evening) == 24 * 3600
+    for text in ("7", "24:00", "07:60", "now"):
+        with pytest.raises(UsageError, match="no time of day"):
+            seconds_until(text, evening)
+
+
+def test_the_front_is_what_no_other_beats() -> None:
+    plane = {"a": (0.5, -0.2), "b": (0.3, -1.0), "c": (0.4, -1.5), "d": (0.6, -0.2), "e": (0.3, -2.0)}
+    found = [Point(name=name, macs_share=macs, delta_pp=delta) for name, (macs, delta) in plane.items()]
+    assert [p.name for p in front(found)] == ["b", "a"]
+
+
+def test_a_summary_says_what_came_of_every_job(tmp_path: Path) -> None:
+    done = Row(job=Job(study="a.py"), fate="reached", folder=tmp_path / "a", record=REACHED)
+    failed = Row(job=Job(study="b", seed=3), fate="failed", folder=tmp_path / "b", record=None,
+                 reason="<no disk>")  # fmt: skip
+    names = {path.name for path in write_summary([done, failed], tmp_path)}
+    assert names == {"sweep.csv", "sweep.json", "sweep.html", "pareto.png"}
+    with (tmp_path / "sweep.csv").open(encoding="utf-8") as file:
+        rows = list(csv.DictReader(file))
+    assert [r["fate"] for r in rows] == ["reached", "failed"]
+    assert float(rows[0]["macs_after"]) < float(rows[0]["macs_before"])
+    page = (tmp_path / "sweep.html").read_text(encoding="utf-8")
+    assert "1 of 2 runs done" in page
+    assert "&lt;no disk&gt;" in page
+    assert 'href="a/report.html"' in page
+    assert page.count("<svg") == 1
+    assert "http" not in page.replace("http://www.w3.org", "")
+    assert len(cells(done)) == len(cells(failed))
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (["digits", "--until", "7", ], "no time of day"),
+        (["digits", "--until", "07:00", "--budget", "1h"], "give one of them"),
+        (["digits", "--budget", "epochs=3"], "--budget 8h"),
+        (["no-such-study"], "no study"),
+        (["digits", "digits"], "same folder"),
+        (["digits", "--target", "speed=2"], "names 'speed'"),
+    ],
+)  # fmt: skip
+def test_a_wrong_sweep_is_refused(words: list[str], told: str, capfd: pytest.CaptureFixture[str]) -> None:
+    assert main(["sweep", *words]) == 2
+    assert told in capfd.readouterr().err
+
+
+@pytest.mark.slow
+def test_a_failure_stops_no_other_and_a_stopped_sweep_goes_on(tmp_path: Path) -> None:
+    bad, good = studies(tmp_path)
+    out = tmp_path / "out"
+    words = [bad, good, "--seed", 0, "--seed", 1, "--out", out, "--plain", "--json"]
+    with subprocess.Popen(command(*words), cwd=ROOT, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stderr is not None
+        for line in process.stderr:
+            if "one_tiny-seed-0" in line and "round 1 trial 0" in line:
+                process.send_signal(signal.SIGTERM)
+                break
+        process.stderr.read()
+        assert process.wait() == 130
+    assert (out / "sweep.csv").is_file()
+    stopped = look(Job(study=good, seed=0), out)
+    assert stopped.fate == "waiting"
+    assert stopped.record is not None
+    finished = subprocess.run(command(*words), cwd=ROOT, capture_output=True, text=True, check=False)
+    assert finished.returncode == 1, finished.stderr
+    rows = json.loads(finished.stdout)
+    assert [row["fate"] for row in rows] == ["failed", "reached", "failed", "reached"]
+    assert "the disk is gone" in rows[0]["reason"]
+    assert "resumed" in finished.stderr
+    again = subprocess.run(command(*words), cwd=ROOT, capture_output=True, text=True, check=False)
+    assert "one_tiny" not in again.stderr, "what is done is not run again"
