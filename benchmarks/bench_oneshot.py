@@ -20,7 +20,7 @@ import json
 import os
 import platform
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -93,6 +93,7 @@ def main() -> None:
     parser.add_argument("--networks", nargs="*", default=["resnet20", "vgg"], choices=oneshot_models.NETWORKS)
     parser.add_argument("--cache", type=Path, default=HERE.parent / "runs" / "oneshot")
     parser.add_argument("--samples", type=int, default=5000, help="of the test split, at most")
+    parser.add_argument("--shares", nargs="*", type=float, default=SHARES, help="of the MACs that are kept")
     parser.add_argument("--out", type=Path, default=HERE / "results")
     args = parser.parse_args()
     torch.set_num_threads(1)
@@ -101,10 +102,10 @@ def main() -> None:
         ground = prepare(name, Path(os.environ["AUTOPRUNE_DATA"]), args.cache, args.samples)
         kept, rows = args.cache / f"rows-{name}.json", list[Row]()
         known = [Row(**r) for r in json.loads(kept.read_text())] if kept.exists() else []
-        for share in SHARES:
+        for share in args.shares:
             rows += [r for r in known if r.share == share] or measured(ground, share)
             kept.write_text(json.dumps([asdict(r) for r in rows]))
-        pages.append(page(ground, rows))
+        pages.append(page(ground, rows, args.shares))
     write(args.out, pages, " ".join(args.networks))
 
 
@@ -194,7 +195,7 @@ def row(ground: Ground, share: float, way: str, made: tuple[nn.Module, float], s
     )  # fmt: skip
 
 
-def page(ground: Ground, rows: list[Row]) -> str:
+def page(ground: Ground, rows: list[Row], shares: Sequence[float]) -> str:
     """One network's table: a line a way, a column a cost, the rival's best of each cost in one line."""
     intact = evaluate_replayed(
         gate.bench(
@@ -202,20 +203,20 @@ def page(ground: Ground, rows: list[Row]) -> str:
         ),
         ground.case.model,
     ).top1
-    best = [max((r for r in rows if r.share == s and "Torch" in r.way), key=lambda r: r.mean) for s in SHARES]
+    best = [max((r for r in rows if r.share == s and "Torch" in r.way), key=lambda r: r.mean) for s in shares]
     ways = list(dict.fromkeys(r.way for r in rows if "Torch" not in r.way))
-    lines = [f"| {w} | {' | '.join(cell(rows, w, s) for s in SHARES)} |" for w in ways]
+    lines = [f"| {w} | {' | '.join(cell(rows, w, s) for s in shares)} |" for w in ways]
     rival = " | ".join(f"{cell(rows, b.way, b.share)}, {b.way.split(', ')[1]}" for b in best)
     lines.insert(1, f"| **Torch-Pruning's best** | {rival} |")
     lines[0] = lines[0].replace("| autoprune |", "| **autoprune** |")
-    heads = " | ".join(f"{s:.0%} of the MACs kept".replace("%", " %") for s in SHARES)
+    heads = " | ".join(f"{s:.0%} of the MACs kept".replace("%", " %") for s in shares)
     took = [f"{r.seconds:.0f}" for r in rows if r.way == "autoprune"]
     return "\n".join([
         f"## {ground.case.title}", "",
         f"Intact {100 * intact:.2f} %; n = {len(ground.test):,} test images, {ground.macs / 1e6:.1f} million "
         f"multiply-adds, {len(ground.graph.groups)} groups. autoprune's decision took {', '.join(took)} CPU "
         f"seconds after an analysis of {ground.table.seconds:.0f} s.", "",
-        f"| | {heads} |", "|---" * (len(SHARES) + 1) + "|", *lines, "",
+        f"| | {heads} |", "|---" * (len(shares) + 1) + "|", *lines, "",
     ])  # fmt: skip
 
 
