@@ -32,6 +32,7 @@ from autoprune.densify import densify
 from autoprune.errors import UnreachableError
 from autoprune.evaluation import Loss, Score, recalibrate_
 from autoprune.graph import ChannelGraph
+from autoprune.kept_batches import kept
 from autoprune.metrics import Evaluation
 from autoprune.plan import PruningPlan
 from autoprune.probing import Bench
@@ -81,7 +82,8 @@ def bench(  # noqa: PLR0913 - where and on what to try are the caller's to say
     """What plans are tried on: `num_samples` of a split, and data that estimate statistics anew."""
     part = split.subset(min(1.0, num_samples / len(split)), seed=0)
     return Bench(
-        model=model, graph=graph, split=part, device=torch.device(device), calibration=calibration,
+        model=model, graph=graph, split=kept(part), device=torch.device(device),
+        calibration=None if calibration is None else kept(calibration),
         num_batches=RECALIBRATE_BATCHES, batch_size=RECALIBRATE_BATCH, loss=loss, score=score,
     )  # fmt: skip
 
