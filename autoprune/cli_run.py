@@ -22,6 +22,7 @@ from rich.console import Console
 
 from autoprune.config import Lock
 from autoprune.errors import AutopruneError, UsageError
+from autoprune.event_lines import event_writer, write_line
 from autoprune.tables import comparison_table, plan_text, status_text
 from autoprune.terminal import listener
 from autoprune.wording import answer, comparison
@@ -176,6 +177,9 @@ def run(
         metavar="FILE", rich_help_panel=KEYS, show_default=False,
         help="The secret key that opens them for the run (default: your own); repeatable.")] = None,
     as_json: AsJson = False,
+    events: Annotated[bool, typer.Option(
+        "--events", metavar="", rich_help_panel=SHOW,
+        help="Everything that happens as JSON lines on stdout; the last one is the result.")] = False,
     quiet: Quiet = False,
 ) -> int:  # fmt: skip
     """Prune a trained network to a target, unattended.
@@ -190,9 +194,12 @@ def run(
         signing_key=None if sign is None else str(sign),
         run_recipients=tuple(encrypt_run or ()), run_identities=tuple(run_identity or ()),
     )  # fmt: skip
+    if events and as_json:
+        raise UsageError("--events and --json are given", "the last line of --events is what --json prints")
     given = {"target": target, "max_drop": max_drop, "budget": budget, "seed": seed, "device": device}
     words = list(context.obj or ())
     with terminable(), listener(quiet=quiet or dry_run) as on_event:
+        on_event = event_writer(sys.stdout, on_event) if events else on_event
         chosen = narrowed(choose_study(study, model, weights, data), exclude, only)
         chosen = replace(chosen, **{k: v for k, v in given.items() if v is not None})  # type: ignore[arg-type]
         place = _place(out or Path("runs") / chosen.name, storage, artifacts)
@@ -209,7 +216,7 @@ def run(
                 )  # fmt: skip
         except KeyboardInterrupt:
             raise _interrupted(place, chosen.name, words) from None
-    return _show_result(result, as_json=as_json)
+    return _show_result(result, as_json=as_json, events=events)
 
 
 def _command(words: list[str]) -> str:
@@ -310,10 +317,12 @@ def _show_plan(study: Study, place: Place, lock: Lock, *, resume: bool, as_json:
     return 0
 
 
-def _show_result(result: RunResult, *, as_json: bool) -> int:
-    if as_json:
-        document = asdict(result) | {"record": None}
-        del document["record"]
+def _show_result(result: RunResult, *, as_json: bool, events: bool) -> int:
+    document = asdict(result)
+    del document["record"]
+    if events:
+        write_line(sys.stdout, "result", document)
+    elif as_json:
         sys.stdout.write(json.dumps(document, indent=1, default=str) + "\n")
     else:
         console = Console(highlight=False, soft_wrap=True)

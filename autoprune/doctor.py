@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 import platform
 import tempfile
@@ -9,7 +10,15 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from typing import TYPE_CHECKING
 
+from autoprune.errors import AutopruneError
+from autoprune.place import Place
+
+if TYPE_CHECKING:
+    from autoprune.config import Study
+
+PROBE = "autoprune-doctor"
 PACKAGES = (
     "autoprune", "torch", "torchvision", "optuna", "onnx", "onnxruntime", "safetensors", "pyrage",
 )  # fmt: skip
@@ -25,11 +34,19 @@ class Finding:
     advice: str = ""
 
 
-def examine(runs: Path) -> list[Finding]:
-    """Look at everything; `runs` is the folder that runs would be written to."""
-    checks: tuple[Callable[[], Finding], ...] = (
-        _python, _packages, _processor, _memory, _accelerator, lambda: _storage(runs), _key,
-    )  # fmt: skip
+def examine(place: Place, study: Callable[[], Study] | None = None) -> list[Finding]:
+    """Look at everything.
+
+    Args:
+        place: where runs would be written to.
+        study: measured for half a minute, too.
+    """
+    checks: list[Callable[[], Finding]] = [
+        _python, _packages, _processor, _memory, _accelerator, lambda: _storage(place),
+        lambda: _artifacts(place), _key,
+    ]  # fmt: skip
+    if study is not None:
+        checks.append(lambda: _speed(study))
     return [check() for check in checks]
 
 
@@ -89,8 +106,10 @@ def _accelerator() -> Finding:
     return Finding(name="accelerator", found="none: training runs on the processor")
 
 
-def _storage(runs: Path) -> Finding:
-    parent = next(p for p in (runs, *runs.absolute().parents) if p.exists())
+def _storage(place: Place) -> Finding:
+    if not place.is_local:
+        return _database(place)
+    parent = _parent(place.folder)
     try:
         with tempfile.TemporaryDirectory(dir=parent) as folder:
             _write_and_read(Path(folder))
@@ -98,7 +117,65 @@ def _storage(runs: Path) -> Finding:
         return Finding(
             name="storage", found=f"{parent}: {error}", ok=False, advice="name a folder with --out"
         )
-    return Finding(name="storage", found=f"{parent} takes a run's database and checkpoints")
+    return Finding(name="storage", found=f"{parent} takes a run's database")
+
+
+def _database(place: Place) -> Finding:
+    from autoprune.patience import open_storage
+    from autoprune.store import quiet_optuna
+
+    try:
+        with quiet_optuna():
+            storage = open_storage(place)
+            number = len(storage.get_all_studies())
+            storage.engine.dispose()
+    except AutopruneError as error:
+        return Finding(name="storage", found=error.message, ok=False, advice=error.hint)
+    return Finding(name="storage", found=f"{place} is reached; {number} studies")
+
+
+def _artifacts(place: Place) -> Finding:
+    """Write a file where checkpoints would go, read it back, and take it away."""
+    from autoprune.patience import open_artifacts
+
+    try:
+        with tempfile.TemporaryDirectory(dir=_parent(place.folder)) as folder:
+            store = open_artifacts(place.artifacts or folder)
+            store.write(PROBE, io.BytesIO(b"written by autoprune doctor"))
+            with store.open_reader(PROBE) as stream:
+                stream.read()
+            store.remove(PROBE)
+    except (AutopruneError, OSError) as error:
+        hint = error.hint if isinstance(error, AutopruneError) else "choose another place for checkpoints"
+        told = error.message if isinstance(error, AutopruneError) else f"{place.checkpoints}: {error}"
+        return Finding(name="checkpoints", found=told, ok=False, advice=hint)
+    where = place.artifacts or _parent(place.folder)
+    return Finding(name="checkpoints", found=f"{where} can be written, read and cleared")
+
+
+def _speed(study: Callable[[], Study]) -> Finding:
+    """A study's own throughput, and what its budget buys."""
+    from autoprune.config import Budget
+    from autoprune.throughput import throughput
+    from autoprune.wording import duration
+
+    try:
+        chosen = study()
+        found = throughput(chosen)
+    except AutopruneError as error:
+        return Finding(name="study", found=error.message, ok=False, advice=error.hint)
+    told = (
+        f"{chosen.name}: trains {found.train_images_per_s:,.0f} and evaluates "
+        f"{found.evaluate_images_per_s:,.0f} images/s on {found.device}; an epoch takes "
+        f"{duration(found.epoch_s)}, the search split {duration(found.evaluation_s)}"
+    )
+    seconds = Budget.parse(chosen.budget).seconds
+    bought = f"; a budget of {chosen.budget} is about {seconds / found.epoch_s:.3g} epochs" if seconds else ""
+    return Finding(name="study", found=told + bought)
+
+
+def _parent(folder: Path) -> Path:
+    return next(p for p in (folder, *folder.absolute().parents) if p.exists())
 
 
 def _write_and_read(folder: Path) -> None:

@@ -124,7 +124,30 @@ def test_doctor_tells_what_it_found(capfd: pytest.CaptureFixture[str], tmp_path:
     found = json.loads(capfd.readouterr().out)
     assert code == (0 if all(one["ok"] for one in found) else 1)
     names = [one["name"] for one in found]
-    assert names == ["python", "packages", "processor", "memory", "accelerator", "storage", "your key"]
+    assert names == [
+        "python", "packages", "processor", "memory", "accelerator", "storage", "checkpoints", "your key",
+    ]  # fmt: skip
     assert not list(tmp_path.iterdir())
     assert main(["doctor", "--out", str(tmp_path)]) == code
     assert str(tmp_path)[:20] in capfd.readouterr().out
+
+
+def test_doctor_finds_what_cannot_be_written(capfd: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("in the way")
+    code = main(["doctor", "--json", "--artifacts", str(tmp_path / "file" / "x"), "--out", str(tmp_path)])
+    found = {one["name"]: one for one in json.loads(capfd.readouterr().out)}
+    assert code == 1
+    assert not found["checkpoints"]["ok"]
+    assert found["checkpoints"]["advice"]
+    assert main(["doctor", "--storage", "mysql://x/y"]) == 2
+    assert "postgresql" in capfd.readouterr().err
+
+
+def test_doctor_measures_a_study(capfd: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    study = tmp_path / "quick_study.py"
+    study.write_text("from tests.tiny import tiny_study\n\nstudy = tiny_study(baseline=None, budget='10m')\n")
+    main(["doctor", str(study), "--json", "--out", str(tmp_path)])
+    found = {one["name"]: one for one in json.loads(capfd.readouterr().out)}
+    assert found["study"]["ok"]
+    assert "images/s on cpu" in found["study"]["found"]
+    assert "a budget of 10m is about" in found["study"]["found"]
