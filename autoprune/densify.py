@@ -21,7 +21,7 @@ from autoprune.attention import mend_attention
 from autoprune.copying import copied, named_modules, without_collector
 from autoprune.errors import UsageError, VerificationError
 from autoprune.graph import ChannelGraph, Group
-from autoprune.loose import loosen
+from autoprune.loose import Shape, loosen
 from autoprune.padding import mend_paddings
 from autoprune.plan import PruningPlan
 from autoprune.rescaled import rescale
@@ -195,23 +195,31 @@ def _mended(model: nn.Module, graph: ChannelGraph, plan: PruningPlan) -> nn.Modu
         _mend(modules[name.removesuffix(".parametrizations.weight")])
     mend_attention(model, changed)
     for name in sorted(graph.loosened):
-        loosen(modules[name], *_pruned_lengths(graph, name, counts))
+        loosen(
+            modules[name],
+            _pruned_shapes(graph, name, counts),
+            graph.loosened[name],
+            _pruned_pieces(graph, name, counts),
+        )
     return mend_paddings(model, graph, plan)
 
 
-def _pruned_lengths(
-    graph: ChannelGraph, module: str, counts: dict[str, int]
-) -> tuple[dict[int, int], dict[tuple[int, ...], tuple[int, ...]]]:
-    """What a module's reshapes and splits make: old -> new lengths, those that change."""
-    merged = {graph.length(a, {}): graph.length(a, counts) for a in graph.merged.get(module, ())}
+def _pruned_shapes(graph: ChannelGraph, module: str, counts: dict[str, int]) -> dict[str, list[Shape]]:
+    """Line -> the shapes that the module's reshapes on it make under a plan."""
+    shapes: dict[str, list[Shape]] = {}
+    for reshape in graph.reshaped.get(module, ()):
+        shape = tuple(graph.length(a, counts) for a in reshape.axes)
+        shapes.setdefault(reshape.line, []).append(shape)
+    return shapes
+
+
+def _pruned_pieces(graph: ChannelGraph, module: str, counts: dict[str, int]) -> dict[Shape, Shape]:
+    """Old -> new lengths of the pieces of the module's splits, where they change."""
     pieces = {
         tuple(graph.length(a, {}) for a in axes): tuple(graph.length(a, counts) for a in axes)
         for axes in graph.split.get(module, ())
     }
-    return (
-        {old: new for old, new in merged.items() if old != new},
-        {old: new for old, new in pieces.items() if old != new},
-    )
+    return {old: new for old, new in pieces.items() if old != new}
 
 
 def _mend(module: nn.Module) -> None:

@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 from autoprune.cost import Axis, Cost, CostModel, Product
 from autoprune.errors import UsageError
 from autoprune.labels import Role
+from autoprune.loose import Fix
 from autoprune.plan import PruningPlan
 from autoprune.tape import Tape
 
@@ -100,6 +101,14 @@ class Counted:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Reshape:
+    """A reshape in a module that splits or merges channels: the line that it is on, and what it makes."""
+
+    line: str
+    axes: tuple[Axis, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
 class ChannelGraph:
     """A network's groups, frozen parameters and cost.
 
@@ -120,9 +129,9 @@ class ChannelGraph:
     counted: tuple[Counted, ...] = field(repr=False, default=())
     grouped: Mapping[str, str] = field(repr=False, default_factory=dict)
     split_axes: Mapping[str, Mapping[int, int]] = field(repr=False, default_factory=dict)
-    merged: Mapping[str, tuple[Axis, ...]] = field(repr=False, default_factory=dict)
+    reshaped: Mapping[str, tuple[Reshape, ...]] = field(repr=False, default_factory=dict)
     split: Mapping[str, tuple[tuple[Axis, ...], ...]] = field(repr=False, default_factory=dict)
-    loosened: frozenset[str] = field(repr=False, default=frozenset())
+    loosened: Mapping[str, Mapping[int, Fix] | None] = field(repr=False, default_factory=dict)
     rescaled: Mapping[str, int] = field(repr=False, default_factory=dict)
     maskable: frozenset[str] = field(repr=False, default=frozenset())
     widths: Mapping[tuple[str, int], int] = field(repr=False, default_factory=dict)

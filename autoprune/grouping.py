@@ -14,9 +14,10 @@ from torch import Tensor, nn
 
 from autoprune.copying import named_modules, named_tensors
 from autoprune.cost import Axis, CostModel, Product, Term
-from autoprune.graph import ChannelGraph, Counted, Frozen, Group, Member, Padding
+from autoprune.graph import ChannelGraph, Counted, Frozen, Group, Member, Padding, Reshape
 from autoprune.labels import LabelArray, Slot
 from autoprune.ops import TABLE
+from autoprune.shape_ops import reshape
 from autoprune.tape import Ref, Tape
 from autoprune.walk import Walk
 
@@ -137,7 +138,7 @@ class _Grouping:
             counted=self._counted(),
             grouped=dict(self.walk.grouped),
             split_axes=self._split_axes(),
-            merged=self._merged(),
+            reshaped=self._reshaped(),
             split=self._split(),
             rescaled=dict(self.walk.rescaled),
             maskable=self.walk.maskable,
@@ -333,12 +334,26 @@ class _Grouping:
             found.setdefault(self.walk.tape.ops[site.op].module, {})[site.ordinal] = site.chosen
         return found
 
-    def _merged(self) -> dict[str, tuple[Axis, ...]]:
-        """Module -> the axes that its reshapes put together."""
-        found: dict[str, list[Axis]] = {}
-        for op, labels in self.walk.merges:
-            found.setdefault(self.walk.tape.ops[op].module, []).append(self._axis(labels))
-        return {module: tuple(a for a in axes if a.per_unit) for module, axes in found.items()}
+    def _reshaped(self) -> dict[str, tuple[Reshape, ...]]:
+        """Module that splits or merges channels -> all of its reshapes, in order."""
+        ops = self.walk.tape.ops
+        axes = [*((s.op, s.labels) for s in self.walk.sites), *self.walk.merges]
+        modules = {ops[op].module for op, labels in axes if (self.group_of_label[labels] >= 0).any()}
+        found: dict[str, list[Reshape]] = {}
+        for op in ops:
+            if op.module in modules and TABLE.get(op.name) is reshape:
+                out = op.outputs[0]
+                assert out is not None
+                found.setdefault(op.module, []).append(Reshape(line=op.where, axes=self._shape_axes(out)))
+        return {module: tuple(reshapes) for module, reshapes in found.items()}
+
+    def _shape_axes(self, ref: Ref) -> tuple[Axis, ...]:
+        shape = self.walk.tape.shapes[ref.index]
+        axes = self.walk.axes.get(ref.index, [None] * len(shape))
+        return tuple(
+            Axis(fixed=n, per_unit={}) if a is None else self._axis(a)
+            for n, a in zip(shape, axes, strict=True)
+        )
 
     def _split(self) -> dict[str, tuple[tuple[Axis, ...], ...]]:
         """Module -> the pieces of each of its splits."""

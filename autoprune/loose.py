@@ -1,16 +1,18 @@
 """Modules whose forward reshapes or splits to widths that pruning has changed, taught the new ones.
 
 Many attention modules end in `x.reshape(B, N, C)` with C taken from their input, which is only right while
-all heads are there. Such a module changes to a subclass of its own, in whose forward a reshape that cannot
-work asks for the pruned width instead. It is used where the plain dense copy does not run, and, like
-everything else, only kept if the network then computes what the masked one does.
+all heads are there. Such a module changes to a subclass of its own, in whose forward those reshapes get the
+lengths that the labels predict. Which ones is found out by a pass without values, in which every reshape is
+compared with the shape that the walk saw on its line. It is used where the plain dense copy does not run,
+and, like everything else, only kept if the network then computes what the masked one does.
 """
 
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cache
 from typing import Any
 
@@ -18,17 +20,54 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from autoprune.tape import where
+
 RESHAPES = (Tensor.reshape, Tensor.view, torch.reshape)
 SPLITS = (Tensor.split, torch.split, Tensor.split_with_sizes, torch.split_with_sizes)
+Shape = tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Fix:
+    """A reshape of a module whose own arithmetic is wrong after pruning.
+
+    Attributes:
+        line: where it is written; `number` is that of its shape among those that the line makes.
+        dims: the axes whose lengths must be given.
+    """
+
+    line: str
+    number: int
+    dims: tuple[int, ...]
 
 
 @dataclass
 class Widths:
-    """Old -> new lengths of what a module's reshapes and splits make, and whether any had to be corrected."""
+    """What a module's reshapes and splits make.
 
-    lengths: Mapping[int, int]
-    pieces: Mapping[tuple[int, ...], tuple[int, ...]]
-    are_needed: bool = False
+    Attributes:
+        shapes: line -> the shapes that its reshapes make, pruned, for the example input.
+        fixes: per forward call the number of the reshape -> what to correct; None while that is found out.
+        pieces: old -> new lengths of the pieces of its splits.
+        found: what was corrected while it was found out.
+        has_split: whether a split had to be corrected.
+    """
+
+    shapes: Mapping[str, Sequence[Shape]]
+    fixes: Mapping[int, Fix] | None
+    pieces: Mapping[Shape, Shape]
+    found: dict[int, Fix] = field(default_factory=dict)
+    has_split: bool = False
+
+    def fit(self, line: str, sizes: Sequence[int], numel: int) -> Fix | None:
+        """What to correct in a reshape: the shape of its line that is closest to what it asks for."""
+        best, most = None, -1
+        for number, shape in enumerate(self.shapes.get(line, ())):
+            if len(shape) == len(sizes) and math.prod(shape) == numel:
+                apart = [d for d, n in enumerate(sizes) if n not in (-1, shape[d])]
+                if len(sizes) - len(apart) > most:
+                    best, most = Fix(line, number, tuple(apart)), len(sizes) - len(apart)
+        return best
 
 
 class LooseModule:
@@ -43,11 +82,12 @@ class LooseModule:
 
 
 class _PrunedWidths(TorchFunctionMode):
-    """Corrects the sizes of reshapes that do not fit their tensor."""
+    """Corrects the sizes of reshapes and splits in one forward pass."""
 
     def __init__(self, widths: Widths) -> None:
         super().__init__()
         self.widths = widths
+        self.calls = 0
 
     def __torch_function__(
         self,
@@ -59,10 +99,34 @@ class _PrunedWidths(TorchFunctionMode):
         if func in RESHAPES and not kwargs:
             sizes = list(args[1]) if isinstance(args[1], (tuple, list)) else list(args[1:])
             if all(isinstance(n, (int, torch.SymInt)) for n in sizes):
-                return func(args[0], self._fitted(args[0].numel(), sizes))
+                self.calls += 1
+                return func(args[0], self._corrected(args[0], sizes))
         if func in SPLITS:
             return self._split(func, *args, **(kwargs or {}))
         return func(*args, **(kwargs or {}))
+
+    def _corrected(self, x: Tensor, sizes: list[int]) -> list[int]:
+        """The sizes, those that follow a wrong width corrected."""
+        widths = self.widths
+        fix = self._found(x, sizes) if widths.fixes is None else widths.fixes.get(self.calls)
+        if fix is None:
+            return sizes
+        wanted = widths.shapes[fix.line][fix.number]
+        changed = [wanted[d] if d in fix.dims else n for d, n in enumerate(sizes)]
+        if -1 in changed or math.prod(changed) == x.numel():
+            return changed
+        for axis in fix.dims:  # another batch than the example's is in one of them
+            others = math.prod(changed[:axis] + changed[axis + 1 :])
+            if others and x.numel() % others == 0:
+                return [*changed[:axis], x.numel() // others, *changed[axis + 1 :]]
+        return sizes
+
+    def _found(self, x: Tensor, sizes: list[int]) -> Fix | None:
+        fix = self.widths.fit(where(sys._getframe(1)), sizes, x.numel())
+        if fix is None or not fix.dims:
+            return None
+        self.widths.found[self.calls] = fix
+        return fix
 
     def _split(self, func: Callable[..., Any], x: Tensor, sizes: Any, dim: int = 0) -> Any:
         """A split whose pieces do not add up to what there is gets the pruned pieces' sizes."""
@@ -70,24 +134,9 @@ class _PrunedWidths(TorchFunctionMode):
         for old, new in self.widths.pieces.items():
             is_meant = (tuple(sizes) == old) if isinstance(sizes, (tuple, list)) else (sizes == old[0])
             if is_meant and sum(new) == length and new != old:
-                self.widths.are_needed = True
+                self.widths.has_split = True
                 return func(x, list(new) if isinstance(sizes, (tuple, list)) else new[0], dim)
         return func(x, sizes, dim)
-
-    def _fitted(self, numel: int, sizes: list[int]) -> list[int]:
-        """The sizes, with one of them changed where they do not hold the elements."""
-        if -1 in sizes or math.prod(sizes) == numel:
-            return sizes
-        self.widths.are_needed = True
-        for old, new in self.widths.lengths.items():
-            changed = [new if n == old else n for n in sizes]
-            if math.prod(changed) == numel:
-                return changed
-        for axis in reversed(range(len(sizes))):
-            others = math.prod(sizes[:axis] + sizes[axis + 1 :])
-            if others and numel % others == 0 and sizes[axis] > 1:
-                return [*sizes[:axis], numel // others, *sizes[axis + 1 :]]
-        return sizes
 
 
 @cache
@@ -96,19 +145,15 @@ def _loose_class(cls: type[nn.Module]) -> type[nn.Module]:
 
 
 def loosen(
-    module: nn.Module, lengths: Mapping[int, int], pieces: Mapping[tuple[int, ...], tuple[int, ...]]
+    module: nn.Module,
+    shapes: Mapping[str, Sequence[Shape]],
+    fixes: Mapping[int, Fix] | None,
+    pieces: Mapping[Shape, Shape],
 ) -> None:
-    """Change a module to its loose class.
-
-    Args:
-        lengths: old -> new lengths of the axes that its reshapes put together.
-        pieces: old -> new lengths of the pieces of its splits.
-    """
-    if lengths or pieces:
-        before = module.autoprune_widths if isinstance(module, LooseModule) else Widths({}, {})
-        vars(module)["autoprune_widths"] = Widths(
-            {old: lengths.get(new, new) for old, new in before.lengths.items()} | dict(lengths),
-            {old: pieces.get(new, new) for old, new in before.pieces.items()} | dict(pieces),
-        )
+    """Change a module to its loose class; see `Widths` for the arguments."""
+    if fixes is None or fixes or pieces:
+        before = module.autoprune_widths.pieces if isinstance(module, LooseModule) else {}
+        pieces = {old: pieces.get(new, new) for old, new in before.items()} | dict(pieces)
+        vars(module)["autoprune_widths"] = Widths(shapes, fixes, pieces)
         if not isinstance(module, LooseModule):
             module.__class__ = _loose_class(type(module))  # type: ignore[arg-type]

@@ -10,7 +10,7 @@ where a reshape left the choice, and frozen with its reason otherwise.
 from __future__ import annotations
 
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import replace
 from functools import cached_property
 from typing import Any
@@ -124,16 +124,16 @@ class _Proof:
         if not self.walk.tape.is_meta or not graph.groups:
             return graph, None
         reason, _ = self._run(graph, graph.groups)
-        candidates = frozenset(graph.merged.keys() | graph.split.keys())
+        candidates = dict.fromkeys(graph.reshaped.keys() | graph.split.keys())
         if reason is None or not candidates:
             return graph, reason
         loose = replace(graph, loosened=candidates)
         reason, dense = self._run(loose, graph.groups)
-        if reason is not None:
-            return loose, reason
-        loosened = {n: m for n, m in named_modules(dense).items() if isinstance(m, LooseModule)}
-        needed = {n for n, m in loosened.items() if m.autoprune_widths.are_needed}
-        return replace(graph, loosened=frozenset(needed)), None
+        loosened = {
+            n: m.autoprune_widths for n, m in named_modules(dense).items() if isinstance(m, LooseModule)
+        }
+        needed = {n: w.found for n, w in loosened.items() if w.found or w.has_split}
+        return replace(graph, loosened=loose.loosened if reason else needed), reason
 
     def failing(
         self, graph: ChannelGraph, spent: list[int], *, reason: str | None
@@ -165,10 +165,14 @@ class _Proof:
         is_small = cost.macs <= SMALL_MACS and cost.params <= SMALL_PARAMS
         return (is_split and is_small) or (self.is_doubtful and cost.macs <= CHEAP_MACS)
 
-    def _passes(self, group: Group, modules: frozenset[str]) -> bool:
+    def _passes(self, group: Group, modules: Collection[str]) -> bool:
         """Whether a group's channels are put together or split in one of the modules."""
         labels, ops = _labels(self.walk, group), self.walk.tape.ops
-        axes = [*self.walk.merges, *((op, np.concatenate(p)) for op, p in self.walk.splits)]
+        axes = [
+            *self.walk.merges,
+            *((s.op, s.labels) for s in self.walk.sites),
+            *((op, np.concatenate(p)) for op, p in self.walk.splits),
+        ]
         return any(ops[op].module in modules and np.isin(axis, labels).any() for op, axis in axes)
 
 

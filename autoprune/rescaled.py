@@ -89,6 +89,6 @@ def rescale(module: nn.Module, width: int) -> None:
     """Change a module whose parameters are sliced already, so that its statistics count `width` channels."""
     if not isinstance(module, RescaledModule):
         vars(module)["autoprune_norm_width"] = width
-        module.__class__ = _rescaled_class(type(module))  # type: ignore[assignment,arg-type]
+        module.__class__ = _rescaled_class(type(module))  # type: ignore[arg-type]
     if isinstance(module, nn.LayerNorm):
         module.normalized_shape = (len(module.weight),)

@@ -20,6 +20,7 @@ from copy import copy
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
+from types import FrameType
 from typing import Any, cast
 
 import torch
@@ -33,6 +34,7 @@ from autoprune.errors import TraceError
 from autoprune.meta_results import Rule, rule
 
 TORCH_FOLDER = str(Path(torch.__file__).parent) + "/"
+PASSING = {str(Path(__file__).with_name(name)) for name in ("loose.py", "rescaled.py")}
 META = torch.device("meta")
 UNSAFE_VIEW = torch.ops.aten._unsafe_view.default  # a view, though its schema does not say so
 
@@ -319,7 +321,7 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
                     arguments=arguments,
                     outputs=tuple(self.ref(t) if isinstance(t, Tensor) else None for t in outputs),
                     module=self.stack[-1],
-                    where=_where(),
+                    where=where(sys._getframe(1)),
                     is_pointwise=kind.is_pointwise,
                     is_in_place=kind.is_in_place,
                     makes=kind.makes,
@@ -398,10 +400,14 @@ def _refs(values: Any) -> Iterator[Ref]:
             yield from _refs(value)
 
 
-def _where() -> str:
-    """`file:line` of the innermost frame that is not torch's own; torch's where nothing else is between."""
-    frame = sys._getframe(2)
-    while frame.f_code.co_filename.startswith(TORCH_FOLDER) and frame.f_back is not None:
+def where(frame: FrameType) -> str:
+    """`file:line` of the innermost frame that is neither torch's own nor passes a call on."""
+    while frame.f_back is not None and _passes_on(frame.f_code.co_filename):
         frame = frame.f_back
     file = frame.f_code.co_filename
     return "in torch" if file == __file__ else f"{file.rpartition(os.sep)[2]}:{frame.f_lineno}"
+
+
+@cache
+def _passes_on(file: str) -> bool:
+    return file.startswith(TORCH_FOLDER) or file in PASSING

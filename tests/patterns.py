@@ -423,7 +423,7 @@ class _HardReshape(_Shuffle):
         return self.back(x.view(2, 12, 64).softmax(-1).reshape(2, 12, 8, 8))
 
 
-@pattern("heads_hard_coded", inputs=lambda: (torch.randn(2, 5, 16),), stuck=("qkv",), free=("up",))
+@pattern("heads_hard_coded", inputs=lambda: (torch.randn(2, 5, 16),), free=("qkv", "up"))
 class _HardHeads(nn.Module):
     def __init__(self) -> None:
         super().__init__()
@@ -664,3 +664,21 @@ class _MeanAfterSigmoid(_ResponseNorm):
     def body(self, x: Tensor) -> Tensor:
         y = torch.sigmoid(self.up(x))
         return x + self.down(y) * y.mean(1, keepdim=True)
+
+
+@pattern("heads_from_width", inputs=lambda: (torch.randn(2, 6, 16),), free=("kv",))
+class _HeadsFromWidth(nn.Module):
+    """The width of a head computed from the model's, and a length left open (PVT, Twins)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.num_heads = 4
+        self.q, self.kv, self.proj = nn.Linear(16, 16), nn.Linear(16, 32), nn.Linear(16, 16)
+
+    def forward(self, x: Tensor) -> Tensor:
+        batch, length, width = x.shape
+        q = self.q(x).reshape(batch, length, self.num_heads, width // self.num_heads).transpose(1, 2)
+        kv = self.kv(x[:, ::2]).reshape(batch, -1, 2, self.num_heads, width // self.num_heads)
+        k, v = kv.permute(2, 0, 3, 1, 4).unbind(0)
+        x = F.scaled_dot_product_attention(q, k, v, scale=0.5).transpose(1, 2)
+        return self.proj(x.reshape(batch, length, width))
