@@ -19,9 +19,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from autoprune import ranks
 from autoprune.errors import UsageError
 from autoprune.metrics import Evaluation
-from autoprune.splits import Split
+from autoprune.splits import Batch, Split
 
 Loss = Callable[[Any, Tensor], Tensor]
 Score = Callable[[nn.Module, Split, str], float]
@@ -88,7 +89,7 @@ def evaluate(
     with borrowed(model, torch.device(device), training=False), torch.no_grad():
         if score is None:
             return _evaluate_top1(model, split, device, batch_size, loss or classification_loss)
-        value = float(score(model, split, str(device)))
+        value = ranks.from_first(lambda: float(score(model, split, str(device))))
         if not 0 <= value <= 1:
             raise UsageError(
                 f"the study's evaluate returned {value}", "return a score from 0 to 1, higher is better"
@@ -100,13 +101,31 @@ def evaluate(
 def _evaluate_top1(
     model: nn.Module, split: Split, device: torch.device | str, batch_size: int, loss: Loss
 ) -> Evaluation:
-    correct, total = [], 0.0
-    for inputs, targets in split.batches(batch_size, device=device):
-        output = model(inputs)
-        total += float(loss(output, targets)) * len(inputs)
-        correct.append((logits_of(output).argmax(1) == targets).cpu().numpy())
-    hits = np.concatenate(correct)
-    return Evaluation(top1=float(hits.mean()), loss=total / len(split), num_samples=len(split), correct=hits)
+    place, count = ranks.part(), -(-len(split) // batch_size)
+    hits, losses = torch.zeros(len(split), dtype=torch.int32), torch.zeros(count, dtype=torch.float64)
+    for number, (inputs, targets) in zip(
+        range(place[0], count, place[1]), _own_batches(split, batch_size, device), strict=True
+    ):
+        output, start = model(inputs), number * batch_size
+        losses[number] = float(loss(output, targets)) * len(inputs)
+        hits[start : start + len(inputs)] = (logits_of(output).argmax(1) == targets).cpu()
+    correct, total = (ranks.sum_(t.to(device)).cpu().numpy() for t in (hits, losses))
+    return Evaluation(
+        top1=float(correct.mean()), loss=float(total.sum()) / len(split), num_samples=len(split),
+        correct=correct.astype(np.bool_),
+    )  # fmt: skip
+
+
+def _own_batches(split: Split, batch_size: int, device: torch.device | str) -> Iterator[Batch]:
+    """Every n-th batch, where n ranks evaluate together; the last one may be small."""
+    rank, size = ranks.part()
+    if size > 1:
+        batch = np.arange(len(split)) // batch_size
+        mine = np.flatnonzero(batch % size == rank).astype(np.int64)
+        if not len(mine):
+            return
+        split = split.take(mine)
+    yield from split.batches(batch_size, device=device)
 
 
 def _mean_loss(
@@ -137,8 +156,13 @@ def recalibrate_(
             norm.training = True
         try:
             batches = split.batches(batch_size, device=device, seed=seed, augment=True)
-            for _, (inputs, _) in zip(range(num_batches), batches, strict=False):
-                model(inputs)
+            rank, size = ranks.part()
+            mine = 0
+            for number, (inputs, _) in zip(range(num_batches), batches, strict=False):
+                if number % size == rank:
+                    model(inputs)
+                    mine += 1
+            ranks.average_statistics_(norms, mine)
         finally:
             for norm, momentum in zip(norms, momenta, strict=True):
                 norm.momentum = momentum

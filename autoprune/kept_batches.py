@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from autoprune.splits import Batch, Split, TensorSplit
+from autoprune.splits import WHOLE, Batch, Split, TensorSplit
 
 MEMORY = 2**30  # bytes of batches that are kept; beyond it they are loaded again
 
@@ -27,7 +27,7 @@ class KeptBatches(Split):
 
     def __init__(self, split: Split) -> None:
         self.split = split
-        self._kept: dict[tuple[int, str, int | None, bool], list[Batch]] = {}
+        self._kept: dict[tuple[int, str, int | None, bool, tuple[int, int]], list[Batch]] = {}
         self._num_bytes = 0
 
     def __len__(self) -> int:
@@ -39,13 +39,13 @@ class KeptBatches(Split):
 
     def batches(
         self, batch_size: int, *, device: torch.device | str = "cpu", seed: int | None = None,
-        augment: bool = False,
+        augment: bool = False, part: tuple[int, int] = WHOLE,
     ) -> Iterator[Batch]:  # fmt: skip
         """See `Split.batches`."""
-        mine = self._kept.setdefault((batch_size, str(device), seed, augment), [])
+        mine = self._kept.setdefault((batch_size, str(device), seed, augment, part), [])
         for inputs, targets in mine:
             yield inputs.clone(), targets  # a network may write into its input
-        fresh = self.split.batches(batch_size, device=device, seed=seed, augment=augment)
+        fresh = self.split.batches(batch_size, device=device, seed=seed, augment=augment, part=part)
         for number, batch in enumerate(islice(fresh, len(mine), None), len(mine)):
             if number == len(mine) and self._num_bytes < MEMORY:
                 mine.append((batch[0].clone(), batch[1]))

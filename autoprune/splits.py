@@ -25,6 +25,7 @@ from torch.utils.data import DataLoader, Dataset, Subset
 from autoprune.errors import DataError
 
 Batch = tuple[Tensor, Tensor]
+WHOLE = (0, 1)
 
 
 def derive_seed(*parts: int) -> int:
@@ -42,9 +43,11 @@ class Split(ABC):
     @abstractmethod
     def batches(
         self, batch_size: int, *, device: torch.device | str = "cpu", seed: int | None = None,
-        augment: bool = False,
+        augment: bool = False, part: tuple[int, int] = WHOLE,
     ) -> Iterator[Batch]:  # fmt: skip
         """Inputs and targets on the device.
+
+        `part` (k, n) gives the k-th of n nearly equal parts of every batch, for processes that share them.
 
         Without a seed: every sample once, in order, the last batch as small as it comes. With one:
         shuffled, and `num_batches` full batches, for training. Only `augment` changes the samples.
@@ -136,7 +139,7 @@ class TensorSplit(Split):
 
     def batches(
         self, batch_size: int, *, device: torch.device | str = "cpu", seed: int | None = None,
-        augment: bool = False,
+        augment: bool = False, part: tuple[int, int] = WHOLE,
     ) -> Iterator[Batch]:  # fmt: skip
         """Normalised float images (B, C, H, W) and labels (B,); see `Split.batches`."""
         images, labels = self._on(torch.device(device))
@@ -150,7 +153,8 @@ class TensorSplit(Split):
             picked = images[rows.to(images.device)]
             if augment:
                 picked = _augmented(picked, self.augmentation, generator)
-            yield self._normalized(picked), labels[rows.to(labels.device)]
+            mine = own_part(len(rows), part)  # all draws are made on every rank, so that each makes the same
+            yield self._normalized(picked[mine]), labels[rows.to(labels.device)][mine]
 
     def identities(self) -> Sequence[Hashable]:
         """The digest of each image's bytes."""
@@ -230,7 +234,7 @@ class LoaderSplit(Split):
 
     def batches(
         self, batch_size: int, *, device: torch.device | str = "cpu", seed: int | None = None,
-        augment: bool = False,
+        augment: bool = False, part: tuple[int, int] = WHOLE,
     ) -> Iterator[Batch]:  # fmt: skip
         """Whatever the dataset gives, collated and moved to the device; see `Split.batches`."""
         order = self.indices
@@ -240,7 +244,7 @@ class LoaderSplit(Split):
         dataset = self.augmented if augment and self.augmented is not None else self.dataset
         loader: DataLoader[Batch] = DataLoader(
             _Seeded(dataset, order, seed or 0),
-            batch_size=batch_size, num_workers=self.num_workers,
+            batch_sampler=_positions(len(order), batch_size, part), num_workers=self.num_workers,
             generator=torch.Generator().manual_seed(seed or 0),
             pin_memory=torch.device(device).type == "cuda",
         )  # fmt: skip
@@ -275,6 +279,17 @@ def _root(dataset: Dataset[Any], indices: NDArray[np.int64]) -> tuple[Dataset[An
         indices = np.asarray(dataset.indices, dtype=np.int64)[indices]
         dataset = dataset.dataset
     return dataset, indices
+
+
+def own_part(length: int, part: tuple[int, int]) -> slice:
+    """The positions of a part in a batch of this length."""
+    number, of = part
+    return slice(number * length // of, (number + 1) * length // of)
+
+
+def _positions(length: int, batch_size: int, part: tuple[int, int]) -> list[list[int]]:
+    batches = [range(start, min(start + batch_size, length)) for start in range(0, length, batch_size)]
+    return [list(batch[own_part(len(batch), part)]) for batch in batches]
 
 
 class _Seeded(Dataset[Any]):

@@ -1,0 +1,191 @@
+"""Several processes that run one trial together, as `torchrun` starts them; alone, everything is as it was.
+
+Inside `together` each rank takes its part of every batch, and what the parts give is joined so that the
+result is that of one process with the same batches, but for the order in which floats are added: gradients
+by DistributedDataParallel, batch-norm statistics by synchronised sums, decisions by the first rank alone.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from datetime import timedelta
+from functools import partial
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.nn import functional as summing
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.parallel import DistributedDataParallel
+
+from autoprune.errors import AutopruneError
+
+T = TypeVar("T")
+WAIT = timedelta(days=2)  # the other ranks wait while the first one waits for a round to be planned
+_TOGETHER: ContextVar[bool] = ContextVar("together", default=False)
+
+
+@contextmanager
+def joined_ranks() -> Iterator[int]:
+    """Join the ranks that `torchrun` started, if it did; gives this process's rank."""
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        yield 0
+        return
+    cuda = torch.cuda.is_available()
+    if cuda:
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    dist.init_process_group("nccl" if cuda else "gloo", timeout=WAIT)
+    try:
+        yield dist.get_rank()
+    finally:
+        dist.destroy_process_group()
+
+
+@contextmanager
+def together() -> Iterator[None]:
+    """What is trained and evaluated in here is shared among the ranks; all of them have to come."""
+    token = _TOGETHER.set(dist.is_available() and dist.is_initialized())
+    try:
+        yield
+    finally:
+        _TOGETHER.reset(token)
+
+
+def size() -> int:
+    """How many ranks share the work of this moment."""
+    return dist.get_world_size() if _TOGETHER.get() else 1
+
+
+def part() -> tuple[int, int]:
+    """Which part of how many is this rank's."""
+    return (dist.get_rank() if _TOGETHER.get() else 0, size())
+
+
+def announce(task: object) -> None:
+    """The first rank tells the others what to do next; alone it tells nobody."""
+    if dist.is_available() and dist.is_initialized():
+        dist.broadcast_object_list([task], src=0)
+
+
+def next_task() -> Any:
+    """What the first rank announces."""
+    box: list[Any] = [None]
+    dist.broadcast_object_list(box, src=0)
+    return box[0]
+
+
+def from_first(make: Callable[[], T]) -> T:
+    """What the first rank makes, for all; an error meant for people is raised everywhere."""
+    if size() == 1:
+        return make()
+    box: list[Any] = [None, None]
+    if dist.get_rank() == 0:
+        try:
+            box[0] = make()
+        except AutopruneError as error:
+            box[1] = (type(error), error.message, error.hint)
+    dist.broadcast_object_list(box, src=0)
+    if box[1] is not None:
+        kind, message, hint = box[1]
+        raise kind(message, hint)
+    made: T = box[0]
+    return made
+
+
+def sum_(tensor: Tensor) -> Tensor:
+    """The sum over all ranks, in place."""
+    if size() > 1:
+        dist.all_reduce(tensor)
+    return tensor
+
+
+def mean(value: Tensor, count: int) -> Tensor:
+    """The mean over all samples, of means over `count` samples on each rank; without gradients."""
+    if size() == 1:
+        return value
+    both = sum_(torch.stack([value.detach().double() * count, torch.tensor(float(count)).to(value.device)]))
+    return (both[0] / both[1]).to(value.dtype)
+
+
+def share_of_loss(loss: Tensor, count: int) -> Tensor:
+    """Scale a rank's mean loss so that the mean of all ranks' gradients is that of the whole batch's loss."""
+    if size() == 1:
+        return loss
+    whole = sum_(torch.tensor(float(count), device=loss.device))
+    return loss * (count * size() / whole)
+
+
+@contextmanager
+def parallel(model: nn.Module) -> Iterator[nn.Module]:
+    """What to call in place of the model while it trains: all ranks make the same step."""
+    if size() == 1:
+        yield model
+        return
+    norms = [m for m in model.modules() if isinstance(m, _BatchNorm)]
+    for norm in norms:
+        norm.forward = partial(_synchronised, norm)  # type: ignore[method-assign]  # taken back below
+    on_cuda = next(model.parameters()).is_cuda
+    try:
+        yield DistributedDataParallel(
+            model, device_ids=[torch.cuda.current_device()] if on_cuda else None, broadcast_buffers=False,
+            find_unused_parameters=True,
+        )  # fmt: skip
+    finally:
+        for norm in norms:
+            del norm.forward
+
+
+def _synchronised(norm: _BatchNorm, x: Tensor) -> Tensor:
+    """Batch norm with the statistics of the whole batch; torch's own SyncBatchNorm is for GPUs alone."""
+    if not norm.training:
+        plain: Tensor = type(norm).forward(norm, x)
+        return plain
+    dims, shape = [0, *range(2, x.ndim)], [1, -1, *[1] * (x.ndim - 2)]
+    with torch.autocast(x.device.type, enabled=False):
+        wide = x.float()
+        count = wide.new_tensor([wide.numel() / wide.shape[1]])
+        dist.all_reduce(count)
+        average = _sum_with_gradient(wide.sum(dims)) / count
+        centred = wide - average.view(shape)
+        variance = _sum_with_gradient(centred.square().sum(dims)) / count
+        out = centred * (variance.view(shape) + norm.eps).rsqrt()
+        if norm.affine:
+            out = out * norm.weight.view(shape) + norm.bias.view(shape)
+        _remember(norm, average.detach(), variance.detach() * count / (count - 1))
+    return out.to(x.dtype)
+
+
+def _sum_with_gradient(tensor: Tensor) -> Tensor:
+    summed: Tensor = summing.all_reduce(tensor)  # type: ignore[no-untyped-call]  # torch's gap
+    return summed
+
+
+@torch.no_grad()
+def _remember(norm: _BatchNorm, average: Tensor, variance: Tensor) -> None:
+    if not norm.track_running_stats or norm.running_mean is None or norm.running_var is None:
+        return
+    assert norm.num_batches_tracked is not None
+    norm.num_batches_tracked.add_(1)
+    weight = norm.momentum if norm.momentum is not None else 1 / float(norm.num_batches_tracked)
+    norm.running_mean.lerp_(average, weight)
+    norm.running_var.lerp_(variance, weight)
+
+
+@torch.no_grad()
+def average_statistics_(norms: list[_BatchNorm], count: int) -> None:
+    """Join cumulative averages over `count` batches on each rank into the average over all batches."""
+    if size() == 1:
+        return
+    whole = sum_(torch.tensor(float(count), dtype=torch.float64))
+    for norm in norms:
+        assert norm.num_batches_tracked is not None
+        for buffer in (norm.running_mean, norm.running_var):
+            assert buffer is not None
+            buffer.copy_(
+                sum_(buffer.double() * count if count else torch.zeros_like(buffer.double())) / whole
+            )
+        norm.num_batches_tracked.fill_(int(whole))
