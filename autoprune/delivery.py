@@ -40,7 +40,7 @@ from autoprune.train import EpochRecord, finetune_
 from autoprune.trial import points
 from autoprune.wording import percent
 
-SAFETY = 0.9  # of the seconds left: epochs are planned from a mean
+SAFETY = 0.95  # of the seconds left: epochs are planned from a mean
 FINAL_SEED = 1 << 20  # far from any round's number
 PLAIN_NAME, LOCKED_NAME = "model.autoprune", "model.autoprune.age"
 
@@ -120,7 +120,8 @@ def _tuned(work: Work, best: Promotion, found: Finished) -> Finished:
         curve = finetune_(
             model, setup.data.train, schedule=params.schedule(study.finetune.warmup), settings=study.finetune,
             epochs=epochs, seed=derive_seed(study.seed, FINAL_SEED), device=setup.device,
-            teacher=setup.model, loss=study.loss, on_epoch=lambda e: _tell_epoch(work, e, epochs),
+            teacher=setup.model, loss=study.loss, seconds=work.meter.left().seconds,
+            on_epoch=lambda e: _tell_epoch(work, e, epochs),
         )  # fmt: skip
     except TrialError as error:
         work.on_event(ev.Note(message=f"the final tuning was left out: {error.message}"))
@@ -304,5 +305,3 @@ def _tell_epoch(work: Work, epoch: EpochRecord, epochs: float) -> None:
             train_loss=epoch.train_loss, images_per_s=epoch.images_per_s,
         )
     )  # fmt: skip
-    if work.meter.left().seconds < 0:
-        raise TrialError("the time budget ran out", "give the run a larger --budget")

@@ -21,11 +21,11 @@ import optuna
 from optuna.exceptions import UpdateFinishedTrialError
 
 from autoprune import events as ev
+from autoprune import ranks
 from autoprune.advice import Past, Point, Space, advise, make_sampler, settled_points, suggest
 from autoprune.budget import Meter, Speed, ladder
 from autoprune.config import Search
 from autoprune.controller import Goal, State, TrialSummary, has_recovered
-from autoprune.errors import TrialError
 from autoprune.history import CHECKPOINT, RESULT, RoundPlan, read_plan, read_trials, spent
 from autoprune.presence import POLL_S, Presence, Watch
 from autoprune.record import TrialRecord
@@ -38,7 +38,6 @@ from autoprune.trial import Climb, Ground, TrialParams, TrialResult, failed_reco
 FAILED_VALUE = -1.0  # top-1 cannot fall short by more; NaN would teach the sampler nothing
 TIE_WEIGHT = 1e-3  # of top-1 beside the rate
 MAX_DEATHS = 5  # of processes on one seat, before its trial counts as failed; a guess
-OUT_OF_TIME = "the time budget ran out during fine-tuning"
 PARAMETERS = {"prune_rate", "lr", "decay", "criterion", "strategy"}
 KNOWN_GAINS = 2  # trials that went from the first rung to the second before one is given up there
 
@@ -71,6 +70,16 @@ class RoundJob:
     def space(self) -> Space:
         """What the round may try."""
         return Space.of(self.search, self.plan.ceiling)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Task:
+    """What the other ranks of this process have to know of a trial."""
+
+    round: int
+    params: TrialParams
+    epochs: tuple[float, ...]
+    seed: int
 
 
 def search_round(job: RoundJob, study: optuna.Study, known: Sequence[Point]) -> None:
@@ -200,11 +209,14 @@ def _one_trial(job: RoundJob, study: optuna.Study, taken: Taken, known: Sequence
 
 
 def _tried(job: RoundJob, trial: optuna.Trial, params: TrialParams, seat: int) -> TrialResult:
-    return run_trial(
-        job.ground, params, epochs=ladder(job.plan.epochs, longer=job.search.epochs is None),
-        seed=derive_seed(job.ground.seed, seat), goes_on=lambda climb: _goes_on(job, climb),
-        on_epoch=lambda e: _tell_epoch(job, trial.number, e),
-    )  # fmt: skip
+    epochs = ladder(job.plan.epochs, longer=job.search.epochs is None)
+    seed = derive_seed(job.ground.seed, seat)
+    ranks.announce(Task(round=job.plan.number, params=params, epochs=epochs, seed=seed))
+    with ranks.together():
+        return run_trial(
+            job.ground, params, epochs=epochs, seed=seed, goes_on=lambda climb: _goes_on(job, climb),
+            on_epoch=lambda e: _tell_epoch(job, trial.number, e),
+        )  # fmt: skip
 
 
 def _spared(taken: Taken) -> TrialResult:
@@ -283,7 +295,8 @@ def _affordable(job: RoundJob, study: optuna.Study) -> bool:
 
     What all processes have used counts, and what the trials under way will use.
     """
-    took = [t.seconds for t in read_trials(study) if t.epochs]
+    planned = 1.01 * job.plan.epochs  # those that climbed beyond it took longer
+    took = [t.seconds for t in read_trials(study) if t.epochs and t.epochs[-1].epoch <= planned]
     estimate = job.plan.epochs * job.speed.epoch_s + job.speed.trial_s
     job.meter.epochs = max(job.meter.epochs, spent(job.store).epochs)
     reserved = job.plan.epochs * sum(t.user_attrs.get(OWNER) != job.owner for t in running(study))
@@ -291,10 +304,10 @@ def _affordable(job: RoundJob, study: optuna.Study) -> bool:
 
 
 def same_failure(study: optuna.Study) -> str | None:
-    """Why all trials of the round failed, if they did so in the same way; out of time is no failure."""
+    """Why all trials of the round failed, if they did so in the same way."""
     records = [t for t in read_trials(study) if t.state != "running" and t.seconds > 0]
     ways = {re.sub(r"[\d.]+(e[-+]?\d+)?", "#", t.failure) for t in records}
-    if not records or len(ways) > 1 or not records[0].failure or OUT_OF_TIME in records[0].failure:
+    if not records or len(ways) > 1 or not records[0].failure:
         return None
     return records[0].failure
 
@@ -306,5 +319,3 @@ def _tell_epoch(job: RoundJob, trial: int, epoch: EpochRecord) -> None:
             lr=epoch.lr, train_loss=epoch.train_loss, images_per_s=epoch.images_per_s,
         )
     )  # fmt: skip
-    if job.meter.left().seconds < 0:
-        raise TrialError(OUT_OF_TIME, "give the run a larger --budget")

@@ -14,6 +14,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -22,6 +23,7 @@ from torch.nn import functional as F
 from torch.optim.lr_scheduler import LRScheduler
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
+from autoprune import ranks
 from autoprune.config import Baseline, Finetune
 from autoprune.errors import TrialError, UsageError
 from autoprune.evaluation import (
@@ -43,6 +45,7 @@ __all__ = [
 ]  # fmt: skip
 
 OnEpoch = Callable[["EpochRecord"], None]
+Objective = Callable[[nn.Module, Tensor, Tensor], Tensor]
 
 CHECK_EVERY = 16  # steps between looks at the loss: each look makes a GPU wait
 BASELINE_WARMUP = 0.2  # share of the steps that the one cycle goes up
@@ -81,7 +84,7 @@ def uses_bf16(device: torch.device) -> bool:
 def finetune_(  # noqa: PLR0913 - one whole stage: each argument is a decision of its caller
     model: nn.Module, split: Split, *, schedule: Schedule, settings: Finetune, epochs: float, seed: int,
     device: torch.device | str = "cpu", teacher: nn.Module | None = None, loss: Loss | None = None,
-    on_epoch: OnEpoch | None = None,
+    seconds: float = math.inf, on_epoch: OnEpoch | None = None,
 ) -> list[EpochRecord]:  # fmt: skip
     """Train in place with SGD and Nesterov's momentum, on `settings.share` of the split, augmented.
 
@@ -95,6 +98,8 @@ def finetune_(  # noqa: PLR0913 - one whole stage: each argument is a decision o
         device: where to run.
         teacher: what to learn from beside the labels, with weight `settings.distill`; None for labels only.
         loss: None is cross-entropy.
+        seconds: there are no more: when they get short, the rest of the schedule is gone through faster, so
+            that the learning rate still comes to its end.
         on_epoch: told of every record as it is made.
 
     Raises:
@@ -111,14 +116,14 @@ def finetune_(  # noqa: PLR0913 - one whole stage: each argument is a decision o
     num_steps = max(1, round(epochs * used.num_batches(settings.batch_size)))
     optimizer = make_optimizer(model, settings.momentum, settings.weight_decay)
     plan = _Plan(
-        optimizer=optimizer, scheduler=make_scheduler(optimizer, schedule, num_steps), num_steps=num_steps,
-        batch_size=settings.batch_size, seed=seed, device=place, on_epoch=on_epoch,
-        ema_steps=settings.ema * num_steps,
+        optimizer=optimizer, scheduler=make_scheduler(optimizer, schedule, num_steps),
+        pace=_Pace(num_steps, seconds), batch_size=settings.batch_size, seed=seed, device=place,
+        on_epoch=on_epoch, ema_steps=settings.ema * num_steps,
     )  # fmt: skip
     with ExitStack() as stack:
         if teacher is not None:
             stack.enter_context(borrowed(teacher, place, training=False, channels_last=True))
-        records = _fit_(model, used, plan, _objective(model, settings, teacher, loss))
+        records = _fit_(model, used, plan, _objective(settings, teacher, loss))
     if plan.averages:
         recalibrate_(
             model, used, num_batches=settings.recalibrate_batches, batch_size=settings.batch_size,
@@ -179,13 +184,45 @@ def distillation_loss(student_BC: Tensor, teacher_BC: Tensor, temperature: float
     return F.kl_div(student, teacher, reduction="batchmean", log_target=True) * temperature**2
 
 
+class _Pace:
+    """How many steps of its schedule a training takes with each batch: one, or more when time gets short.
+
+    Attributes:
+        left: steps of the schedule to come.
+    """
+
+    def __init__(self, num_steps: int, seconds: float) -> None:
+        self.left, self._end = num_steps, time.monotonic() + seconds
+        self._first, self._count, self._debt = 0.0, 0, 0.0
+
+    def advance(self) -> int:
+        """The number of steps to take with this batch, at most all that are left."""
+        wanted = 1 if math.isinf(self._end) else ranks.from_first(self._wanted)
+        steps = min(wanted, self.left)
+        self.left -= steps
+        return steps
+
+    def _wanted(self) -> int:
+        """By the time that is left, and that the batches so far have taken."""
+        steps, now = 1, time.monotonic()
+        if self._count:
+            batches_left = max(1.0, (self._end - now) / ((now - self._first) / self._count))
+            self._debt += max(0.0, self.left / batches_left - 1)
+            steps += int(self._debt)
+            self._debt -= int(self._debt)
+        else:
+            self._first = now
+        self._count += 1
+        return steps
+
+
 @dataclass(frozen=True, kw_only=True)
 class _Plan:
     """What `_fit_` needs beside the model and the data."""
 
     optimizer: torch.optim.Optimizer
     scheduler: LRScheduler
-    num_steps: int
+    pace: _Pace
     batch_size: int
     seed: int
     device: torch.device
@@ -198,34 +235,30 @@ class _Plan:
         return self.ema_steps > 1
 
 
-def _objective(
-    model: nn.Module, settings: Finetune, teacher: nn.Module | None, loss: Loss | None
-) -> Callable[[Tensor, Tensor], Tensor]:
-    """(inputs, targets) -> the scalar to go down."""
+def _objective(settings: Finetune, teacher: nn.Module | None, loss: Loss | None) -> Objective:
+    """(model, inputs, targets) -> the scalar to go down."""
 
     def task(output: Any, target: Tensor) -> Tensor:
         if loss is not None:
             return loss(output, target)
         return classification_loss(output, target, label_smoothing=settings.label_smoothing)
 
-    def objective(inputs: Tensor, targets: Tensor) -> Tensor:
+    def objective(model: nn.Module, inputs: Tensor, targets: Tensor) -> Tensor:
         output = model(inputs)
         if teacher is None or settings.distill == 0:
             return task(output, targets)
         with torch.no_grad():
             taught = teacher(inputs)
         own = task(output, targets)
-        weight = settings.distill * lead(own, task(taught, targets))
+        weight = settings.distill * lead(*(ranks.mean(v, len(targets)) for v in (own, task(taught, targets))))
         distilled = distillation_loss(logits_of(output), logits_of(taught), settings.temperature)
         return (1 - weight) * own + weight * distilled
 
     return objective
 
 
-def _fit_(
-    model: nn.Module, split: Split, plan: _Plan, objective: Callable[[Tensor, Tensor], Tensor]
-) -> list[EpochRecord]:
-    """The training loop: `plan.num_steps` steps, one record a pass."""
+def _fit_(model: nn.Module, split: Split, plan: _Plan, objective: Objective) -> list[EpochRecord]:
+    """The training loop, as long as the schedule lasts; one record a pass."""
     owned = {id(p) for p in model.parameters()}
     assert all(id(p) in owned for g in plan.optimizer.param_groups for p in g["params"])
     per_epoch, records, done = split.num_batches(plan.batch_size), list[EpochRecord](), 0
@@ -233,20 +266,22 @@ def _fit_(
     with (
         torch.random.fork_rng(devices=list(cuda)),
         borrowed(model, plan.device, training=True, channels_last=True),
+        ranks.parallel(model) as forward,
     ):
         torch.manual_seed(plan.seed)
         average = _Average(model, plan) if plan.averages else None
-        while done < plan.num_steps:
-            count = min(per_epoch, plan.num_steps - done)
+        while plan.pace.left:
             shuffle = derive_seed(plan.seed, len(records))
-            batches = split.batches(plan.batch_size, device=plan.device, seed=shuffle, augment=True)
+            batches = split.batches(
+                plan.batch_size, device=plan.device, seed=shuffle, augment=True, part=ranks.part()
+            )
             began = time.perf_counter()
-            losses, lr, seen = _epoch_(zip(range(count), batches, strict=False), plan, objective, average)
-            done += count
+            passed = _epoch_(batches, plan, partial(objective, forward), average)
+            done += passed.steps
             records.append(
                 EpochRecord(
-                    epoch=done / per_epoch, lr=lr, train_loss=losses / count,
-                    images_per_s=seen / (time.perf_counter() - began),
+                    epoch=done / per_epoch, lr=passed.lr, train_loss=passed.loss,
+                    images_per_s=passed.samples / (time.perf_counter() - began),
                 )
             )  # fmt: skip
             if plan.on_epoch is not None:
@@ -262,7 +297,8 @@ class _Average:
 
     def __init__(self, model: nn.Module, plan: _Plan) -> None:
         self.model = model
-        self.mean = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(1 - 1 / plan.ema_steps))
+        decay = get_ema_multi_avg_fn(1 - 1 / plan.ema_steps)  # type: ignore[no-untyped-call]  # torch's
+        self.mean = AveragedModel(model, multi_avg_fn=decay)
 
     def step(self) -> None:
         self.mean.update_parameters(self.model)
@@ -274,30 +310,43 @@ class _Average:
             mine.copy_(mean)
 
 
+@dataclass(frozen=True, kw_only=True)
+class _Passed:
+    """What one pass did: its mean loss, the last rate, how many steps and samples."""
+
+    loss: float
+    lr: float
+    steps: int
+    samples: int
+
+
 def _epoch_(
-    batches: Iterator[tuple[int, tuple[Tensor, Tensor]]], plan: _Plan,
-    objective: Callable[[Tensor, Tensor], Tensor], average: _Average | None,
-) -> tuple[float, float, int]:  # fmt: skip
-    """Train on some batches; the sum of their losses, the last rate, the number of samples."""
-    total, lr, seen = torch.zeros((), device=plan.device), 0.0, 0
-    for step, (inputs, targets) in batches:
+    batches: Iterator[tuple[Tensor, Tensor]], plan: _Plan, objective: Callable[[Tensor, Tensor], Tensor],
+    average: _Average | None,
+) -> _Passed:  # fmt: skip
+    """Train on the batches, or on as many of them as the schedule has steps for."""
+    total, lr, samples, steps = torch.zeros((), device=plan.device), 0.0, 0, 0
+    for inputs, targets in batches:
         if inputs.ndim == 4:
             inputs = inputs.contiguous(memory_format=torch.channels_last)
         with torch.autocast(plan.device.type, torch.bfloat16, enabled=uses_bf16(plan.device)):
             loss = objective(inputs, targets)
         plan.optimizer.zero_grad(set_to_none=True)
-        loss.backward()  # type: ignore[no-untyped-call]  # torch leaves it untyped
+        ranks.share_of_loss(loss, len(targets)).backward()  # type: ignore[no-untyped-call]  # torch's gap
         lr = float(plan.optimizer.param_groups[0]["lr"])
         plan.optimizer.step()
-        plan.scheduler.step()
+        for _ in range(plan.pace.advance()):
+            plan.scheduler.step()
         if average is not None:
             average.step()
-        total += loss.detach()
-        seen += len(inputs)
-        if step % CHECK_EVERY == 0:
+        total += ranks.mean(loss.detach(), len(targets))
+        samples, steps = samples + len(inputs) * ranks.size(), steps + 1
+        if steps % CHECK_EVERY == 1:
             _check_finite(total, lr)
+        if not plan.pace.left:
+            break
     _check_finite(total, lr)
-    return float(total), lr, seen
+    return _Passed(loss=float(total) / steps, lr=lr, steps=steps, samples=samples)
 
 
 def _check_finite(total: Tensor, lr: float) -> None:

@@ -13,12 +13,14 @@ import traceback
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from autoprune import ranks
 from autoprune.allocation import allocate
 from autoprune.budget import Speed
 from autoprune.config import Decay, Metric, Study
@@ -125,16 +127,22 @@ class Ground:
     def screened(self, prune_rate: float, ways: Sequence[tuple[str, str]]) -> tuple[str, str]:
         """The (criterion, strategy) that is best at this rate before any fine-tuning.
 
-        Each is tried on a thousand search samples with batch-norm statistics estimated anew.
+        Each is tried on a thousand search samples with batch-norm statistics estimated anew. Where that
+        cannot be done, because the study's loss or score raises, the trials will record what is the matter.
         """
         if len(ways) == 1:
             return ways[0]
-        plans = {way: self.choose(_untuned(prune_rate, *way)) for way in ways}
-        where = bench(
-            self.model, self.graph, self.data.search, calibration=self.data.train, device=self.device,
-            loss=self.study.loss, score=self.study.evaluate,
-        )  # fmt: skip
-        best = screen(where, list(plans.values()))[0].plan
+        try:
+            plans = {way: self.choose(_untuned(prune_rate, *way)) for way in ways}
+            where = bench(
+                self.model, self.graph, self.data.search, calibration=self.data.train, device=self.device,
+                loss=self.study.loss, score=self.study.evaluate,
+            )  # fmt: skip
+            best = screen(where, list(plans.values()))[0].plan
+        except RunError:
+            raise
+        except Exception:  # of the user's own functions
+            return ways[0]
         return next(way for way, plan in plans.items() if plan is best)
 
     def limit(self, prune_rate: float) -> float:
@@ -191,9 +199,9 @@ def all_the_way(climb: Climb) -> bool:
     return True
 
 
-def run_trial(
+def run_trial(  # noqa: PLR0913 - one whole trial: each argument is a decision of its caller
     ground: Ground, params: TrialParams, *, epochs: tuple[float, ...], seed: int,
-    goes_on: Callable[[Climb], bool] = all_the_way,
+    goes_on: Callable[[Climb], bool] = all_the_way, seconds_left: Callable[[], float] = lambda: math.inf,
     on_epoch: Callable[[EpochRecord], None] | None = None,
 ) -> TrialResult:  # fmt: skip
     """Prune the ground's network by these parameters, fine-tune it and measure it on the search split.
@@ -204,14 +212,19 @@ def run_trial(
         epochs: of each rung, a complete schedule.
         seed: of order, augmentation and dropout.
         goes_on: asked between two rungs.
+        seconds_left: of the budget; a schedule for which they are too few is gone through faster.
         on_epoch: told of every epoch.
     """
     began = time.perf_counter()
     try:
-        return _Trial(ground, params, seed, on_epoch).run(epochs, goes_on)
+        return _Trial(ground, params, seed, on_epoch).run(epochs, goes_on, seconds_left)
     except RunError:
         raise  # storage is away: that is not the trial's fault
-    except Exception as error:  # whatever the user's loader, loss or evaluate raises fails this trial alone
+    except Exception as error:
+        if ranks.size() > 1 and not isinstance(error, TrialError):
+            told = f"a trial failed on rank {ranks.part()[0]}: {_reason(error)}"
+            raise RunError(told, "torchrun ends the other ranks; start them again") from error
+        # whatever the user's loader, loss or evaluate raises fails this trial alone
         with suppress(RuntimeError):
             torch.cuda.empty_cache()
         record = failed_record(_reason(error), seconds=time.perf_counter() - began)
@@ -242,12 +255,14 @@ class _Trial:
         self, ground: Ground, params: TrialParams, seed: int, on_epoch: Callable[[EpochRecord], None] | None
     ) -> None:
         self.ground, self.params, self.seed, self.on_epoch = ground, params, seed, on_epoch
-        self.plan = ground.choose(params)
+        self.plan = ranks.from_first(lambda: ground.choose(params))
         self.model = densify(ground.model, ground.graph, self.plan)
         self.curve: list[EpochRecord] = []
         self.rungs: list[Rung] = []
 
-    def run(self, epochs: tuple[float, ...], goes_on: Callable[[Climb], bool]) -> TrialResult:
+    def run(
+        self, epochs: tuple[float, ...], goes_on: Callable[[Climb], bool], seconds_left: Callable[[], float]
+    ) -> TrialResult:  # fmt: skip
         """Climb, and say how far it came."""
         ground, tune, began = self.ground, self.ground.study.finetune, time.perf_counter()
         recalibrate_(
@@ -262,10 +277,10 @@ class _Trial:
                 tops = tuple(r.top1 for r in self.rungs)
                 done = self.rungs[-1].epochs
                 climb = Climb(prune_rate=rate, cost_share=share, tops=tops, done=done, next_epochs=part)
-                if not goes_on(climb):
+                if not ranks.from_first(partial(goes_on, climb)):
                     break
             tuning_began = time.perf_counter()
-            self._climb(part)
+            self._climb(part, ranks.from_first(seconds_left))
             tuning_seconds += time.perf_counter() - tuning_began
             tuned = measure(ground, self.model)
             self.rungs.append(Rung(epochs=self.curve[-1].epoch, top1=tuned.top1))
@@ -279,20 +294,24 @@ class _Trial:
         )  # fmt: skip
         return TrialResult(record=record, model=self.model, plan=ground.plan.compose(self.plan))
 
-    def _climb(self, epochs: float) -> None:
+    def _tell(self) -> None:
+        if self.on_epoch is not None:
+            self.on_epoch(self.curve[-1])
+
+    def _climb(self, epochs: float, seconds: float) -> None:
         """One complete schedule."""
         ground, study = self.ground, self.ground.study
         done = self.curve[-1].epoch if self.curve else 0.0
 
         def tell(record: EpochRecord) -> None:
             self.curve.append(replace(record, epoch=done + record.epoch))
-            if self.on_epoch is not None:
-                self.on_epoch(self.curve[-1])
+            ranks.from_first(self._tell)
 
         finetune_(
             self.model, ground.data.train, schedule=self.params.schedule(study.finetune.warmup),
             settings=study.finetune, epochs=epochs, seed=derive_seed(self.seed, 1 + len(self.rungs)),
-            device=ground.device, teacher=ground.original, loss=study.loss, on_epoch=tell,
+            device=ground.device, teacher=ground.original, loss=study.loss, seconds=seconds,
+            on_epoch=tell,
         )  # fmt: skip
 
 

@@ -13,7 +13,7 @@ import torch
 from optuna.exceptions import UpdateFinishedTrialError
 
 from autoprune import events as ev
-from autoprune.advice import SHALLOW, params_of, suggest
+from autoprune.advice import SHALLOW, Point, params_of, suggest
 from autoprune.baseline import Work, begin
 from autoprune.budget import Meter
 from autoprune.config import Budget, Lock, Search
@@ -171,8 +171,8 @@ def test_whatever_is_raised_fails_the_trial_alone(work: Work) -> None:
         run_trial(failing(RunError("no database", "wait")).ground, params, epochs=(0.1,), seed=0)
 
 
-def fails_when_tuning(work: Work, wanted: int) -> RoundJob:
-    """A round in which the first `wanted` trials meet a loss that raises."""
+def fails_when_tuning(work: Work, wanted: int) -> tuple[RoundJob, list[Point]]:
+    """A round in which the first `wanted` trials meet a loss that raises, and what it tries first."""
     job, _ = first_round(work)
     seen: list[int] = []
 
@@ -182,21 +182,22 @@ def fails_when_tuning(work: Work, wanted: int) -> RoundJob:
             raise ValueError("sample 17 is broken")
         return torch.nn.functional.cross_entropy(output, target)
 
-    return replace(job, ground=replace(job.ground, study=replace(job.ground.study, loss=loss)))
+    broken = replace(job, ground=replace(job.ground, study=replace(job.ground.study, loss=loss)))
+    return broken, known_points(job)
 
 
 def test_a_round_goes_on_after_a_failure_and_all_failing_alike_is_noticed(work: Work) -> None:
     study = first_round(work)[1]
-    job = fails_when_tuning(work, 1)
-    search_round(job, study, known_points(job))
+    job, known = fails_when_tuning(work, 1)
+    search_round(job, study, known)
     trials = read_trials(study)
     assert [t.state for t in trials] == ["failed", "complete", "complete"]
     assert "sample 17 is broken" in trials[0].failure
     assert trials[0].params["lr"] > 0
     assert same_failure(study) is None
     other = work.store.create_study(7, {})
-    job = fails_when_tuning(work, 3)
-    search_round(job, other, known_points(job))
+    job, known = fails_when_tuning(work, 3)
+    search_round(job, other, known)
     assert "sample 17 is broken" in (same_failure(other) or "")
 
 

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import copy
 import math
+import time
 from dataclasses import replace
 from typing import Any
 
@@ -141,6 +142,22 @@ def test_distillation_is_zero_for_equal_outputs_and_scales_with_temperature() ->
     p, q = (logits / 2).softmax(1), (other / 2).softmax(1)
     by_hand = 4 * (q * (q / p).log()).sum(1).mean()
     assert distillation_loss(logits, other, 2.0).item() == pytest.approx(by_hand.item(), rel=1e-5)
+
+
+def test_a_schedule_hurries_to_its_end_when_time_gets_short() -> None:
+    began = time.monotonic()
+    _, records = trained(epochs=5000, seconds=1.5)
+    assert time.monotonic() - began < 6
+    assert records[-1].lr < 0.01 * SCHEDULE.lr, "it came to its end"
+    assert records[-1].epoch < 2500, "with fewer steps than planned"
+    assert [r.lr for r in records][len(records) // 2] > 0.01 * SCHEDULE.lr, "not all at once"
+
+
+def test_a_schedule_that_has_the_time_does_not_hurry() -> None:
+    free, _ = trained()
+    limited, records = trained(seconds=600.0)
+    assert same(weights(free), weights(limited))
+    assert records[-1].epoch == 2
 
 
 def test_a_share_of_the_data_is_an_epoch() -> None:

@@ -81,6 +81,15 @@ def test_the_ranking_that_does_best_untuned_is_found_by_trying(ground: Ground) -
     assert loss(best) == min(loss(way) for way in ways) < max(loss(way) for way in ways)
 
 
+def test_a_loss_that_raises_is_left_to_the_trials(ground: Ground) -> None:
+    def loss(output: object, target: object) -> torch.Tensor:
+        raise OSError("no such image")
+
+    study = replace(ground.study, loss=loss)
+    broken = replace(ground, study=study, cached_scores={})
+    assert broken.screened(0.4, [("taylor", "uniform"), ("l1", "uniform")]) == ("taylor", "uniform")
+
+
 def test_no_trial_overshoots_the_target(ground: Ground) -> None:
     assert ground.limit(0.9) == ground.target_cost
 
