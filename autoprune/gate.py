@@ -56,6 +56,8 @@ STEP_SHARE = 0.5  # of the bench's samples that curves are measured on after the
 WIDTH = 0.5  # of the first variation, in the logarithm of a price
 GROWTH, SHRINKAGE = 1.5, 0.9  # 1.5 * 0.9**4 is about 1: one success in five keeps the width
 SWITCH = 0.2  # of the tries take another ranking
+FINALISTS = 6  # the best of the tries meet again on more samples
+SPARED = 1e3  # factor on the price of channels that sums join, where a first plan leaves them alone
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -97,7 +99,7 @@ def screen(bench: Bench, plans: Sequence[PruningPlan]) -> tuple[Screened, ...]:
 def refine(  # noqa: PLR0913 - what `allocate` wants, and how long to look
     bench: Bench, rankings: Mapping[str, Scores], *, metric: Metric, limit: float,
     strategies: Sequence[str] = ("sensitivity",), table: SensitivityTable | None = None,
-    tries: int = TRIES, seed: int = 0,
+    tries: int = TRIES, seed: int = 0, finals: Split | None = None,
 ) -> Screened:  # fmt: skip
     """The best plan found that costs `limit`: never worse, on the bench, than the allocation's own.
 
@@ -110,13 +112,14 @@ def refine(  # noqa: PLR0913 - what `allocate` wants, and how long to look
         table: for the strategy `sensitivity`.
         tries: plans beyond the first ones; 0 only chooses among these.
         seed: of the variation.
+        finals: more samples, on which the best tried meet again; None lets the bench's decide.
 
     Raises:
         UnreachableError: no criterion makes a plan that costs `limit`.
     """
     stage = _Stage(bench=bench, rankings=rankings, table=table, before=PruningPlan.full(bench.graph))
     wish = _Wish(metric=metric, limit=limit, strategies=tuple(strategies))
-    return _best([stage], wish, tries, np.random.default_rng(seed)).screened
+    return _final(_tries([stage], wish, tries, np.random.default_rng(seed)), finals).screened
 
 
 class Descent:
@@ -129,14 +132,15 @@ class Descent:
         table: of the bench's network.
         criteria, strategies: those that compete.
         seed: of the variation, and of the samples that criteria see.
+        finals: more samples, on which the best plans of a cost meet again; None lets the bench's decide.
     """
 
     def __init__(  # noqa: PLR0913 - one whole stage: each argument is a decision of its caller
         self, bench: Bench, retrace: Callable[[nn.Module], ChannelGraph], *, metric: Metric,
         table: SensitivityTable, criteria: Sequence[str] = CRITERIA,
-        strategies: Sequence[str] = STRATEGIES, seed: int = 0,
+        strategies: Sequence[str] = STRATEGIES, seed: int = 0, finals: Split | None = None,
     ) -> None:  # fmt: skip
-        self.retrace, self.metric, self.seed = retrace, metric, seed
+        self.retrace, self.metric, self.seed, self.finals = retrace, metric, seed, finals
         self.criteria, self.strategies = tuple(criteria), tuple(strategies)
         self.first = _Stage(
             bench=bench, rankings=_ranked(bench, criteria, seed), table=table,
@@ -155,7 +159,8 @@ class Descent:
         while len(self.steps) < depth:
             self._step()
         stages = [self.first, self.steps[depth - 1]] if depth else [self.first]
-        return _best(stages, self._wish(limit), tries, np.random.default_rng([self.seed, depth])).screened
+        rng = np.random.default_rng([self.seed, depth])
+        return _final(_tries(stages, self._wish(limit), tries, rng), self.finals).screened
 
     def _step(self) -> None:
         """Go down to the next mark."""
@@ -163,11 +168,12 @@ class Descent:
         stages = [self.first, *self.steps[-1:]]
         wish = self._wish(self.present * STEP**number)
         try:
-            found = _best(stages, wish, STEP_TRIES, np.random.default_rng([self.seed, 0, number]))
+            found = _tries(stages, wish, STEP_TRIES, np.random.default_rng([self.seed, 0, number]))
         except UnreachableError:
             self.steps.append(stages[-1])
         else:
-            self.steps.append(_next_stage(found, self.retrace, self.criteria, self.seed))
+            best = min(found, key=lambda f: f.screened.badness)
+            self.steps.append(_next_stage(best, self.retrace, self.criteria, self.seed))
 
     def _wish(self, limit: float) -> _Wish:
         return _Wish(metric=self.metric, limit=limit, strategies=self.strategies)
@@ -196,12 +202,25 @@ class _Stage:
     table: SensitivityTable | None
     before: PruningPlan
 
+    def own(self, wish: _Wish) -> list[_Found]:
+        """Each criterion's plan by each strategy, once more without the channels that sums join.
+
+        A curve knows how much such channels matter; a threshold on scores does not.
+        """
+        groups = self.bench.graph.groups
+        joined = np.array([sum(m.role == "out" for m in g.members) > 1 for g in groups])
+        plain, spared = np.zeros(len(groups)), np.where(joined, math.log(SPARED), 0.0)
+        ways = [(c, s, plain) for s in wish.strategies for c in self.rankings]
+        if joined.any() and not joined.all():
+            ways += [(c, "global", spared) for c in self.rankings if "global" in wish.strategies]
+        return [found for way in ways if (found := self.tried(wish, *way)) is not None]
+
     def tried(
-        self, wish: _Wish, criterion: str, strategy: str, factors: NDArray[np.float64] | None = None
+        self, wish: _Wish, criterion: str, strategy: str, factors: NDArray[np.float64]
     ) -> _Found | None:
-        """The plan by varied prices, or by plain ones; None where there is none of this cost."""
+        """The plan by varied prices, the logarithms of their factors given; None if none has this cost."""
         names = [g.name for g in self.bench.graph.groups]
-        emphasis = {} if factors is None else dict(zip(names, np.exp(factors).tolist(), strict=True))
+        emphasis = dict(zip(names, np.exp(factors).tolist(), strict=True))
         try:
             plan = self.allocated(wish, criterion, strategy, emphasis)
         except UnreachableError:
@@ -211,7 +230,7 @@ class _Stage:
             plan=self.before.compose(plan), evaluation=evaluate_replayed(self.bench, model),
             criterion=criterion, strategy=strategy,
         )  # fmt: skip
-        return _Found(stage=self, screened=screened, model=model)
+        return _Found(stage=self, screened=screened, model=model, factors=factors)
 
     def allocated(
         self, wish: _Wish, criterion: str, strategy: str, emphasis: Mapping[str, float]
@@ -229,27 +248,44 @@ class _Found:
     stage: _Stage
     screened: Screened
     model: nn.Module
+    factors: NDArray[np.float64]
 
 
-def _best(stages: Sequence[_Stage], wish: _Wish, tries: int, rng: np.random.Generator) -> _Found:
-    """The best of every stage's own plans, then of those varied around the best so far."""
-    ways = [(stage, c, s) for stage in stages for s in wish.strategies for c in stage.rankings]
-    own = [found for stage, c, s in ways if (found := stage.tried(wish, c, s)) is not None]
-    if not own:
-        ways[0][0].allocated(wish, *ways[0][1:], {})  # raises what is the matter
-    best = min(own, key=lambda f: f.screened.badness)
+def _tries(
+    stages: Sequence[_Stage], wish: _Wish, tries: int, rng: np.random.Generator
+) -> list[_Found]:  # fmt: skip
+    """Every stage's own plans, then those varied around the best so far; of all, the best few."""
+    found = [f for stage in stages for f in stage.own(wish)]
+    if not found:
+        stages[0].allocated(wish, next(iter(stages[0].rankings)), wish.strategies[0], {})  # raises why
+    best = min(found, key=lambda f: f.screened.badness)
     stage, strategy = best.stage, best.screened.strategy
-    factors, width = np.zeros(len(stage.bench.graph.groups)), WIDTH
+    factors, width = best.factors, WIDTH
     for _ in range(tries):
         switches = rng.uniform() < SWITCH
         criterion = str(rng.choice(list(stage.rankings))) if switches else best.screened.criterion
         varied = factors + width * rng.normal(size=len(factors))
-        found = stage.tried(wish, criterion, strategy, varied)
-        if found is not None and found.screened.badness < best.screened.badness:
-            best, factors, width = found, varied, width * GROWTH
+        new = stage.tried(wish, criterion, strategy, varied)
+        if new is None:
+            continue
+        found = sorted([*found, new], key=lambda f: f.screened.badness)[:FINALISTS]
+        if new is found[0]:
+            best, factors, width = new, varied, width * GROWTH
         else:
             width *= SHRINKAGE
-    return best
+    return sorted(found, key=lambda f: f.screened.badness)[:FINALISTS]
+
+
+def _final(found: Sequence[_Found], finals: Split | None) -> _Found:
+    """The best, by more samples where there are more."""
+    if finals is None or len(found) == 1:
+        return found[0]
+    again = []
+    for one in found:
+        bench = replace(one.stage.bench, split=finals)
+        screened = replace(one.screened, evaluation=evaluate_replayed(bench, one.model))
+        again.append(replace(one, screened=screened))
+    return min(again, key=lambda f: f.screened.badness)
 
 
 def _next_stage(
