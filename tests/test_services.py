@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 import tempfile
 import threading
 import time
@@ -11,18 +13,43 @@ from pathlib import Path
 
 import pytest
 
+from autoprune import events as ev
+from autoprune.config import Lock, Search
 from autoprune.errors import ArtifactError, RunError, UsageError
+from autoprune.pipeline import run
 from autoprune.place import Place, checked_database
 from autoprune.plan import PruningPlan
 from autoprune.presence import HeldError, joined
+from autoprune.seats import OWNER
 from autoprune.store import RunStore, put, quiet_optuna, scored
 from tests.services import Postgres, Relay, postgres, postgres_programs, s3
-from tests.tiny import tiny_net
+from tests.tiny import tiny_net, tiny_study
 
 pytestmark = [
     pytest.mark.services,
     pytest.mark.skipif(postgres_programs() is None, reason="PostgreSQL is not installed"),
 ]
+ROOT = Path(__file__).resolve().parents[1]
+SHARED = """
+import time
+from pathlib import Path
+
+import torch
+
+from autoprune.config import Search
+from tests.tiny import tiny_study, trained_net
+
+
+def loss(output, target):
+    time.sleep(1.5 if output.requires_grad and not Path("{go}").exists() else 0)
+    return torch.nn.functional.cross_entropy(output, target)
+
+
+study = tiny_study(
+    name="{name}", search=Search(trials=24, epochs=1, criteria=("l1",)), budget="epochs=80", loss=loss,
+    max_drop=10.0, target="macs=0.7", model=trained_net, baseline=None,
+)
+"""
 PLAN = PruningPlan(keep={}, num_units={})
 
 
@@ -147,3 +174,60 @@ def test_a_missing_bucket_and_a_wrong_name_are_told(place: Place, database: Post
     wrong = replace(place, database=database.url.replace("/postgres", "/nothing"))
     with pytest.raises(UsageError, match="cannot be opened"):
         RunStore(wrong, "a")
+
+
+def test_a_run_goes_on_after_a_minute_without_database_and_one_without_store(
+    place: Place, database: Postgres, bucket: Relay
+) -> None:
+    threads: list[threading.Thread] = []
+    events: list[ev.Event] = []
+
+    def take_away(event: ev.Event) -> None:
+        events.append(event)
+        finished = sum(isinstance(e, ev.TrialFinished) for e in events)
+        if isinstance(event, ev.TrialFinished) and finished <= 2:
+            threads.append(while_away(database if finished == 1 else bucket, 60))
+
+    study = tiny_study(name=f"away{time.time_ns()}", search=Search(trials=3, epochs=0.3), max_drop=20.0)
+    result = run(study, out=place, lock=Lock(plain=True), on_event=take_away)
+    for thread in threads:
+        thread.join()
+    assert result.reached
+    assert result.model_file.parent == place.folder
+    assert len(threads) == 2
+    assert all(not t.failure for r in result.record.rounds for t in r.trials)
+    with closing(RunStore(place, study.name)) as kept:
+        assert len(kept.artifacts.names()) <= 2 + len(result.record.rounds)
+    again = run(study, out=place, lock=Lock(plain=True), resume=True)
+    assert again.after == result.after
+    with pytest.raises(UsageError, match="never overwritten"):
+        run(study, out=place, lock=Lock(plain=True))
+
+
+def test_a_worker_joins_a_run_in_a_database_by_its_name_alone(place: Place, tmp_path: Path) -> None:
+    name = f"shared{time.time_ns()}"
+    file, go = tmp_path / "in_a_database.py", tmp_path / "go"
+    file.write_text(SHARED.format(name=name, go=str(go)), encoding="utf-8")
+    command = [sys.executable, "-m", "autoprune"]
+    words = ["run", file, "--storage", place.database, "--artifacts", place.artifacts,
+             "--out", tmp_path / "out", "--plain", "--quiet"]  # fmt: skip
+    whole = f"{place.database}#{name}"
+    with subprocess.Popen([*command, *words], cwd=ROOT) as coordinator:
+        limit = time.monotonic() + 300
+        while subprocess.run([*command, "status", whole], cwd=ROOT, capture_output=True).returncode:
+            assert time.monotonic() < limit
+        with subprocess.Popen(
+            [*command, "worker", whole], cwd=ROOT, stderr=subprocess.PIPE, text=True
+        ) as worker:
+            with closing(RunStore(place, name)) as store:
+                owners: set[int] = set()
+                while len(owners) < 2:
+                    assert time.monotonic() < limit + 300
+                    study = store.study(1)
+                    owners = {t.user_attrs[OWNER] for t in study.trials} if study else set()
+            go.touch()
+            _, told = worker.communicate(timeout=600)
+        assert coordinator.wait(600) == 0
+    assert worker.returncode == 0, told
+    assert "is finished; this worker ran" in told
+    assert (tmp_path / "out" / "model.autoprune").is_file()

@@ -77,7 +77,7 @@ def study_file(folder: Path, trials: int) -> Path:
     return file
 
 
-def until(check: Callable[[], bool], limit_s: float = 240) -> None:
+def until(check: Callable[[], bool], limit_s: float = 500) -> None:
     limit = time.monotonic() + limit_s
     while not check():
         assert time.monotonic() < limit, "it did not happen"
@@ -123,7 +123,7 @@ def test_local_workers_share_the_trials(tmp_path: Path) -> None:
     with process(*words) as run:
         until(lambda: len(owners(out)) == 2)
         (tmp_path / "go").touch()
-        told, progress = run.communicate(timeout=500)
+        told, progress = run.communicate(timeout=900)
     assert run.returncode in (0, 3), progress
     assert json.loads(told)["after"]["macs"] > 0
     trials = check_round(out)
@@ -154,9 +154,9 @@ def test_a_killed_and_a_stopped_worker_are_replaced_and_overwrite_nothing(tmp_pa
             until(lambda: sum(t.state == "failed" for t in first_round(out)) >= 2)
             (tmp_path / "go").touch()
             stopped.send_signal(signal.SIGCONT)
-            _, progress = run.communicate(timeout=500)
+            _, progress = run.communicate(timeout=900)
             assert run.returncode in (0, 3), progress
-            _, woken = stopped.communicate(timeout=300)
+            _, woken = stopped.communicate(timeout=600)
     assert len(seen) == 3
     trials = check_round(out)
     lost = [t for t in trials if t.state == "failed"]

@@ -1,0 +1,198 @@
+"""What a campaign costs beside training: storage per trial, growth with trials, and a run's own overhead.
+
+    python benchmarks/bench_overhead.py storage [--postgres] [--trials 64] [--workers 1 4 8]
+    python benchmarks/bench_overhead.py growth [--trials 1000]
+    python benchmarks/bench_overhead.py run RUN
+
+`storage`: every process takes seats, is suggested five parameters, stores a record of ten epochs, and tells;
+nothing is trained. `growth`: the same alone, the first hundred trials of a study against its last hundred.
+`run`: of a finished run's time between its first trial and its last model, the share outside analyses,
+trials (pruning, training, evaluation) and the final stage, by the run's own records.
+"""
+
+from __future__ import annotations
+
+import argparse
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import closing, contextmanager
+from pathlib import Path
+from statistics import mean, median
+
+import optuna
+
+from autoprune.history import RESULT, read_plan, read_trials
+from autoprune.patience import open_storage
+from autoprune.place import Place, checked_database
+from autoprune.record import EpochPoint, TrialRecord
+from autoprune.seats import sit, take, tell
+from autoprune.store import FINAL, RunStore, name_in, put, quiet_optuna, scored
+
+ROOT = Path(__file__).resolve().parents[1]
+EPOCH = EpochPoint(epoch=1.0, lr=0.1, train_loss=1.0, images_per_s=100.0)
+POINT = {"prune_rate": 0.3, "lr": 0.01, "decay": "cosine", "criterion": "l1", "strategy": "sensitivity"}
+CHOICES = {"decay": ["cosine", "linear"], "criterion": ["l1", "l2"], "strategy": ["sensitivity"]}
+
+
+def open_study(where: str, *, create: bool = False) -> optuna.Study:
+    """`sqlite:FOLDER`, `journal:FILE` or a PostgreSQL URL."""
+    kind, _, rest = where.partition(":")
+    if kind == "journal":
+        backend = optuna.storages.journal.JournalFileBackend(rest)
+        storage: optuna.storages.BaseStorage = optuna.storages.JournalStorage(backend)
+    else:
+        database = None if kind == "sqlite" else checked_database(where)
+        folder = Path(rest) if kind == "sqlite" else Path("unused")
+        storage = open_storage(Place(folder=folder, database=database))
+    if create:
+        return optuna.create_study(study_name="bench/round-01", storage=storage, direction="maximize")
+    return optuna.load_study(study_name="bench/round-01", storage=storage)
+
+
+def one_trial(study: optuna.Study, planned: int, owner: int) -> bool:
+    """Everything that a trial asks of the storage."""
+    taken = take(study, planned, owner)
+    if taken is None:
+        return False
+    trial = sit(study, taken, POINT)
+    trial.suggest_float("prune_rate", 0.1, 0.4)
+    trial.suggest_float("lr", 1e-3, 0.1, log=True)
+    for name, choices in CHOICES.items():
+        trial.suggest_categorical(name, choices)
+    record = TrialRecord(number=-1, state="running", params={}, top1=0.9, epochs=(EPOCH,) * 10, seconds=1.0)
+    put(trial, checkpoint="0" * 64)
+    put(trial, **{RESULT: record})
+    tell(study, trial, 0.5)
+    return True
+
+
+def worker(where: str, planned: int, owner: int) -> None:
+    """Run trials until no seat is left; prints the milliseconds of each."""
+    study = open_study(where)
+    print("ready", flush=True)
+    sys.stdin.readline()
+    while True:
+        began = time.perf_counter()
+        if not one_trial(study, planned, owner):
+            return
+        print(1000 * (time.perf_counter() - began))
+
+
+def storage_cost(where: str, workers: int, planned: int) -> list[float]:
+    """Milliseconds of every trial, over all processes."""
+    open_study(where, create=True)
+    command = [sys.executable, __file__, "worker", where, str(planned)]
+    started = [
+        subprocess.Popen([*command, str(n)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        for n in range(workers)
+    ]
+    for one in started:
+        assert one.stdout is not None
+        one.stdout.readline()
+    told = []
+    for one in started:
+        assert one.stdin is not None
+        one.stdin.write("\n")
+        one.stdin.flush()
+    for one in started:
+        out, _ = one.communicate()
+        told += [float(line) for line in out.split()]
+    assert len(told) == planned, "every seat is taken once"
+    return told
+
+
+@contextmanager
+def places(*, with_postgres: bool) -> Iterator[list[str]]:
+    """A kind of storage each, in a temporary folder."""
+    with tempfile.TemporaryDirectory() as folder:
+        kinds = ["sqlite", "journal"]
+        if not with_postgres:
+            yield [f"{kind}:{folder}/{kind}" for kind in kinds]
+            return
+        sys.path.insert(0, str(ROOT))
+        from tests.services import postgres
+
+        with postgres(Path(tempfile.gettempdir()) / f"autoprune-bench-{time.time_ns()}") as server:
+            yield [*(f"{kind}:{folder}/{kind}" for kind in kinds), server.url]
+
+
+def storage(args: argparse.Namespace) -> None:
+    """One line for every storage and number of workers."""
+    print(f"{'storage':12} workers  trials  median ms  mean ms  worst ms  trials/s")
+    for workers in args.workers:
+        with places(with_postgres=args.postgres) as found:
+            for where in found:
+                kind = where.partition(":")[0]
+                if kind == "sqlite":
+                    Path(where.partition(":")[2]).mkdir()
+                began = time.perf_counter()
+                took = storage_cost(where, workers, args.trials)
+                rate = args.trials / (time.perf_counter() - began)
+                print(f"{kind:12} {workers:7} {args.trials:7} {median(took):10.0f} {mean(took):8.0f} "
+                      f"{max(took):9.0f} {rate:9.1f}", flush=True)  # fmt: skip
+
+
+def growth(args: argparse.Namespace) -> None:
+    """The first hundred trials against the last hundred."""
+    with tempfile.TemporaryDirectory() as folder:
+        study, took = open_study(f"sqlite:{folder}", create=True), []
+        for _ in range(args.trials):
+            began = time.perf_counter()
+            one_trial(study, args.trials, 0)
+            took.append(1000 * (time.perf_counter() - began))
+    for start in range(0, args.trials, max(100, args.trials // 10)):
+        part = took[start : start + 100]
+        print(f"trials {start:5} to {start + len(part):5}: median {median(part):6.1f} ms", flush=True)
+
+
+def overhead_of(store: RunStore) -> tuple[float, float]:
+    """Wall seconds from the first trial to the delivered model, and those of them that are accounted for."""
+    rounds = list(store.rounds())
+    final = store.study(FINAL)
+    assert final is not None, "the run is not finished"
+    first = min(t.datetime_start for t in scored(rounds[0]) if t.datetime_start)
+    last = max(t.datetime_complete for t in scored(final) if t.datetime_complete)
+    work = sum(t.seconds for study in rounds for t in read_trials(study))
+    work += sum(read_plan(study).analysis_seconds for study in rounds[1:])
+    return (last - first).total_seconds(), work + final.user_attrs["seconds"]
+
+
+def run(args: argparse.Namespace) -> None:
+    """A finished run's overhead; one process ran it, without a pause."""
+    with closing(RunStore(args.run, name_in(args.run))) as store:
+        wall, work = overhead_of(store)
+        trials = sum(len(scored(study)) for study in store.rounds())
+    print(f"{args.run}: {trials} trials, {wall:.1f} s, of which {100 * (1 - work / wall):.2f} % overhead")
+
+
+def main() -> None:
+    """Choose what to measure."""
+    if sys.argv[1] == "worker":
+        with quiet_optuna():
+            worker(sys.argv[2], int(sys.argv[3]), int(sys.argv[4]))
+        return
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    commands = parser.add_subparsers(required=True)
+    one = commands.add_parser("storage")
+    one.add_argument("--postgres", action="store_true")
+    one.add_argument("--trials", type=int, default=64)
+    one.add_argument("--workers", type=int, nargs="+", default=[1, 4, 8])
+    one.set_defaults(what=storage)
+    two = commands.add_parser("growth")
+    two.add_argument("--trials", type=int, default=1000)
+    two.set_defaults(what=growth)
+    three = commands.add_parser("run")
+    three.add_argument("run", type=Path)
+    three.set_defaults(what=run)
+    args = parser.parse_args()
+    with quiet_optuna():
+        args.what(args)
+
+
+if __name__ == "__main__":
+    main()
