@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from autoprune.pipeline import run as run
     from autoprune.plan import PruningPlan as PruningPlan
     from autoprune.record import RunResult as RunResult
+    from autoprune.schedule import Schedule as Schedule
     from autoprune.sensitivity import sensitivity as sensitivity
     from autoprune.tracing import trace as trace
     from autoprune.train import finetune_
@@ -43,10 +44,10 @@ if TYPE_CHECKING:
 PUBLIC = {
     "Analysis": "config", "AutopruneError": "errors", "Baseline": "config", "ChannelGraph": "graph",
     "Control": "config", "Cost": "cost", "Data": "data", "Finetune": "config", "Lock": "config",
-    "PruningPlan": "plan", "RunResult": "record", "Search": "config", "Study": "config", "densify": "densify",
-    "evaluate": "evaluation", "finetune": "train:finetune_", "from_datasets": "data", "load": "artifact",
-    "load_data": "data", "load_weights_": "weights", "masked": "densify", "run": "pipeline",
-    "sensitivity": "sensitivity", "trace": "tracing",
+    "PruningPlan": "plan", "RunResult": "record", "Schedule": "schedule", "Search": "config",
+    "Study": "config", "densify": "densify", "evaluate": "evaluation", "finetune": "train:finetune_",
+    "from_datasets": "data", "load": "artifact", "load_data": "data", "load_weights_": "weights",
+    "masked": "densify", "run": "pipeline", "sensitivity": "sensitivity", "trace": "tracing",
 }  # fmt: skip
 __all__ = sorted(PUBLIC)
 

@@ -3,6 +3,8 @@
 Set AUTOPRUNE_DATA to a folder that holds `cifar10/train.npz`, `cifar10/test.npz` (README says how to make
 them) and `weights/resnet20-12fca82f.th`. The network has top-1 91.73 on the 10,000 test images. It has
 seen the training set, so the search runs on half of the test images and the other half is the test.
+
+What it took: half an hour on one thread of a busy machine is told in benchmarks/results/resnet20_cifar10.md.
 """
 
 from __future__ import annotations
@@ -20,14 +22,14 @@ from autoprune.splits import IMAGENET
 WEIGHTS = "weights/resnet20-12fca82f.th"
 
 
-def folder() -> Path:
-    """The folder that AUTOPRUNE_DATA names."""
+def data_folder(weights: str) -> Path:
+    """The folder that AUTOPRUNE_DATA names, with CIFAR-10 and these weights in it."""
     named = os.environ.get("AUTOPRUNE_DATA")
-    hint = f"export AUTOPRUNE_DATA=DIR, where DIR holds cifar10/train.npz, cifar10/test.npz and {WEIGHTS}"
+    hint = f"export AUTOPRUNE_DATA=DIR, where DIR holds cifar10/train.npz, cifar10/test.npz and {weights}"
     if not named:
         raise DataError("AUTOPRUNE_DATA is not set, so there is no data for this study", hint)
     missing = [
-        f for f in ("cifar10/train.npz", "cifar10/test.npz", WEIGHTS) if not (Path(named) / f).is_file()
+        f for f in ("cifar10/train.npz", "cifar10/test.npz", weights) if not (Path(named) / f).is_file()
     ]
     if missing:
         raise DataError(f"AUTOPRUNE_DATA={named} lacks {', '.join(missing)}", hint)
@@ -36,12 +38,14 @@ def folder() -> Path:
 
 def model() -> ResNet:
     """The network with its weights."""
-    return resnet20(folder() / WEIGHTS)
+    return resnet20(data_folder(WEIGHTS) / WEIGHTS)
 
 
 def data() -> Data:
     """Normalised with the constants that these weights were trained with, which are ImageNet's."""
-    return load_data(f"cifar10:{folder() / 'cifar10'}", search_from="test", normalization=IMAGENET)
+    return load_data(
+        f"cifar10:{data_folder(WEIGHTS) / 'cifar10'}", search_from="test", normalization=IMAGENET
+    )
 
 
 study = Study(

@@ -16,7 +16,11 @@ from autoprune.evaluation import evaluate
 from autoprune.study_file import built_in_studies, load_study
 from autoprune.tracing import trace
 
-NAMES = ("digits", "resnet20_cifar10", "resnet8_fashionmnist")
+NAMES = (
+    "digits", "mobilenetv2_photos", "resnet20_cifar10", "resnet56_cifar10", "resnet8_fashionmnist",
+    "vit_photos",
+)  # fmt: skip
+PHOTOS = ("mobilenetv2_photos", "vit_photos")
 
 
 @pytest.fixture(autouse=True)
@@ -46,7 +50,20 @@ def test_the_demo_takes_its_images() -> None:
     assert targets.max() < data.num_classes
 
 
-@pytest.mark.parametrize("name", [n for n in NAMES if n != "digits"])
+def test_no_study_is_forgotten() -> None:
+    assert set(built_in_studies()) == set(NAMES)
+
+
+@pytest.mark.parametrize("name", PHOTOS)
+def test_a_study_of_photographs_asks_for_them(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    study = load_study(name)
+    monkeypatch.delenv("AUTOPRUNE_PHOTOS", raising=False)
+    assert callable(study.data)
+    with pytest.raises(DataError, match="AUTOPRUNE_PHOTOS is not set"):
+        study.data()
+
+
+@pytest.mark.parametrize("name", [n for n in NAMES if n not in ("digits", *PHOTOS)])
 def test_a_study_without_its_data_says_what_to_set(
     name: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:

@@ -1,0 +1,44 @@
+"""A published ResNet-56 on CIFAR-10, pruned to half of its MACs (126 to 63 million), as the literature does.
+
+Set AUTOPRUNE_DATA as for resnet20_cifar10, with `weights/resnet56-4bfd9763.th` in it. The network has seen
+the training set, so the search runs on half of the test images and the other half is the test.
+
+What to expect: its baseline has top-1 MEASURED on the 10,000 test images. What a run takes, and what it
+reaches, has not been measured. `autoprune doctor resnet56_cifar10` measures what an epoch takes on your
+machine: 25,000 images, half of the training set.
+"""
+
+from __future__ import annotations
+
+from models import ResNet, resnet56
+from resnet20_cifar10 import data_folder
+
+from autoprune.config import Finetune, Study
+from autoprune.data import Data, load_data
+from autoprune.splits import IMAGENET
+
+WEIGHTS = "weights/resnet56-4bfd9763.th"
+
+
+def model() -> ResNet:
+    """The network with its weights."""
+    return resnet56(data_folder(WEIGHTS) / WEIGHTS)
+
+
+def data() -> Data:
+    """Normalised with the constants that these weights were trained with, which are ImageNet's."""
+    return load_data(
+        f"cifar10:{data_folder(WEIGHTS) / 'cifar10'}", search_from="test", normalization=IMAGENET
+    )
+
+
+study = Study(
+    name="resnet56-cifar10",
+    model=model,
+    data=data,
+    target="macs=0.5",
+    max_drop=0.5,
+    budget="8h",
+    round_to=1,
+    finetune=Finetune(share=0.5, weight_decay=1e-4),
+)
