@@ -124,7 +124,7 @@ def analyse(work: Work, state: State, ground: Ground) -> tuple[RoundJob, optuna.
     """
     number = state.round + 1
     attempt = next((a for n, a in enumerate(work.store.rounds(), 1) if n == number), None)
-    if attempt is not None and work.leads and same_failure(attempt):
+    if attempt is not None and work.leads and _was_in_vain(attempt):
         work.store.drop_study(number)  # what made all its trials fail may be mended
         attempt = None
     table = _known_table(work, state, ground) if attempt is None else _table_of(attempt)
@@ -146,6 +146,11 @@ def analyse(work: Work, state: State, ground: Ground) -> tuple[RoundJob, optuna.
         meter=work.meter, speed=_speed(work, ground), on_event=work.on_event, me=work.me,
     )  # fmt: skip
     return job, attempt
+
+
+def _was_in_vain(attempt: optuna.Study) -> bool:
+    """Whether all trials of a round were run, and failed in the same way."""
+    return len(scored(attempt)) >= read_plan(attempt).trials and same_failure(attempt) is not None
 
 
 def known_points(job: RoundJob) -> list[Point]:

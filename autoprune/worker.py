@@ -118,6 +118,7 @@ def _follow(study: Study, place: Place, lock: Lock) -> None:
         quiet_optuna(), fitting_threads(setup),
         closing(RunStore(place, study.name, seal=run_seal(lock))) as store,
     ):  # fmt: skip
+        store.guard_with(_forbidden)
         work = begin(setup, store, ev.silent, "")
         while (task := ranks.next_task()) is not None:
             attempt = store.study(task.round)
@@ -126,6 +127,10 @@ def _follow(study: Study, place: Place, lock: Lock) -> None:
             assert job is not None
             with ranks.together():
                 run_trial(job.ground, task.params, epochs=task.epochs, seed=task.seed)
+
+
+def _forbidden() -> None:
+    raise AssertionError("only the first rank speaks to the storage")
 
 
 class _Count:

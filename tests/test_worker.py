@@ -167,6 +167,31 @@ def test_a_killed_and_a_stopped_worker_are_replaced_and_overwrite_nothing(tmp_pa
     assert main(["verify", str(out / "model.autoprune")]) == 0
 
 
+@pytest.mark.slow
+def test_two_ranks_are_one_worker(tmp_path: Path) -> None:
+    out, study = tmp_path / "run", study_file(tmp_path, 16)
+    ranks = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    with process("run", study, "--out", out, "--plain", "--quiet") as run:
+        until(lambda: any(t.state == "running" for t in first_round(out)))
+        with subprocess.Popen(
+            [*ranks, "-m", "autoprune", "worker", str(out)], cwd=ROOT, stderr=subprocess.PIPE, text=True,
+            env=os.environ | {"OMP_NUM_THREADS": "1"},
+        ) as worker:  # fmt: skip
+            until(lambda: len(owners(out)) == 2)
+            (tmp_path / "go").touch()
+            _, progress = run.communicate(timeout=900)
+            assert run.returncode == 0, progress
+            _, told = worker.communicate(timeout=600)
+    assert worker.returncode == 0, told
+    assert "is finished; this worker ran" in told
+    trials = check_round(out)
+    assert all(t.top1 is not None and not t.failure for t in trials)
+    shared = max(owners(out).items())[1]
+    assert shared
+    alone = [t.top1 for t in trials if t.number not in shared and t.top1 is not None]
+    assert all(min(alone) - 0.1 <= (t.top1 or 0) for t in trials if t.number in shared)
+
+
 def test_a_worker_wants_the_same_study(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     out, study = tmp_path / "run", study_file(tmp_path, 2)
     assert main(["worker", str(out)]) == 2
