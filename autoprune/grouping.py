@@ -339,11 +339,16 @@ class _Grouping:
         ops = self.walk.tape.ops
         axes = [*((s.op, s.labels) for s in self.walk.sites), *self.walk.merges]
         modules = {ops[op].module for op, labels in axes if (self.group_of_label[labels] >= 0).any()}
+        inner = {  # a matrix product folds and unfolds its batch axes by views of its own
+            (r, op.where) for op in ops if op.name == "bmm" for r in (*op.inputs, *op.outputs)
+        }
         found: dict[str, list[Reshape]] = {}
         for op in ops:
             if op.module in modules and TABLE.get(op.name) is reshape:
                 out = op.outputs[0]
                 assert out is not None
+                if {(op.inputs[0], op.where), (out, op.where)} & inner:
+                    continue
                 found.setdefault(op.module, []).append(Reshape(line=op.where, axes=self._shape_axes(out)))
         return {module: tuple(reshapes) for module, reshapes in found.items()}
 

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import os
 import sys
+import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from copy import copy
@@ -150,7 +151,7 @@ def record(model: nn.Module, example_inputs: tuple[Any, ...]) -> Tape:
     assert recorder is not None
     raise TraceError(
         f"the network's forward pass fails on the example input in {recorder.place()}: "
-        f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else 'no message'}",
+        f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else _last_line(error)}",
         "run model(example_input) yourself; give an input of the shape and type that the network takes",
     ) from error
 
@@ -398,6 +399,13 @@ def _refs(values: Any) -> Iterator[Ref]:
             yield value
         elif isinstance(value, list):
             yield from _refs(value)
+
+
+def _last_line(error: BaseException | None) -> str:
+    """Where an error without a message arose: the innermost line that is not torch's."""
+    frames = traceback.extract_tb(error.__traceback__ if error else None)
+    own = [f for f in frames if not _passes_on(f.filename)] or frames
+    return f"no message, at {Path(own[-1].filename).name}:{own[-1].lineno}: {own[-1].line}" if own else ""
 
 
 def where(frame: FrameType) -> str:

@@ -114,6 +114,18 @@ def test_names_the_module_where_the_forward_pass_fails() -> None:
         trace(model, torch.randn(1, 3, 8, 8))
 
 
+class Picky(nn.Module):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if x.shape[1] != 4:
+            raise ValueError
+        return x
+
+
+def test_names_the_line_of_an_error_without_words() -> None:
+    with pytest.raises(TraceError, match=r"at test_structure\.py:\d+: raise ValueError"):
+        trace(Picky(), torch.randn(1, 3, 8, 8))
+
+
 def test_patterns_keep_channels_and_must_match() -> None:
     model = PATTERNS["residual"].build()
     x = torch.randn(1, 3, 8, 8)
