@@ -98,8 +98,9 @@ def path(record: RunRecord) -> Figure | None:
     axes.axvline(100 * record.target_share, color=COLOURS["muted"], linewidth=1, dashes=(2, 2))
     axes.set_xlim(102, min(100 * record.target_share, *(100 * _share(t) for t in trials)) - 4)
     axes.set_ylim(bottom, max([start, *(100 * _top1(t) for t in trials)]) + 0.08 * (start - bottom))
-    axes.annotate(f"floor {percent(record.floor)}", (101.5, 100 * record.floor), (0, -4), va="top",
-                  textcoords="offset points", color=COLOURS["bad"], fontsize=8.5)  # fmt: skip
+    axes.annotate(f"floor {percent(record.floor)}", (1, 100 * record.floor), (-2, 3), va="bottom", ha="right",
+                  xycoords=("axes fraction", "data"), textcoords="offset points", color=COLOURS["bad"],
+                  fontsize=8.5)  # fmt: skip
     axes.annotate(f"target {percent(record.target_share, 0)}", (100 * record.target_share, 1), (4, -3),
                   xycoords=("data", "axes fraction"), textcoords="offset points", va="top",
                   color=COLOURS["muted"], fontsize=8.5)  # fmt: skip
