@@ -103,7 +103,7 @@ def _given(told: Told, study: str | None) -> _Given:
         raise UsageError(
             "the run was started from Python, so its study has no name", "name it: --study FILE.py"
         )
-    words = shlex.split(told.command)[2:]
+    words = [w for w in shlex.split(told.command)[2:] if w != "--debug"]
     command: Any = typer.main.get_command(_app()).commands["run"]  # type: ignore[attr-defined]
     params = command.make_context("run", list(words)).params
     if study is not None:
