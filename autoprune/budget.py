@@ -16,7 +16,7 @@ from autoprune.config import Budget, Control, Search
 from autoprune.controller import State
 
 FINAL_SHARE = 0.4  # of the whole budget, for the final tuning at least; a guess
-FIRST_RUNG = 1 / 3  # of a trial's epochs, as a complete schedule before the rest; a guess
+FIRST_RUNG = 0.2  # of a trial's epochs, as a complete schedule before the rest: what is lost if it goes on
 MIN_RUNG = 0.3  # epochs: a shorter schedule says nothing about a longer one; a guess
 BEYOND = 2.0  # a trial near its floor may take this many times its epochs more
 RETRY_ROUNDS = 0.5  # rounds' worth of budget kept for one that fails; a guess

@@ -19,12 +19,21 @@ from autoprune.advice import params_of
 from autoprune.artifact import Protection, write_artifact
 from autoprune.baseline import Work
 from autoprune.budget import MAX_EPOCHS, MIN_EPOCHS
+from autoprune.closing import nearest_miss, saved
 from autoprune.config import Lock, Study
 from autoprune.controller import Promotion, State
 from autoprune.densify import densify, verify
 from autoprune.errors import TrialError
 from autoprune.evaluation import evaluate
-from autoprune.history import CHECKPOINT, checkpoint_of, measured_speed, read_plan, read_run, unpack
+from autoprune.history import (
+    CHECKPOINT,
+    checkpoint_of,
+    measured_speed,
+    read_plan,
+    read_round,
+    read_run,
+    unpack,
+)
 from autoprune.keys import default_recipient
 from autoprune.manifest import Architecture, Preprocessing, manifest_of_run
 from autoprune.measure import measure_latency, summarise, with_latency
@@ -69,7 +78,7 @@ def deliver(work: Work, state: State, lock: Lock) -> RunResult:
         study = None
     if study is None:
         began = time.perf_counter()
-        finished = _finish(work, state)
+        state, finished = _finish(work, state)
         _keep(work, state, finished, began)
     else:
         finished = _kept(work)
@@ -91,17 +100,48 @@ def deliver(work: Work, state: State, lock: Lock) -> RunResult:
     )  # fmt: skip
 
 
-def _finish(work: Work, state: State) -> Finished:
+def _finish(work: Work, state: State) -> tuple[State, Finished]:
     """The best model, tuned once more where that helps, made from the original and proven equal to it."""
-    setup, best = work.setup, state.best
-    checkpoint = work.store.load(checkpoint_of(work.store, best.round, best.trial))
+    if state.ended != "target" and (chance := _last_chance(work, state)) is not None:
+        return chance
+    finished = _made(work, state.best)
+    return state, _tuned(work, state.best, finished) if state.best.round else finished
+
+
+def _last_chance(work: Work, state: State) -> tuple[State, Finished] | None:
+    """A deeper model that missed the floor, if what is left of the budget brings it back there."""
+    rounds = [read_round(a) for a in work.store.rounds()]
+    kept = {(r.number, t) for r in rounds for t in _with_checkpoint(work, r.number)}
+    near = [replace(r, trials=tuple(t for t in r.trials if (r.number, t.number) in kept)) for r in rounds]
+    epochs = _affordable_epochs(work)
+    miss = nearest_miss(work.goal, state, near, epochs) if epochs >= MIN_EPOCHS else None
+    if miss is None:
+        return None
+    who, top1 = f"trial {miss.model.trial} of round {miss.model.round}", percent(miss.model.top1, 2)
+    work.on_event(ev.Note(message=f"{who} missed the floor with {top1}: it gets what is left of the budget"))
+    finished = _tuned(work, miss.model, _made(work, miss.model))
+    if finished.search_top1 < work.goal.floor:
+        work.on_event(ev.Note(message=f"it ended with {percent(finished.search_top1, 2)}: left out"))
+        return None
+    model = replace(miss.model, top1=finished.search_top1)
+    return saved(work.goal, state, model), finished
+
+
+def _with_checkpoint(work: Work, number: int) -> list[int]:
+    attempt = work.store.study(number)
+    assert attempt is not None
+    return [t.number for t in scored(attempt) if work.store.holds(t.user_attrs.get(CHECKPOINT, ""))]
+
+
+def _made(work: Work, promoted: Promotion) -> Finished:
+    """A trial's model, made from the original and proven equal to it."""
+    setup = work.setup
+    checkpoint = work.store.load(checkpoint_of(work.store, promoted.round, promoted.trial))
     model = densify(setup.model, setup.graph, checkpoint.plan)
     checkpoint.load_into_(model)
-    finished = Finished(model=model, plan=checkpoint.plan, search_top1=best.top1, tuned_epochs=0.0)
-    if best.round:
+    if promoted.round:
         verify(setup.model, setup.graph, checkpoint.plan, setup.example)
-        finished = _tuned(work, best, finished)
-    return finished
+    return Finished(model=model, plan=checkpoint.plan, search_top1=promoted.top1, tuned_epochs=0.0)
 
 
 def _tuned(work: Work, best: Promotion, found: Finished) -> Finished:

@@ -20,6 +20,7 @@ from autoprune import events as ev
 from autoprune.advice import Point, first_points, next_points
 from autoprune.baseline import NONE, Work, begin, is_measured
 from autoprune.budget import FINAL_SHARE, MIN_EPOCHS, Effort, Speed, plan_round, rounds_ahead
+from autoprune.closing import is_near
 from autoprune.config import Lock, Study
 from autoprune.controller import Decision, RoundOutcome, State, decide, floor_of_round, replay
 from autoprune.delivery import deliver
@@ -262,8 +263,8 @@ def _effort(work: Work, state: State, ground: Ground, analysis_s: float) -> Effo
 
 def _worthwhile_epochs(work: Work) -> float:
     """A trial of fewer epochs is not worth its while: so far longer ones were needed."""
-    planned = [read_plan(a).epochs for a in work.store.rounds()]
-    return max(MIN_EPOCHS, WORTHWHILE * max(planned, default=0.0))
+    needed = [t.rungs[-1].epochs for a in work.store.rounds() for t in read_trials(a) if t.rungs]
+    return max(MIN_EPOCHS, WORTHWHILE * max(needed, default=0.0))
 
 
 def _sensitivity(work: Work, state: State, number: int, ground: Ground) -> SensitivityTable:
@@ -340,9 +341,15 @@ def _needed(store: RunStore, state: State) -> set[str]:
 
 
 def _forget_losers(work: Work, attempt: optuna.Study, decision: Decision) -> None:
-    """Remove the models that no round can start from and that cannot be delivered."""
+    """Remove the models that no round can start from and that cannot be delivered.
+
+    Of those below the floor, the best of the round stays for the end of the run (`closing`).
+    """
     state, number = decision.state, decision.state.round
     needed = {(p.round, p.trial) for p in (*state.path, state.best)}
+    below = [t for t in summaries(attempt) if t.top1 < work.goal.floor and is_near(work.goal, t.top1)]
+    if below:
+        needed.add((number, max(below, key=lambda t: t.top1).number))
     losers = [t for t in scored(attempt) if (number, t.number) not in needed]
     kept = {checkpoint_of(work.store, r, t) for r, t in needed}
     for trial in losers:

@@ -24,6 +24,7 @@ from autoprune import events as ev
 from autoprune import ranks
 from autoprune.advice import Past, Point, Space, advise, make_sampler, settled_points, suggest
 from autoprune.budget import Meter, Speed, ladder
+from autoprune.closing import is_near
 from autoprune.config import Search
 from autoprune.controller import Goal, State, TrialSummary, has_recovered
 from autoprune.history import CHECKPOINT, RESULT, RoundPlan, read_plan, read_trials, spent
@@ -255,7 +256,7 @@ def _gains(job: RoundJob) -> list[float]:
 def _keep(job: RoundJob, study: optuna.Study, trial: optuna.Trial, result: TrialResult) -> None:
     """Store the model first, then the result, then that the trial is finished."""
     record = result.record
-    if record.top1 is not None and record.top1 >= job.goal.floor - 1e-9:
+    if record.top1 is not None and is_near(job.goal, record.top1):
         assert result.model is not None
         assert result.plan is not None
         put(trial, **{CHECKPOINT: job.store.save(result.model, result.plan)})

@@ -179,7 +179,7 @@ class RunStore:
         artifact_id = f"{hashlib.sha256(content).hexdigest()}{SUFFIX}"
         if self.seal is not None:
             artifact_id, content = artifact_id + SEALED, self.seal.close(content)
-        if not self._holds(artifact_id):
+        if not self.holds(artifact_id):
             self.artifacts.write(artifact_id, io.BytesIO(content))
         return artifact_id
 
@@ -206,7 +206,7 @@ class RunStore:
 
     def forget(self, artifact_id: str) -> None:
         """Remove a checkpoint that no round will start from."""
-        if self._holds(artifact_id):
+        if self.holds(artifact_id):
             self.artifacts.remove(artifact_id)
 
     def _opened(self, artifact_id: str, content: bytes) -> bytes:
@@ -226,7 +226,8 @@ class RunStore:
             if name not in artifact_ids:
                 self.artifacts.remove(name)
 
-    def _holds(self, artifact_id: str) -> bool:
+    def holds(self, artifact_id: str) -> bool:
+        """Whether this checkpoint is there and whole."""
         try:
             self.load(artifact_id)
         except ArtifactError:

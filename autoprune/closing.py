@@ -1,0 +1,71 @@
+"""The last chance: a model that missed the floor by little gets what is left of the budget.
+
+Trials are short beside what is kept for the final tuning. When the search ends without the target, a trial
+that went deeper than the best model inside the floor, and came near it, may come back to the floor with all
+of those epochs. If it does, it is delivered; if not, the best model inside the floor is, as it is.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+
+from autoprune.controller import EXACT, Goal, Promotion, State
+from autoprune.record import RoundRecord, TrialRecord
+
+NEAR = 0.015  # of top-1 below the floor: models further off are not kept; a guess
+DEEPER = 0.97  # of the best model's cost: a smaller gain is not worth the risk; a guess
+HOPE = 2.0  # times what the last gain promises; a guess
+
+
+@dataclass(frozen=True, kw_only=True)
+class Miss:
+    """A trial that came near the floor, and the top-1 that its last gain promises."""
+
+    model: Promotion
+    promised: float
+
+
+def is_near(goal: Goal, top1: float) -> bool:
+    """Whether a model is worth keeping for the end: inside the floor, or a little below."""
+    return top1 >= goal.floor - NEAR
+
+
+def nearest_miss(goal: Goal, state: State, rounds: Iterable[RoundRecord], epochs: float) -> Miss | None:
+    """The cheapest model that may come back to the floor with so many more epochs, if there is one.
+
+    What a trial gained on its last rung, per factor in epochs, is taken to go on. Where there is nothing but
+    the original to deliver, nothing is lost by trying, and the nearest will do.
+    """
+    misses = [
+        Miss(
+            model=Promotion(round=r.number, trial=t.number, cost_share=t.cost_share, top1=t.top1),
+            promised=t.top1 + _gain(t, epochs),
+        )
+        for r in rounds
+        for t in r.trials
+        if t.top1 is not None
+        and t.cost_share is not None
+        and t.top1 < goal.floor - EXACT
+        and is_near(goal, t.top1)
+        and t.cost_share < DEEPER * state.best.cost_share
+    ]
+    if state.best.round == 0:
+        return max(misses, key=lambda m: (m.promised, -m.model.cost_share), default=None)
+    hopeful = [m for m in misses if m.model.top1 + HOPE * (m.promised - m.model.top1) >= goal.floor]
+    return min(hopeful, key=lambda m: (m.model.cost_share, -m.promised), default=None)
+
+
+def saved(goal: Goal, state: State, model: Promotion) -> State:
+    """The end of a run whose last chance came back to the floor."""
+    reached = model.cost_share <= goal.target_share + EXACT
+    return replace(state, best=model, ended="target" if reached else state.ended)
+
+
+def _gain(trial: TrialRecord, epochs: float) -> float:
+    if len(trial.rungs) < 2:
+        return 0.0
+    before, last = trial.rungs[-2:]
+    per_factor = (last.top1 - before.top1) / math.log(last.epochs / before.epochs)
+    return max(0.0, per_factor * math.log1p(epochs / last.epochs))

@@ -1,0 +1,88 @@
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from autoprune import events as ev
+from autoprune.closing import NEAR, is_near, nearest_miss, saved
+from autoprune.config import Control, Lock, Search
+from autoprune.controller import Goal, Promotion, State, start
+from autoprune.pipeline import run
+from autoprune.record import RoundRecord, Rung, TrialRecord
+from tests.tiny import tiny_study
+
+GOAL = Goal(baseline_top1=0.92, max_drop_pp=1.0, target_share=0.5)
+BEST = Promotion(round=1, trial=0, cost_share=0.8, top1=0.915)
+
+
+def state(best: Promotion = BEST) -> State:
+    return replace(start(GOAL, Control()), best=best, ended="budget")
+
+
+def trial(number: int, share: float, *tops: float) -> TrialRecord:
+    rungs = tuple(Rung(epochs=3.0**i, top1=t) for i, t in enumerate(tops))
+    return TrialRecord(
+        number=number, state="complete", params={}, cost_share=share, top1=tops[-1], rungs=rungs
+    )
+
+
+def round_of(*trials: TrialRecord) -> RoundRecord:
+    return RoundRecord(
+        number=2, started_from=1, ceiling=0.5, floor=0.91, planned_trials=3, epochs=1.0, cost_share=0.8,
+        trials=trials, sensitivity=(), action="lower", reason="", seconds=1.0,
+    )  # fmt: skip
+
+
+def test_the_cheapest_that_may_come_back_is_chosen() -> None:
+    hopeful, deeper_but_flat, hopeless = (
+        trial(0, 0.5, 0.90, 0.908), trial(1, 0.45, 0.9049, 0.905), trial(2, 0.4, 0.85, 0.88),
+    )  # fmt: skip
+    miss = nearest_miss(GOAL, state(), [round_of(hopeful, deeper_but_flat, hopeless)], epochs=6.0)
+    assert miss is not None
+    assert (miss.model.round, miss.model.trial) == (2, 0)
+    assert miss.promised == pytest.approx(0.908 + 0.008), "three times the epochs gain as much again"
+
+
+def test_nothing_is_risked_for_nothing() -> None:
+    barely_cheaper, inside, no_time = (
+        trial(0, 0.79, 0.90, 0.909), trial(1, 0.5, 0.90, 0.911), trial(2, 0.5, 0.90, 0.905),
+    )  # fmt: skip
+    assert nearest_miss(GOAL, state(), [round_of(barely_cheaper, inside)], epochs=6.0) is None
+    assert nearest_miss(GOAL, state(), [round_of(no_time)], epochs=0.1) is None
+    assert nearest_miss(GOAL, state(), [], epochs=6.0) is None
+
+
+def test_where_only_the_original_is_left_the_nearest_is_tried() -> None:
+    original = replace(BEST, round=0, cost_share=1.0, top1=0.92)
+    flat, falling = trial(0, 0.5, 0.9059, 0.906), trial(1, 0.6, 0.907, 0.905)
+    miss = nearest_miss(GOAL, state(original), [round_of(flat, falling)], epochs=0.1)
+    assert miss is not None
+    assert miss.model.trial == 0
+
+
+def test_what_came_back_is_the_result() -> None:
+    deep = Promotion(round=2, trial=0, cost_share=0.5, top1=0.911)
+    assert saved(GOAL, state(), deep).ended == "target"
+    assert saved(GOAL, state(), replace(deep, cost_share=0.6)).ended == "budget"
+    assert saved(GOAL, state(), deep).best == deep
+    assert is_near(GOAL, 0.91 - NEAR + 1e-9)
+    assert not is_near(GOAL, 0.91 - NEAR - 1e-3)
+
+
+def test_a_run_whose_trials_were_too_short_reaches_its_target_in_the_end(tmp_path: Path) -> None:
+    notes: list[str] = []
+    study = tiny_study(
+        budget="epochs=30", max_drop=0.4, search=Search(trials=1, epochs=0.17),
+        control=Control(first_ceiling=0.5, min_rate=0.4),
+    )  # fmt: skip
+    result = run(
+        study, out=tmp_path / "run", lock=Lock(plain=True),
+        on_event=lambda e: notes.append(e.message) if isinstance(e, ev.Note) else None,
+    )  # fmt: skip
+    assert not result.record.rounds[0].trials[0].recovered
+    assert "missed the floor" in notes[0]
+    assert result.reached
+    assert result.after.search_top1 >= result.record.floor
+    assert result.after.macs <= 0.5 * result.before.macs
