@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +39,20 @@ def test_every_documented_command_exists() -> None:
     for block in re.findall(r"```sh\n(.*?)```", TEXT, re.DOTALL):
         named |= set(re.findall(r"^autoprune ([a-z]+)\b", block, re.MULTILINE))
     assert named <= set(COMMANDS), f"documented, but no command: {named - set(COMMANDS)}"
+
+
+def documented_lines() -> list[str]:
+    """Every command line of the pages, continued lines joined."""
+    blocks = "\n".join(re.findall(r"```sh\n(.*?)```", TEXT, re.DOTALL)).replace("\\\n", " ")
+    return [line.strip() for line in blocks.splitlines() if re.match(r"\s*autoprune [a-z]", line)]
+
+
+@pytest.mark.parametrize("line", documented_lines())
+def test_every_documented_command_line_has_options_that_exist(line: str) -> None:
+    _, name, *words = shlex.split(line, comments=True)
+    known = {o for p in COMMANDS[name].params for o in p.opts} | {"--help"}
+    given = {w.split("=")[0] for w in words if re.match(r"--?[a-z]", w)}
+    assert given <= known, f"{line}: {given - known}"
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda p: p.name)

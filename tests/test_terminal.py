@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import io
+import re
 from pathlib import Path
 
 import pytest
@@ -82,6 +83,21 @@ def test_the_panel_says_where_the_run_stands() -> None:
     for wanted in ("round 2 · search", "ceiling", "43.8 %", "promoted: 3 of 4", "to the target of 50.0 %",
                    "of the budget left", "pp to the floor of 90.7 %"):  # fmt: skip
         assert wanted in shown, wanted
+
+
+def test_the_panel_leaves_room_for_the_echo_of_ctrl_c() -> None:
+    """In the last column `^C` would begin a new line, and the panel would be cleared one line too low."""
+    text = io.StringIO()
+    console = Console(
+        file=text, width=80, height=24, force_terminal=True, legacy_windows=False, color_system=None
+    )
+    with listener(console=console) as on_event:
+        for event in story()[:-12]:
+            on_event(event)
+    plain = re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", text.getvalue()).replace("\r", "\n")
+    panel = [line for line in plain.split("\n") if re.match(r"(time|ceiling|top-1|epoch|MACs) ", line)]
+    assert panel
+    assert max(len(line) for line in panel) <= 74
 
 
 def test_quiet_is_silent() -> None:
