@@ -23,6 +23,7 @@ from rich.console import Console
 from autoprune.config import Lock
 from autoprune.errors import AutopruneError, UsageError
 from autoprune.event_lines import event_writer, write_line
+from autoprune.events import StageStarted
 from autoprune.tables import comparison_table, plan_text, status_text
 from autoprune.terminal import listener
 from autoprune.wording import answer, comparison
@@ -206,6 +207,10 @@ def run(
         if dry_run:
             return _show_plan(chosen, place, lock, resume=resume, as_json=as_json)
         from autoprune import pipeline
+
+        on_event(
+            StageStarted(stage="check", round=0, detail="data, network, keys, and that it can be delivered")
+        )
         from autoprune.local_workers import local_workers
 
         try:
