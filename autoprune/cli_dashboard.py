@@ -34,7 +34,7 @@ def dashboard(
     names = ", ".join(dict.fromkeys(run.label for run in shown.runs))
     sys.stdout.write(f"{shown.address}\n")
     sys.stdout.flush()
-    sys.stderr.write(f"{len(shown.runs)} runs: {names}. Ctrl-C ends it\n")
+    sys.stderr.write(f"shows {names}; Ctrl-C ends it\n")
     if not no_browser:
         webbrowser.open(shown.address)
     shown.serve()
