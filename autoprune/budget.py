@@ -110,14 +110,15 @@ def rounds_ahead(state: State, target_share: float) -> int:
     return max(1, math.ceil(rounds - 1e-6))
 
 
-def plan_round(
+def plan_round(  # noqa: PLR0913 - all that a round's size follows from
     left: Left, speed: Speed, search: Search, rounds: int, epochs_scale: float, *,
-    at_least: float = ENOUGH_EPOCHS,
+    at_least: float = ENOUGH_EPOCHS, workers: int = 1,
 ) -> Effort:  # fmt: skip
     """How many trials of how many epochs the next of `rounds` rounds gets.
 
     What the study fixes stays; the rest follows from the round's part of what is left, analysis of this
-    round and the later ones taken off. Trials are rather fewer than shorter than `at_least` epochs.
+    round and the later ones taken off. Trials are rather fewer than shorter than `at_least` epochs. With
+    several workers, each round of the clock holds as many trials at a time.
     """
     if search.trials is not None and search.epochs is not None:
         return Effort(trials=search.trials, epochs=search.epochs * epochs_scale)
@@ -126,13 +127,14 @@ def plan_round(
     epochs = part * left.epochs
     if search.epochs is not None:
         each = search.epochs * epochs_scale
-        fitting = min(seconds / (each * speed.epoch_s + speed.trial_s), epochs / each)
-        return Effort(trials=_clipped(fitting), epochs=each)
+        fitting = min(workers * seconds / (each * speed.epoch_s + speed.trial_s), epochs / each)
+        return Effort(trials=_clipped(fitting, workers), epochs=each)
 
     def affordable(trials: int) -> float:
-        return min((seconds / trials - speed.trial_s) / speed.epoch_s, epochs / trials)
+        in_turn = math.ceil(trials / workers)
+        return min((seconds / in_turn - speed.trial_s) / speed.epoch_s, epochs / trials)
 
-    trials = search.trials or _clipped(_trials_in(seconds, epochs, speed) / epochs_scale)
+    trials = search.trials or _clipped(_trials_in(workers * seconds, epochs, speed) / epochs_scale, workers)
     while search.trials is None and trials > 1 and affordable(trials) < max(ENOUGH_EPOCHS, at_least):
         trials -= 1
     return Effort(trials=trials, epochs=min(MAX_EPOCHS, max(MIN_EPOCHS, affordable(trials))))
@@ -146,8 +148,9 @@ def _trials_in(seconds: float, epochs: float, speed: Speed) -> float:
     return TRIALS_PER_ROOT_EPOCH * math.sqrt(max(0.0, min(epochs, spare / speed.epoch_s)))
 
 
-def _clipped(trials: float) -> int:
-    return MAX_TRIALS if trials >= MAX_TRIALS else max(MIN_TRIALS, round(trials))
+def _clipped(trials: float, workers: int) -> int:
+    most = max(MAX_TRIALS, workers)
+    return most if trials >= most else max(MIN_TRIALS, round(trials))
 
 
 def forecast(state: State, control: Control, target_share: float) -> list[float]:

@@ -39,7 +39,7 @@ from autoprune.history import (
 from autoprune.latency import with_latency
 from autoprune.points import keep_point, kept_points
 from autoprune.preflight import Setup, fitting_threads, prepare, traced
-from autoprune.presence import Presence, joined
+from autoprune.presence import Presence, joined, num_working
 from autoprune.record import RunResult, SensitivityCell
 from autoprune.sealing import run_seal
 from autoprune.search import RoundJob, same_failure, search_round
@@ -257,8 +257,10 @@ def _effort(work: Work, state: State, ground: Ground, analysis_s: float) -> Effo
     rounds, left = rounds_ahead(state, work.goal.target_share), work.meter.left(keep=FINAL_SHARE)
     later_s = analysis_s * (rounds - 1) if analysis_s <= ANALYSIS_PART * left.seconds else 0.0
     speed = replace(_speed(work, ground), analysis_s=later_s / rounds)
-    at_least = _worthwhile_epochs(work)
-    return plan_round(left, speed, work.setup.study.search, rounds, state.epochs_scale, at_least=at_least)
+    return plan_round(
+        left, speed, work.setup.study.search, rounds, state.epochs_scale,
+        at_least=_worthwhile_epochs(work), workers=max(1, num_working(work.store)),
+    )  # fmt: skip
 
 
 def _worthwhile_epochs(work: Work) -> float:

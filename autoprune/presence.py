@@ -149,6 +149,11 @@ def members(store: RunStore) -> tuple[Process, ...]:
     return tuple(_process(t, stale) for t in study.get_trials(deepcopy=False))
 
 
+def num_working(store: RunStore) -> int:
+    """How many processes run trials at this moment."""
+    return sum(process.state == "working" for process in members(store))
+
+
 def _processes(store: RunStore) -> optuna.Study:
     return optuna.create_study(
         study_name=f"{store.name}/{PROCESSES}", storage=store.storage, direction="maximize",

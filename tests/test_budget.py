@@ -110,3 +110,15 @@ def test_a_small_budget_goes_into_few_trials_that_can_recover() -> None:
     effort = plan_round(Left(seconds=10, epochs=math.inf), SPEED, Search(), 1, 1.0)
     assert effort.trials == 1
     assert effort.epochs > 0.5
+
+
+def test_workers_make_rounds_of_more_trials_that_take_no_longer() -> None:
+    left, speed = Left(seconds=600, epochs=math.inf), Speed(epoch_s=2.0, trial_s=1.0, analysis_s=0.0)
+    alone = plan_round(left, speed, Search(), 1, 1.0)
+    for workers in (2, 4, 8, 64):
+        many = plan_round(left, speed, Search(), 1, 1.0, workers=workers)
+        assert many.trials > alone.trials
+        in_turn = math.ceil(many.trials / workers)
+        assert in_turn * (many.epochs * speed.epoch_s + speed.trial_s) <= left.seconds + 1e-6
+    by_epochs = plan_round(Left(seconds=math.inf, epochs=40), speed, Search(), 1, 1.0, workers=4)
+    assert by_epochs.trials * by_epochs.epochs <= 40
