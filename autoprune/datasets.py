@@ -35,6 +35,7 @@ FASHION = Normalization(mean=(0.2860,), std=(0.3530,))
 DIGITS = Normalization(mean=(0.3053,), std=(0.3760,))
 DIGITS_TEST_SHARE = 0.25  # scikit-learn's copy has no official cut; ours is stratified and always the same
 FOLDER_TEST_SHARE = 0.2
+IN_MEMORY_BYTES = 1 << 30  # of pictures of a given size; a guess at what every machine can spare
 MAX_WORKERS = 8  # loading processes; more only contend for the disk
 
 
@@ -143,8 +144,9 @@ def read_imagefolder(
             "give every class a folder of the same name in both",
         )
     return Source(
-        train=train, test=test, class_names=classes, input_shape=(3, size or 224, size or 224),
-        normalization=used, test_share=FOLDER_TEST_SHARE,
+        train=_kept(train, used, size), test=None if test is None else _kept(test, used, size),
+        class_names=classes, input_shape=(3, size or 224, size or 224), normalization=used,
+        test_share=FOLDER_TEST_SHARE,
     )  # fmt: skip
 
 
@@ -228,6 +230,24 @@ def _idx(path: Path, num_dims: int) -> Bytes:
     if data[:4] != bytes((0, 0, 8, num_dims)) or len(data) != start + int(np.prod(shape)):
         raise _damaged(path, wanted)
     return np.frombuffer(data, dtype=np.uint8, offset=start).reshape(shape)
+
+
+def _kept(split: LoaderSplit, normalization: Normalization, size: int | None) -> Split:
+    """Small pictures decoded once and kept in memory: each pass over files costs more than the network's."""
+    if size is None or len(split) * 3 * size**2 > IN_MEMORY_BYTES:
+        return split
+    from torchvision.transforms import v2
+
+    fixed = v2.Compose([v2.Resize(size), v2.CenterCrop(size)])
+    folder: Any = split.dataset
+    images = np.empty((len(folder.samples), 3, size, size), np.uint8)
+    for place, (path, _) in enumerate(folder.samples):
+        try:
+            images[place] = np.asarray(fixed(folder.loader(path))).transpose(2, 0, 1)
+        except OSError as error:
+            raise DataError(f"{path} is no picture that can be read: {error}", "take it away") from None
+    how = Augmentation(crop_pad=size // 8, flip=True)
+    return _tensor_split(images, np.asarray(folder.targets), normalization, how)
 
 
 def _folder_split(folder: Path, normalization: Normalization, size: int | None) -> LoaderSplit:

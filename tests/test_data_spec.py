@@ -73,3 +73,6 @@ def test_small_pictures_of_the_given_size_come_as_they_are(tmp_path: Path) -> No
     known = {image.tobytes() for image in pixels.reshape(-1, 16, 16, 3)}
     back_NHWC = (255 * x).round().to(torch.uint8).permute(0, 2, 3, 1).contiguous()
     assert all(image.numpy().tobytes() in known for image in back_NHWC)
+    (tmp_path / "dog" / "broken.png").write_bytes(b"no picture")
+    with pytest.raises(DataError, match=r"broken\.png is no picture"):
+        load_data(f"imagefolder:{tmp_path},size=16", search_from="train")
