@@ -130,7 +130,8 @@ def _last_chance(work: Work, state: State) -> tuple[State, Finished] | None:
 def _with_checkpoint(work: Work, number: int) -> list[int]:
     attempt = work.store.study(number)
     assert attempt is not None
-    return [t.number for t in scored(attempt) if work.store.holds(t.user_attrs.get(CHECKPOINT, ""))]
+    kept = {t.number: t.user_attrs.get(CHECKPOINT) for t in scored(attempt)}
+    return [number for number, artifact in kept.items() if artifact and work.store.holds(artifact)]
 
 
 def _made(work: Work, promoted: Promotion) -> Finished:
