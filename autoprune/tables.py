@@ -75,7 +75,8 @@ def status_text(
         best = _best(one.trials)
         table.add_row(
             str(one.number), str(one.started_from or "start"), percent(one.ceiling), percent(one.floor, 2),
-            f"{len(one.trials)} of {one.planned_trials}", percent(best.top1 if best else None, 2),
+            f"{sum(t.seconds > 0 for t in one.trials)} of {one.planned_trials}",
+            percent(best.top1 if best else None, 2),
             percent(best.cost_share if best else None), one.action or "running",
         )  # fmt: skip
     end = record.outcome.message if record.outcome else f"{duration(record.seconds)} of work so far"

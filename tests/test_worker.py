@@ -59,8 +59,9 @@ sys.exit(main(sys.argv[1:]))
 
 
 @contextmanager
-def process(*words: object) -> Iterator[subprocess.Popen[str]]:
-    command = [sys.executable, "-c", QUICK, *map(str, words)]
+def process(*words: object, quick: bool = True) -> Iterator[subprocess.Popen[str]]:
+    how = ["-c", QUICK] if quick else ["-m", "autoprune"]
+    command = [sys.executable, *how, *map(str, words)]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     with subprocess.Popen(
         command, cwd=ROOT, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment
@@ -120,7 +121,7 @@ def check_round(out: Path) -> list[TrialRecord]:
 def test_local_workers_share_the_trials(tmp_path: Path) -> None:
     out, study = tmp_path / "run", study_file(tmp_path, 16)
     words = ("run", study, "--out", out, "--plain", "--workers", "2", "--json")
-    with process(*words) as run:
+    with process(*words, quick=False) as run:
         until(lambda: len(owners(out)) == 2)
         (tmp_path / "go").touch()
         told, progress = run.communicate(timeout=900)
@@ -171,7 +172,7 @@ def test_a_killed_and_a_stopped_worker_are_replaced_and_overwrite_nothing(tmp_pa
 def test_two_ranks_are_one_worker(tmp_path: Path) -> None:
     out, study = tmp_path / "run", study_file(tmp_path, 16)
     ranks = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    with process("run", study, "--out", out, "--plain", "--quiet") as run:
+    with process("run", study, "--out", out, "--plain", "--quiet", quick=False) as run:
         until(lambda: any(t.state == "running" for t in first_round(out)))
         with subprocess.Popen(
             [*ranks, "-m", "autoprune", "worker", str(out)], cwd=ROOT, stderr=subprocess.PIPE, text=True,
