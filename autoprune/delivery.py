@@ -321,6 +321,9 @@ def _write_model(work: Work, finished: Finished, record: RunRecord, lock: Lock) 
 def architecture(study: Study, model: nn.Module) -> Architecture:
     """What builds the original again, where that can be imported and called without arguments."""
     factory = study.model
+    if (source := getattr(factory, "source", None)) is not None and not isinstance(factory, nn.Module):
+        name, arguments = source()
+        return Architecture(class_name=type(model).__qualname__, factory=name, arguments=arguments)
     name = getattr(factory, "__qualname__", "")
     module = getattr(factory, "__module__", "__main__")
     findable = callable(factory) and not isinstance(factory, nn.Module) and name.isidentifier()

@@ -44,12 +44,26 @@ def study_of_flags(model: str, weights: str, data: str) -> Study:
 
         return load_data(data, search_from="test")
 
-    def build() -> nn.Module:
-        return _with_weights(factory, load().num_classes, weights)
-
+    network = Named(factory, weights, lambda: load().num_classes)
     words = (model.rpartition(":")[2], re.split("[:,]", data)[0])
     name = re.sub(r"[^A-Za-z0-9._-]+", "-", "-".join(words)).strip("-.") or "run"
-    return Study(name=name, model=build, data=load)
+    return Study(name=name, model=network, data=load)
+
+
+class Named:
+    """A network that options name: called, it is built with its weights."""
+
+    def __init__(self, factory: Callable[..., Any], weights: str, num_classes: Callable[[], int]) -> None:
+        self._factory, self._weights, self._num_classes = factory, weights, num_classes
+
+    def __call__(self) -> nn.Module:
+        """The network with its weights."""
+        return _with_weights(self._factory, self._num_classes(), self._weights)
+
+    def source(self) -> tuple[str, dict[str, Any]]:
+        """What builds it without its weights: `module:name`, and the arguments."""
+        name = f"{self._factory.__module__}:{self._factory.__qualname__}"
+        return name, _arguments(self._factory, self._num_classes())
 
 
 def find_factory(model: str) -> Callable[..., Any]:
@@ -100,11 +114,8 @@ def build_network(factory: Callable[..., Any], num_classes: int | None) -> nn.Mo
     """
     from torch import nn
 
-    accepts = inspect.signature(factory).parameters
-    takes_any = any(p.kind is inspect.Parameter.VAR_KEYWORD for p in accepts.values())
     try:
-        takes_classes = num_classes is not None and ("num_classes" in accepts or takes_any)
-        model = factory(num_classes=num_classes) if takes_classes else factory()
+        model = factory(**_arguments(factory, num_classes))
     except AutopruneError:
         raise
     except Exception as error:
@@ -117,3 +128,11 @@ def build_network(factory: Callable[..., Any], num_classes: int | None) -> nn.Mo
             f"--model made a {type(model).__name__}, not a torch.nn.Module", "name what builds the network"
         )
     return model
+
+
+def _arguments(factory: Callable[..., Any], num_classes: int | None) -> dict[str, Any]:
+    """The number of classes, for what takes it."""
+    accepts = inspect.signature(factory).parameters
+    takes_any = any(p.kind is inspect.Parameter.VAR_KEYWORD for p in accepts.values())
+    takes_classes = num_classes is not None and ("num_classes" in accepts or takes_any)
+    return {"num_classes": num_classes} if takes_classes else {}

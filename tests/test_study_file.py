@@ -9,6 +9,7 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
+from autoprune.delivery import architecture
 from autoprune.errors import UsageError
 from autoprune.study_file import built_in_studies, find_study, load_study
 from autoprune.study_flags import find_factory, study_of_flags
@@ -115,6 +116,8 @@ def test_a_network_of_ones_own_gets_its_classes_and_weights(tmp_path: Path) -> N
     assert study.name == "net-digits"
     assert not isinstance(study.model, nn.Module)
     assert torch.equal(study.model()[1].weight, network[1].weight)
+    source = architecture(study, network)
+    assert (source.factory, source.arguments) == ("own_net:net", {"num_classes": 10})
 
 
 @pytest.mark.parametrize(
