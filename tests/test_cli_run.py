@@ -123,8 +123,9 @@ def test_a_passphrase_locks_the_result(tmp_path: Path, finished: Finished) -> No
 def test_ctrl_c_keeps_what_is_finished_and_says_how_to_go_on(tmp_path: Path, finished: Finished) -> None:
     words = ["run", str(finished.study), "--out", str(tmp_path / "run"), "--plain"]
     with subprocess.Popen(
-        [*COMMAND, *words], cwd=ROOT, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True
-    ) as run:
+        [*COMMAND, *words], cwd=ROOT, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a shell's background ignores it
+    ) as run:  # fmt: skip
         assert run.stderr is not None
         for line in run.stderr:
             if "round 1 trial 0" in line:
