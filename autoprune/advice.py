@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import product
 from typing import Any
 
@@ -189,7 +189,7 @@ def _middle(decay: Decay) -> Point:
 
 def _weight_change(ground: Ground, params: TrialParams) -> float:
     """The share of the weights' norm that a rate takes away, in [0, 1]."""
-    pruned = densify(ground.model, ground.graph, ground.choose(replace(params, lr=1.0)))
+    pruned = densify(ground.model, ground.graph, ground.choose(params))
     return math.sqrt(max(0.0, 1 - _square_norm(pruned) / _square_norm(ground.model)))
 
 

@@ -216,6 +216,7 @@ def _tried(job: RoundJob, trial: optuna.Trial, params: TrialParams, seat: int) -
     with ranks.together():
         return run_trial(
             job.ground, params, epochs=epochs, seed=seed, goes_on=lambda climb: _goes_on(job, climb),
+            seconds_left=lambda: job.meter.left().seconds,
             on_epoch=lambda e: _tell_epoch(job, trial.number, e),
         )  # fmt: skip
 

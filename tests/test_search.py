@@ -15,7 +15,7 @@ from optuna.exceptions import UpdateFinishedTrialError
 from autoprune import events as ev
 from autoprune.advice import SHALLOW, Point, params_of, suggest
 from autoprune.baseline import Work, begin
-from autoprune.budget import Meter
+from autoprune.budget import FINAL_SHARE, Meter
 from autoprune.config import Budget, Lock, Search
 from autoprune.controller import start
 from autoprune.errors import RunError
@@ -134,6 +134,18 @@ def test_a_trial_below_every_gain_so_far_is_given_up(work: Work) -> None:
         study.tell(trial, -0.1)
     assert _goes_on(job, climb(job.plan.floor - 0.019))
     assert not _goes_on(job, climb(job.plan.floor - 0.021))
+
+
+def test_a_trial_for_which_time_is_short_hurries_to_its_end(work: Work) -> None:
+    job, study = first_round(work)
+    whole = 1.0 / (1 - FINAL_SHARE)
+    job = replace(job, meter=Meter(Budget(seconds=whole)), speed=replace(job.speed, epoch_s=0.0, trial_s=0.0))
+    long = replace(job, plan=replace(job.plan, trials=1, epochs=5000.0))
+    search_round(long, study, known_points(job)[:1])
+    (trial,) = read_trials(study)
+    assert trial.state == "complete"
+    assert trial.epochs[-1].epoch < 2500
+    assert trial.epochs[-1].lr < 0.05 * max(e.lr for e in trial.epochs)
 
 
 def test_a_diverged_trial_fails_alone(work: Work) -> None:
