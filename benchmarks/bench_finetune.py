@@ -84,13 +84,13 @@ def plain_loop(model: nn.Module, loader: DataLoader[Any], steps: int, device: to
     return time.perf_counter() - began
 
 
-def our_loop(model: nn.Module, case: Case, epochs: float, device: torch.device) -> float:
+def our_loop(model: nn.Module, case: Case, epochs: float, device: torch.device, seed: int) -> float:
     """The same by autoprune."""
     settings = Finetune(distill=0.0, weight_decay=WEIGHT_DECAY, batch_size=BATCH)
     schedule = Schedule(lr=LR, decay="cosine", warmup=0.0)
     began = time.perf_counter()
     finetune_(
-        model, case.data.train, schedule=schedule, settings=settings, epochs=epochs, seed=0, device=device
+        model, case.data.train, schedule=schedule, settings=settings, epochs=epochs, seed=seed, device=device
     )
     if device.type == "cuda":
         torch.cuda.synchronize()
@@ -111,7 +111,7 @@ def measure(case: Case, args: argparse.Namespace) -> dict[str, Any]:
     for turn in range(args.repeats):
         plain, ours = copy.deepcopy(case.model), copy.deepcopy(case.model)
         torch.manual_seed(turn)
-        seconds = plain_loop(plain, workers, steps, device), our_loop(ours, case, args.epochs, device)
+        seconds = plain_loop(plain, workers, steps, device), our_loop(ours, case, args.epochs, device, turn)
         turns.append((steps * BATCH / seconds[0], steps * BATCH / seconds[1]))
         top1.append(tuple(evaluate(m, case.data.search, device=device).top1 for m in (plain, ours)))  # type: ignore[arg-type]
         print(case.name, turns[-1], top1[-1], flush=True)
