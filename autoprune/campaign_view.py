@@ -20,10 +20,10 @@ from optuna_dashboard import _note as notes
 from autoprune import interactive, plots
 from autoprune.history import CHECKPOINT
 from autoprune.record import RoundRecord, RunRecord, TrialRecord
-from autoprune.report import ACTIONS, fate
+from autoprune.report import fate
 from autoprune.trial_table import trials_csv
 from autoprune.view_storage import StudyView
-from autoprune.wording import answer, count, duration, percent, setting, signed
+from autoprune.wording import ACTIONS, answer, count, duration, percent, setting, signed
 
 SCORE = "removed (negative: short of the floor)"
 TOP1 = "top-1 on the search split"

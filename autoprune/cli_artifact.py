@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from autoprune.cli_run import read_secret, refuse_secrets
+from autoprune.cli_run import examples, read_secret, refuse_secrets
 from autoprune.errors import ArtifactError, UsageError, VerificationError
 
 if TYPE_CHECKING:
@@ -69,17 +69,29 @@ class Form(StrEnum):
 
 def register(app: typer.Typer) -> None:
     """Add the commands of this module."""
-    for command, example in (
-        (inspect, "runs/digits/model.autoprune.age"),
-        (verify, "runs/digits/model.autoprune.age"),
-        (export, "model.autoprune.age --to onnx -o model.onnx"),
-        (encrypt, "model.autoprune -o model.autoprune.age"),
-        (decrypt, "model.autoprune.age -o model.autoprune"),
-        (rewrap, "model.autoprune.age -r age1... -o new.autoprune.age"),
-        (keygen, "--signing signing_key"),
-    ):
-        epilog = f"Example: autoprune {command.__name__} {example}"
-        app.command(rich_help_panel="Deliver", epilog=epilog)(command)
+    given: dict[Any, tuple[str, ...]] = {
+        inspect: ("inspect runs/digits/model.autoprune.age", "inspect model.autoprune.age -i key.txt --json"),
+        verify: (
+            "verify runs/digits/model.autoprune.age",
+            "verify model.autoprune.age --require-signature ann.pub",
+        ),
+        export: (
+            "export model.autoprune.age --to onnx -o model.onnx",
+            "export model.autoprune.age --to safetensors -i key.txt -o model.safetensors",
+        ),
+        encrypt: (
+            "encrypt model.autoprune -o model.autoprune.age",
+            "encrypt model.autoprune -r age1... --sign signing_key -o model.autoprune.age",
+        ),
+        decrypt: ("decrypt model.autoprune.age -o model.autoprune",),
+        rewrap: (
+            "rewrap model.autoprune.age -r age1... -o theirs.autoprune.age",
+            "rewrap model.autoprune.age --new-passphrase -o new.autoprune.age",
+        ),
+        keygen: ("keygen", "keygen key.txt", "keygen --signing signing_key"),
+    }  # fmt: skip
+    for command, lines in given.items():
+        app.command(rich_help_panel="Deliver", epilog=examples(*lines))(command)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -8,16 +8,25 @@ from typing import Annotated
 
 import typer
 
+from autoprune import completion
+from autoprune.cli_run import examples
+
 
 def register(app: typer.Typer) -> None:
     """Add the command of this module."""
-    app.command(rich_help_panel="Look", epilog="Example: autoprune dashboard runs")(dashboard)
+    app.command(
+        rich_help_panel="Look",
+        epilog=examples(
+            "dashboard", "dashboard runs/digits --port 9000", "dashboard postgresql://ann@db.site/prune"
+        ),
+    )(dashboard)
 
 
 def dashboard(
     runs: Annotated[str, typer.Argument(
         metavar="RUN|FOLDER|STORAGE",
-        help="A run's folder, a folder of runs, or a database (postgresql://...).")] = "runs",
+        help="A run's folder, a folder of runs, or a database (postgresql://...).",
+        autocompletion=completion.runs)] = "runs",
     port: Annotated[int | None, typer.Option(
         metavar="N", min=0, max=65535, show_default="8080, or the next that is free",
         help="Where to listen, on 127.0.0.1 alone; 0 takes any port that is free.")] = None,

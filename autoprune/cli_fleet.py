@@ -8,6 +8,7 @@ import re
 import shlex
 import sys
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from datetime import datetime, timedelta
 from pathlib import Path
@@ -17,6 +18,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from autoprune import completion
 from autoprune.cli_run import (
     AIM,
     DATA,
@@ -30,6 +32,7 @@ from autoprune.cli_run import (
     StoppedError,
     choose_study,
     digests,
+    examples,
     narrowed,
     terminable,
 )
@@ -38,6 +41,7 @@ from autoprune.errors import UsageError
 from autoprune.terminal import listener
 
 if TYPE_CHECKING:
+    from autoprune.sweep import Row
     from autoprune.worker import Told
 
 PARTLY = 1
@@ -45,10 +49,19 @@ PARTLY = 1
 
 def register(app: typer.Typer) -> None:
     """Add the commands of this module."""
-    app.command(rich_help_panel="Prune", epilog="Example: autoprune worker runs/digits")(worker)
     app.command(
         rich_help_panel="Prune",
-        epilog="Example: autoprune sweep digits my_study.py --seed 0 --seed 1 --until 07:00",
+        epilog=examples(
+            "worker runs/mine --device cuda:1",
+            "worker postgresql://ann@db.site/prune#mine --study my_study.py",
+        ),
+    )(worker)
+    app.command(
+        rich_help_panel="Prune",
+        epilog=examples(
+            "sweep digits my_study.py --until 07:00",
+            "sweep my_study.py --target macs=0.5 --target macs=0.3 --seed 0 --seed 1 --budget 8h",
+        ),
     )(sweep)
 
 
@@ -56,7 +69,7 @@ def worker(
     run: RunPlace,
     artifacts: Artifacts = None,
     study: Annotated[str | None, typer.Option(
-        metavar="STUDY", rich_help_panel=DATA, show_default=False,
+        metavar="STUDY", rich_help_panel=DATA, show_default=False, autocompletion=completion.studies,
         help="The study, where the run's own command does not lead to it here.")] = None,
     device: Device = None,
     run_identity: Annotated[list[str] | None, typer.Option(
@@ -133,7 +146,8 @@ def _app() -> typer.Typer:
 
 def sweep(
     studies: Annotated[list[str], typer.Argument(
-        metavar="STUDY...", help="Built-in studies, or .py files that define one each.")],
+        metavar="STUDY...", help="Built-in studies, or .py files that define one each.",
+        autocompletion=completion.studies)],
     target: Annotated[list[str] | None, typer.Option(
         metavar="METRIC=VALUE", rich_help_panel=AIM, show_default=False,
         help="What the models may cost; repeatable: every study runs with each.")] = None,
@@ -166,7 +180,7 @@ def sweep(
     command goes on where a sweep was stopped. Exit code 1: some runs are not done.
     """
     from autoprune.study_file import find_study
-    from autoprune.sweep import Clock, Job, Row, jobs_of, look, used_seconds
+    from autoprune.sweep import Clock, Job, jobs_of, look, used_seconds
     from autoprune.sweep import sweep as run_all
     from autoprune.sweep_report import write_summary
 
@@ -247,23 +261,22 @@ def seconds_until(clock: str, now: datetime) -> float:
     return ((then if then > now else then + timedelta(days=1)) - now).total_seconds()
 
 
-def _show(rows: object, files: tuple[Path, ...], *, as_json: bool) -> None:
-    from autoprune.sweep import Row
-    from autoprune.sweep_report import HEADS, cells, numbers_of
+def _show(rows: Sequence[Row], files: tuple[Path, ...], *, as_json: bool) -> None:
+    from autoprune.sweep_report import TEXT, answer, numbers_of, ranges, table_of
 
-    assert isinstance(rows, tuple)
-    known: tuple[Row, ...] = rows
     if as_json:
-        sys.stdout.write(json.dumps([numbers_of(row) for row in known], indent=1) + "\n")
+        sys.stdout.write(json.dumps([numbers_of(row) for row in rows], indent=1) + "\n")
         return
-    table = Table(box=None, padding=(0, 2, 0, 0), header_style="dim")
-    for head in HEADS:
-        table.add_column(head, justify="left" if head == HEADS[0] else "right", no_wrap=True)
-    for row in known:
-        table.add_row(*cells(row))
     console = Console(highlight=False, soft_wrap=True)
+    console.print("\n".join([answer(rows), *ranges(rows)]), "")
+    heads, lines = table_of(rows)
+    table = Table(box=None, padding=(0, 2, 0, 0), header_style="dim")
+    for head in heads:
+        table.add_column(head, justify="left" if head in TEXT else "right", no_wrap=True)
+    for line in lines:
+        table.add_row(*line)
     console.print(table)
-    for row in known:
+    for row in rows:
         if row.reason and row.fate != "reached":
             console.print(f"{row.job.name}: {row.reason}", style="yellow")
     console.print(f"\nsummary  {', '.join(str(f) for f in files)}")

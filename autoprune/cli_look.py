@@ -26,6 +26,7 @@ from autoprune.cli_run import (
     Quiet,
     Weights,
     choose_study,
+    examples,
     narrowed,
 )
 from autoprune.config import check_study
@@ -44,9 +45,21 @@ if TYPE_CHECKING:
 
 def register(app: typer.Typer) -> None:
     """Add the commands of this module."""
-    app.command(rich_help_panel="Look", epilog="Example: autoprune groups digits")(groups)
-    app.command(rich_help_panel="Look", epilog="Example: autoprune analyze digits --ratio 0.5")(analyze)
-    app.command(rich_help_panel="Look", epilog="Example: autoprune doctor")(doctor)
+    app.command(
+        rich_help_panel="Look",
+        epilog=examples(
+            "groups digits",
+            "groups --model torchvision:vit_b_16 --input 3x224x224",
+            "groups --model net.py:MyNet --input 1x28x28 --exclude 'head.*'",
+        ),
+    )(groups)
+    app.command(
+        rich_help_panel="Look", epilog=examples("analyze digits", "analyze my_study.py --share 0.5 --json")
+    )(analyze)
+    app.command(
+        rich_help_panel="Look",
+        epilog=examples("doctor", "doctor my_study.py", "doctor --storage postgresql://ann@db.site/prune"),
+    )(doctor)
 
 
 def doctor(

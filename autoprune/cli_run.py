@@ -11,8 +11,8 @@ import sys
 import threading
 import webbrowser
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from contextlib import closing, contextmanager
+from dataclasses import asdict, replace
 from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Annotated
@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.console import Console
 
+from autoprune import completion
 from autoprune.config import Lock
 from autoprune.errors import AutopruneError, UsageError
 from autoprune.event_lines import event_writer, write_line
@@ -31,16 +32,19 @@ from autoprune.wording import answer, comparison
 if TYPE_CHECKING:
     from autoprune.config import Study
     from autoprune.place import Place
-    from autoprune.presence import Process
-    from autoprune.record import RunRecord, RunResult
+    from autoprune.record import RunResult
 
 NOT_REACHED = 3
 
 WHERE = "Where it lives, who works on it"
 DATA, AIM, KEYS, SHOW = "What to prune", "What to reach", "Who may open the result", "Output"
 Name = Annotated[
-    str | None, typer.Argument(metavar="STUDY", help="A built-in study, or a .py file that defines one.")
-]
+    str | None,
+    typer.Argument(
+        metavar="STUDY", help="A built-in study, or a .py file that defines one.",
+        autocompletion=completion.studies,
+    ),
+]  # fmt: skip
 Model = Annotated[
     str | None,
     typer.Option(
@@ -55,8 +59,9 @@ Weights = Annotated[
 DataSpec = Annotated[
     str | None,
     typer.Option(
-        "--data", metavar="NAME:DIR", rich_help_panel=DATA,
-        help="Its data: cifar10:DIR, fashionmnist:DIR, imagefolder:DIR or digits.",
+        "--data", metavar="NAME:DIR", rich_help_panel=DATA, autocompletion=completion.data_sets,
+        help="Its data: cifar10:DIR, fashionmnist:DIR, imagefolder:DIR or digits; then, as the weights were "
+        "trained: ,size=N ,channels=1 ,normalize=HOW.",
     ),
 ]  # fmt: skip
 Exclude = Annotated[
@@ -75,15 +80,22 @@ Only = Annotated[
 ]  # fmt: skip
 Device = Annotated[
     str | None,
-    typer.Option(rich_help_panel=DATA, help="auto, cpu, cuda, cuda:1 or mps.", show_default=False),
-]
+    typer.Option(
+        metavar="DEVICE", rich_help_panel=DATA, show_default=False, autocompletion=completion.devices,
+        help="auto, cpu, cuda, cuda:1 or mps.",
+    ),
+]  # fmt: skip
 AsJson = Annotated[
     bool, typer.Option("--json", metavar="", rich_help_panel=SHOW, help="The result as JSON on stdout.")
 ]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", metavar="", rich_help_panel=SHOW, help="No progress.")]
 RunPlace = Annotated[
-    str, typer.Argument(metavar="RUN", help="The run's folder, or postgresql://user@host/database#name.")
-]
+    str,
+    typer.Argument(
+        metavar="RUN", help="The run's folder, or postgresql://user@host/database#name.",
+        autocompletion=completion.runs,
+    ),
+]  # fmt: skip
 Storage = Annotated[
     str | None,
     typer.Option(
@@ -123,11 +135,31 @@ def terminable() -> Iterator[None]:
         signal.signal(signal.SIGTERM, before)
 
 
+def examples(*lines: str) -> str:
+    """The end of a help page."""
+    return "\n\n".join(["Examples:", *(f"- `autoprune {line}`" for line in lines)])
+
+
+RUN_EXAMPLES = examples(
+    "run digits",
+    "run my_study.py --dry-run",
+    "run my_study.py --target latency=0.7 --max-drop 0.5 --budget 8h --resume",
+    "run --model torchvision:resnet18 --weights resnet18.pth --data imagefolder:photos,size=224",
+    "run my_study.py --recipient age1... --sign signing_key",
+)
+
+
 def register(app: typer.Typer) -> None:
     """Add the commands of this module."""
-    app.command(rich_help_panel="Prune", epilog="Example: autoprune run digits --target macs=0.5")(run)
-    app.command(rich_help_panel="Look", epilog="Example: autoprune report runs/digits --open")(report)
-    app.command(rich_help_panel="Look", epilog="Example: autoprune status runs/digits")(status)
+    app.command(rich_help_panel="Prune", epilog=RUN_EXAMPLES)(run)
+    app.command(
+        rich_help_panel="Look",
+        epilog=examples("report runs/digits --open", "report postgresql://ann@db.site/prune#mine --json"),
+    )(report)
+    app.command(
+        rich_help_panel="Look",
+        epilog=examples("status runs/digits", "status postgresql://ann@db.site/prune#mine --json"),
+    )(status)
 
 
 def run(
@@ -206,11 +238,10 @@ def run(
         place = _place(out or Path("runs") / chosen.name, storage, artifacts)
         if dry_run:
             return _show_plan(chosen, place, lock, resume=resume, as_json=as_json)
-        from autoprune import pipeline
-
         on_event(
             StageStarted(stage="check", round=0, detail="data, network, keys, and that it can be delivered")
         )
+        from autoprune import pipeline
         from autoprune.local_workers import local_workers
 
         try:
@@ -330,7 +361,8 @@ def _show_result(result: RunResult, *, as_json: bool, events: bool) -> int:
     elif as_json:
         sys.stdout.write(json.dumps(document, indent=1, default=str) + "\n")
     else:
-        console = Console(highlight=False, soft_wrap=True)
+        console = Console(highlight=False)
+        console.soft_wrap = not console.is_terminal  # a path that is piped on stays in one piece
         console.print(f"\n{answer(result.record)}\n")
         console.print(comparison_table(comparison(result.before, result.after, result.record.difference)))
         console.print(
@@ -346,10 +378,15 @@ def report(
     as_json: AsJson = False,
 ) -> None:
     """Make a run's report again from its storage, also while it goes on."""
+    from autoprune.history import read_run
+    from autoprune.place import find_run
     from autoprune.report import to_json, write_report
+    from autoprune.store import RunStore
+    from autoprune.worker import told_by
 
-    told = _read(run, artifacts)
-    record = told.record
+    told = told_by(find_run(run, artifacts))
+    with closing(RunStore(told.place, told.name)) as store:
+        record = read_run(store)
     told.place.folder.mkdir(parents=True, exist_ok=True)
     page = write_report(record, told.place.folder)
     sys.stdout.write(to_json(record) if as_json else f"{page}\n")
@@ -358,44 +395,18 @@ def report(
 
 
 def status(run: RunPlace, artifacts: Artifacts = None, as_json: AsJson = False) -> None:
-    """Say where a run stands: rounds, trials, decisions, who works on it, time left."""
-    from autoprune.report import to_json
-
-    told = _read(run, artifacts)
-    if as_json:
-        document = json.loads(to_json(told.record))
-        standing = {"processes": [asdict(p) for p in told.processes], "seconds_left": told.seconds_left}
-        sys.stdout.write(json.dumps(document | standing, indent=1) + "\n")
-    else:
-        Console(highlight=False).print(status_text(told.record, told.processes, told.seconds_left))
-
-
-@dataclass(frozen=True, kw_only=True)
-class _Standing:
-    """What can be read of a run: its record, and who is at work on it."""
-
-    place: Place
-    record: RunRecord
-    processes: tuple[Process, ...]
-    seconds_left: float | None
-
-
-def _read(run: str, artifacts: str | None) -> _Standing:
-    from contextlib import closing
-
-    from autoprune.config import Budget
-    from autoprune.history import read_run, spent
+    """Say where a run stands: what it is at, rounds, trials, decisions, who works on it, time left."""
     from autoprune.place import find_run
-    from autoprune.presence import members
-    from autoprune.store import RunStore
-    from autoprune.worker import told_by
+    from autoprune.report import to_json
+    from autoprune.standing import standing
 
-    told = told_by(find_run(run, artifacts))
-    with closing(RunStore(told.place, told.name)) as store:
-        record = read_run(store)
-        seconds = Budget.parse(record.study["budget"]).seconds
-        left = None if seconds is None or record.outcome else max(0.0, seconds - spent(store).seconds)
-        return _Standing(place=told.place, record=record, processes=members(store), seconds_left=left)
+    told = standing(find_run(run, artifacts))
+    if as_json:
+        document = json.loads(to_json(told.record)) if told.record else {"record": None}
+        known = {"processes": [asdict(p) for p in told.processes], "seconds_left": told.seconds_left}
+        sys.stdout.write(json.dumps(document | known | {"now": told.now}, indent=1) + "\n")
+    else:
+        Console(highlight=False).print(status_text(told))
 
 
 def narrowed(study: Study, exclude: list[str] | None, only: list[str] | None) -> Study:

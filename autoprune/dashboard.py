@@ -7,6 +7,7 @@ request that would change something.
 
 from __future__ import annotations
 
+import json
 import threading
 import time
 from collections.abc import Callable, Iterable, Sequence
@@ -22,9 +23,10 @@ import optuna
 from autoprune.campaign_view import Campaign, views
 from autoprune.errors import AutopruneError, UsageError
 from autoprune.history import read_run
-from autoprune.place import DATABASE, Place, checked_database
-from autoprune.store import BASELINE, RunStore, quiet_optuna
+from autoprune.place import DATABASE, Place, Run, checked_database, find_run
+from autoprune.store import BASELINE, RunStore, like_run, quiet_optuna
 from autoprune.view_storage import StudyView, ViewArtifacts, ViewStorage
+from autoprune.worker import told_by
 
 if TYPE_CHECKING:
     from wsgiref.types import StartResponse, WSGIApplication, WSGIEnvironment
@@ -53,10 +55,12 @@ def find_runs(text: str) -> list[ShownRun]:
     """
     found = _in_database(text) if "://" in text else _in_folders(Path(text))
     if not found:
-        raise UsageError(
-            f"there is no run in {text}",
-            "give the folder that autoprune run wrote (runs/NAME), or one above it",
+        hint = (
+            "name a database with runs in it"
+            if "://" in text
+            else f"{like_run(Path(text))} A folder above will do"
         )
+        raise UsageError(f"there is no run in {text}", hint)
     return found
 
 
@@ -73,8 +77,13 @@ def _in_folders(folder: Path) -> list[ShownRun]:
 
 def _in_database(text: str) -> list[ShownRun]:
     address, _, wanted = text.partition("#")
-    place = Place(folder=Path(), database=checked_database(address))
-    return [ShownRun(label=n, place=place, name=n) for n in _names(place) if not wanted or n == wanted]
+    database = checked_database(address)
+    names = _names(Place(folder=Path(), database=database))
+    return [
+        ShownRun(label=n, place=find_run(f"{database}#{n}").place, name=n)
+        for n in names
+        if not wanted or n == wanted
+    ]
 
 
 def _names(place: Place) -> list[str]:
@@ -135,11 +144,12 @@ def read_views(run: ShownRun, link: Callable[[str], str]) -> list[StudyView]:
 
 
 def _plan(run: ShownRun, artifact: str) -> bytes:
-    with quiet_optuna(), closing(RunStore(run.place, run.name)) as store:
-        try:
+    try:
+        place = told_by(Run(place=run.place, name=run.name)).place  # it knows where the checkpoints are
+        with quiet_optuna(), closing(RunStore(place, run.name)) as store:
             return store.load(artifact).plan.to_json().encode()
-        except AutopruneError as error:  # encrypted, or forgotten after the decision
-            return f'{{"unavailable": "{error.message}"}}'.encode()
+    except AutopruneError as error:  # encrypted, away, or forgotten after the decision
+        return json.dumps({"unavailable": error.message}).encode()
 
 
 def _last_change(place: Place) -> float:

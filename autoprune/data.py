@@ -208,8 +208,8 @@ def load_data(
     """
     known = parse_data(spec)
     used = normalization or known.normalization
-    if known.size is not None:
-        source = read_imagefolder(known.folder, used, known.size)
+    if known.name == "imagefolder":
+        source = read_imagefolder(known.folder, used, known.size, known.channels)
     else:
         source = READERS[known.name](known.folder, used)
     return _from_source(source, seed, search_from)

@@ -1,6 +1,7 @@
-"""The text that names data: `NAME[:DIR][,size=N][,normalize=HOW]`, as `--data` takes it.
+"""The text that names data: `NAME[:DIR][,size=N][,channels=N][,normalize=HOW]`, as `--data` takes it.
 
-`size` is the height and width of an image folder's inputs, `normalize` what the weights were trained with:
+`size` is the height and width of an image folder's inputs, `channels` 1 for a network of grey images (3 is
+the usual way), `normalize` what the weights were trained with:
 the name of a data set whose constants are meant, `half` (0.5 and 0.5), `none` (inputs in [0, 1]), or numbers
 as MEAN/STD, for all channels or one each: `0.5/0.25`, `0.49:0.48:0.45/0.25:0.24:0.26`.
 """
@@ -22,7 +23,7 @@ NAMED = {
     "half": Normalization(mean=(0.5,), std=(0.5,)), "none": Normalization(mean=(0.0,), std=(1.0,)),
 }  # fmt: skip
 CHANNELS = {"digits": 1, "fashionmnist": 1}  # the others have three
-OPTIONS = ("size", "normalize")
+OPTIONS = ("size", "channels", "normalize")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,6 +33,7 @@ class DataSpec:
     name: str
     folder: Path | None
     size: int | None
+    channels: int
     normalization: Normalization | None
 
 
@@ -51,9 +53,10 @@ def parse_data(text: str) -> DataSpec:
         if option not in OPTIONS:
             hint = _nearest(option, OPTIONS, f"known are {', '.join(OPTIONS)}")
             raise DataError(f"data {text!r} has no option {option!r}", hint)
+    channels = _channels(name, given.get("channels"))
     return DataSpec(
         name=name, folder=Path(folder).expanduser() if folder else None, size=_size(name, given.get("size")),
-        normalization=_normalization(given.get("normalize"), CHANNELS.get(name, 3)),
+        channels=channels, normalization=_normalization(given.get("normalize"), channels),
     )  # fmt: skip
 
 
@@ -64,6 +67,18 @@ def _size(name: str, text: str | None) -> int | None:
         raise DataError(f"{name} has images of one size", "size= is for imagefolder")
     if not re.fullmatch(r"[1-9][0-9]{0,3}", text):
         raise DataError(f"size={text} is no image size", "write for example size=64")
+    return int(text)
+
+
+def _channels(name: str, text: str | None) -> int:
+    if text is None:
+        return CHANNELS.get(name, 3)
+    if name != "imagefolder":
+        raise DataError(f"{name} has images of one kind", "channels= is for imagefolder")
+    if text not in ("1", "3"):
+        raise DataError(
+            f"channels={text} is no kind of image", "write channels=1 for grey, channels=3 for colour"
+        )
     return int(text)
 
 

@@ -32,6 +32,7 @@ FASHION_CLASSES = (
 # Mean and standard deviation of the pixels of each official train split, computed from it.
 CIFAR10 = Normalization(mean=(0.4914, 0.4822, 0.4465), std=(0.2470, 0.2435, 0.2616))
 FASHION = Normalization(mean=(0.2860,), std=(0.3530,))
+GREY = Normalization(mean=(0.449,), std=(0.226,))  # the means of ImageNet's three
 DIGITS = Normalization(mean=(0.3053,), std=(0.3760,))
 DIGITS_TEST_SHARE = 0.25  # scikit-learn's copy has no official cut; ours is stratified and always the same
 FOLDER_TEST_SHARE = 0.2
@@ -124,18 +125,19 @@ def read_fashionmnist(folder: Path | None, normalization: Normalization | None) 
 
 
 def read_imagefolder(
-    folder: Path | None, normalization: Normalization | None, size: int | None = None
+    folder: Path | None, normalization: Normalization | None, size: int | None = None, channels: int = 3
 ) -> Source:
     """Photographs in one folder a class, below `train` and `val` (or `test`), or directly in the folder.
 
     Preprocessing is that of ImageNet's classifiers: 224 x 224 from a shorter side of 256. With a `size`,
     the shorter side becomes that, and the middle is used: images that have the size stay as they are.
+    With one of `channels` all become grey.
     """
     found = _existing("imagefolder", folder)
-    used = normalization or IMAGENET
+    used = normalization or (IMAGENET if channels == 3 else GREY)
     held_out = next((found / name for name in ("val", "test") if (found / name).is_dir()), None)
-    train = _folder_split(found / "train" if (found / "train").is_dir() else found, used, size)
-    test = None if held_out is None else _folder_split(held_out, used, size)
+    train = _folder_split(found / "train" if (found / "train").is_dir() else found, used, size, channels)
+    test = None if held_out is None else _folder_split(held_out, used, size, channels)
     classes = tuple(train.dataset.classes)  # type: ignore[attr-defined]  # torchvision ships no types
     if test is not None and tuple(test.dataset.classes) != classes:  # type: ignore[attr-defined]
         odd = sorted(set(classes) ^ set(test.dataset.classes))  # type: ignore[attr-defined]
@@ -144,8 +146,9 @@ def read_imagefolder(
             "give every class a folder of the same name in both",
         )
     return Source(
-        train=_kept(train, used, size), test=None if test is None else _kept(test, used, size),
-        class_names=classes, input_shape=(3, size or 224, size or 224), normalization=used,
+        train=_kept(train, used, size, channels),
+        test=None if test is None else _kept(test, used, size, channels),
+        class_names=classes, input_shape=(channels, size or 224, size or 224), normalization=used,
         test_share=FOLDER_TEST_SHARE,
     )  # fmt: skip
 
@@ -232,25 +235,31 @@ def _idx(path: Path, num_dims: int) -> Bytes:
     return np.frombuffer(data, dtype=np.uint8, offset=start).reshape(shape)
 
 
-def _kept(split: LoaderSplit, normalization: Normalization, size: int | None) -> Split:
+def _kept(split: LoaderSplit, normalization: Normalization, size: int | None, channels: int) -> Split:
     """Small pictures decoded once and kept in memory: each pass over files costs more than the network's."""
-    if size is None or len(split) * 3 * size**2 > IN_MEMORY_BYTES:
+    if size is None or len(split) * channels * size**2 > IN_MEMORY_BYTES:
         return split
     from torchvision.transforms import v2
 
-    fixed = v2.Compose([v2.Resize(size), v2.CenterCrop(size)])
+    fixed = v2.Compose([*_grey(channels), v2.Resize(size), v2.CenterCrop(size)])
     folder: Any = split.dataset
-    images = np.empty((len(folder.samples), 3, size, size), np.uint8)
+    images = np.empty((len(folder.samples), size, size, channels), np.uint8)
     for place, (path, _) in enumerate(folder.samples):
         try:
-            images[place] = np.asarray(fixed(folder.loader(path))).transpose(2, 0, 1)
+            images[place] = np.asarray(fixed(folder.loader(path))).reshape(size, size, channels)
         except OSError as error:
             raise DataError(f"{path} is no picture that can be read: {error}", "take it away") from None
     how = Augmentation(crop_pad=size // 8, flip=True)
-    return _tensor_split(images, np.asarray(folder.targets), normalization, how)
+    return _tensor_split(images.transpose(0, 3, 1, 2), np.asarray(folder.targets), normalization, how)
 
 
-def _folder_split(folder: Path, normalization: Normalization, size: int | None) -> LoaderSplit:
+def _grey(channels: int) -> list[Any]:
+    from torchvision.transforms import v2
+
+    return [v2.Grayscale(1)] if channels == 1 else []
+
+
+def _folder_split(folder: Path, normalization: Normalization, size: int | None, channels: int) -> LoaderSplit:
     from torchvision.datasets import ImageFolder
     from torchvision.transforms import v2
 
@@ -261,8 +270,8 @@ def _folder_split(folder: Path, normalization: Normalization, size: int | None) 
     else:
         fixed = [v2.Resize(size), v2.CenterCrop(size)]
         moved = [v2.Resize(size), v2.RandomCrop(size, padding=size // 8, padding_mode="reflect")]
-    plain = v2.Compose([*fixed, *finish])
-    varied = v2.Compose([*moved, v2.RandomHorizontalFlip(), *finish])
+    plain = v2.Compose([*_grey(channels), *fixed, *finish])
+    varied = v2.Compose([*_grey(channels), *moved, v2.RandomHorizontalFlip(), *finish])
     try:
         dataset, augmented = ImageFolder(folder, plain), ImageFolder(folder, varied)
     except FileNotFoundError as error:

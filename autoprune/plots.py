@@ -20,7 +20,7 @@ from matplotlib.ticker import NullLocator, StrMethodFormatter
 
 from autoprune.outlook import COLUMNS, Cell, Probed, Prospect, cells
 from autoprune.record import RunRecord, TrialRecord
-from autoprune.wording import percent, signed
+from autoprune.wording import METRICS, percent, signed
 
 # Name of the CSS variable -> its colour on white. All differ, since the SVG is searched for them.
 COLOURS = {
@@ -28,7 +28,6 @@ COLOURS = {
     "accent": "#2463c9", "good": "#147a52", "bad": "#b9480e", "pale": "#c9d6ea",
 }  # fmt: skip
 WIDTH_IN = 8.4
-METRICS = {"macs": "MACs", "params": "parameters", "size": "file size", "latency": "latency"}
 STYLE: Any = {
     "svg.fonttype": "none", "svg.hashsalt": "autoprune", "font.size": 9, "axes.labelsize": 9,
     "axes.titlesize": 9, "xtick.labelsize": 8.5, "ytick.labelsize": 8.5, "legend.fontsize": 8.5,
@@ -39,6 +38,7 @@ STYLE: Any = {
     "axes.facecolor": "none", "lines.solid_capstyle": "round", "axes.unicode_minus": True,
     "figure.constrained_layout.use": True,
 }  # fmt: skip
+STRONG = 0.6  # a cell of such a colour makes grey letters hard to read
 MAX_LABELLED = 70  # layers or groups whose names are written out; beyond, names would overlap
 
 Draw = Callable[[RunRecord], Figure | None]
@@ -97,8 +97,9 @@ def path(record: RunRecord) -> Figure | None:
     axes.axhline(100 * record.floor, color=COLOURS["bad"], linewidth=1, dashes=(5, 3))
     axes.axvline(100 * record.target_share, color=COLOURS["muted"], linewidth=1, dashes=(2, 2))
     axes.set_xlim(102, min(100 * record.target_share, *(100 * _share(t) for t in trials)) - 4)
-    axes.set_ylim(bottom, max([start, *(100 * _top1(t) for t in trials)]) + 0.08 * (start - bottom))
-    axes.annotate(f"floor {percent(record.floor)}", (1, 100 * record.floor), (-2, 3), va="bottom", ha="right",
+    top = max([start, *(100 * _top1(t) for t in trials)])
+    axes.set_ylim(bottom, top + 0.16 * (top - bottom))
+    axes.annotate(f"floor {percent(record.floor)}", (0, 100 * record.floor), (3, 3), va="bottom", ha="left",
                   xycoords=("axes fraction", "data"), textcoords="offset points", color=COLOURS["bad"],
                   fontsize=8.5)  # fmt: skip
     axes.annotate(f"target {percent(record.target_share, 0)}", (100 * record.target_share, 1), (4, -3),
@@ -106,8 +107,14 @@ def path(record: RunRecord) -> Figure | None:
                   color=COLOURS["muted"], fontsize=8.5)  # fmt: skip
     axes.set_xlabel(f"{metric} left, % of the original")
     axes.set_ylabel("top-1 on the search split, %")
-    axes.legend(frameon=False, loc="lower left", handletextpad=0.4)
+    legend_above(axes)
     return figure
+
+
+def legend_above(axes: Axes) -> None:
+    """A legend in one line over the picture, where it covers nothing."""
+    axes.legend(frameon=False, ncols=5, loc="lower left", bbox_to_anchor=(0, 1), borderpad=0,
+                borderaxespad=0.4, handletextpad=0.4, columnspacing=1.4)  # fmt: skip
 
 
 def _top1(trial: TrialRecord) -> float:
@@ -151,7 +158,7 @@ def _promoted_line(axes: Axes, record: RunRecord, start: float) -> None:
     axes.plot(*zip(*points, strict=True), color=COLOURS["accent"], linewidth=1.8, zorder=4,
               label="promoted, by round",
               marker="o", markersize=6.5, markerfacecolor=COLOURS["paper"], markeredgewidth=1.8)  # fmt: skip
-    axes.annotate("original", points[0], (0, 9), textcoords="offset points", ha="center", fontsize=8.5,
+    axes.annotate("original", points[0], (-5, 9), textcoords="offset points", ha="left", fontsize=8.5,
                   color=COLOURS["accent"])  # fmt: skip
 
 
@@ -216,8 +223,8 @@ def _heat_cell(axes: Axes, place: tuple[int, int], cell: Cell, worst: float, *, 
     strength = min(1.0, max(0.0, cell.drop_pp) / worst) ** 0.5  # the root keeps small losses visible
     axes.barh(place[1], 0.97, left=place[0] - 0.485, height=0.9, color=COLOURS["bad"], alpha=0.85 * strength)
     if labelled:
-        look: Any = {"fontsize": 8, "color": COLOURS["ink"]} if cell.is_measured else {
-            "fontsize": 7, "color": COLOURS["muted"]}  # fmt: skip
+        look: Any = {"fontsize": 8 if cell.is_measured else 7}
+        look["color"] = COLOURS["ink" if cell.is_measured or strength > STRONG else "muted"]
         axes.annotate(signed(-cell.drop_pp), place, ha="center", va="center", **look)
 
 

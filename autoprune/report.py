@@ -23,13 +23,6 @@ from autoprune.config import DECAYS
 from autoprune.record import RoundRecord, RunRecord, TrialRecord
 from autoprune.trial_table import importances, trials_csv
 
-ACTIONS = {
-    "promote": "promoted",
-    "lower": "rate lowered",
-    "go_back": "went back",
-    "finish": "target reached",
-    "stop": "stopped",
-}
 DELIVERED = {
     "model.autoprune.age": "the delivered model, encrypted (age v1)",
     "model.autoprune": "the delivered model: weights, .pt2, ONNX and manifest in one file",
@@ -124,17 +117,18 @@ def _render(record: RunRecord, out: Path, svgs: Mapping[str, str]) -> str:
     page = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     page.filters |= {
         "percent": wording.percent, "duration": wording.duration, "size": wording.size,
-        "setting": wording.setting, "when": _when, "fate": fate, "unbroken": _unbroken,
+        "setting": wording.setting, "when": _when, "fate": fate, "unbroken": unbroken,
         "sentence": _sentence, "shown": _shown,
     }  # fmt: skip
-    template = page.from_string((files("autoprune") / "report.html.j2").read_text(encoding="utf-8"))
+    template = page.from_string(packaged("report.html.j2"))
     return template.render(
+        css=packaged("page.css"),
         record=record,
         out=out,
         answer=wording.answer(record),
         rows=wording.comparison(record.before, record.after, record.difference),
         plots={name: svgs.get(name) for name in plots.PLOTS},
-        actions=ACTIONS,
+        actions=wording.ACTIONS,
         winners=list(_winners(record)),
         params=_columns(record),
         mattered=importances(record),
@@ -145,11 +139,16 @@ def _render(record: RunRecord, out: Path, svgs: Mapping[str, str]) -> str:
     )
 
 
+def packaged(name: str) -> str:
+    """The text of a file that lies beside this module."""
+    return (files("autoprune") / name).read_text(encoding="utf-8")
+
+
 def _winners(record: RunRecord) -> Iterator[tuple[RoundRecord, TrialRecord]]:
     yield from ((r, t) for r in record.rounds for t in r.trials if t.promoted)
 
 
-def _unbroken(text: str) -> str:
+def unbroken(text: str) -> str:
     """Keep a number and its unit on one line."""
     return re.sub(r" (?=[%→]|pp\b)|(?<=→) ", "\u00a0", text).replace("top-1", "top\u20111")
 

@@ -10,6 +10,7 @@ Where the run is, a folder or PostgreSQL with S3, is `place`; how it waits for t
 
 from __future__ import annotations
 
+import difflib
 import hashlib
 import io
 import json
@@ -36,7 +37,7 @@ from autoprune.plan import PruningPlan
 
 __all__ = [
     "ARTIFACTS", "DATABASE", "FINAL", "Checkpoint", "Place", "RunStore", "Seal", "fail_left_running_",
-    "has_run", "name_in", "names_in", "put", "quiet_optuna", "scored",
+    "has_run", "like_run", "name_in", "names_in", "put", "quiet_optuna", "scored", "studies_in",
 ]  # fmt: skip
 
 FINAL = "final"
@@ -246,7 +247,7 @@ def has_run(place: Place, name: str) -> bool:
     """
     if place.is_local:
         return (place.folder / DATABASE).is_file()
-    return any(study.startswith(f"{name}/") for study in _study_names(place))
+    return any(study.startswith(f"{name}/") for study in studies_in(place))
 
 
 def name_in(where: Place | Path) -> str:
@@ -257,9 +258,7 @@ def name_in(where: Place | Path) -> str:
     """
     place = where if isinstance(where, Place) else Place(folder=where)
     if place.is_local and not (place.folder / DATABASE).is_file():
-        raise UsageError(
-            f"there is no run in {place.folder}", "give the folder that autoprune run wrote: runs/NAME"
-        )
+        raise UsageError(f"there is no run in {place.folder}", like_run(place.folder))
     names = names_in(place)
     if not names:
         raise UsageError(
@@ -268,14 +267,22 @@ def name_in(where: Place | Path) -> str:
     return names[0]
 
 
+def like_run(folder: Path) -> str:
+    """A hint that names the run beside this folder whose name is nearest."""
+    runs = [str(found.parent) for found in folder.parent.glob(f"*/{DATABASE}")]
+    near = difflib.get_close_matches(str(folder), runs, n=1)
+    return f"did you mean {near[0]}?" if near else "give the folder that autoprune run wrote: runs/NAME"
+
+
 def names_in(place: Place) -> list[str]:
     """The runs that have begun to measure their original."""
     if place.is_local and not (place.folder / DATABASE).is_file():
         return []
-    return [n.removesuffix(BASELINE) for n in _study_names(place) if n.endswith(BASELINE)]
+    return [n.removesuffix(BASELINE) for n in studies_in(place) if n.endswith(BASELINE)]
 
 
-def _study_names(place: Place) -> list[str]:
+def studies_in(place: Place) -> list[str]:
+    """The names of all studies of a storage."""
     storage = open_storage(place)
     try:
         return [str(s.study_name) for s in storage.get_all_studies()]

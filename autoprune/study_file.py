@@ -29,6 +29,14 @@ def nearest(word: str, known: Iterable[str]) -> str:
     return f"did you mean {close[0]!r}?" if close else f"known are {', '.join(names) or 'none'}"
 
 
+def nearest_file(path: str, suffixes: Iterable[str], otherwise: str) -> str:
+    """A hint that names the file of these kinds that is nearest to a path at which there is none."""
+    folder = Path(path).expanduser().parent
+    known = [str(f) for f in folder.iterdir() if f.suffix in suffixes] if folder.is_dir() else []
+    close = difflib.get_close_matches(str(Path(path).expanduser()), known, n=1)
+    return f"did you mean {close[0]}?" if close else otherwise
+
+
 def built_in_studies() -> dict[str, Path]:
     """Name -> file of the studies that come with autoprune."""
     files = (f for folder in FOLDERS if folder.is_dir() for f in sorted(folder.glob("*.py")))
@@ -57,9 +65,8 @@ def find_study(text: str) -> Path:
     if path.is_file() and path.suffix == ".py":
         return path.resolve()
     if path.suffix == ".py" or path.parent != Path():
-        siblings = [str(p) for p in path.parent.glob("*.py")] if path.parent.is_dir() else []
-        hint = nearest(text, siblings) if siblings else f"a built-in study: {', '.join(sorted(known))}"
-        raise UsageError(f"there is no study file {text}", hint)
+        own = f"give a .py file, or a built-in study: {', '.join(sorted(known))}"
+        raise UsageError(f"there is no study file {text}", nearest_file(text, (".py",), own))
     raise UsageError(
         f"there is no study {text!r}",
         f"{nearest(text, known)} Or give the path of a .py file that defines a Study",

@@ -10,19 +10,21 @@ import importlib
 import inspect
 import re
 from collections.abc import Callable
+from difflib import get_close_matches
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from autoprune.config import Study
 from autoprune.errors import AutopruneError, UsageError
-from autoprune.study_file import import_file, nearest
+from autoprune.study_file import import_file, nearest, nearest_file
 
 if TYPE_CHECKING:
     from torch import nn
 
     from autoprune.data import Data
 
+WEIGHTS = (".safetensors", ".pt", ".pth", ".th")
 FORMS = "write --model torchvision:resnet18, or --model FILE.py:CLASS_OR_FUNCTION"
 
 
@@ -34,9 +36,8 @@ def study_of_flags(model: str, weights: str, data: str) -> Study:
     """
     factory = find_factory(model)
     if not Path(weights).expanduser().is_file():
-        raise UsageError(
-            f"there is no weights file {weights}", "give --weights a .safetensors, .pt or .pth file"
-        )
+        hint = nearest_file(weights, WEIGHTS, "give --weights a .safetensors, .pt or .pth file")
+        raise UsageError(f"there is no weights file {weights}", hint)
 
     @cache
     def load() -> Data:
@@ -78,9 +79,12 @@ def find_factory(model: str) -> Callable[..., Any]:
     if source == "torchvision":
         return _torchvision(name)
     if not source.endswith(".py"):
-        raise UsageError(f"--model {model}: {source!r} is neither torchvision nor a .py file", FORMS)
+        raise UsageError(
+            f"--model {model}: {source!r} is neither torchvision nor a .py file",
+            "did you mean 'torchvision'?" if get_close_matches(source, ["torchvision"]) else FORMS,
+        )
     if not Path(source).expanduser().is_file():
-        raise UsageError(f"--model {model}: there is no file {source}", FORMS)
+        raise UsageError(f"--model {model}: there is no file {source}", nearest_file(source, (".py",), FORMS))
     found = import_file(Path(source).expanduser().resolve())
     made_here = {n for n, v in vars(found).items() if callable(v) and not n.startswith("_")}
     if name not in made_here:

@@ -1,32 +1,45 @@
-"""The summary of a sweep: a table for people, the same as CSV, JSON and HTML, and the Pareto front."""
+"""The summary of a sweep: the answer, a table, the same as CSV, JSON and HTML, and a Pareto front a study."""
 
 from __future__ import annotations
 
 import csv
 import json
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from importlib.resources import files
 from pathlib import Path
+from typing import Any
 
 from jinja2 import Environment, StrictUndefined
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from autoprune import plots, wording
 from autoprune.record import ModelSummary
+from autoprune.report import packaged, unbroken
 from autoprune.sweep import Row
 
 HEADS = ("study", "target", "seed", "fate", "top-1 before", "top-1 after", "change, pp", "MACs left",
          "parameters left", "latency left", "time")  # fmt: skip
+TEXT = HEADS[:4]  # the columns that are words; the others are numbers
+LOOKS = (("accent", "o", "-"), ("good", "s", "--"), ("bad", "^", ":"), ("muted", "D", "-."))
 
 
 @dataclass(frozen=True, kw_only=True)
 class Point:
-    """One delivered model in the plane of cost and accuracy."""
+    """One delivered model in the plane of cost and accuracy.
 
+    Attributes:
+        study: it belongs to; `name` tells it from the study's others.
+        low_pp, high_pp: the 95 % interval of `delta_pp`, where it is known.
+    """
+
+    study: str
     name: str
     macs_share: float
     delta_pp: float
+    low_pp: float | None = None
+    high_pp: float | None = None
 
 
 def write_summary(rows: Sequence[Row], out: Path) -> tuple[Path, ...]:
@@ -40,17 +53,54 @@ def write_summary(rows: Sequence[Row], out: Path) -> tuple[Path, ...]:
     figure = pareto(rows)
     if figure is not None:
         plots.save_png(figure, out / "pareto.png")
-    svg = plots.to_svg(figure, "pareto") if figure is not None else ""
-    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True)
-    template = environment.from_string((files("autoprune") / "sweep.html.j2").read_text(encoding="utf-8"))
-    done = sum(row.is_done for row in rows)
-    page.write_text(
-        template.render(
-            heads=HEADS, rows=[(row, cells(row)) for row in rows], svg=svg, done=done, colours=plots.COLOURS
-        ),
-        encoding="utf-8",
-    )
+    page.write_text(_render(rows, figure), encoding="utf-8")
     return (table, numbers, page, *([out / "pareto.png"] if figure is not None else []))
+
+
+def _render(rows: Sequence[Row], figure: Figure | None) -> str:
+    page = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+    page.filters |= {"duration": wording.duration, "unbroken": unbroken}
+    heads, shown = table_of(rows)
+    return page.from_string(packaged("sweep.html.j2")).render(
+        css=packaged("page.css"), answer=answer(rows), ranges=ranges(rows), heads=heads, text=TEXT,
+        rows=list(zip(rows, shown, strict=True)),
+        svg=plots.to_svg(figure, "pareto") if figure is not None else "",
+        seconds=sum(row.record.seconds for row in rows if row.record is not None),
+    )  # fmt: skip
+
+
+def answer(rows: Sequence[Row]) -> str:
+    """What came of the sweep, in one sentence."""
+    fates = Counter[str](row.fate for row in rows)
+    runs = f"{len(rows)} run{'s' if len(rows) > 1 else ''}"
+    words = {"not reached": "fell short", "failed": "failed", "stopped": "stopped", "waiting": "to be done"}
+    others = [f"{fates[fate]} {word}" for fate, word in words.items() if fates[fate]]
+    return ", ".join([f"{fates['reached']} of {runs} reached the target", *others]) + "."
+
+
+def ranges(rows: Sequence[Row]) -> list[str]:
+    """A sentence for each study: from its most accurate to its cheapest model that no other one beats."""
+    told = []
+    for study, found in _by_study(points(rows)).items():
+        best = front(found)
+        cheapest, last = best[0], best[-1]
+        text = f"{study}: {_place(last)}"
+        if last is not cheapest:
+            text += f", and down to {_place(cheapest)}"
+        told.append(text + ".")
+    return told
+
+
+def _place(point: Point) -> str:
+    change = f"{wording.signed(point.delta_pp, 2)} pp of top-1"
+    return f"{wording.percent(point.macs_share)} of the MACs at {change}"
+
+
+def table_of(rows: Sequence[Row]) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
+    """Heads and cells for people; a column in which nothing stands is left out."""
+    full = [cells(row) for row in rows]
+    used = [n for n in range(len(HEADS)) if any(line[n] != wording.MISSING for line in full)]
+    return tuple(HEADS[n] for n in used), [tuple(line[n] for n in used) for line in full]
 
 
 def cells(row: Row) -> tuple[str, ...]:
@@ -78,11 +128,15 @@ def numbers_of(row: Row) -> dict[str, object]:
     """A row for machines."""
     record = row.record
     after: ModelSummary | None = record.after if record else None
+    paired = record.difference if record else None
     return {
         "study": row.job.study, "target": row.job.target or (record.target if record else None),
         "seed": row.job.seed if row.job.seed is not None else (record.study.get("seed") if record else None),
         "fate": row.fate, "reason": row.reason, "folder": str(row.folder),
         "top1_before": record.before.top1 if record else None, "top1_after": after.top1 if after else None,
+        "change_pp": paired.delta_pp if paired else None,
+        "change_low_pp": paired.low_pp if paired else None,
+        "change_high_pp": paired.high_pp if paired else None,
         "num_samples": after.num_samples if after else None,
         "macs_before": record.before.macs if record else None, "macs_after": after.macs if after else None,
         "params_before": record.before.params if record else None,
@@ -97,12 +151,28 @@ def points(rows: Iterable[Row]) -> list[Point]:
     """The delivered models."""
     return [
         Point(
-            name=row.job.name, macs_share=row.record.after.macs / row.record.before.macs,
+            study=Path(row.job.study).stem, name=_told_apart(row),
+            macs_share=row.record.after.macs / row.record.before.macs,
             delta_pp=100 * (row.record.after.top1 - row.record.before.top1),
+            low_pp=row.record.difference.low_pp if row.record.difference else None,
+            high_pp=row.record.difference.high_pp if row.record.difference else None,
         )
         for row in rows
         if row.record is not None and row.record.after is not None
     ]  # fmt: skip
+
+
+def _told_apart(row: Row) -> str:
+    job, record = row.job, row.record
+    target = job.target or (record.target if record else "")
+    return target if job.seed is None else f"{target}, seed {job.seed}"
+
+
+def _by_study(found: Iterable[Point]) -> dict[str, list[Point]]:
+    by: dict[str, list[Point]] = {}
+    for point in found:
+        by.setdefault(point.study, []).append(point)
+    return by
 
 
 def front(found: Iterable[Point]) -> list[Point]:
@@ -115,23 +185,38 @@ def front(found: Iterable[Point]) -> list[Point]:
 
 
 def pareto(rows: Iterable[Row]) -> Figure | None:
-    """Accuracy kept over MACs left, with the front."""
+    """Accuracy kept over MACs left, a front for each study."""
     found = points(rows)
     if not found:
         return None
-    best = front(found)
     with plots.style():
         figure = Figure(figsize=(plots.WIDTH_IN, 4.0))
         axes = figure.add_subplot()
-        axes.scatter([100 * p.macs_share for p in found], [p.delta_pp for p in found], s=26,
-                     facecolors="none", edgecolors=plots.COLOURS["muted"], label="delivered")  # fmt: skip
-        axes.plot([100 * p.macs_share for p in best], [p.delta_pp for p in best], marker="o", markersize=5,
-                  color=plots.COLOURS["accent"], label="not beaten by another")  # fmt: skip
-        for point in best[:12]:
-            axes.annotate(point.name, (100 * point.macs_share, point.delta_pp), (5, 5),
-                          textcoords="offset points", fontsize=8, color=plots.COLOURS["ink"])  # fmt: skip
-        axes.axhline(0, color=plots.COLOURS["rule"], linewidth=1)
+        for number, (study, own) in enumerate(_by_study(found).items()):
+            _front_line(axes, study, own, LOOKS[number % len(LOOKS)])
+        axes.axhline(0, color=plots.COLOURS["muted"], linewidth=0.8)
+        axes.annotate("as the original", (1, 0), (-2, 3), xycoords=("axes fraction", "data"), ha="right",
+                      textcoords="offset points", fontsize=8, color=plots.COLOURS["muted"])  # fmt: skip
+        axes.margins(x=0.12, y=0.15)
+        axes.invert_xaxis()  # cheaper is to the right, as in a run's own picture
         axes.set_xlabel("MACs left, % of the original")
         axes.set_ylabel("change of top-1 on the test split, pp")
-        axes.legend(frameon=False, loc="lower right", handletextpad=0.4)
+        plots.legend_above(axes)
     return figure
+
+
+def _front_line(axes: Axes, study: str, own: Sequence[Point], look: tuple[str, str, str]) -> None:
+    colour, marker, line = plots.COLOURS[look[0]], look[1], look[2]
+    best = front(own)
+    beaten = [p for p in own if p not in best]
+    hollow: Any = {"facecolors": "none", "edgecolors": colour, "marker": marker, "s": 26}
+    axes.scatter([100 * p.macs_share for p in beaten], [p.delta_pp for p in beaten], **hollow)
+    axes.plot([100 * p.macs_share for p in best], [p.delta_pp for p in best], marker=marker, markersize=5.5,
+              linestyle=line, linewidth=1.5, color=colour, label=study)  # fmt: skip
+    for point in own:
+        if point.low_pp is not None and point.high_pp is not None:
+            x = 100 * point.macs_share
+            axes.plot([x, x], [point.low_pp, point.high_pp], color=colour, linewidth=0.9, alpha=0.5)
+    for point in best[:12]:
+        axes.annotate(point.name, (100 * point.macs_share, point.delta_pp), (6, 5), fontsize=8,
+                      textcoords="offset points", color=plots.COLOURS["ink"])  # fmt: skip

@@ -9,7 +9,7 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from autoprune.wording import Row, answer, count, duration, percent, signed
+from autoprune.wording import ACTIONS, Row, answer, count, duration, percent, signed
 
 if TYPE_CHECKING:
     from autoprune.doctor import Finding
@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from autoprune.presence import Process
     from autoprune.record import RunRecord, TrialRecord
     from autoprune.sensitivity import SensitivityTable
+    from autoprune.standing import Standing
 
 GOOD, BAD, MUTED = "green", "yellow", "dim"
 
@@ -66,26 +67,38 @@ def plan_text(plan: RunPlan) -> RenderableType:
     return Group(grid, Text(), end, Text(), rounds)
 
 
-def status_text(
-    record: RunRecord, processes: Sequence[Process] = (), seconds_left: float | None = None
-) -> RenderableType:
-    """Where a run stands: the answer, a line for every round, and who works on it."""
+def status_text(told: Standing) -> RenderableType:
+    """Where a run stands: the answer, what it is at, a line for every round, and who works on it."""
+    record = told.record
+    if record is None:
+        return Group(Text(f"{told.name}: {told.now}", "bold"), *_processes(told.processes))
     table = _table("round", "from", "up to", "floor", "trials", "best", "left", "decision")
     for one in record.rounds:
         best = _best(one.trials)
         table.add_row(
             str(one.number), str(one.started_from or "start"), percent(one.ceiling), percent(one.floor, 2),
-            f"{sum(t.seconds > 0 for t in one.trials)} of {one.planned_trials}",
+            f"{sum(t.state != 'running' for t in one.trials)} of {one.planned_trials}",
             percent(best.top1 if best else None, 2),
-            percent(best.cost_share if best else None), one.action or "running",
+            percent(best.cost_share if best else None), ACTIONS.get(one.action or "", "running"),
         )  # fmt: skip
-    end = record.outcome.message if record.outcome else f"{duration(record.seconds)} of work so far"
-    if seconds_left is not None:
-        end += f", {duration(seconds_left)} of {record.study['budget']} left"
+    end = record.outcome.message if record.outcome else _used(record, told.seconds_left)
+    now = [Text(f"now: {told.now}")] if told.now else []
+    rounds: list[RenderableType] = [Text(), table] if record.rounds else []
+    return Group(Text(answer(record), "bold"), *now, Text(end), *rounds, *_processes(told.processes))
+
+
+def _used(record: RunRecord, seconds_left: float | None) -> str:
+    used = f"{duration(record.seconds)} of finished work"
+    return (
+        used if seconds_left is None else f"{used}, {duration(seconds_left)} of {record.study['budget']} left"
+    )
+
+
+def _processes(processes: Sequence[Process]) -> list[Text]:
     seen = [_process_text(one) for one in processes if one.state in ("working", "silent")]
     done = sum(one.state not in ("working", "silent") for one in processes)
-    last = [Text(f"{done} earlier processes", MUTED)] if done else []
-    return Group(Text(answer(record), "bold"), Text(end), Text(), table, Text(), *seen, *last)
+    last = [Text(f"{done} earlier process{'es' if done > 1 else ''}", MUTED)] if done else []
+    return [Text(), *seen, *last] if seen or last else []
 
 
 def _process_text(one: Process) -> Text:

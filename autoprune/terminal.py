@@ -6,6 +6,8 @@ Lines that scrolled by stay readable in the scrollback, and the panel is short e
 
 from __future__ import annotations
 
+import re
+import textwrap
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -22,16 +24,9 @@ from rich.text import Text
 
 from autoprune import events as ev
 from autoprune.events import Event, OnEvent
-from autoprune.wording import clock, count, duration, percent, setting, signed
+from autoprune.wording import ACTIONS, METRICS, clock, count, duration, percent, setting, signed
 
-METRICS = {"macs": "MACs", "params": "parameters", "size": "size", "latency": "latency"}
-VERBS = {
-    "promote": "promoted",
-    "lower": "rate lowered",
-    "go_back": "went back",
-    "finish": "done",
-    "stop": "stopped",
-}
+VERBS = ACTIONS | {"finish": "done"}  # its reason says that the target is reached
 ECHOED = 6  # columns left free: a terminal echoes Ctrl-C as ^C, and in the last column that makes a line
 GOOD, BAD, MUTED = "green", "yellow", "dim"
 
@@ -72,14 +67,26 @@ class _Lines:
         if say is None or (isinstance(event, ev.StageStarted) and event.stage == "search"):
             return
         stamp = Text(f"{clock(time.monotonic() - self.start)}  ", MUTED)
-        hanging = Table.grid(padding=0)
-        hanging.add_column(width=len(stamp), no_wrap=True)
-        hanging.add_column()
         if self.console.is_terminal:
-            hanging.add_row(stamp, say(event))
+            hanging = Table.grid(padding=0)
+            hanging.add_column(width=len(stamp), no_wrap=True)
+            hanging.add_column(no_wrap=True)
+            room = max(20, self.console.width - len(stamp))
+            hanging.add_row(stamp, Text("\n").join(wrapped(say(event), room)))
             self.console.print(hanging)
         else:  # one event, one line: logs are searched line by line
             self.console.print(stamp + say(event), soft_wrap=True)
+
+
+def wrapped(text: Text, width: int) -> list[Text]:
+    """Lines of a text that keep a number and its unit together, which `rich` would part."""
+    bound = re.sub(r"(?<=\d) (?=[%A-Za-z])|(?<=\blr) ", "\u00a0", text.plain)
+    lines, start = [], 0
+    for line in textwrap.wrap(bound, width, break_on_hyphens=False) or [""]:
+        start = bound.index(line, start)
+        lines.append(text[start : start + len(line)])
+        start += len(line)
+    return lines
 
 
 def _run_started(event: ev.RunStarted) -> Text:
@@ -197,14 +204,14 @@ class _Panel:
         if self.baseline is not None:
             yield self._accuracy(self.baseline)
             yield from self._cost(self.baseline)
-        if self.ceiling is not None:
+        if self.ceiling is not None and self.stage != "finish":
             yield "ceiling", percent(self.ceiling), Text(self.why, MUTED)
         yield "time", clock(time.monotonic() - self.start), self._time_left()
 
     def _now(self) -> Iterator[Sequence[RenderableType]]:
         trial, epoch = self.trial, self.epoch  # read once: events arrive on another thread
         if trial is not None and self.stage == "search":
-            speed = f"{epoch.images_per_s:,.0f} images/s" if epoch else ""
+            speed = f"{epoch.images_per_s:,.0f} images/s" if epoch else "pruned; the first epoch is under way"
             yield "trial", str(trial.trial), Text(f"of {self.trials}: {describe(trial.params)}")
             yield "epoch", _epochs(epoch), self._bar(Text(speed, MUTED))
         elif epoch is not None:

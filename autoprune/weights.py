@@ -9,7 +9,7 @@ from __future__ import annotations
 import pickle
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from safetensors import SafetensorError
@@ -19,12 +19,13 @@ from torch import Tensor, nn
 from autoprune.errors import UsageError
 
 WRAPPERS = ("state_dict", "model_state_dict", "model")
+Network = TypeVar("Network", bound=nn.Module)
 COUNTER = ".num_batches_tracked"  # weights from before PyTorch 0.4.1 lack it, and nothing here reads it
 PREFIXES = ("module.", "_orig_mod.")  # DataParallel and DistributedDataParallel; torch.compile
 
 
-def load_weights_(model: nn.Module, path: str | Path) -> None:
-    """Load the weights in `path` into `model`, in place; every key has to fit.
+def load_weights_(model: Network, path: str | Path) -> Network:
+    """Load the weights in `path` into `model`, in place; every key has to fit. Gives the model.
 
     Raises:
         UsageError: the file is missing or no weights file, or its keys do not fit the model's; the message
@@ -39,6 +40,7 @@ def load_weights_(model: nn.Module, path: str | Path) -> None:
             "check the network's name, its number of classes, and that the file belongs to it",
         )
     model.load_state_dict(weights)
+    return model
 
 
 def read_weights(path: str | Path) -> dict[str, Tensor]:

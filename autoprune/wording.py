@@ -12,6 +12,15 @@ from autoprune.record import Difference, ModelSummary, RunRecord
 
 MISSING = "–"  # noqa: RUF001 an en dash, the usual sign for "no value" in a table
 MINUS = "−"  # noqa: RUF001
+METRICS = {"macs": "MACs", "params": "parameters", "size": "size of the weights", "memory": "memory",
+           "latency": "latency"}  # fmt: skip
+ACTIONS = {
+    "promote": "promoted",
+    "lower": "ceiling lowered",
+    "go_back": "went back",
+    "finish": "target reached",
+    "stop": "stopped",
+}
 
 
 def percent(share: float | None, digits: int = 1) -> str:
@@ -104,7 +113,7 @@ def comparison(before: ModelSummary, after: ModelSummary | None, difference: Dif
     costs = (
         ("MACs", before.macs, after.macs if after else None, count),
         ("parameters", before.params, after.params if after else None, count),
-        ("file size", before.size_bytes, after.size_bytes if after else None, size),
+        ("weights", before.size_bytes, after.size_bytes if after else None, size),
     )
     for label, old, new, say in costs:
         rows.append(Row(label=label, before=say(old), after=say(new), change=_shrunk(old, new)))
@@ -141,12 +150,24 @@ def _latency(before: ModelSummary, after: ModelSummary | None) -> Row:
     )
 
 
+def _so_far(record: RunRecord) -> str:
+    """What the round promoted last has: the next one starts from it."""
+    promoted = [(r, t) for r in record.rounds for t in r.trials if t.promoted]
+    if not promoted:
+        return "nothing is promoted yet"
+    one, trial = promoted[-1]
+    metric = METRICS.get(record.target_metric, record.target_metric)
+    return (
+        f"round {one.number} promoted a network with {percent(trial.cost_share)} of the {metric} "
+        f"and {percent(trial.top1, 2)} top-1 on the search split"
+    )
+
+
 def answer(record: RunRecord) -> str:
     """The whole run in one sentence."""
     before, after = record.before, record.after
     if after is None:
-        done = sum(r.action is not None for r in record.rounds)
-        return f"{record.name}: not finished; {done} rounds decided so far."
+        return f"{record.name}: not finished; {_so_far(record)}."
     if after.params == before.params:
         return f"{record.name}: nothing was removed; the original is delivered as it was."
     parts = [

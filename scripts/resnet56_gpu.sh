@@ -10,7 +10,7 @@ set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
 epochs=${1:-200} piece=${2:-560}
-: "${AUTOPRUNE_DATA:?set it to the folder that holds cifar10/ and weights/ (see README)}"
+: "${AUTOPRUNE_DATA:?set it to the folder that holds cifar10/ and weights/ (see docs/commands.md)}"
 ends=$((SECONDS + piece))
 
 for factor in 2.11 2.57; do

@@ -52,6 +52,8 @@ def test_normalizations_have_names_or_numbers(how: str, mean: object, std: objec
         ("digits,normalize=imagenet", "one for each"),
         ("cifar10:x,size=64", "imagefolder"),
         ("imagefolder:x,size=big", "size=64"),
+        ("imagefolder:x,channels=2", "channels=1 for grey"),
+        ("cifar10:x,channels=1", "imagefolder"),
     ],
 )
 def test_what_is_wrong_is_named_with_the_nearest(text: str, hint: str) -> None:
@@ -76,3 +78,18 @@ def test_small_pictures_of_the_given_size_come_as_they_are(tmp_path: Path) -> No
     (tmp_path / "dog" / "broken.png").write_bytes(b"no picture")
     with pytest.raises(DataError, match=r"broken\.png is no picture"):
         load_data(f"imagefolder:{tmp_path},size=16", search_from="train")
+
+
+@pytest.mark.parametrize("options", ["channels=1,size=16", "channels=1"])
+def test_a_folder_of_grey_pictures_feeds_a_network_of_one_channel(tmp_path: Path, options: str) -> None:
+    pixels = np.random.default_rng(0).integers(0, 256, (24, 16, 16), dtype=np.uint8)
+    for number, image in enumerate(pixels):
+        folder = tmp_path / ("cat", "dog")[number % 2]
+        folder.mkdir(exist_ok=True)
+        Image.fromarray(image).save(folder / f"{number}.png")
+    data = load_data(f"imagefolder:{tmp_path},{options},normalize=none", search_from="train")
+    x, _ = next(iter(data.train.batches(4)))
+    assert tuple(x.shape[1:]) == data.input_shape == (1, *((16, 16) if "size" in options else (224, 224)))
+    if "size" in options:
+        known = {image.tobytes() for image in pixels}
+        assert all((255 * one).round().byte().numpy().tobytes() in known for one in x)

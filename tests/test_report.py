@@ -56,7 +56,7 @@ def test_the_page_shows_what_a_reader_asks_for(tmp_path: Path) -> None:
     text = read(REACHED, tmp_path)
     for wanted in (
         "50.2 % fewer MACs", "90.39 to 91.96", "n = 5,000", "1.55× faster",  # noqa: RUF001
-        "Round 2: rate lowered.", "None of 4 trials recovered", "bn_scale", "layer3.2.conv2", "64 → 45",
+        "Round 2: ceiling lowered.", "None of 4 trials recovered", "bn_scale", "layer3.2.conv2", "64 → 45",
         "the loss became infinite at step 41", "it makes the model's output", "3f" * 32, "torch",
         "autoprune run studies/resnet20_cifar10.py --target macs=0.5", "autoprune.load(", "1.23 kB",
         "91.19 % before, 91.34 % after 3 epochs", "It is what was delivered.",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 import tempfile
@@ -15,6 +16,7 @@ import pytest
 
 from autoprune import events as ev
 from autoprune.config import Lock, Search
+from autoprune.dashboard import Dashboard, find_runs, open_dashboard
 from autoprune.errors import ArtifactError, RunError, UsageError
 from autoprune.pipeline import run
 from autoprune.place import Place, checked_database
@@ -23,6 +25,7 @@ from autoprune.presence import HeldError, joined
 from autoprune.seats import OWNER
 from autoprune.store import RunStore, put, quiet_optuna, scored
 from tests.services import Postgres, Relay, postgres, postgres_programs, s3
+from tests.test_dashboard import Page
 from tests.tiny import tiny_net, tiny_study
 
 pytestmark = [
@@ -231,3 +234,40 @@ def test_a_worker_joins_a_run_in_a_database_by_its_name_alone(place: Place, tmp_
     assert worker.returncode == 0, told
     assert "is finished; this worker ran" in told
     assert (tmp_path / "out" / "model.autoprune").is_file()
+
+
+def test_the_dashboard_shows_the_runs_of_a_database(
+    database: Postgres, bucket: Relay, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two runs of one database in one list, one of them while it is writing, with plans from the bucket."""
+    monkeypatch.chdir(tmp_path)
+    seen: list[list[str]] = []
+    opened: list[Dashboard] = []
+
+    def look(event: ev.Event) -> None:
+        if isinstance(event, ev.TrialStarted) and event.trial == 1:
+            opened.append(open_dashboard(database.url, 0))
+            opened[0].serve_beside()
+            seen.append([s["study_name"] for s in Page(opened[0]).get("/api/studies")["study_summaries"]])
+
+    for name in ("shown-first", "shown-second"):
+        study = tiny_study(name=name, search=Search(trials=2, epochs=0.5), max_drop=60.0)
+        where = Place(
+            folder=tmp_path / name, database=checked_database(database.url), artifacts="s3://models/x"
+        )
+        run(study, out=where, lock=Lock(plain=True), on_event=ev.silent if seen else look, command="tiny")
+    assert any(name.startswith("shown-first/round-01  running: 1 of 2") for name in seen[0])
+    time.sleep(3)  # a view may be a little old
+    page = Page(opened[0])
+    found = page.get("/api/studies")["study_summaries"]
+    names = [s["study_name"] for s in found]
+    assert any(n.startswith("shown-first/final") for n in names)
+    assert any(n.startswith("shown-second/final") for n in names)
+    one = next(s["study_id"] for s in found if s["study_name"].startswith("shown-first/round-01"))
+    files = [(t["trial_id"], a) for t in page.get(f"/api/studies/{one}")["trials"] for a in t["artifacts"]]
+    plans = [page.raw(f"/artifacts/{one}/{trial}/{a['artifact_id']}") for trial, a in files
+             if a["filename"] == "plan.json"]  # fmt: skip
+    assert any("groups" in json.loads(plan) for plan in plans), "a plan comes from the bucket"
+    assert [r.label for r in find_runs(f"{database.url}#shown-second")] == ["shown-second"]
+    opened[0].server.shutdown()
+    opened[0].server.server_close()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import dataclasses
 import json
 import signal
 import subprocess
@@ -17,8 +18,8 @@ from autoprune.cli import main
 from autoprune.cli_fleet import seconds_until
 from autoprune.errors import UsageError
 from autoprune.sweep import Clock, Job, Row, jobs_of, look
-from autoprune.sweep_report import Point, cells, front, write_summary
-from tests.example_record import REACHED
+from autoprune.sweep_report import Point, cells, front, pareto, ranges, table_of, write_summary
+from tests.example_record import REACHED, model
 
 ROOT = Path(__file__).resolve().parents[1]
 TINY = "from tests.tiny import tiny_study\n\nstudy = tiny_study()\n"
@@ -67,7 +68,9 @@ def test_until_is_the_next_time_that_the_clock_shows() -> None:
 
 def test_the_front_is_what_no_other_beats() -> None:
     plane = {"a": (0.5, -0.2), "b": (0.3, -1.0), "c": (0.4, -1.5), "d": (0.6, -0.2), "e": (0.3, -2.0)}
-    found = [Point(name=name, macs_share=macs, delta_pp=delta) for name, (macs, delta) in plane.items()]
+    found = [
+        Point(study="s", name=name, macs_share=macs, delta_pp=delta) for name, (macs, delta) in plane.items()
+    ]
     assert [p.name for p in front(found)] == ["b", "a"]
 
 
@@ -80,14 +83,33 @@ def test_a_summary_says_what_came_of_every_job(tmp_path: Path) -> None:
     with (tmp_path / "sweep.csv").open(encoding="utf-8") as file:
         rows = list(csv.DictReader(file))
     assert [r["fate"] for r in rows] == ["reached", "failed"]
+    assert float(rows[0]["change_low_pp"]) < float(rows[0]["change_pp"]) < float(rows[0]["change_high_pp"])
     assert float(rows[0]["macs_after"]) < float(rows[0]["macs_before"])
     page = (tmp_path / "sweep.html").read_text(encoding="utf-8")
-    assert "1 of 2 runs done" in page
+    assert "1 of 2 runs reached the target, 1 failed." in page
+    assert "a: 49.8 % of the MACs at" in page.replace("\u00a0", " ")
     assert "&lt;no disk&gt;" in page
     assert 'href="a/report.html"' in page
     assert page.count("<svg") == 1
-    assert "http" not in page.replace("http://www.w3.org", "")
+    assert "http://" not in page.replace("http://www.w3.org", "")
+    assert "https://" not in page
     assert len(cells(done)) == len(cells(failed))
+
+
+def test_every_study_has_a_front_of_its_own(tmp_path: Path) -> None:
+    smaller = dataclasses.replace(REACHED, after=model(0.915, 0.3, None))
+    rows = [
+        Row(job=Job(study=study, target=target), fate="reached", folder=tmp_path, record=record)
+        for study in ("a.py", "b.py") for target, record in (("macs=0.5", REACHED), ("macs=0.3", smaller))
+    ]  # fmt: skip
+    figure = pareto(rows)
+    assert figure is not None
+    legend = figure.axes[0].get_legend()
+    assert legend is not None
+    assert [text.get_text() for text in legend.get_texts()] == ["a", "b"]
+    assert len(ranges(rows)) == 2
+    assert "latency left" in table_of(rows)[0]
+    assert "latency left" not in table_of(rows[1::2])[0], "a column in which nothing stands"
 
 
 @pytest.mark.parametrize(
