@@ -18,6 +18,7 @@ import numpy as np
 from torch import nn
 
 from autoprune.copying import named_modules
+from autoprune.gathered import GatheredModule
 from autoprune.graph import Group
 from autoprune.labels import LabelArray
 from autoprune.loose import LooseModule
@@ -52,6 +53,11 @@ SIZES: dict[str, frozenset[str]] = {
     "_fused_rms_norm": frozenset({"normalized_shape"}),
 }  # arguments that may follow a width, by operator: the tensors' shapes are compared instead
 NO_SIZES: frozenset[str] = frozenset()
+SAME = {
+    "_unsafe_view": "view",
+    "split_with_sizes": "split",
+}  # pieces are compared by their shapes
+GATHERS = frozenset({"index_select", "native_channel_shuffle", "channel_shuffle"})  # in ragged modules ours
 
 
 def disagreement(
@@ -95,7 +101,8 @@ def _steps(tape: Tape, source: dict[int, int], others: Exchanged) -> list[tuple[
         if op.module in outside:
             continue
         ends = {r.index for r in (*op.inputs, *op.outputs) if r is not None}
-        if op.name == "clone" and not ends & written:
+        is_gather = op.name in GATHERS and op.module in others.gathered
+        if is_gather or (op.name == "clone" and not ends & written):
             copy, original = op.outputs[0], op.inputs[0].index
             assert copy is not None
             source[copy.index] = source.get(original, original)
@@ -105,15 +112,20 @@ def _steps(tape: Tape, source: dict[int, int], others: Exchanged) -> list[tuple[
 
 
 def _name(op: Op) -> str:
-    return "view" if op.name == "_unsafe_view" else op.name
+    return SAME.get(op.name, op.name)
 
 
 @dataclass(frozen=True)
 class Exchanged:
-    """Modules whose class is another now, and not only loosened: by themselves, or with all in them."""
+    """Modules whose class is another now, and not only loosened: by themselves, or with all in them.
+
+    Attributes:
+        gathered: modules in which channels are gathered by index.
+    """
 
     alone: frozenset[str]
     whole: frozenset[str]
+    gathered: frozenset[str]
 
     def has(self, name: str) -> bool:
         """Whether the operators of a module of that name are others now."""
@@ -126,7 +138,8 @@ def exchanged(original: nn.Module, dense: nn.Module) -> Exchanged:
     kinds = {name: _own_class(module) for name, module in named_modules(original).items()}
     found = {n: m for n, m in named_modules(dense).items() if _own_class(m) is not kinds.get(n)}
     alone = frozenset(n for n, m in found.items() if isinstance(m, RescaledModule))
-    return Exchanged(alone, frozenset(found) - alone)
+    gathered = {n for n, m in named_modules(dense).items() if isinstance(m, GatheredModule)}
+    return Exchanged(alone, frozenset(found) - alone, frozenset(gathered))
 
 
 def other_outputs(walk: Walk, pruned: Tape) -> str:
@@ -137,7 +150,10 @@ def other_outputs(walk: Walk, pruned: Tape) -> str:
 
 
 def _own_class(module: nn.Module) -> type:
-    return type(module).__bases__[1] if isinstance(module, LooseModule) else type(module)
+    cls = type(module)
+    while cls.__bases__[0] in (LooseModule, GatheredModule):
+        cls = cls.__bases__[1]
+    return cls
 
 
 class _Lengths:
@@ -240,10 +256,8 @@ def _other_shape(walk: Walk, pruned: Tape, old: Op, new: Op, lengths: _Lengths) 
 
 def _length_apart(walk: Walk, pruned: Tape, left: Ref, right: Ref, lengths: _Lengths) -> str:
     """Whether a tensor has another shape than its labels say."""
-    shape, axes = walk.shape(left), walk.axes.get(left.index)
-    expected = shape
-    if axes is not None:
-        expected = tuple(n if a is None else lengths.of(a) for n, a in zip(shape, axes, strict=True))
+    shape = walk.shape(left)
+    expected = tuple(a if isinstance(a, int) else lengths.of(a) for a in walk.extents(left))
     got = pruned.shapes[right.index]
     return "" if got == expected or 0 in shape else f"a tensor becomes {got} and not {expected}"
 

@@ -20,7 +20,8 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 from autoprune.attention import mend_attention
 from autoprune.copying import copied, named_modules, without_collector
 from autoprune.errors import UsageError, VerificationError
-from autoprune.graph import ChannelGraph, Group
+from autoprune.gathered import Call, gather
+from autoprune.graph import ChannelGraph, Group, RaggedCall, Rearranged
 from autoprune.loose import Shape, loosen
 from autoprune.padding import mend_paddings
 from autoprune.plan import PruningPlan
@@ -201,7 +202,33 @@ def _mended(model: nn.Module, graph: ChannelGraph, plan: PruningPlan) -> nn.Modu
             graph.loosened[name],
             _pruned_pieces(graph, name, counts),
         )
+    for name, calls in graph.ragged.items():
+        by_line: dict[str, list[Call | None]] = {}
+        for call in calls:
+            by_line.setdefault(call.line, []).append(_pruned_call(graph, call, plan, counts))
+        gather(modules[name], by_line, graph.gathered.get(name))
     return mend_paddings(model, graph, plan)
+
+
+def _pruned_call(
+    graph: ChannelGraph, call: RaggedCall, plan: PruningPlan, counts: dict[str, int]
+) -> Call | None:
+    if call.order is None and not any(a.per_unit for a in call.axes):
+        return None
+    sizes = tuple(graph.length(a, counts) for a in call.axes)
+    if call.order is None:
+        return Call(sizes, given=tuple(d for d, a in enumerate(call.axes) if a.per_unit))
+    return Call(sizes, call.order.given, call.order.dim, _index(graph, call.order, plan))
+
+
+def _index(graph: ChannelGraph, order: Rearranged, plan: PruningPlan) -> Tensor:
+    """The positions to read, in their order, once the plan's channels are gone."""
+    stays = order.group < 0
+    for number in np.unique(order.group[~stays]):
+        group, mine = graph.groups[number], order.group == number
+        stays[mine] = np.isin(order.unit[mine], plan.kept(group.name, group.num_units))
+    places = np.cumsum(stays) - 1
+    return torch.from_numpy(places[order.index[stays[order.index]]])
 
 
 def _pruned_shapes(graph: ChannelGraph, module: str, counts: dict[str, int]) -> dict[str, list[Shape]]:

@@ -109,6 +109,31 @@ class Reshape:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Rearranged:
+    """Channels read along `dim` in another order: position i of the result was `index[i]`.
+
+    Attributes:
+        given: the axes of a reshape's result over which it spreads them.
+        group: per position read, the number of its group, -1 where it stays; `unit` is its unit there.
+    """
+
+    dim: int
+    given: tuple[int, ...]
+    index: NDArray[np.int64]
+    group: NDArray[np.int64]
+    unit: NDArray[np.int64]
+
+
+@dataclass(frozen=True, kw_only=True)
+class RaggedCall:
+    """A reshape, split or shuffle in a ragged module, see `shuffles`: its line, and what it makes."""
+
+    line: str
+    axes: tuple[Axis, ...]
+    order: Rearranged | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
 class ChannelGraph:
     """A network's groups, frozen parameters and cost.
 
@@ -117,6 +142,8 @@ class ChannelGraph:
         frozen: what must stay, with reasons.
         round_to: kept counts should be multiples of this where a group is wide enough.
         products: the operators that multiply, for `latency`.
+        ragged: module -> all calls in it that change shapes, in order.
+        gathered: the same modules -> which of their calls is which, see `gathered.Calls`.
         latency: (axis lengths, activation bytes) -> seconds of one pass; see `latency.with_latency`.
     """
 
@@ -132,6 +159,8 @@ class ChannelGraph:
     reshaped: Mapping[str, tuple[Reshape, ...]] = field(repr=False, default_factory=dict)
     split: Mapping[str, tuple[tuple[Axis, ...], ...]] = field(repr=False, default_factory=dict)
     loosened: Mapping[str, Mapping[int, Fix] | None] = field(repr=False, default_factory=dict)
+    ragged: Mapping[str, tuple[RaggedCall, ...]] = field(repr=False, default_factory=dict)
+    gathered: Mapping[str, Mapping[int, tuple[str, int]] | None] = field(repr=False, default_factory=dict)
     rescaled: Mapping[str, int] = field(repr=False, default_factory=dict)
     maskable: frozenset[str] = field(repr=False, default=frozenset())
     widths: Mapping[tuple[str, int], int] = field(repr=False, default_factory=dict)

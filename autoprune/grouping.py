@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import pairwise
@@ -14,12 +14,24 @@ from torch import Tensor, nn
 
 from autoprune.copying import named_modules, named_tensors
 from autoprune.cost import Axis, CostModel, Product, Term
-from autoprune.graph import ChannelGraph, Counted, Frozen, Group, Member, Padding, Reshape
+from autoprune.gathered import GatheredModule
+from autoprune.graph import (
+    ChannelGraph,
+    Counted,
+    Frozen,
+    Group,
+    Member,
+    Padding,
+    RaggedCall,
+    Rearranged,
+    Reshape,
+)
 from autoprune.labels import LabelArray, Slot
 from autoprune.ops import TABLE
-from autoprune.shape_ops import reshape
+from autoprune.shape_ops import reshape, split
+from autoprune.shuffles import channel_shuffle
 from autoprune.tape import Ref, Tape
-from autoprune.walk import Walk
+from autoprune.walk import Order, Walk
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,14 +55,18 @@ def build(
     *,
     choices: Mapping[int, int],
     refused: Sequence[tuple[LabelArray, str]],
+    ragged: frozenset[str] = frozenset(),
 ) -> tuple[ChannelGraph, Walk]:
     """Walk the tape and sort its labels into groups.
 
     Args:
         choices: of reshape operators, see `Walk`.
         refused: labels that did not prove, with reasons.
+        ragged: modules whose shuffles tie nothing, besides those of an earlier pruning.
     """
-    walk = Walk(tape, named_modules(model), TABLE, choices, rescales_norms=wishes.rescales_norms)
+    modules = named_modules(model)
+    ragged |= {n for n, m in modules.items() if isinstance(m, GatheredModule)}
+    walk = Walk(tape, modules, TABLE, choices, ragged=ragged, rescales_norms=wishes.rescales_norms)
     walk.run()
     for labels, reason in refused:
         walk.labels.freeze(labels, reason)
@@ -89,13 +105,15 @@ class _Grouping:
         self.slot_of = (
             np.searchsorted(starts, np.arange(size), side="right") - 1 if size else np.empty(0, np.int64)
         )
+        self.names: list[str] = []
         self.group_of = self._group_of_classes()
         self.group_of_label = np.append(self.group_of[self.classes], -1)  # the last is FIXED's
         self.rows: dict[tuple[Any, ...], int] = {}
         self.row_of: dict[int, int] = {}
+        self.rank = np.zeros(len(self.is_frozen), np.int64)
 
     def _group_of_classes(self) -> NDArray[np.int64]:
-        """Group number of every class, -1 where frozen or alone. Groups are numbered by their first label."""
+        """Group number of every class, -1 where frozen or alone; names the groups."""
         rng = np.random.default_rng(0)  # a fixed hash: equal multisets of slots get equal sums
         keys = rng.integers(1, 2**62, size=max(1, len(self.slots)), dtype=np.uint64)
         count = len(self.is_frozen)
@@ -117,12 +135,35 @@ class _Grouping:
             _, inverse, widths = np.unique(signature[free], return_inverse=True, return_counts=True)
             starts = np.full(len(widths), len(self.classes), np.int64)
             np.minimum.at(starts, inverse, first[free])
-            rank = np.full(len(widths), -1, np.int64)
-            prunable = np.flatnonzero(widths > 1)
-            rank[prunable[np.argsort(starts[prunable])]] = np.arange(len(prunable))
-            group_of[free] = rank[inverse]
+            group_of[free] = self._numbered(starts, widths)[inverse]
         self.first = first
         return group_of
+
+    def _numbered(self, starts: LabelArray, widths: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Number of every set of like units in the order in which they are made, -1 for a unit alone.
+
+        Names do not change when units go: sets are sorted by their slots before their positions, and a unit
+        alone has a name too, as it may be what an earlier pruning left of a group.
+        """
+        slots: list[list[int]] = [[] for _ in starts]
+        set_of = np.full(len(self.is_frozen), -1, np.int64)
+        set_of[self.classes[starts]] = np.arange(len(starts))
+        mine = np.flatnonzero(set_of[self.classes] >= 0)
+        for number, slot in np.stack([set_of[self.classes[mine]], self.slot_of[mine]], 1).tolist():
+            slots[number].append(slot)
+        numbers, taken = np.full(len(widths), -1, np.int64), dict[str, int]()
+        for number in sorted(range(len(starts)), key=lambda n: (slots[n], starts[n])):
+            base = self._base_name([self.slots[s] for s in slots[number]])
+            taken[base] = taken.get(base, 0) + 1
+            if widths[number] > 1:
+                numbers[number] = len(self.names)
+                self.names.append(base if taken[base] == 1 else f"{base}#{taken[base]}")
+        return numbers
+
+    def _base_name(self, slots: list[Slot]) -> str:
+        makers = [s for s in slots if s.role == "out" and s.pad_op is None]
+        first = (makers or slots)[0].name
+        return first.rpartition(".")[0] or first
 
     def graph(self, round_to: int) -> ChannelGraph:
         groups = self._named(self._members(self._units()), round_to)
@@ -140,6 +181,7 @@ class _Grouping:
             split_axes=self._split_axes(),
             reshaped=self._reshaped(),
             split=self._split(),
+            ragged={module: tuple(self._ragged_calls(module)) for module in sorted(self.walk.ragged)},
             rescaled=dict(self.walk.rescaled),
             maskable=self.walk.maskable,
             widths={(s.name, s.dim): s.size for s in self.slots if s.pad_op is None},
@@ -153,7 +195,7 @@ class _Grouping:
 
     def _members(self, units: list[NDArray[np.int64]]) -> list[tuple[int, list[Found]]]:
         """Per group its width, and for every slot that it owns positions of, which unit owns which."""
-        rank = np.empty(len(self.is_frozen), np.int64)
+        rank = self.rank
         for mine in units:
             rank[mine] = np.arange(len(mine))
         owned = np.flatnonzero(self.group_of_label[:-1] >= 0)
@@ -182,13 +224,8 @@ class _Grouping:
 
     def _named(self, found: list[tuple[int, list[Found]]], round_to: int) -> list[Group]:
         buffers = {name for name, _ in self.model.named_buffers(remove_duplicate=False)}
-        groups, taken = [], dict[str, int]()
-        for width, slots in found:
-            makers = [s for _, s, _ in slots if s.role == "out" and s.pad_op is None]
-            first = (makers or [s for _, s, _ in slots])[0].name
-            base = first.rpartition(".")[0] or first
-            taken[base] = taken.get(base, 0) + 1
-            name = base if taken[base] == 1 else f"{base}#{taken[base]}"
+        groups = []
+        for name, (width, slots) in zip(self.names, found, strict=True):
             members = tuple(
                 Member(name=s.name, dim=s.dim, index=i, role=s.role or "affine", is_buffer=s.name in buffers)
                 for _, s, i in slots
@@ -248,13 +285,12 @@ class _Grouping:
         for ref in (r for op in tape.ops if op.makes for r in op.outputs if r is not None):
             if ref.index not in read or ref.index in self.walk.weights:
                 continue
-            axes = self.walk.axes.get(ref.index, [])
-            shape = tape.shapes[ref.index]
-            fixed = [n for d, n in enumerate(shape) if not axes or axes[d] is None]
+            extents = self.walk.extents(ref)
+            fixed = [n for n in extents if isinstance(n, int)]
             terms.append(
                 Term(
                     constant=int(np.prod(fixed, dtype=np.int64)) * tape.dtypes[ref.index].itemsize,
-                    axes=tuple(self._row_of(a) for a in axes if a is not None),
+                    axes=tuple(self._row_of(a) for a in extents if not isinstance(a, int)),
                 )
             )
         return terms
@@ -268,11 +304,9 @@ class _Grouping:
         )
 
     def _shape_rows(self, ref: Ref) -> tuple[int, ...]:
-        shape = self.walk.tape.shapes[ref.index]
-        axes = self.walk.axes.get(ref.index, [None] * len(shape))
         return tuple(
-            self._row(Axis(fixed=n, per_unit={})) if a is None else self._row_of(a)
-            for n, a in zip(shape, axes, strict=True)
+            self._row(Axis(fixed=a, per_unit={})) if isinstance(a, int) else self._row_of(a)
+            for a in self.walk.extents(ref)
         )
 
     def _stored_terms(self) -> tuple[list[Term], list[Term]]:
@@ -345,19 +379,17 @@ class _Grouping:
         found: dict[str, list[Reshape]] = {}
         for op in ops:
             if op.module in modules and TABLE.get(op.name) is reshape:
-                out = op.outputs[0]
-                assert out is not None
-                if {(op.inputs[0], op.where), (out, op.where)} & inner:
+                if {(op.inputs[0], op.where), (op.outputs[0], op.where)} & inner:
                     continue
-                found.setdefault(op.module, []).append(Reshape(line=op.where, axes=self._shape_axes(out)))
+                made = self._shape_axes(op.outputs[0])
+                found.setdefault(op.module, []).append(Reshape(line=op.where, axes=made))
         return {module: tuple(reshapes) for module, reshapes in found.items()}
 
-    def _shape_axes(self, ref: Ref) -> tuple[Axis, ...]:
-        shape = self.walk.tape.shapes[ref.index]
-        axes = self.walk.axes.get(ref.index, [None] * len(shape))
+    def _shape_axes(self, ref: Ref | None) -> tuple[Axis, ...]:
+        assert ref is not None
         return tuple(
-            Axis(fixed=n, per_unit={}) if a is None else self._axis(a)
-            for n, a in zip(shape, axes, strict=True)
+            Axis(fixed=a, per_unit={}) if isinstance(a, int) else self._axis(a)
+            for a in self.walk.extents(ref)
         )
 
     def _split(self) -> dict[str, tuple[tuple[Axis, ...], ...]]:
@@ -368,6 +400,23 @@ class _Grouping:
             if any(a.per_unit for a in axes):
                 found.setdefault(self.walk.tape.ops[op].module, []).append(axes)
         return {module: tuple(splits) for module, splits in found.items()}
+
+    def _ragged_calls(self, module: str) -> Iterator[RaggedCall]:
+        pieces = dict(self.walk.splits)
+        for position, op in enumerate(self.walk.tape.ops):
+            handler, order = TABLE.get(op.name), self.walk.orders.get(position)
+            if op.module != module or not (handler in (reshape, split, channel_shuffle) or order):
+                continue
+            parts = tuple(self._axis(p) for p in pieces.get(position, ()))
+            axes = parts if handler is split else self._shape_axes(op.outputs[0])
+            yield RaggedCall(line=op.where, axes=axes, order=self._rearranged(order) if order else None)
+
+    def _rearranged(self, order: Order) -> Rearranged:
+        units = np.append(self.rank[self.classes], 0)  # the last is FIXED's
+        group = self.group_of_label[order.labels]
+        return Rearranged(
+            dim=order.dim, given=order.given, index=order.index, group=group, unit=units[order.labels]
+        )
 
 
 def _runs(values: NDArray[np.int64], keys: NDArray[np.int64]) -> list[NDArray[np.int64]]:

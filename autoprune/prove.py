@@ -23,11 +23,13 @@ from torch.utils._pytree import tree_map_only
 from autoprune.agree import disagreement, exchanged, other_outputs
 from autoprune.copying import copied, named_modules
 from autoprune.densify import densify, densify_on_meta, largest_gap, masked, outputs
+from autoprune.gathered import GatheredModule
 from autoprune.graph import ChannelGraph, Group
 from autoprune.grouping import Wishes, build
 from autoprune.labels import LabelArray
 from autoprune.loose import LooseModule
 from autoprune.plan import PruningPlan
+from autoprune.shuffles import tied_too_far
 from autoprune.tape import Tape, record_on_meta
 from autoprune.walk import Walk
 
@@ -47,13 +49,23 @@ def proven(model: nn.Module, inputs: tuple[Any, ...], tape: Tape, wishes: Wishes
     choices: dict[int, int] = {}
     refused: list[tuple[LabelArray, str]] = []
     spent: list[int] = []
+    ragged: frozenset[str] | None = None
     for _ in range(ROUNDS):
-        graph, walk = build(model, tape, wishes, choices=choices, refused=refused)
+        graph, walk = build(
+            model, tape, wishes, choices=choices, refused=refused, ragged=ragged or frozenset()
+        )
+        if ragged is None:
+            ragged = tied_too_far(walk) if tape.is_meta and walk.shuffles else frozenset()
+            if ragged:
+                continue
         proof = _Proof(model, inputs, walk)
         graph, reason = proof.loosened(graph)
         failing = proof.failing(graph, spent, reason=reason)
         if not failing:
             return graph
+        if ragged and any(_passes(walk, ragged, group) for group, _ in failing):
+            ragged = frozenset()
+            continue
         for group, reason in failing:
             labels = _labels(walk, group)
             if not _choose_again(walk, labels, choices):
@@ -123,8 +135,10 @@ class _Proof:
         """The graph with those modules loosened without which it fails, and what goes wrong even then."""
         if not self.walk.tape.is_meta or not graph.groups:
             return graph, None
-        reason, _ = self._run(graph, graph.groups)
-        candidates = dict.fromkeys(graph.reshaped.keys() | graph.split.keys())
+        reason, dense = self._run(graph, graph.groups)
+        gathered = {n: m for n, m in named_modules(dense).items() if isinstance(m, GatheredModule)}
+        graph = replace(graph, gathered={n: m.autoprune_calls.found for n, m in gathered.items()})
+        candidates = dict.fromkeys((graph.reshaped.keys() | graph.split.keys()) - gathered.keys())
         if reason is None or not candidates:
             return graph, reason
         loose = replace(graph, loosened=candidates)
@@ -213,6 +227,16 @@ def _probe_plan(groups: Sequence[Group]) -> PruningPlan:
 def _labels(walk: Walk, group: Group) -> LabelArray:
     starts = {(s.name, s.dim): s.start for s in walk.labels.slots}
     return np.concatenate([starts[m.name, m.dim] + m.index.ravel() for m in group.members])
+
+
+def _passes(walk: Walk, modules: Collection[str], group: Group) -> bool:
+    """Whether a group's channels are rearranged or split in one of the modules."""
+    labels, ops = _labels(walk, group), walk.tape.ops
+    axes = [
+        *((n, o.labels) for n, o in walk.orders.items()),
+        *((n, np.concatenate(p)) for n, p in walk.splits),
+    ]
+    return any(ops[op].module in modules and np.isin(axis, labels).any() for op, axis in axes)
 
 
 def _choose_again(walk: Walk, labels: LabelArray, choices: dict[int, int]) -> bool:

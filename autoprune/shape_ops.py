@@ -8,12 +8,12 @@ shrink, one that ends as the batch axis of a product (heads) should, otherwise t
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Literal
 
 import numpy as np
 
 from autoprune.labels import LabelArray
+from autoprune.shuffles import RESHAPES, begins_ragged_shuffle, channel_shuffle, index_select, matched
 from autoprune.tape import Op, Ref
 from autoprune.walk import Axes, Handler, Site, Walk, fixed
 
@@ -28,11 +28,9 @@ def reshape(walk: Walk, op: Op) -> Axes:
     stamped = walk.stamp(op.module, "autoprune_axes", {}).get(walk.reshapes[op.module])
     if 0 in before:
         return result
-    for sources, targets in _matched(before, after):
+    for sources, targets in matched(before, after):
         tracked = [d for d in sources if axes[d] is not None]
-        if not tracked:
-            continue
-        if len(tracked) > 1:
+        if len(tracked) != 1:
             for d in tracked:
                 walk.freeze(axes[d], "merged with another axis of channels")
             continue
@@ -40,39 +38,32 @@ def reshape(walk: Walk, op: Op) -> Axes:
         assert axis is not None
         if stamped is not None and stamped < len(after) and after[stamped] == 1:
             walk.freeze(axis, "the last unit of a split axis")
-            continue
-        if len(sources) == len(targets) == 1:
+        elif len(sources) == len(targets) == 1:
             result[targets[0]] = axis
-            continue
-        walk.is_risky = True
-        block = np.broadcast_to(
-            axis.reshape([-1 if d == tracked[0] else 1 for d in sources]), [before[d] for d in sources]
-        ).reshape([after[d] for d in targets])
-        chosen, labels = _shrinking_axis(walk, out, targets, block, stamped)
-        if chosen is not None and labels is not None:
-            result[chosen] = labels
-            if len(targets) == 1:
-                walk.merges.append((walk.position, labels))
+        elif len(sources) > 1 or not begins_ragged_shuffle(walk, op, tracked[0], targets):
+            chosen, labels = _regrouped(walk, op, axis, (sources, targets), stamped)
+            if chosen is not None:
+                result[chosen] = labels
+    if out.index in walk.arriving:
+        dim, result[dim] = walk.arriving[out.index]
     return result
 
 
-def _matched(before: tuple[int, ...], after: tuple[int, ...]) -> Iterator[tuple[list[int], list[int]]]:
-    """Smallest runs of axes of equal product; axes of length 1 are left out."""
-    left = [d for d, n in enumerate(before) if n > 1]
-    right = [d for d, n in enumerate(after) if n > 1]
-    i = j = 0
-    while i < len(left) and j < len(right):
-        start_i, start_j = i, j
-        product_i, product_j = before[left[i]], after[right[j]]
-        while product_i != product_j:
-            if product_i < product_j:
-                i += 1
-                product_i *= before[left[i]]
-            else:
-                j += 1
-                product_j *= after[right[j]]
-        i, j = i + 1, j + 1
-        yield left[start_i:i], right[start_j:j]
+def _regrouped(
+    walk: Walk, op: Op, axis: LabelArray, run: tuple[list[int], list[int]], stamped: int | None
+) -> tuple[int | None, LabelArray | None]:
+    """Channels among axes that become other axes: the one that may shrink, with its labels."""
+    (sources, targets), x, out = run, op.inputs[0], op.outputs[0]
+    assert out is not None
+    walk.is_risky = True
+    before, after = walk.shape(x), walk.shape(out)
+    block = np.broadcast_to(
+        axis.reshape([-1 if walk.get(x)[d] is axis else 1 for d in sources]), [before[d] for d in sources]
+    ).reshape([after[d] for d in targets])
+    chosen, labels = _shrinking_axis(walk, out, targets, block, stamped)
+    if labels is not None and len(targets) == 1:
+        walk.merges.append((walk.position, labels))
+    return chosen, labels
 
 
 def _shrinking_axis(
@@ -210,7 +201,7 @@ def split(walk: Walk, op: Op) -> list[Axes]:
     pieces: Axes = [None] * len(outs)
     if axis is not None and len(outs) > 1:
         walk.is_risky = True
-        if len(set(sizes)) == 1:
+        if len(set(sizes)) == 1 and op.module not in walk.ragged:
             pieces = [walk.tie_rows(axis.reshape(len(outs), -1).T)] * len(outs)
         else:
             pieces = list(np.split(axis, np.cumsum(sizes)[:-1]))
@@ -226,15 +217,6 @@ def glu(walk: Walk, op: Op) -> Axes:
     dim = op.arg("dim", -1)
     axis = axes[dim]
     axes[dim] = None if axis is None else walk.tie_rows(axis.reshape(2, -1).T)
-    return axes
-
-
-def channel_shuffle(walk: Walk, op: Op) -> Axes:
-    """(g x n) channels become (n x g): equal positions of the g parts tie."""
-    axes = list(walk.get(op.inputs[0]))
-    if axes[1] is not None:
-        groups = op.arg("groups")
-        axes[1] = np.repeat(walk.tie_rows(axes[1].reshape(groups, -1).T), groups)
     return axes
 
 
@@ -323,15 +305,6 @@ def index(walk: Walk, op: Op) -> Axes:
     return [*rest[:at], *[None] * new, *rest[at:]]
 
 
-def index_select(walk: Walk, op: Op) -> Axes:
-    """Positions of one axis taken by a tensor of indices."""
-    axes = list(walk.get(op.inputs[0]))
-    dim = op.arg("dim")
-    walk.freeze(axes[dim], "channels are taken by index")
-    axes[dim] = None
-    return axes
-
-
 def pad(walk: Walk, op: Op) -> Axes:
     """Constant padding: padded channels are positions of their own that a pruned module can pad fewer of."""
     x, amounts = op.inputs[0], op.arg("pad")
@@ -399,7 +372,7 @@ def unfold(walk: Walk, op: Op) -> Axes:
 
 
 SHAPE_FAMILIES: dict[Handler, str] = {
-    reshape: "view _unsafe_view reshape _reshape_alias flatten unflatten",
+    reshape: " ".join(RESHAPES),
     permute: "permute",
     transpose: "transpose t swapaxes",
     squeeze: "squeeze",

@@ -35,7 +35,7 @@ from autoprune.errors import TraceError
 from autoprune.meta_results import Rule, rule
 
 TORCH_FOLDER = str(Path(torch.__file__).parent) + "/"
-PASSING = {str(Path(__file__).with_name(name)) for name in ("loose.py", "rescaled.py")}
+PASSING = {str(Path(__file__).with_name(name)) for name in ("loose.py", "gathered.py", "rescaled.py")}
 META = torch.device("meta")
 UNSAFE_VIEW = torch.ops.aten._unsafe_view.default  # a view, though its schema does not say so
 
@@ -96,6 +96,7 @@ class Tape:
         inputs: Refs of the example inputs' tensors.
         outputs: Refs of the result's tensors.
         calls: module name -> how often its forward ran.
+        constants: Ref index -> indices that the program holds and that have values.
         is_meta: whether it ran without values at all.
     """
 
@@ -107,6 +108,7 @@ class Tape:
     inputs: list[Ref] = field(default_factory=list)
     outputs: list[Ref] = field(default_factory=list)
     calls: dict[str, int] = field(default_factory=dict)
+    constants: dict[int, Tensor] = field(default_factory=dict)
     is_meta: bool = True
 
     def readers(self) -> dict[int, list[int]]:
@@ -342,6 +344,8 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         if not tensors and kind.makes_new:
             return func(*args, **{**kwargs, "device": META})
         if len({t.is_meta for t in tensors}) > 1:
+            known = [t for t in tensors if not t.is_meta and t.dtype == torch.int64 and t.dim() == 1]
+            self.tape.constants.update({self.ref(t).index: t for t in known})
             args, kwargs = tree_map_only(Tensor, lambda t: t if t.is_meta else t.to(META), (args, kwargs))
         return func(*args, **kwargs)
 

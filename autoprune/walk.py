@@ -21,6 +21,7 @@ from heapq import heappop, heappush
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 from torch import nn
 
 from autoprune.labels import FIXED, LabelArray, Labels, Role
@@ -79,6 +80,19 @@ class Site:
 
 
 @dataclass(frozen=True, slots=True)
+class Order:
+    """A rearrangement of the channels `labels` along `dim`: position i of the result was `index[i]`.
+
+    `given` are the axes of a reshape's result over which it spreads them.
+    """
+
+    dim: int
+    labels: LabelArray
+    index: NDArray[np.int64]
+    given: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
 class AttributeRule:
     """An integer on a module that counts units: after pruning the number of `labels` kept, over `per`."""
 
@@ -95,6 +109,11 @@ class Walk:
     Attributes:
         merges: (operator, labels) of every axis that a reshape made out of several.
         splits: (operator, labels of each piece) where an axis is split into pieces of written lengths.
+        ragged: modules in which the parts of shuffles and splits may differ, see `shuffles`.
+        shuffles: (module, labels, parts) of every shuffle whose parts were tied.
+        orders: operator -> what it does to the order of channels, in ragged modules.
+        inside: Ref between the two ends of a ragged shuffle -> axes that hold the channels, and their labels.
+        arriving: Ref in which a ragged shuffle ends -> the axis and its labels.
         rescales_norms: whether a layer norm's channels may go, with its statistics rescaled.
         rescaled: module -> channels that its statistics count; 0 where a sum relies on zeros alone.
         zero: Refs whose removed positions are zero in the masked network, see `zeros`.
@@ -112,6 +131,11 @@ class Walk:
     merges: list[tuple[int, LabelArray]] = field(default_factory=list)
     splits: list[tuple[int, tuple[LabelArray, ...]]] = field(default_factory=list)
     rules: list[AttributeRule] = field(default_factory=list)
+    ragged: frozenset[str] = frozenset()
+    shuffles: list[tuple[str, LabelArray, int]] = field(default_factory=list)
+    orders: dict[int, Order] = field(default_factory=dict)
+    inside: dict[int, tuple[tuple[int, ...], LabelArray]] = field(default_factory=dict)
+    arriving: dict[int, tuple[int, LabelArray]] = field(default_factory=dict)
     weights: set[int] = field(default_factory=set)
     grouped: dict[str, str] = field(default_factory=dict)
     rescales_norms: bool = False
@@ -222,14 +246,18 @@ class Walk:
         self.axes[ref.index] = made
         return made
 
-    @property
-    def can_run_on_meta(self) -> bool:
-        """Whether the recorded pass ran without values, so that a pruned copy can do so too."""
-        return self.tape.is_meta
-
     def shape(self, ref: Ref) -> tuple[int, ...]:
         """The shape of a tensor."""
         return self.tape.shapes[ref.index]
+
+    def extents(self, ref: Ref) -> list[int | LabelArray]:
+        """Per axis its labels, or its length in every pruned network."""
+        shape = self.shape(ref)
+        if ref.index in self.inside:
+            dims, labels = self.inside[ref.index]
+            return [labels if d == dims[0] else 1 if d in dims else n for d, n in enumerate(shape)]
+        axes = self.axes.get(ref.index, [None] * len(shape))
+        return [n if a is None else a for n, a in zip(shape, axes, strict=True)]
 
     def is_weight(self, ref: Ref) -> bool:
         """Whether a tensor is a parameter, or made from one in a way that keeps zeros at zero."""

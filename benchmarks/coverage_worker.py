@@ -23,13 +23,14 @@ import coverage_models
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
 RATIO = 0.4
 EXACT = 1e-9  # relative, float64; the acceptance limit of the engine
 SECOND_INPUT_MACS = 5_000_000_000  # above it the test of a second input is left out, it takes two passes
 NEAR_ZERO = 1e-3  # a parameter that starts here (a zero head, a layer scale) would hide what runs through it
 TIMED = ("trace", "plan", "densify")
+CPU_ATTENTION = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu  # not counted by torch 2.14
 
 
 class Journal:
@@ -141,6 +142,7 @@ def macs_of(model: nn.Module, x: Tensor) -> int:
 
     It sees into neither the fused encoder layer nor oneDNN's LSTM, so both are off while it counts.
     """
+    counter = FlopCounterMode(display=False, custom_mapping={CPU_ATTENTION: _attention})
     has_rnn = any(isinstance(m, nn.RNNBase) for m in model.modules())
     fast = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)
@@ -149,13 +151,17 @@ def macs_of(model: nn.Module, x: Tensor) -> int:
         for parameter in trained:  # the counter looks for gradients of them, even where none are made
             parameter.requires_grad_(False)
         mkldnn = torch.backends.mkldnn.flags(enabled=not has_rnn)
-        with torch.no_grad(), mkldnn, FlopCounterMode(display=False) as counter:
+        with torch.no_grad(), mkldnn, counter:
             model(x)
     finally:
         torch.backends.mha.set_fastpath_enabled(fast)
         for parameter in trained:
             parameter.requires_grad_(True)
     return counter.get_total_flops() // 2
+
+
+def _attention(query: torch.Size, key: torch.Size, value: torch.Size, *_: object, **__: object) -> int:
+    return sdpa_flop_count(query, key, value)
 
 
 def strengthen_(model: nn.Module, x: Tensor, seed: int = 0) -> None:

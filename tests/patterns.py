@@ -231,6 +231,45 @@ class _ShuffleModule(_Shuffle):
         return self.back(self.shuffle(self.wide(x)))
 
 
+@pattern("shuffled_trunk", free=("stem", "blocks.0.mid", "blocks.0.out", "blocks.2.out"))
+class _ShuffledTrunk(nn.Module):
+    """ShuffleNetV2's trunk of odd halves: ties alone would leave one unit of it."""
+
+    class _Block(nn.Module):
+        def __init__(self, width: int) -> None:
+            super().__init__()
+            self.mid, self.out = nn.Conv2d(width // 2, 6, 1), nn.Conv2d(6, width // 2, 1)
+
+        def forward(self, x: Tensor) -> Tensor:
+            b, c, h, w = x.shape
+            left, right = x.chunk(2, 1)
+            x = torch.cat([left, self.out(torch.sigmoid(self.mid(right)))], 1)
+            return x.view(b, 2, c // 2, h, w).transpose(1, 2).reshape(b, c, h, w)
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, 14, 3, padding=1)
+        self.blocks = nn.Sequential(*(self._Block(14) for _ in range(3)))
+        self.head = nn.Linear(14, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(F.relu(self.blocks(F.relu(self.stem(x)))).mean((2, 3)))
+
+
+@pattern("shuffled_trunk_by_module", free=("stem", "blocks.0.mid", "blocks.0.out", "blocks.2.out"))
+class _ShuffledTrunkModule(_ShuffledTrunk):
+    """The same with torch's own shuffle, sizes from a list, and halves in one line."""
+
+    class _Block(_ShuffledTrunk._Block):
+        def __init__(self, width: int) -> None:
+            super().__init__(width)
+            self.shuffle, self.parts = nn.ChannelShuffle(2), [width // 2, width // 2]
+
+        def forward(self, x: Tensor) -> Tensor:
+            left, right = torch.split(x, self.parts, dim=1)
+            return self.shuffle(torch.cat([left, self.out(torch.sigmoid(self.mid(right)))], 1))
+
+
 @pattern("flip", free=("wide",))
 class _Flip(_Shuffle):
     def body(self, x: Tensor) -> Tensor:

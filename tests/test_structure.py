@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
 from autoprune.densify import densify, difference, masked
 from autoprune.errors import TraceError, UsageError
@@ -18,6 +18,7 @@ from autoprune.tracing import trace
 from tests.patterns import PATTERNS, Pattern
 
 EXACT = 1e-9
+CPU_ATTENTION = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu  # not counted by torch 2.14
 
 
 def strong(model: nn.Module) -> nn.Module:
@@ -35,10 +36,17 @@ def as_double(inputs: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
     return tuple(t.double() if t.is_floating_point() else t for t in inputs)
 
 
+def _attention(query: torch.Size, key: torch.Size, value: torch.Size, *_: object, **__: object) -> int:
+    return sdpa_flop_count(query, key, value)
+
+
 def measured_macs(model: nn.Module, inputs: tuple[torch.Tensor, ...]) -> int:
     torch.backends.mha.set_fastpath_enabled(False)
     try:
-        with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        with (
+            torch.no_grad(),
+            FlopCounterMode(display=False, custom_mapping={CPU_ATTENTION: _attention}) as counter,
+        ):
             model(*inputs)
     finally:
         torch.backends.mha.set_fastpath_enabled(True)

@@ -1,0 +1,183 @@
+"""Channel shuffles whose parts need not shrink alike.
+
+A reshape to (parts, width), a permutation and a reshape back tie equal positions of the parts, because what
+lies between must stay a rectangle. In a trunk that is halved and shuffled block after block (Ma et al. 2018,
+"ShuffleNet V2", section 3.2) these ties end in a handful of units, or in one. There a shuffle is taken for
+what it is, a rearrangement of channels: nothing ties, and the dense network gathers its channels by index
+(`gathered`). A module in which this is done is *ragged*; its halves may differ too.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from autoprune.tape import Op, Ref
+from autoprune.walk import Axes, Order, Walk
+
+RESHAPES = frozenset(["view", "_unsafe_view", "reshape", "_reshape_alias", "flatten", "unflatten"])
+MOVES = frozenset({"permute", "transpose"})
+COPIES = frozenset({"clone", "contiguous", "alias"})
+
+
+@dataclass(frozen=True, slots=True)
+class Shuffle:
+    """A channel axis that a reshape split and another puts together again, with nothing but moves between.
+
+    Attributes:
+        inside: Ref of each tensor between the two -> the axes that hold the channels, the one that holds them
+            all in the dense network first.
+        merged: the tensor in which they are one axis again, `dim`; position i of it was `index[i]`.
+    """
+
+    inside: dict[int, tuple[int, ...]]
+    merged: Ref
+    dim: int
+    index: NDArray[np.int64]
+
+
+def matched(before: tuple[int, ...], after: tuple[int, ...]) -> Iterator[tuple[list[int], list[int]]]:
+    """Smallest runs of axes of equal product; axes of length 1 are left out."""
+    left = [d for d, n in enumerate(before) if n > 1]
+    right = [d for d, n in enumerate(after) if n > 1]
+    i = j = 0
+    while i < len(left) and j < len(right):
+        start_i, start_j = i, j
+        product_i, product_j = before[left[i]], after[right[j]]
+        while product_i != product_j:
+            if product_i < product_j:
+                i += 1
+                product_i *= before[left[i]]
+            else:
+                j += 1
+                product_j *= after[right[j]]
+        i, j = i + 1, j + 1
+        yield left[start_i:i], right[start_j:j]
+
+
+def _shuffle_from(walk: Walk, ref: Ref, targets: list[int]) -> Shuffle | None:
+    """The shuffle that begins with the axes `targets` of a reshape's result, if it is one."""
+    shape = walk.shape(ref)
+    size = int(np.prod([shape[d] for d in targets]))
+    numbers = np.arange(size).reshape([n if d in targets else 1 for d, n in enumerate(shape)])
+    at, inside = targets[-1], dict[int, tuple[int, ...]]()
+    while True:
+        held = [d for d, n in enumerate(numbers.shape) if n > 1]
+        inside[ref.index] = (at, *(d for d in held if d != at))
+        ahead = [n for n in walk.readers.get(ref.index, ()) if walk.live[n]]
+        if len(ahead) != 1 or ref in walk.tape.outputs:
+            return None
+        op = walk.tape.ops[ahead[0]]
+        out = op.outputs[0]
+        assert out is not None
+        if op.name in RESHAPES:
+            ends = [t for s, t in matched(walk.shape(ref), walk.shape(out)) if s == held and len(t) == 1]
+            return Shuffle(inside, out, ends[0][0], numbers.ravel()) if ends else None
+        if op.name not in MOVES | COPIES or op.is_in_place:
+            return None
+        if op.name in MOVES:
+            order = _order(op, numbers.ndim)
+            numbers, at = numbers.transpose(order), order.index(at)
+        ref = out
+
+
+def _order(op: Op, rank: int) -> list[int]:
+    if op.name == "permute":
+        return [d % rank for d in op.arg("dims")]
+    order = list(range(rank))
+    a, b = op.arg("dim0") % rank, op.arg("dim1") % rank
+    order[a], order[b] = order[b], order[a]
+    return order
+
+
+def begins_ragged_shuffle(walk: Walk, op: Op, dim: int, targets: list[int]) -> bool:
+    """Whether a reshape begins a shuffle in a ragged module; then its channels come out in their new order.
+
+    Args:
+        dim: the axis that the reshape splits; `targets` is what it becomes.
+    """
+    out, axis = op.outputs[0], walk.get(op.inputs[0])[dim]
+    assert out is not None
+    assert axis is not None
+    shuffle = _shuffle_from(walk, out, targets) if len(targets) > 1 and not walk.is_probe else None
+    if shuffle is None:
+        return False
+    if op.module not in walk.ragged:
+        walk.shuffles.append((op.module, axis, len(axis) // max(walk.shape(out)[d] for d in targets)))
+        return False
+    walk.orders[walk.position] = Order(dim, axis, shuffle.index, tuple(sorted(shuffle.inside[out.index])))
+    labels = axis[shuffle.index]
+    walk.arriving[shuffle.merged.index] = (shuffle.dim, labels)
+    walk.inside.update({ref: (dims, labels) for ref, dims in shuffle.inside.items()})
+    return True
+
+
+def channel_shuffle(walk: Walk, op: Op) -> Axes:
+    """(g x n) channels become (n x g): equal positions of the g parts tie, if their module is not ragged."""
+    axes, groups = list(walk.get(op.inputs[0])), op.arg("groups")
+    axis = axes[1]
+    if axis is None:
+        return axes
+    if op.module in walk.ragged and not walk.is_probe:
+        index = np.arange(len(axis)).reshape(groups, -1).T.ravel()
+        walk.orders[walk.position] = Order(1, axis, index)
+        axes[1] = axis[index]
+        return axes
+    if not walk.is_probe:
+        walk.shuffles.append((op.module, axis, groups))
+    axes[1] = np.repeat(walk.tie_rows(axis.reshape(groups, -1).T), groups)
+    return axes
+
+
+def index_select(walk: Walk, op: Op) -> Axes:
+    """Positions of one axis taken by a tensor of indices. They stay, unless an earlier pruning took them."""
+    axes, dim = list(walk.get(op.inputs[0])), op.arg("dim")
+    axis, out = axes[dim], op.outputs[0]
+    assert out is not None
+    call = _own_call(walk, op)
+    if axis is None or call is None:
+        walk.freeze(axis, "channels are taken by index")
+        axes[dim] = None
+        return axes
+    ahead = list(walk.readers.get(out.index, ()))
+    index = call.order.numpy()
+    if not walk.is_probe:
+        position = ahead[0] if call.given else walk.position  # given: to the reshape that follows
+        walk.orders[position] = Order(dim, axis, index, call.given)
+    axes[dim] = axis[index]
+    return axes
+
+
+def _own_call(walk: Walk, op: Op) -> Any:
+    """The gather that an earlier pruning put into a ragged module (a `gathered.Call`)."""
+    constant, calls = walk.tape.constants.get(op.arg("index").index), walk.stamp(op.module, "autoprune_calls")
+    return calls.gather_by(constant) if calls is not None and constant is not None else None
+
+
+def tied_too_far(walk: Walk) -> frozenset[str]:
+    """Modules that should be ragged: those of shuffles in which units are larger than the shuffle needs, and
+    those that split the same channels in equal parts."""
+    classes = walk.labels.classes()
+    modules, trunk = set[str](), np.zeros(int(classes.max()) + 1, bool)
+    for module, labels, parts in walk.shuffles:
+        known = classes[labels[labels >= 0]]
+        if len(known) > parts * len(np.unique(known)):
+            modules.add(module)
+            trunk[known] = True
+    for op, pieces in walk.splits:
+        if trunk[classes[pieces[0][pieces[0] >= 0]]].any():
+            modules.add(walk.tape.ops[op].module)
+    return frozenset(m for m in modules if _has_lines_of_its_own(walk, m))
+
+
+def _has_lines_of_its_own(walk: Walk, module: str) -> bool:
+    """Whether a module runs once, and its reshapes and splits are on no line of a module in it."""
+    ops = walk.tape.ops
+    below = {op.where for op in ops if op.module.startswith(f"{module}.") or not module}
+    mine = {ops[n].where for n, _ in walk.splits if ops[n].module == module}
+    mine |= {op.where for op in ops if op.module == module and op.name in RESHAPES}
+    return walk.tape.calls[module] == 1 and (not module or not mine & below)
