@@ -6,12 +6,14 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from autoprune.crypto import AgeHeader
+from autoprune.errors import harmless
 from autoprune.manifest import Manifest
 from autoprune.record import ModelSummary
 from autoprune.wording import count, milliseconds, percent, size
 
 LABEL_WIDTH = 19
 MAX_NAMES = 12
+MAX_TEXT = 1000  # of a row: what a stranger wrote need not fill the screen
 
 
 def artifact_text(file: Path, header: AgeHeader | None, manifest: Manifest | None, signer: str | None) -> str:
@@ -22,7 +24,10 @@ def artifact_text(file: Path, header: AgeHeader | None, manifest: Manifest | Non
     else:
         rows.append(("signed by", f"{signer} (trust it if you know that key)" if signer else "nobody"))
         rows += list(_manifest_rows(manifest))
-    return "".join(f"{label:<{LABEL_WIDTH}}{text}\n" for label, text in rows)
+    return "".join(
+        f"{harmless(label):<{LABEL_WIDTH}}{harmless(text[:MAX_TEXT]).replace(chr(10), ' ')}\n"
+        for label, text in rows
+    )
 
 
 def _recipients(header: AgeHeader | None) -> str:

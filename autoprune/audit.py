@@ -45,18 +45,16 @@ def audit(artifact: Artifact) -> tuple[Check, ...]:
             name="signature", passed=True if artifact.signer else None, detail=artifact.signer or "not signed"
         ),
     ]
-    shapes, dtypes = input_signature(artifact.manifest)
-    batch = artifact.manifest.probe.batch_size if artifact.manifest.probe else 2
-    return (*known, *_Comparison(artifact, probe_inputs(shapes, dtypes, batch=batch)).checks())
+    return (*known, *_Comparison(artifact).checks())
 
 
 class _Comparison:
     """The forms of one network, each compared with the exported program on the probe input."""
 
-    def __init__(self, artifact: Artifact, probe: tuple[Tensor, ...]) -> None:
+    def __init__(self, artifact: Artifact) -> None:
         self.artifact = artifact
         self.manifest = artifact.manifest
-        self.probe = probe
+        self.probe: tuple[Tensor, ...] = ()
         self.expected: list[Tensor] = []
         self.weights: dict[str, Tensor] = {}
 
@@ -70,6 +68,9 @@ class _Comparison:
             yield _guarded("sparse", self._sparse)
 
     def _program(self) -> Check:
+        shapes, dtypes = input_signature(self.manifest)
+        batch = self.manifest.probe.batch_size if self.manifest.probe else 2
+        self.probe = probe_inputs(shapes, dtypes, batch=batch)
         module = load_program(self.artifact.member(PROGRAM))
         self.weights = {n.removeprefix("program."): t for n, t in module.state_dict().items()}
         self.expected = self._answer(module)

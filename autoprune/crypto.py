@@ -9,7 +9,9 @@ or to a file that gets its name only after the last chunk was authenticated.
 from __future__ import annotations
 
 import io
+import os
 import re
+import stat
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -27,6 +29,7 @@ ARMOUR = b"-----BEGIN AGE"
 MAX_HEADER = 64 << 10
 MAX_RECIPIENTS = 64
 MAX_WORK_FACTOR = 21  # 2 GiB of memory and 30 s here; pyrage writes 16 to 20, age 18
+WITHOUT_WAITING = getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)  # for a pipe without a writer
 EXCESSIVE = "Excessive work"  # pyrage's words for more than about 16 s on this machine at this moment
 STANZA = re.compile(rb"-> ([!-~]+)((?: [!-~]+)*)")
 BODY_FULL = re.compile(rb"[A-Za-z0-9+/]{64}")
@@ -231,15 +234,18 @@ def open_file(path: Path) -> Iterator[BinaryIO]:
     """Open a delivered file for reading.
 
     Raises:
-        ArtifactError: there is none, or it cannot be read.
+        ArtifactError: there is none, it cannot be read, or it is a pipe or a device.
     """
     try:
-        stream = path.open("rb")
+        handle = os.open(path, os.O_RDONLY | WITHOUT_WAITING)
     except OSError as error:
         raise ArtifactError(
             f"cannot read {path}: {error.strerror}", "give the path of a delivered file"
         ) from None
-    with stream:
+    if not stat.S_ISREG(os.fstat(handle).st_mode):
+        os.close(handle)
+        raise ArtifactError(f"cannot read {path}: it is no file", "save what it gives to a file first")
+    with os.fdopen(handle, "rb") as stream:
         yield stream
 
 

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from autoprune.graph import ChannelGraph
 
 Removed = dict[str, dict[str, tuple[int, ...]]]
+MAX_GROWTH = 1000  # times the delivered weights, and at least a mebibyte; a guess, far above any pruning
 
 
 def removed_indices(graph: ChannelGraph, plan: PruningPlan, dense: nn.Module) -> Removed:
@@ -52,16 +53,22 @@ def expand_weights(weights: Mapping[str, Tensor], removed: Removed) -> dict[str,
     Raises:
         ArtifactError: the indices do not belong to these weights.
     """
+    room = MAX_GROWTH * max(1 << 10, sum(t.numel() for t in weights.values()))
     try:
-        return {name: _expand(tensor, removed.get(name, {})) for name, tensor in weights.items()}
+        return {name: _expand(tensor, removed.get(name, {}), room) for name, tensor in weights.items()}
     except (ValueError, IndexError, RuntimeError):
         raise ArtifactError("the removed indices do not fit the weights", "get the file again") from None
 
 
-def _expand(tensor: Tensor, removed: Mapping[str, tuple[int, ...]]) -> Tensor:
+def _expand(tensor: Tensor, removed: Mapping[str, tuple[int, ...]], room: int) -> Tensor:
+    """Checked before anything is allocated: a short list of indices can ask for much memory."""
     for text, gone in removed.items():
         dim = int(text)
         size = tensor.shape[dim] + len(gone)
+        if tensor.numel() // max(1, tensor.shape[dim]) * size > room:
+            raise ValueError("it grows without measure")
+        if list(gone) != sorted(set(gone)) or (gone and not 0 <= gone[0] <= gone[-1] < size):
+            raise ValueError("the indices are not ascending, or beyond the end")
         kept = sorted(set(range(size)) - set(gone))
         shape = list(tensor.shape)
         shape[dim] = size

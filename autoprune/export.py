@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 import logging
+import math
 import os
 import warnings
 from collections.abc import Iterator, Sequence
@@ -22,12 +23,14 @@ from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 
 from autoprune.errors import ArtifactError, VerificationError
+from autoprune.onnx_check import check_onnx
 from autoprune.program import write_program
 
 OPSET = 18  # what torch's exporter writes exactly; asked for 17 it leaves 18
 ONNX_LIMIT = (2 << 30) - (16 << 20)  # protobuf's 2 GiB, less room for everything but weights
 ONNX_TOLERANCE = 1e-5
 PROBE_VALUES = 64
+MAX_PROBE = 1 << 27  # numbers in one input: 1 GiB in float64; a file must not make its reader compute more
 ExampleInputs = Tensor | tuple[Tensor, ...]
 Shapes = tuple[tuple[int | None, ...], ...]
 
@@ -130,8 +133,10 @@ def _probe_input(shape: Sequence[int | None], dtype: str, batch: int) -> Tensor:
     sizes = [batch if size is None else size for size in shape]
     kind = getattr(torch, dtype, None)
     if not isinstance(kind, torch.dtype):
-        raise ArtifactError(f"the input type {dtype!r} is not known", "get the file again")
-    steps = torch.arange(int(torch.tensor(sizes).prod()) if sizes else 1, dtype=torch.float64)
+        raise ArtifactError(f"the input type {dtype[:40]!r} is not known", "get the file again")
+    if min(sizes, default=1) < 0 or math.prod(sizes) > MAX_PROBE:
+        raise ArtifactError(f"the input shape {sizes[:8]} is not possible here", "get the file again")
+    steps = torch.arange(math.prod(sizes), dtype=torch.float64)
     values = torch.sin(0.37 * steps) if kind.is_floating_point else steps % 2
     return values.to(kind).reshape(sizes)
 
@@ -177,6 +182,7 @@ def to_onnx(program: ExportedProgram, network: nn.Module, shapes: Shapes, dtypes
         ) from error
     _tidy_(proto)
     data = bytes(proto.SerializeToString())
+    check_onnx(data)
     for batch in (1, 3):
         _compare(data, network, probe_inputs(shapes, dtypes, batch=batch))
     return data

@@ -19,6 +19,7 @@ from autoprune.crypto import AgeHeader, decrypt_to_memory, is_encrypted, open_fi
 from autoprune.errors import ArtifactError
 from autoprune.keys import KeySource
 from autoprune.manifest import MAX_MANIFEST, Manifest, MemberDigest
+from autoprune.onnx_check import check_onnx
 from autoprune.signing import SIGNATURE_BYTES, check_signature, sign_manifest
 
 MANIFEST, SIGNATURE = "manifest.json", "manifest.sig"
@@ -47,13 +48,16 @@ class Artifact:
         """One member, its digest checked again on the bytes that are given out.
 
         Raises:
-            ArtifactError: there is none, or it has changed since the file was opened.
+            ArtifactError: there is none, it has changed since the file was opened, or it is ONNX that would
+                reach for something outside itself.
         """
         if name not in self.manifest.members:
             raise ArtifactError(f"the file has no {name}", "see autoprune inspect for what it has")
         data = self.container.read(name)
         if digest_of(data) != self.manifest.members[name]:
             raise _changed(name)
+        if name == ONNX:
+            check_onnx(data)
         return data
 
 

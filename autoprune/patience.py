@@ -4,7 +4,9 @@
 answer got lost may have been carried out: asking again for what is done already counts as done.
 
 SQLite as Optuna opens it hands one enqueued trial to two workers and gives up on a busy database; a
-write-ahead log, `BEGIN IMMEDIATE` and a patient timeout mend both.
+write-ahead log, `BEGIN IMMEDIATE` for all that writes and a patient timeout mend both. Every commit is
+flushed to the disk (`synchronous=FULL`, SQLite's default), so that a decision is on it before the
+checkpoints that it makes superfluous are removed.
 """
 
 from __future__ import annotations
@@ -16,6 +18,7 @@ import os
 import warnings
 from collections.abc import Callable
 from contextlib import suppress
+from contextvars import ContextVar
 from typing import Any, BinaryIO, Protocol
 
 import optuna
@@ -38,7 +41,29 @@ GRACE_S = 90  # without one for this long a process counts as dead
 NEXT = "the same command with --resume goes on from the last finished trial"
 HOW_TO_INSTALL = "pip install 'autoprune[cluster]'"
 
+READS = {
+    "get_study_id_from_name", "get_study_name_from_id", "get_study_directions", "get_study_user_attrs",
+    "get_study_system_attrs", "get_all_studies", "get_trial_id_from_study_id_trial_number",
+    "_get_best_trial_id", "get_trial", "_get_trials", "_get_stale_trial_ids",
+}  # fmt: skip
+WRITES = {
+    "create_new_study", "delete_study", "set_study_user_attr", "set_study_system_attr", "_create_new_trial",
+    "_set_trial_param", "set_trial_state_values", "set_trial_intermediate_value", "set_trial_user_attr",
+    "set_trial_system_attr", "record_heartbeat",
+}  # fmt: skip
+# What SQLite says -> what to do about it.
+REMEDIES = {
+    "malformed": f"sqlite3 {DATABASE} .recover | sqlite3 NEW may save it; otherwise start a new run",
+    "not a database": f"sqlite3 {DATABASE} .recover | sqlite3 NEW may save it; otherwise start a new run",
+    "disk is full": f"make room on the disk that holds it; then {NEXT}",
+    "disk I/O error": f"see whether its disk is full, over a quota, or failing (dmesg); then {NEXT}",
+    "readonly": f"make the folder and its files writable; then {NEXT}",
+    "unable to open": f"see that the folder is there and can be written; then {NEXT}",
+    "locked": f"another program has held it for {BUSY_TIMEOUT_S} s: fuser {DATABASE} names it; then {NEXT}",
+}
+
 log = logging.getLogger("autoprune")
+_ONLY_READS: ContextVar[bool] = ContextVar("only_reads", default=False)
 
 
 class Artifacts(Protocol):
@@ -86,7 +111,7 @@ def _patient(name: str) -> Callable[..., Any]:
 
     @functools.wraps(plain)
     def method(self: PatientStorage, *args: Any, **kwargs: Any) -> Any:
-        tries = 0
+        tries, token = 0, _ONLY_READS.set(name in READS)
 
         def once() -> Any:
             nonlocal tries
@@ -102,6 +127,8 @@ def _patient(name: str) -> Callable[..., Any]:
             return waiting("the database", _database_is_away)(once)
         except (StorageInternalError, DBAPIError) as error:
             raise damaged(error, str(self.engine.url)) from error
+        finally:
+            _ONLY_READS.reset(token)
 
     return method
 
@@ -120,14 +147,7 @@ def _was_done(storage: RDBStorage, name: str, args: tuple[Any, ...], kwargs: dic
     return name in _DONE
 
 
-for _name in (
-    "create_new_study", "delete_study", "set_study_user_attr", "set_study_system_attr",
-    "get_study_id_from_name", "get_study_name_from_id", "get_study_directions", "get_study_user_attrs",
-    "get_study_system_attrs", "get_all_studies", "_create_new_trial", "_set_trial_param",
-    "get_trial_id_from_study_id_trial_number", "_get_best_trial_id", "set_trial_state_values",
-    "set_trial_intermediate_value", "set_trial_user_attr", "set_trial_system_attr", "get_trial",
-    "_get_trials", "record_heartbeat", "_get_stale_trial_ids",
-):  # fmt: skip
+for _name in READS | WRITES:
     setattr(PatientStorage, _name, _patient(_name))
 
 
@@ -142,9 +162,7 @@ def damaged(error: BaseException, where: str) -> AutopruneError:
     """What to tell people about a database that does not work."""
     cause = error.__cause__ if isinstance(error, StorageInternalError) else error
     reason = str(getattr(cause, "orig", None) or cause).splitlines()[0]
-    hint = NEXT
-    if "malformed" in reason or "not a database" in reason:
-        hint = f"sqlite3 {DATABASE} .recover | sqlite3 NEW may save it; otherwise start a new run"
+    hint = next((remedy for words, remedy in REMEDIES.items() if words in reason), NEXT)
     return RunError(f"the run's database does not work: {reason} ({where})", hint)
 
 
@@ -187,7 +205,7 @@ def _opened(place: Place) -> PatientStorage:
         )
     if place.is_local:
         event.listen(storage.engine, "connect", _write_ahead)
-        event.listen(storage.engine, "begin", _begin_immediate)
+        event.listen(storage.engine, "begin", _begin)
         storage.engine.dispose()  # the connection that made the tables knows neither listener
     return storage
 
@@ -202,8 +220,9 @@ def _write_ahead(connection: Any, record: object) -> None:
     connection.execute("PRAGMA journal_mode=WAL")
 
 
-def _begin_immediate(connection: Connection) -> None:
-    connection.exec_driver_sql("BEGIN IMMEDIATE")
+def _begin(connection: Connection) -> None:
+    """What writes takes its turn before it reads; what only reads waits for nobody."""
+    connection.exec_driver_sql("BEGIN" if _ONLY_READS.get() else "BEGIN IMMEDIATE")
 
 
 def open_artifacts(where: str) -> Artifacts:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import io
 import json
+import math
 import re
 from collections.abc import Mapping
 from typing import Any
@@ -34,6 +35,7 @@ FIXED_MEMBERS = {
 MAX_MEMBERS = 100_000
 MAX_JSON = 256 << 20
 MAX_DEPTH = 32
+MAX_REPEATED = 1 << 28  # elements that tensors may have beyond their data, by strides of zero; a guess
 
 IDENTIFIER = re.compile(r"[A-Za-z_][A-Za-z0-9_]{0,200}")
 # Names of modules, which torch writes into code as getattr(..., "NAME"): nothing that could end that text.
@@ -137,18 +139,26 @@ def _json(archive: Container, name: str) -> Any:
 
 def _check_payloads(config: Any, folder: str, archive: Container) -> set[str]:
     _check_value(config, "", 0)
-    members = set()
+    members, repeated = set(), 0
     try:
         for payload in config["config"].values():
             member = folder + payload["path_name"]
             members.add(member)
             if payload["use_pickle"] is not False or member not in archive.entries:
                 raise _refused(f"a pickle, or no data, for {payload['path_name']}")
-            if _extent_bytes(payload["tensor_meta"]) > archive.entries[member].size:
+            size = archive.entries[member].size
+            if _extent_bytes(payload["tensor_meta"]) > size:
                 raise _refused(f"a tensor larger than its data, {payload['path_name']}")
+            repeated += max(0, _elements(payload["tensor_meta"]) - size)
+            if repeated > MAX_REPEATED:
+                raise _refused("tensors that repeat a little data without measure")
     except (KeyError, TypeError, AttributeError):
         raise _refused("an incomplete list of tensors") from None
     return members
+
+
+def _elements(meta: Mapping[str, Any]) -> int:
+    return math.prod(int(s["as_int"]) for s in meta["sizes"])
 
 
 def _extent_bytes(meta: Mapping[str, Any]) -> int:

@@ -1,18 +1,21 @@
 """JSON for dataclasses, as strict in reading as in writing.
 
 Reading checks every value against the annotation of its field: a missing, unknown or doubled key, a number
-that is not finite, a value of another type is refused. Nothing is converted but lists to tuples and whole
-numbers to floats.
+that is not finite or needs more than 64 bits, half a surrogate pair, deep nesting, a value of another type
+is refused. Nothing is converted but lists to tuples and whole numbers to floats.
 """
 
 from __future__ import annotations
 
 import json
+import math
 import types
 import typing
 from collections.abc import Mapping
 from dataclasses import MISSING, fields, is_dataclass
 from typing import Any
+
+MAX_DEPTH = 64  # a guess: what we write has less than ten levels, and Python gives up at a thousand
 
 
 class StrictJsonError(ValueError):
@@ -31,15 +34,34 @@ def plain(value: Any) -> Any:
 
 
 def parse(data: bytes) -> Any:
-    """Plain JSON without doubled keys and without numbers that are not finite.
+    """Plain JSON without doubled keys, wild numbers, half characters or deep nesting.
 
     Raises:
         StrictJsonError: it is not.
     """
     try:
-        return json.loads(data.decode("utf-8"), object_pairs_hook=_unique_keys, parse_constant=_not_finite)
+        value = json.loads(
+            data.decode("utf-8"), object_pairs_hook=_unique_keys, parse_constant=_not_finite,
+            parse_float=_finite, parse_int=_short,
+        )  # fmt: skip
+        _check_depth(value, 0)
+        return value
     except (ValueError, RecursionError):
         raise StrictJsonError("it is no plain JSON") from None
+
+
+def _check_depth(value: Any, depth: int) -> None:
+    if depth > MAX_DEPTH:
+        raise ValueError("nested too deeply")
+    if isinstance(value, dict):
+        for key, inner in value.items():
+            key.encode()
+            _check_depth(inner, depth + 1)
+    elif isinstance(value, list):
+        for inner in value:
+            _check_depth(inner, depth + 1)
+    elif isinstance(value, str):
+        value.encode()  # half a surrogate pair has no UTF-8
 
 
 def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -51,6 +73,19 @@ def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 def _not_finite(text: str) -> Any:
     raise ValueError(f"{text} is no number")
+
+
+def _finite(text: str) -> float:
+    number = float(text)
+    if math.isinf(number):  # 1e999 is written as a number
+        raise ValueError(f"{text} is too large")
+    return number
+
+
+def _short(text: str) -> int:
+    if len(text) > 20 or abs(int(text)) >= 1 << 64:
+        raise ValueError(f"{text[:20]}... is too large")
+    return int(text)
 
 
 def decode(kind: Any, value: Any, where: str) -> Any:
