@@ -158,7 +158,7 @@ class Manifest:
 def _check_version(version: Any) -> None:
     if version != FORMAT_VERSION or isinstance(version, bool):
         raise ArtifactError(
-            f"the file has format version {repr(version)[:40]}; this autoprune reads version {FORMAT_VERSION}",
+            f"the file has format version {repr(version)[:40]}; this autoprune reads {FORMAT_VERSION}",
             "install the version of autoprune that wrote it",
         )
 

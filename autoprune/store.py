@@ -20,10 +20,12 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass, is_dataclass
 from pathlib import Path
 from typing import Any
+from uuid import uuid4
 
 import optuna
 import torch
 from optuna.artifacts.exceptions import ArtifactNotFound
+from optuna.storages import BaseStorage, get_storage
 from optuna.trial import FrozenTrial, TrialState
 from safetensors import SafetensorError
 from safetensors.torch import load as load_safetensors
@@ -43,6 +45,7 @@ __all__ = [
 FINAL = "final"
 BASELINE = "/round-00"
 PLAN_KEY = "autoprune_plan"
+MADE = "made"  # tells a study from a later one that got its name and its number in the database
 SUFFIX, SEALED = ".safetensors", ".age"
 
 
@@ -110,6 +113,7 @@ class RunStore:
         self.artifacts = open_artifacts(self.checkpoints)
         self.storage = open_storage(self.place)
         self._guard: Callable[[], None] = _nobody_minds
+        self._views: dict[str, tuple[str, BaseStorage]] = {}
         others = {n.split("/")[0] for n in optuna.get_all_study_names(self.storage)} - {name}
         if others and self.place.is_local:  # a database server holds many runs
             self.close()
@@ -146,11 +150,24 @@ class RunStore:
             shutil.rmtree(self.folder / ARTIFACTS, ignore_errors=True)
 
     def study(self, number: int | str) -> optuna.Study | None:
-        """The study of a round attempt (0 is the baseline) or `FINAL`; None where there is none yet."""
+        """The study of a round attempt (0 is the baseline) or `FINAL`; None where there is none yet.
+
+        Its finished trials are read from the database once, however often the study is asked for.
+        """
+        name = self._study_name(number)
         try:
-            return optuna.load_study(study_name=self._study_name(number), storage=self.storage)
+            return optuna.load_study(study_name=name, storage=self._view(name))
         except KeyError:
             return None
+
+    def _view(self, name: str) -> BaseStorage:
+        """The database as one study sees it, with a memory for finished trials."""
+        made = self.storage.get_study_user_attrs(self.storage.get_study_id_from_name(name)).get(MADE)
+        if made is None:
+            return self.storage
+        if self._views.get(name, ("",))[0] != made:
+            self._views[name] = (made, get_storage(self.storage))
+        return self._views[name][1]
 
     def create_study(self, number: int | str, attributes: Mapping[str, Any]) -> optuna.Study:
         """A new study that knows these attributes."""
@@ -158,7 +175,7 @@ class RunStore:
         study = optuna.create_study(
             study_name=self._study_name(number), storage=self.storage, direction="maximize"
         )
-        put(study, **attributes)
+        put(study, **{MADE: uuid4().hex}, **attributes)
         return study
 
     def drop_study(self, number: int | str) -> None:

@@ -6,6 +6,7 @@ import subprocess
 import sys
 from contextlib import closing
 from pathlib import Path
+from typing import Any
 
 import optuna
 import pytest
@@ -30,6 +31,7 @@ PLAN = PruningPlan(keep={"conv1": torch.tensor([0, 2]).numpy()}, num_units={"con
 ASKER = """
 import sys
 from pathlib import Path
+from typing import Any
 from autoprune.store import RunStore
 study = RunStore(Path(sys.argv[1]), "a").study(1)
 for _ in range(8):
@@ -91,6 +93,45 @@ def test_studies_are_found_by_round(store: RunStore) -> None:
     assert [s.study_name for s in store.rounds()] == ["a/round-01"]
     store.drop_study(2)
     assert store.study(2) is None
+
+
+def test_a_study_that_was_made_again_is_not_taken_for_the_old_one(store: RunStore) -> None:
+    """SQLite gives a dropped study's number to the next one, and the numbers of its trials too."""
+    old = store.create_study(1, {"planned": True})
+    for value in range(3):
+        old.tell(old.ask(), value)
+    with closing(RunStore(store.folder, "a")) as other:
+        seen = other.study(1)
+        assert seen is not None
+        assert [t.value for t in scored(seen)] == [0, 1, 2]
+        store.drop_study(1)
+        new = store.create_study(1, {"planned": True})
+        assert new._study_id == old._study_id
+        new.tell(new.ask(), 7)
+        again = other.study(1)
+        assert again is not None
+        assert [t.value for t in scored(again)] == [7]
+
+
+def test_finished_trials_are_read_from_the_database_once(
+    store: RunStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    study = store.create_study(1, {"planned": True})
+    for value in range(3):
+        study.tell(study.ask(), value)
+    read: list[int] = []
+    plain = store.storage._get_trials
+
+    def counted(*args: Any, **kwargs: Any) -> list[optuna.trial.FrozenTrial]:
+        found: list[optuna.trial.FrozenTrial] = plain(*args, **kwargs)
+        read.append(len(found))
+        return found
+
+    monkeypatch.setattr(store.storage, "_get_trials", counted)
+    for _ in range(3):
+        (found,) = store.rounds()
+        assert len(scored(found)) == 3
+    assert read == [3, 0, 0]
 
 
 def test_the_database_waits_and_writes_ahead(store: RunStore) -> None:

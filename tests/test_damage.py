@@ -1,0 +1,139 @@
+"""A damaged database: a clear error, or the run as it was at its last good commit; never something else."""
+
+from __future__ import annotations
+
+import random
+import shutil
+from collections.abc import Callable
+from contextlib import closing
+from pathlib import Path
+
+import pytest
+
+from autoprune import events as ev
+from autoprune.cli import main
+from autoprune.config import Lock
+from autoprune.controller import replay
+from autoprune.errors import AutopruneError
+from autoprune.history import outcomes, read_goal, read_plan
+from autoprune.pipeline import run
+from autoprune.store import DATABASE, RunStore, put, quiet_optuna, scored
+from tests.tiny import tiny_study
+
+LOG = f"{DATABASE}-wal"
+TRIALS = 12
+
+
+def cut(content: bytes, dice: random.Random) -> bytes:
+    return content[: dice.randrange(len(content))]
+
+
+def flip(content: bytes, dice: random.Random) -> bytes:
+    at = dice.randrange(len(content))
+    return content[:at] + bytes([content[at] ^ 1 << dice.randrange(8)]) + content[at + 1 :]
+
+
+def zeroed(content: bytes, dice: random.Random) -> bytes:
+    """A block of the file that never reached the disk."""
+    at = 512 * dice.randrange(len(content) // 512)
+    return content[:at] + bytes(512) + content[at + 512 :]
+
+
+def lost_end(content: bytes, dice: random.Random) -> bytes:
+    at = dice.randrange(len(content))
+    return content[:at] + bytes(len(content) - at)
+
+
+DAMAGES: tuple[Callable[[bytes, random.Random], bytes], ...] = (cut, flip, zeroed, lost_end)
+
+
+def written(seed: int) -> dict[str, object]:
+    return {"number": seed, "text": "x" * (50 * seed), "list": list(range(seed))}
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """A run with twelve trials as it is on the disk: while it is at work (all in the log), and closed."""
+    base = tmp_path_factory.mktemp("damage")
+    with quiet_optuna():
+        store = RunStore(base / "closed", "a", create=True)
+        study = store.create_study(1, {"planned": True})
+        for number in range(TRIALS):
+            trial = study.ask()
+            trial.suggest_float("x", 0, 1)
+            put(trial, **written(number))
+            study.tell(trial, float(number))
+        shutil.copytree(base / "closed", base / "at-work")
+        store.close()
+    assert not (base / "closed" / LOG).exists() or not (base / "closed" / LOG).stat().st_size
+    return base / "at-work", base / "closed"
+
+
+def found_in(folder: Path) -> list[int] | None:
+    """The finished trials, each as it was written; None where an error for people is raised."""
+    try:
+        with quiet_optuna(), closing(RunStore(folder, "a")) as store:
+            study = store.study(1)
+            if study is None:
+                return []
+            trials = scored(study)
+            for trial in trials:
+                expected = written(trial.number)
+                assert {k: trial.user_attrs[k] for k in expected} == expected
+                assert trial.value == trial.number
+            study.tell(study.ask(), 99.0)
+            assert scored(study)[-1].value == 99
+            return [t.number for t in trials]
+    except AutopruneError:
+        return None
+
+
+@pytest.mark.parametrize("seed", range(40))
+def test_a_damaged_log_gives_back_all_up_to_a_good_commit(
+    seed: int, folders: tuple[Path, Path], tmp_path: Path
+) -> None:
+    dice, folder = random.Random(seed), tmp_path / "run"  # noqa: S311 - a seeded test
+    shutil.copytree(folders[0], folder)
+    (folder / LOG).write_bytes(DAMAGES[seed % 4]((folder / LOG).read_bytes(), dice))
+    found = found_in(folder)
+    assert found is not None, "the log's checksums tell what is good: no error is needed"
+    assert found == list(range(len(found)))
+
+
+@pytest.mark.parametrize("seed", range(40))
+def test_a_damaged_database_is_an_error_for_people_or_does_not_matter(
+    seed: int, folders: tuple[Path, Path], tmp_path: Path
+) -> None:
+    """SQLite has no checksums of its own here: what it cannot see must at least be no traceback."""
+    dice, folder = random.Random(100 + seed), tmp_path / "run"  # noqa: S311 - a seeded test
+    shutil.copytree(folders[1], folder)
+    (folder / DATABASE).write_bytes(DAMAGES[seed % 4]((folder / DATABASE).read_bytes(), dice))
+    found = found_in(folder)
+    assert found is None or found == list(range(TRIALS))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", range(6))
+def test_a_run_goes_on_from_the_last_good_commit_of_a_damaged_log(seed: int, tmp_path: Path) -> None:
+    dice, work, copy = random.Random(seed), tmp_path / "work", tmp_path / "copy"  # noqa: S311
+    finished = 0
+
+    def snapshot(event: ev.Event) -> None:
+        nonlocal finished
+        finished += isinstance(event, ev.TrialFinished)
+        if finished == 3 and not copy.exists():
+            shutil.copytree(work, copy)
+
+    result = run(tiny_study(), out=work, lock=Lock(plain=True), on_event=snapshot)
+    log = copy / LOG
+    log.write_bytes(DAMAGES[seed % 4](log.read_bytes(), dice))
+    try:
+        again = run(tiny_study(), out=copy, resume=True, lock=Lock(plain=True))
+    except AutopruneError:
+        return
+    assert again.after.macs == result.after.macs
+    assert again.after.top1 == result.after.top1
+    with closing(RunStore(copy, "tiny")) as store:
+        replay(read_goal(store), tiny_study().control, outcomes(store))
+        assert all(len(scored(study)) <= read_plan(study).trials for study in store.rounds())
+    assert main(["verify", str(copy / "model.autoprune")]) == 0
