@@ -23,7 +23,7 @@ from autoprune.record import RoundRecord, RunRecord, TrialRecord
 from autoprune.report import fate
 from autoprune.trial_table import trials_csv
 from autoprune.view_storage import StudyView
-from autoprune.wording import ACTIONS, answer, count, duration, percent, setting, signed
+from autoprune.wording import ACTIONS, answer, count, duration, percent, plural, setting, signed
 
 SCORE = "removed (negative: short of the floor)"
 TOP1 = "top-1 on the search split"
@@ -119,8 +119,22 @@ def _round(run: Campaign, one: RoundRecord) -> StudyView:
     figures = [interactive.path(run.record, one)]
     if one.sensitivity:
         figures.append(interactive.sensitivity(one))
+    figures += _promoted_widths(run, one, trials)
     view = _study(attached, _summary(one), _round_note(run, one), facts, figures, shown)
     return replace(view, trial_notes={n: _trial_note(t, one) for n, t in by_number.items()})
+
+
+def _promoted_widths(run: Campaign, one: RoundRecord, trials: Sequence[FrozenTrial]) -> list[Any]:
+    """How wide the promoted network still is, group by group; nothing where its plan cannot be read."""
+    promoted = {t.number for t in one.trials if t.promoted}
+    kept = [t.user_attrs.get(CHECKPOINT) for t in trials if t.number in promoted]
+    if not kept or not isinstance(kept[0], str):
+        return []
+    plan = json.loads(run.plan_of(kept[0])).get("groups", {})
+    names = [n for n in dict.fromkeys([*(c.group for c in one.sensitivity), *plan]) if n in plan]
+    before = {name: plan[name]["num_units"] for name in names}
+    after = {name: len(plan[name]["keep"]) for name in names}
+    return [interactive.widths(before, after, "Units left of each group")] if plan else []
 
 
 def _summary(one: RoundRecord) -> str:
@@ -149,7 +163,7 @@ def _round_note(run: Campaign, one: RoundRecord) -> str:
         "",
         f"It started from [{origin}]({start}) with {percent(one.cost_share)} of the cost "
         f"left, could remove up to {percent(one.ceiling)} of that, and had to stay at or above "
-        f"{percent(one.floor, 2)}: {one.planned_trials} trials of {one.epochs:.3g} epochs.",
+        f"{percent(one.floor, 2)}: {plural(one.planned_trials, 'trial')} of {one.epochs:.3g} epochs.",
         "",
         _row("trial", "removed", "left", "before tuning", "top-1", ""),
         "|---:|---:|---:|---:|---:|---|",
@@ -239,9 +253,11 @@ def _facts(record: TrialRecord) -> Iterator[tuple[str, Any]]:
 
 def _with(trial: FrozenTrial, facts: dict[str, Any], system: dict[str, Any]) -> FrozenTrial:
     kept = {k: v for k, v in trial._system_attrs.items() if not k.startswith((FILE, "constraints"))}
+    values = None if trial.values is None else [round(v, 4) for v in trial.values]  # large letters show them
+    params = {k: round(v, 6) if isinstance(v, float) else v for k, v in trial.params.items()}
     return FrozenTrial(
-        number=trial.number, state=trial.state, value=None, values=trial.values,
-        datetime_start=trial.datetime_start, datetime_complete=trial.datetime_complete, params=trial.params,
+        number=trial.number, state=trial.state, value=None, values=values,
+        datetime_start=trial.datetime_start, datetime_complete=trial.datetime_complete, params=params,
         distributions=trial.distributions, user_attrs=facts, system_attrs=kept | system,
         intermediate_values=trial.intermediate_values, trial_id=trial._trial_id,
     )  # fmt: skip

@@ -23,7 +23,7 @@ app = typer.Typer(
     name="autoprune",
     help="Prune a trained network to a target inside an accuracy floor, unattended, and deliver the smaller "
     "network as one verified, encrypted file.",
-    epilog="First steps: autoprune run digits",
+    epilog=cli_run.examples("run digits", "run my_study.py --dry-run", "dashboard runs", "doctor"),
     no_args_is_help=True,
     rich_markup_mode="markdown",
     pretty_exceptions_enable=False,
@@ -97,9 +97,11 @@ def _tell_usage(error: typer.TyperException) -> int:
     close = difflib.get_close_matches(getattr(error, "option_name", ""), known, n=1)
     path = context.command_path if context else "autoprune"
     message, _, _ = error.format_message().partition(" (Possible options")
+    message, _, command = message.partition(". Did you mean ")
+    near = close[0] if close else command.rstrip("?").replace("'", "")
     say(
         _lowered(message.rstrip(".")),
-        f"did you mean {close[0]}?" if close else f"{path} --help says what is possible",
+        f"did you mean {near}?" if near else f"{path} --help says what is possible",
     )
     return 2
 

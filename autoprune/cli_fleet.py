@@ -262,14 +262,15 @@ def seconds_until(clock: str, now: datetime) -> float:
 
 
 def _show(rows: Sequence[Row], files: tuple[Path, ...], *, as_json: bool) -> None:
-    from autoprune.sweep_report import TEXT, answer, numbers_of, ranges, table_of
+    from autoprune.sweep_report import SHORT, TEXT, answer, numbers_of, ranges, table_of
 
     if as_json:
         sys.stdout.write(json.dumps([numbers_of(row) for row in rows], indent=1) + "\n")
         return
-    console = Console(highlight=False, soft_wrap=True)
-    console.print("\n".join([answer(rows), *ranges(rows)]), "")
-    heads, lines = table_of(rows)
+    console = Console(highlight=False)
+    console.soft_wrap = not console.is_terminal
+    console.print("\n".join([answer(rows), *ranges(rows)]), "", sep="\n")
+    heads, lines = table_of(rows, SHORT)
     table = Table(box=None, padding=(0, 2, 0, 0), header_style="dim")
     for head in heads:
         table.add_column(head, justify="left" if head in TEXT else "right", no_wrap=True)

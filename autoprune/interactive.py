@@ -18,7 +18,8 @@ from autoprune.wording import METRICS, percent, setting
 LAYOUT: dict[str, Any] = {
     "template": "none", "font": {"size": 13}, "margin": {"l": 60, "r": 20, "t": 50, "b": 50},
     "legend": {"orientation": "h", "y": -0.2}, "paper_bgcolor": "rgba(0,0,0,0)",
-    "plot_bgcolor": "rgba(0,0,0,0)", "title": {"x": 0.02},
+    "plot_bgcolor": "rgba(0,0,0,0)", "title": {"x": 0.02, "font": {"size": 15}},
+    "modebar": {"bgcolor": "rgba(0,0,0,0)", "color": COLOURS["muted"]},
 }  # fmt: skip
 
 
@@ -42,17 +43,17 @@ def path(record: RunRecord, here: RoundRecord | None = None) -> go.Figure:
     )  # fmt: skip
     figure.add_vline(x=100 * record.target_share, line={"color": COLOURS["muted"], "dash": "dot"},
                      annotation_text=f"target {percent(record.target_share)}",
-                     annotation_position="bottom right")  # fmt: skip
+                     annotation_position="bottom left")  # fmt: skip
     if here is not None:
         deepest = 100 * here.cost_share * (1 - here.ceiling)
         figure.add_hline(y=100 * here.floor, line={"color": COLOURS["bad"], "dash": "dot", "width": 1},
                          annotation_text="this round's floor", annotation_position="top left")  # fmt: skip
         figure.add_vrect(x0=deepest, x1=100 * here.cost_share, fillcolor=COLOURS["pale"], opacity=0.25,
-                         line_width=0, annotation_text=f"up to {percent(here.ceiling)} in this round",
-                         annotation_position="top left")  # fmt: skip
+                         line_width=0, annotation_text=f"this round removes up to {percent(here.ceiling)}",
+                         annotation_position="top right", annotation_xanchor="left")  # fmt: skip
     figure.update_xaxes(title=f"{metric} left, % of the original", autorange="reversed")
     figure.update_yaxes(title="top-1 on the search split, %", range=_readable(record))
-    figure.update_layout(title="Accuracy over cost")
+    figure.update_layout(title_text="Accuracy over cost")
     return figure
 
 
@@ -101,7 +102,7 @@ def widths(before: Mapping[str, int], after: Mapping[str, int], title: str) -> g
             x=[values[n] for n in names], y=names, name=label, orientation="h", marker={"color": colour}
         )
     figure.update_layout(
-        title=title, barmode="overlay", height=160 + 18 * len(names), legend={"y": 1.02, "x": 0.5}
+        title_text=title, barmode="overlay", height=160 + 18 * len(names), legend={"y": 1.02, "x": 0.5}
     )
     figure.update_yaxes(autorange="reversed", automargin=True)
     figure.update_xaxes(title="output channels")
@@ -118,5 +119,5 @@ def sensitivity(one: RoundRecord) -> go.Figure:
         )
     figure.update_xaxes(title="removed of the group, %")
     figure.update_yaxes(title="change of top-1, pp")
-    figure.update_layout(title="Sensitivity: one group alone, before fine-tuning")
+    figure.update_layout(title_text="Sensitivity: one group alone, untuned")
     return figure

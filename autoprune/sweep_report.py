@@ -21,6 +21,7 @@ from autoprune.sweep import Row
 
 HEADS = ("study", "target", "seed", "fate", "top-1 before", "top-1 after", "change, pp", "MACs left",
          "parameters left", "latency left", "time")  # fmt: skip
+SHORT = (*HEADS[:4], "top-1 after", "change, pp", "MACs left", "time")  # fits 80 columns
 TEXT = HEADS[:4]  # the columns that are words; the others are numbers
 LOOKS = (("accent", "o", "-"), ("good", "s", "--"), ("bad", "^", ":"), ("muted", "D", "-."))
 
@@ -72,7 +73,7 @@ def _render(rows: Sequence[Row], figure: Figure | None) -> str:
 def answer(rows: Sequence[Row]) -> str:
     """What came of the sweep, in one sentence."""
     fates = Counter[str](row.fate for row in rows)
-    runs = f"{len(rows)} run{'s' if len(rows) > 1 else ''}"
+    runs = wording.plural(len(rows), "run")
     words = {"not reached": "fell short", "failed": "failed", "stopped": "stopped", "waiting": "to be done"}
     others = [f"{fates[fate]} {word}" for fate, word in words.items() if fates[fate]]
     return ", ".join([f"{fates['reached']} of {runs} reached the target", *others]) + "."
@@ -96,10 +97,13 @@ def _place(point: Point) -> str:
     return f"{wording.percent(point.macs_share)} of the MACs at {change}"
 
 
-def table_of(rows: Sequence[Row]) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
+def table_of(
+    rows: Sequence[Row], heads: Sequence[str] = HEADS
+) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
     """Heads and cells for people; a column in which nothing stands is left out."""
     full = [cells(row) for row in rows]
-    used = [n for n in range(len(HEADS)) if any(line[n] != wording.MISSING for line in full)]
+    places = [n for n, head in enumerate(HEADS) if head in heads]
+    used = [n for n in places if any(line[n] != wording.MISSING for line in full)]
     return tuple(HEADS[n] for n in used), [tuple(line[n] for n in used) for line in full]
 
 
@@ -195,7 +199,7 @@ def pareto(rows: Iterable[Row]) -> Figure | None:
         for number, (study, own) in enumerate(_by_study(found).items()):
             _front_line(axes, study, own, LOOKS[number % len(LOOKS)])
         axes.axhline(0, color=plots.COLOURS["muted"], linewidth=0.8)
-        axes.annotate("as the original", (1, 0), (-2, 3), xycoords=("axes fraction", "data"), ha="right",
+        axes.annotate("as the original", (0, 0), (3, 3), xycoords=("axes fraction", "data"), ha="left",
                       textcoords="offset points", fontsize=8, color=plots.COLOURS["muted"])  # fmt: skip
         axes.margins(x=0.12, y=0.15)
         axes.invert_xaxis()  # cheaper is to the right, as in a run's own picture

@@ -9,7 +9,7 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from autoprune.wording import ACTIONS, Row, answer, count, duration, percent, signed
+from autoprune.wording import ACTIONS, METRICS, Row, answer, count, duration, percent, signed
 
 if TYPE_CHECKING:
     from autoprune.doctor import Finding
@@ -60,7 +60,7 @@ def plan_text(plan: RunPlan) -> RenderableType:
     grid = Table.grid(padding=(0, 3, 0, 0))
     for label, text in facts:
         grid.add_row(Text(label, MUTED), text)
-    rounds = _table("round", "removes up to", f"{plan.metric} left", "floor")
+    rounds = _table("round", "removes up to", f"{METRICS.get(plan.metric, plan.metric)} left", "floor")
     for one in plan.rounds:
         rounds.add_row(str(one.number), percent(one.ceiling), percent(one.cost_share), percent(one.floor, 2))
     end = Text("Everything is in order. The rounds, if each succeeds at its ceiling:", GOOD)

@@ -6,6 +6,7 @@ Lines that scrolled by stay readable in the scrollback, and the panel is short e
 
 from __future__ import annotations
 
+import math
 import re
 import textwrap
 import time
@@ -24,9 +25,10 @@ from rich.text import Text
 
 from autoprune import events as ev
 from autoprune.events import Event, OnEvent
-from autoprune.wording import ACTIONS, METRICS, clock, count, duration, percent, setting, signed
+from autoprune.wording import ACTIONS, METRICS, clock, count, duration, percent, plural, setting, signed
 
 VERBS = ACTIONS | {"finish": "done"}  # its reason says that the target is reached
+PANEL = 74  # columns, where there is room: a window that is made narrower has less to fold
 ECHOED = 6  # columns left free: a terminal echoes Ctrl-C as ^C, and in the last column that makes a line
 GOOD, BAD, MUTED = "green", "yellow", "dim"
 
@@ -43,9 +45,11 @@ def listener(*, quiet: bool = False, console: Console | None = None) -> Iterator
         panel = _Panel()
 
         def narrow() -> RenderableType:
-            return Constrain(panel.render(), max(1, screen.width - ECHOED))
+            _mind_folded_lines(live, screen.width)
+            return Constrain(panel.render(), max(1, min(PANEL, screen.width - ECHOED)))
 
-        with Live(get_renderable=narrow, console=screen, transient=True, refresh_per_second=4):
+        with Live(Text(), console=screen, transient=True, refresh_per_second=4) as live:
+            live.get_renderable = narrow  # type: ignore[method-assign]  # it has to know the panel that it draws
             lines = _Lines(screen)
 
             def both(event: Event) -> None:
@@ -53,6 +57,13 @@ def listener(*, quiet: bool = False, console: Console | None = None) -> Iterator
                 lines(event)
 
             yield both
+
+
+def _mind_folded_lines(live: Live, width: int) -> None:
+    """A window that became narrower than the panel has folded its lines: more have to be taken away."""
+    drawn = live._live_render
+    if drawn._shape is not None and drawn._shape[0] > width:
+        drawn._shape = (width, drawn._shape[1] * math.ceil(drawn._shape[0] / max(1, width)))
 
 
 class _Lines:
@@ -114,8 +125,9 @@ def _baseline(event: ev.BaselineMeasured) -> Text:
 def _round_started(event: ev.RoundStarted) -> Text:
     origin = "the original" if event.started_from == 0 else f"round {event.started_from}"
     return Text(
-        f"round {event.round} from {origin}: {event.trials} trials of {setting(event.epochs)} epochs, "
-        f"removing up to {percent(event.ceiling)}, floor {percent(event.floor, 2)}", "bold",
+        f"round {event.round} from {origin}: {plural(event.trials, 'trial')} of "
+        f"{setting(event.epochs)} epochs, removing up to {percent(event.ceiling)}, "
+        f"floor {percent(event.floor, 2)}", "bold",
     )  # fmt: skip
 
 

@@ -76,6 +76,11 @@ def clock(seconds: float) -> str:
     return f"{whole // 3600}:{whole // 60 % 60:02d}:{whole % 60:02d}"
 
 
+def plural(number: int, noun: str) -> str:
+    """A number of things: `1 trial`, `3 trials`."""
+    return f"{number:,} {noun}" + ("" if number == 1 else "s")
+
+
 def setting(value: object) -> str:
     """One trial parameter or setting: floats with three digits, everything else as it is."""
     return f"{value:.3g}" if isinstance(value, float) else str(value)

@@ -94,6 +94,7 @@ def test_a_study_may_not_shadow_a_loaded_module(tmp_path: Path) -> None:
         ("torchvision:resnet81", "did you mean 'resnet"),
         ("timm:resnet18", "FILE.py:"),
         ("nowhere.py:Net", "FILE.py:"),
+        ("torchvison:resnet18", "did you mean 'torchvision'"),
     ],
 )
 def test_an_unknown_network_is_refused_with_a_way_on(model: str, hint: str) -> None:
