@@ -154,7 +154,8 @@ def record(model: nn.Module, example_inputs: tuple[Any, ...]) -> Tape:
     raise TraceError(
         f"the network's forward pass fails on the example input in {recorder.place()}: "
         f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else _last_line(error)}",
-        "run model(example_input) yourself; give an input of the shape and type that the network takes",
+        "run model(example_input) yourself; give an input of the shape and type that the network takes (with "
+        "--data, `size=` and `channels=` after the folder say which)",
     ) from error
 
 
