@@ -83,6 +83,11 @@ class Meter:
             epochs=math.inf if epochs is None else (1 - keep) * epochs - self.epochs,
         )
 
+    def share_of(self, seconds: float, epochs: float) -> float:
+        """What part of the whole budget this would be."""
+        by_time = seconds / self.budget.seconds if self.budget.seconds is not None else 0.0
+        return max(by_time, epochs / self.budget.epochs if self.budget.epochs is not None else 0.0)
+
     def affords(self, trial_s: float, epochs: float) -> bool:
         """Whether a trial of this length still fits before the final tuning."""
         left = self.left(keep=FINAL_SHARE)

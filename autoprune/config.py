@@ -20,6 +20,8 @@ if TYPE_CHECKING:
 
 Decay = Literal["cosine", "linear", "step", "exponential", "onecycle"]
 DECAYS: tuple[Decay, ...] = get_args(Decay)
+Optimizer = Literal["muon", "sgd"]
+OPTIMIZERS: tuple[Optimizer, ...] = get_args(Optimizer)
 Metric = Literal["macs", "params", "size", "memory", "latency"]
 METRICS: tuple[Metric, ...] = get_args(Metric)
 
@@ -134,8 +136,10 @@ class Finetune:
 
     Attributes:
         share: part of the train split that trials see, in (0, 1].
-        momentum: of SGD with Nesterov's update.
-        weight_decay: on weights of more than one dimension; never on norms and biases.
+        optimizer: `muon` for the weights inside the network and SGD for the rest, or `sgd` for all of them
+            (see `optimizer`).
+        momentum: of both, with Nesterov's update.
+        weight_decay: of SGD, on weights of more than one dimension; never on norms and biases.
         warmup: share of the steps that raise the rate linearly from a tenth of it.
         distill: highest weight of the distillation loss against the original network, in [0, 1]; it shrinks
             as the student catches up with its teacher (`train.lead`). 0 turns it off.
@@ -146,6 +150,7 @@ class Finetune:
     """
 
     share: float = 1.0
+    optimizer: Optimizer = "muon"
     batch_size: int = 128
     momentum: float = 0.9
     weight_decay: float = 5e-4
@@ -210,7 +215,7 @@ class Control:
         budget_growth: fine-tuning epochs are multiplied by this after going back.
     """
 
-    first_ceiling: float = 0.5
+    first_ceiling: float = 0.7
     max_ceiling: float = 0.7
     raise_factor: float = 1.25
     lower_factor: float = 0.5
@@ -342,10 +347,12 @@ def _range_problems(study: Study) -> list[AutopruneError]:
 
 
 def _choice_problems(study: Study) -> list[AutopruneError]:
-    chosen = study.search.decays
+    chosen, optimizer = study.search.decays, study.finetune.optimizer
     unknown = [d for d in chosen if d not in DECAYS]
     if study.norms not in ("keep", "rescale"):
         return [UsageError(f"norms={study.norms!r} is not allowed", "choose keep or rescale")]
+    if optimizer not in OPTIMIZERS:
+        return [UsageError(f"finetune.optimizer={optimizer!r} is not allowed", "choose muon or sgd")]
     if unknown or not chosen:
         return [UsageError(f"search.decays={chosen} is not allowed", f"choose from {', '.join(DECAYS)}")]
     return []

@@ -26,7 +26,7 @@ from autoprune.advice import Past, Point, Space, advise, make_sampler, settled_p
 from autoprune.budget import Meter, Speed, ladder
 from autoprune.closing import is_near
 from autoprune.config import Search
-from autoprune.controller import Goal, State, TrialSummary, has_recovered
+from autoprune.controller import EXACT, Goal, State, TrialSummary, has_recovered
 from autoprune.history import CHECKPOINT, RESULT, RoundPlan, read_plan, read_trials, spent
 from autoprune.presence import POLL_S, Presence, Watch
 from autoprune.record import TrialRecord
@@ -40,6 +40,8 @@ FAILED_VALUE = -1.0  # top-1 cannot fall short by more; NaN would teach the samp
 TIE_WEIGHT = 1e-3  # of top-1 beside the rate
 MAX_DEATHS = 5  # of processes on one seat, before its trial counts as failed; a guess
 PARAMETERS = {"prune_rate", "lr", "decay", "criterion", "strategy"}
+TELLING_EPOCHS = 1.0  # shorter schedules say little about the learning rate of a long one; a guess
+TELLING_SHARE = 0.05  # of the budget, for one more trial once the target is reached; a guess
 KNOWN_GAINS = 2  # trials that went from the first rung to the second before one is given up there
 
 
@@ -101,7 +103,8 @@ def search_round(job: RoundJob, study: optuna.Study, known: Sequence[Point]) -> 
             job.me.check()
         if leads:
             free_(study, _alive(job, watch))
-        taken = take(study, job.plan.trials, job.owner) if _affordable(job, study) else None
+        goes_on = not _is_served(job, study) and _affordable(job, study)
+        taken = take(study, job.plan.trials, job.owner) if goes_on else None
         if taken is not None:
             _one_trial(job, study, taken, known)
         _tell_finished(job, study, told)
@@ -143,6 +146,27 @@ def next_point(job: RoundJob, study: optuna.Study, known: Sequence[Point], seat:
 def _is_settled(job: RoundJob, study: optuna.Study) -> bool:
     return any(
         t.recovered and t.params["prune_rate"] >= job.plan.ceiling * (1 - 1e-9) for t in read_trials(study)
+    )
+
+
+def _is_served(job: RoundJob, study: optuna.Study) -> bool:
+    """Whether a trial reached the target inside the floor, and others would be too short to better it.
+
+    Nothing but accuracy is left to gain, and the final tuning gains more of it with the same epochs, unless
+    a trial long enough to tell learning rates apart costs next to nothing.
+    """
+    if job.search.trials is not None or not any(_reaches(t, job) for t in read_trials(study)):
+        return False
+    epochs = ladder(job.plan.epochs, longer=False)[0]
+    share = job.meter.share_of(epochs * job.speed.epoch_s + job.speed.trial_s, epochs)
+    return epochs < TELLING_EPOCHS or share > TELLING_SHARE
+
+
+def _reaches(record: TrialRecord, job: RoundJob) -> bool:
+    return (
+        record.recovered
+        and record.cost_share is not None
+        and record.cost_share <= job.goal.target_share + EXACT
     )
 
 

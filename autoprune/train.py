@@ -36,12 +36,13 @@ from autoprune.evaluation import (
     recalibrate_,
     resolve_device,
 )
+from autoprune.optimizer import Stepper
 from autoprune.schedule import Schedule, make_scheduler
 from autoprune.splits import Split, derive_seed
 
 __all__ = [
-    "EpochRecord", "Loss", "Score", "evaluate", "finetune_", "make_optimizer", "recalibrate_",
-    "resolve_device", "train_baseline_", "uses_bf16",
+    "EpochRecord", "Loss", "Score", "evaluate", "finetune_", "recalibrate_", "resolve_device",
+    "train_baseline_", "uses_bf16",
 ]  # fmt: skip
 
 OnEpoch = Callable[["EpochRecord"], None]
@@ -86,7 +87,7 @@ def finetune_(  # noqa: PLR0913 - one whole stage: each argument is a decision o
     device: torch.device | str = "cpu", teacher: nn.Module | None = None, loss: Loss | None = None,
     seconds: float = math.inf, on_epoch: OnEpoch | None = None,
 ) -> list[EpochRecord]:  # fmt: skip
-    """Train in place with SGD and Nesterov's momentum, on `settings.share` of the split, augmented.
+    """Train in place with `settings.optimizer`, on `settings.share` of the split, augmented.
 
     Args:
         model: parameters that need no gradient stay as they are.
@@ -114,9 +115,9 @@ def finetune_(  # noqa: PLR0913 - one whole stage: each argument is a decision o
             "set it to 0, or smooth inside the loss",
         )
     num_steps = max(1, round(epochs * used.num_batches(settings.batch_size)))
-    optimizer = make_optimizer(model, settings.momentum, settings.weight_decay)
+    stepper = Stepper(model, settings)
     plan = _Plan(
-        optimizer=optimizer, scheduler=make_scheduler(optimizer, schedule, num_steps),
+        stepper=stepper, scheduler=make_scheduler(stepper.sgd, schedule, num_steps),
         pace=_Pace(num_steps, seconds), batch_size=settings.batch_size, seed=seed, device=place,
         on_epoch=on_epoch, ema_steps=settings.ema * num_steps,
     )  # fmt: skip
@@ -143,28 +144,13 @@ def train_baseline_(  # noqa: PLR0913 - as finetune_
         UsageError: nothing in the model can be trained.
     """
     schedule = Schedule(lr=baseline.lr, decay="linear", warmup=BASELINE_WARMUP)
-    settings = Finetune(batch_size=baseline.batch_size, weight_decay=baseline.weight_decay, distill=0.0)
+    settings = Finetune(
+        batch_size=baseline.batch_size, weight_decay=baseline.weight_decay, distill=0.0, optimizer="sgd"
+    )
     return finetune_(
         model, split, schedule=schedule, settings=settings, epochs=baseline.epochs, seed=seed,
         device=device, loss=loss, on_epoch=on_epoch,
     )  # fmt: skip
-
-
-def make_optimizer(model: nn.Module, momentum: float, weight_decay: float) -> torch.optim.SGD:
-    """SGD with Nesterov's update; weights of more than one dimension decay, norms and biases do not.
-
-    Raises:
-        UsageError: no parameter requires a gradient.
-    """
-    trained = [p for p in model.parameters() if p.requires_grad]
-    if not trained:
-        raise UsageError("no parameter of the model requires a gradient", "call model.requires_grad_() first")
-    groups = [
-        {"params": [p for p in trained if p.ndim > 1], "weight_decay": weight_decay},
-        {"params": [p for p in trained if p.ndim <= 1], "weight_decay": 0.0},
-    ]
-    groups = [group for group in groups if group["params"]]
-    return torch.optim.SGD(groups, lr=0.1, momentum=momentum, nesterov=momentum > 0)
 
 
 def lead(student: Tensor, teacher: Tensor) -> Tensor:
@@ -220,7 +206,7 @@ class _Pace:
 class _Plan:
     """What `_fit_` needs beside the model and the data."""
 
-    optimizer: torch.optim.Optimizer
+    stepper: Stepper
     scheduler: LRScheduler
     pace: _Pace
     batch_size: int
@@ -259,8 +245,6 @@ def _objective(settings: Finetune, teacher: nn.Module | None, loss: Loss | None)
 
 def _fit_(model: nn.Module, split: Split, plan: _Plan, objective: Objective) -> list[EpochRecord]:
     """The training loop, as long as the schedule lasts; one record a pass."""
-    owned = {id(p) for p in model.parameters()}
-    assert all(id(p) in owned for g in plan.optimizer.param_groups for p in g["params"])
     per_epoch, records, done = split.num_batches(plan.batch_size), list[EpochRecord](), 0
     cuda = range(torch.cuda.device_count()) if plan.device.type == "cuda" else ()
     with (
@@ -286,7 +270,7 @@ def _fit_(model: nn.Module, split: Split, plan: _Plan, objective: Objective) -> 
             )  # fmt: skip
             if plan.on_epoch is not None:
                 plan.on_epoch(records[-1])
-        plan.optimizer.zero_grad(set_to_none=True)
+        plan.stepper.zero_grad()
         if average is not None:
             average.give()
     return records
@@ -331,10 +315,10 @@ def _epoch_(
             inputs = inputs.contiguous(memory_format=torch.channels_last)
         with torch.autocast(plan.device.type, torch.bfloat16, enabled=uses_bf16(plan.device)):
             loss = objective(inputs, targets)
-        plan.optimizer.zero_grad(set_to_none=True)
+        plan.stepper.zero_grad()
         ranks.share_of_loss(loss, len(targets)).backward()  # type: ignore[no-untyped-call]  # torch's gap
-        lr = float(plan.optimizer.param_groups[0]["lr"])
-        plan.optimizer.step()
+        lr = float(plan.stepper.sgd.param_groups[0]["lr"])
+        plan.stepper.step()
         for _ in range(plan.pace.advance()):
             plan.scheduler.step()
         if average is not None:

@@ -171,7 +171,7 @@ def _by_engine(model: nn.Module, task: Task, rate: float) -> tuple[nn.Module, fl
 
 
 def _tune_(model: nn.Module, task: Task, epochs: float, schedule: Schedule, seed: int) -> None:
-    settings = Finetune(distill=0.0, weight_decay=task.weight_decay)
+    settings = Finetune(optimizer="sgd", distill=0.0, weight_decay=task.weight_decay)
     frozen = [p for p in model.parameters() if not p.requires_grad]
     finetune_(model, task.data.train, schedule=schedule, settings=settings, epochs=epochs, seed=seed)
     assert all(p.grad is None for p in frozen)

@@ -138,10 +138,10 @@ def test_a_trial_below_every_gain_so_far_is_given_up(work: Work) -> None:
 
 def test_a_trial_for_which_time_is_short_hurries_to_its_end(work: Work) -> None:
     job, study = first_round(work)
-    whole = 1.0 / (1 - FINAL_SHARE)
+    known, whole = known_points(job)[:1], 3.0 / (1 - FINAL_SHARE)
     job = replace(job, meter=Meter(Budget(seconds=whole)), speed=replace(job.speed, epoch_s=0.0, trial_s=0.0))
     long = replace(job, plan=replace(job.plan, trials=1, epochs=5000.0))
-    search_round(long, study, known_points(job)[:1])
+    search_round(long, study, known)
     (trial,) = read_trials(study)
     assert trial.state == "complete"
     assert trial.epochs[-1].epoch < 2500

