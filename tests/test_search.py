@@ -29,6 +29,7 @@ from autoprune.search import (
     RoundJob,
     _earlier,
     _goes_on,
+    _is_served,
     next_point,
     same_failure,
     search_round,
@@ -107,6 +108,31 @@ def test_a_round_that_recovered_at_its_ceiling_keeps_the_rate_there(work: Work) 
     assert trials[0].recovered
     assert {t.params["prune_rate"] for t in trials} == {job.plan.ceiling}
     assert len({t.params["lr"] for t in trials[:3]}) > 1
+
+
+@pytest.mark.parametrize(("epochs", "budget", "enough"), [(0.5, 40, True), (5.0, 10, True), (5.0, 40, False)])
+def test_a_round_ends_at_the_target_unless_more_trials_cost_next_to_nothing(
+    work: Work, epochs: float, budget: float, enough: bool
+) -> None:
+    job, study = first_round(work)
+    free = replace(job.ground.study, search=Search())
+    job = replace(
+        job, ground=replace(job.ground, study=free), plan=replace(job.plan, trials=4, epochs=epochs),
+        goal=replace(job.goal, max_drop_pp=90, target_share=1 - job.plan.ceiling),
+        meter=Meter(Budget(epochs=budget)),
+    )  # fmt: skip
+    assert not _is_served(job, study)
+    trial = sit(study, take(study, 1, job.owner) or pytest.fail(), known_points(job)[0])
+    suggest(trial, job.space)
+    record = TrialRecord(
+        number=0, state="running", params={}, prune_rate=job.plan.ceiling, top1=0.9, recovered=True,
+        cost_share=job.goal.target_share, seconds=1.0,
+    )  # fmt: skip
+    put(trial, **{RESULT: record})
+    tell(study, trial, 0.5)
+    assert _is_served(job, study) is enough
+    asked = replace(job, ground=replace(job.ground, study=replace(free, search=Search(trials=4))))
+    assert not _is_served(asked, study), "who asks for a number of trials gets it"
 
 
 def climb(*tops: float, share: float = 0.8) -> Climb:
