@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 from torch import nn
 
 from autoprune.copying import named_modules
@@ -48,6 +49,7 @@ SIZES: dict[str, frozenset[str]] = {
     **dict.fromkeys(("as_strided", "empty_strided", "new_empty_strided"), frozenset({"size", "stride"})),
     "slice": frozenset({"start", "end"}),
     "convolution": frozenset({"groups"}),
+    "affine_grid_generator": frozenset({"size"}),
     "native_group_norm": frozenset({"N", "C", "HxW", "group"}),
     "native_layer_norm": frozenset({"normalized_shape"}),
     "_fused_rms_norm": frozenset({"normalized_shape"}),
@@ -173,6 +175,14 @@ class _Lengths:
             for padding in group.paddings:
                 start = starts[padding.module, padding.dim, padding.op, padding.side]
                 self.stays[start + padding.index[is_gone]] = False
+        if walk.labels.has_open:
+            self._follow_ties(walk.labels.classes())
+
+    def _follow_ties(self, classes: NDArray[np.int32]) -> None:
+        """Let labels go that no member owns, but that are tied to what goes."""
+        is_gone = np.zeros(int(classes.max()) + 1, bool)
+        is_gone[classes[~self.stays[:-1]]] = True
+        self.stays[:-1] = ~is_gone[classes]
 
     def of(self, axis: LabelArray) -> int:
         """The length of one of the walk's arrays."""

@@ -27,6 +27,7 @@ from autoprune.padding import mend_paddings
 from autoprune.plan import PruningPlan
 from autoprune.rescaled import rescale
 
+GATES = {"LSTM": 4, "GRU": 3, "RNN_TANH": 1, "RNN_RELU": 1}  # rows of a recurrent layer's weight a unit
 TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4}  # relative; measured: 1e-14 and 1e-6 on torchvision
 
 
@@ -213,11 +214,11 @@ def _mended(model: nn.Module, graph: ChannelGraph, plan: PruningPlan) -> nn.Modu
 def _pruned_call(
     graph: ChannelGraph, call: RaggedCall, plan: PruningPlan, counts: dict[str, int]
 ) -> Call | None:
-    if call.order is None and not any(a.per_unit for a in call.axes):
+    if call.order is None and not call.given:
         return None
     sizes = tuple(graph.length(a, counts) for a in call.axes)
     if call.order is None:
-        return Call(sizes, given=tuple(d for d, a in enumerate(call.axes) if a.per_unit))
+        return Call(sizes, given=call.given)
     return Call(sizes, call.order.given, call.order.dim, _index(graph, call.order, plan))
 
 
@@ -267,9 +268,18 @@ def _mend(module: nn.Module) -> None:
         module.num_channels = len(weight)
     elif isinstance(module, nn.PReLU):
         module.num_parameters = len(module.weight)
-    elif isinstance(module, nn.Embedding):
+    elif isinstance(module, (nn.Embedding, nn.EmbeddingBag)):
         module.embedding_dim = module.weight.shape[1]
-    elif isinstance(module, nn.RNNBase):
-        module.input_size = int(getattr(module, "weight_ih_l0").shape[1])  # noqa: B009 (untyped attribute)
+    elif isinstance(module, (nn.RNNBase, nn.RNNCellBase)):
+        _mend_recurrent(module)
     elif isinstance(module, nn.Bilinear):
         module.out_features, module.in1_features, module.in2_features = module.weight.shape
+
+
+def _mend_recurrent(module: nn.RNNBase | nn.RNNCellBase) -> None:
+    if isinstance(module, nn.RNNCellBase):
+        module.hidden_size, module.input_size = module.weight_hh.shape[1], module.weight_ih.shape[1]
+        return
+    rows, module.input_size = getattr(module, "weight_ih_l0").shape  # noqa: B009 (untyped attribute)
+    if not module.proj_size:  # torch tells a projection by another width, and pruning could make them equal
+        module.hidden_size = rows // GATES[module.mode]

@@ -126,10 +126,16 @@ class Rearranged:
 
 @dataclass(frozen=True, kw_only=True)
 class RaggedCall:
-    """A reshape, split or shuffle in a ragged module, see `shuffles`: its line, and what it makes."""
+    """A reshape, split or shuffle in a ragged module, see `shuffles`: its line, and what it makes.
+
+    Attributes:
+        given: the axes of a reshape, or the pieces of a split, that have labels: the program does not know
+            their lengths.
+    """
 
     line: str
     axes: tuple[Axis, ...]
+    given: tuple[int, ...]
     order: Rearranged | None = None
 
 

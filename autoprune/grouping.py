@@ -14,10 +14,10 @@ from torch import Tensor, nn
 
 from autoprune.copying import named_modules, named_tensors
 from autoprune.cost import Axis, CostModel, Product, Term
+from autoprune.counters import counted
 from autoprune.gathered import GatheredModule
 from autoprune.graph import (
     ChannelGraph,
-    Counted,
     Frozen,
     Group,
     Member,
@@ -30,7 +30,7 @@ from autoprune.labels import LabelArray, Slot
 from autoprune.ops import TABLE
 from autoprune.shape_ops import reshape, split
 from autoprune.shuffles import channel_shuffle
-from autoprune.tape import Ref, Tape
+from autoprune.tape import Op, Ref, Tape
 from autoprune.walk import Order, Walk
 
 
@@ -105,6 +105,7 @@ class _Grouping:
         self.slot_of = (
             np.searchsorted(starts, np.arange(size), side="right") - 1 if size else np.empty(0, np.int64)
         )
+        self.is_open = walk.labels.open_labels()
         self.names: list[str] = []
         self.group_of = self._group_of_classes()
         self.group_of_label = np.append(self.group_of[self.classes], -1)  # the last is FIXED's
@@ -116,6 +117,7 @@ class _Grouping:
         """Group number of every class, -1 where frozen or alone; names the groups."""
         rng = np.random.default_rng(0)  # a fixed hash: equal multisets of slots get equal sums
         keys = rng.integers(1, 2**62, size=max(1, len(self.slots)), dtype=np.uint64)
+        keys[[n for n, s in enumerate(self.slots) if s.is_open]] = 0  # nothing is sliced there
         count = len(self.is_frozen)
         signature = np.zeros(count, np.uint64)
         np.add.at(signature, self.classes, keys[self.slot_of])
@@ -148,7 +150,7 @@ class _Grouping:
         slots: list[list[int]] = [[] for _ in starts]
         set_of = np.full(len(self.is_frozen), -1, np.int64)
         set_of[self.classes[starts]] = np.arange(len(starts))
-        mine = np.flatnonzero(set_of[self.classes] >= 0)
+        mine = np.flatnonzero((set_of[self.classes] >= 0) & ~self.is_open)
         for number, slot in np.stack([set_of[self.classes[mine]], self.slot_of[mine]], 1).tolist():
             slots[number].append(slot)
         numbers, taken = np.full(len(widths), -1, np.int64), dict[str, int]()
@@ -176,7 +178,7 @@ class _Grouping:
             round_to=round_to,
             cost_model=model,
             products=self._products(),
-            counted=self._counted(),
+            counted=counted(self.walk, self._axis),
             grouped=dict(self.walk.grouped),
             split_axes=self._split_axes(),
             reshaped=self._reshaped(),
@@ -184,7 +186,7 @@ class _Grouping:
             ragged={module: tuple(self._ragged_calls(module)) for module in sorted(self.walk.ragged)},
             rescaled=dict(self.walk.rescaled),
             maskable=self.walk.maskable,
-            widths={(s.name, s.dim): s.size for s in self.slots if s.pad_op is None},
+            widths={(s.name, s.dim): s.size for s in self.slots if s.pad_op is None and not s.is_open},
             tape=self.walk.tape,
         )
 
@@ -198,7 +200,7 @@ class _Grouping:
         rank = self.rank
         for mine in units:
             rank[mine] = np.arange(len(mine))
-        owned = np.flatnonzero(self.group_of_label[:-1] >= 0)
+        owned = np.flatnonzero((self.group_of_label[:-1] >= 0) & ~self.is_open)
         groups = self.group_of_label[owned]
         order = np.argsort(groups.astype(np.int16 if len(units) < 2**15 else np.int64), kind="stable")
         return [
@@ -224,7 +226,8 @@ class _Grouping:
 
     def _named(self, found: list[tuple[int, list[Found]]], round_to: int) -> list[Group]:
         buffers = {name for name, _ in self.model.named_buffers(remove_duplicate=False)}
-        groups = []
+        groups: list[Group] = []
+        needs_two = self._needing_two()
         for name, (width, slots) in zip(self.names, found, strict=True):
             members = tuple(
                 Member(name=s.name, dim=s.dim, index=i, role=s.role or "affine", is_buffer=s.name in buffers)
@@ -238,11 +241,17 @@ class _Grouping:
             )
             layers = tuple(dict.fromkeys(m.name.rpartition(".")[0] or m.name for m in members))
             multiple = round_to if width >= WIDE * round_to else 1
+            least = 2 if len(groups) in needs_two else 1
             groups.append(
                 Group(name=name, num_units=width, layers=layers, members=members, paddings=paddings,
-                      round_to=multiple)
+                      min_keep=min(width, least), round_to=multiple)
             )  # fmt: skip
         return groups
+
+    def _needing_two(self) -> set[int]:
+        """Groups that own the whole of an axis of which two units must stay."""
+        axes = [self._axis(labels) for labels in self.walk.pairs]
+        return {g for a in axes if a.fixed == 0 for g, per in a.per_unit.items() if per == 1}
 
     def _axis(self, labels: LabelArray | slice) -> Axis:
         counts = np.bincount(self.group_of_label[labels] + 1, minlength=1)
@@ -330,7 +339,7 @@ class _Grouping:
 
     def _frozen(self) -> tuple[Frozen, ...]:
         found = []
-        for slot in self.slots:
+        for slot in (s for s in self.slots if not s.is_open):
             mine = self.classes[slot.start : slot.start + slot.size]
             stuck = mine[self.has_channel_reason[mine]]
             if len(stuck):
@@ -343,29 +352,13 @@ class _Grouping:
                 found.append(Frozen(name=slot.name, dim=slot.dim, num_channels=len(alone), reason=reason))
         return tuple(found)
 
-    def _counted(self) -> tuple[Counted, ...]:
-        rules = [(r.module, r.attribute, r.labels, r.per) for r in self.walk.rules]
-        counted = [Counted(module=m, attribute=a, axis=self._axis(x), per=p) for m, a, x, p in rules]
-        return (*counted, *self._site_counters())
-
-    def _site_counters(self) -> list[Counted]:
-        """Attributes of modules that split a channel axis and put it together: how many pieces, how wide."""
-        axes = [(s.op, np.unique(s.labels[s.labels >= 0]), PIECES) for s in self.walk.sites]
-        axes += [(op, labels, WIDTHS) for op, labels in self.walk.merges]
-        axes += [(op, pieces[0], PARTS) for op, pieces in self.walk.splits]
-        found: dict[tuple[str, str], Counted] = {}
-        for op, labels, words in axes:
-            module, axis = self.walk.tape.ops[op].module, self._axis(labels)
-            if axis.per_unit:
-                for name in _counting_attributes(self.walk.modules[module], len(labels), words):
-                    found[module, name] = Counted(module=module, attribute=name, axis=axis, per=1)
-        return list(found.values())
-
     def _split_axes(self) -> dict[str, dict[int, int]]:
-        """Module -> which of its reshapes shrinks along which axis."""
+        """Module -> which of its reshapes shrinks along which axis of what it makes; -number: it reads."""
         found: dict[str, dict[int, int]] = {}
         for site in self.walk.sites:
             found.setdefault(self.walk.tape.ops[site.op].module, {})[site.ordinal] = site.chosen
+        for op, (ordinal, kept) in self.walk.kept_axes.items():
+            found.setdefault(self.walk.tape.ops[op].module, {})[-ordinal] = kept
         return found
 
     def _reshaped(self) -> dict[str, tuple[Reshape, ...]]:
@@ -407,9 +400,21 @@ class _Grouping:
             handler, order = TABLE.get(op.name), self.walk.orders.get(position)
             if op.module != module or not (handler in (reshape, split, channel_shuffle) or order):
                 continue
-            parts = tuple(self._axis(p) for p in pieces.get(position, ()))
-            axes = parts if handler is split else self._shape_axes(op.outputs[0])
-            yield RaggedCall(line=op.where, axes=axes, order=self._rearranged(order) if order else None)
+            if handler is split:
+                axes = self._split_axes_of(op, pieces.get(position))
+                given = tuple(range(len(axes)))
+            else:
+                assert (out := op.outputs[0]) is not None
+                axes = self._shape_axes(out)
+                given = tuple(d for d, a in enumerate(self.walk.extents(out)) if not isinstance(a, int))
+            rearranged = self._rearranged(order) if order else None
+            yield RaggedCall(line=op.where, axes=axes, given=given, order=rearranged)
+
+    def _split_axes_of(self, op: Op, pieces: Sequence[LabelArray] | None) -> tuple[Axis, ...]:
+        if pieces is not None:
+            return tuple(self._axis(p) for p in pieces)
+        dim = op.arg("dim", 0)
+        return tuple(Axis(fixed=self.walk.shape(r)[dim], per_unit={}) for r in op.outputs if r is not None)
 
     def _rearranged(self, order: Order) -> Rearranged:
         units = np.append(self.rank[self.classes], 0)  # the last is FIXED's
@@ -423,19 +428,6 @@ def _runs(values: NDArray[np.int64], keys: NDArray[np.int64]) -> list[NDArray[np
     """Values with equal keys together; the keys are sorted, and those below 0 are left out."""
     values, keys = values[keys >= 0], keys[keys >= 0]
     return np.split(values, np.flatnonzero(np.diff(keys)) + 1) if len(values) else []
-
-
-PIECES: tuple[str, ...] = ("head", "group")
-PARTS = ("width", "split", "chunk")
-WIDTHS = ("attn", "inner", "all_head", "hidden", "out_dim", "dim_out", "val")
-
-
-def _counting_attributes(module: nn.Module, length: int, words: tuple[str, ...]) -> list[str]:
-    """Integers of that value on a module, named with one of the words."""
-    names = [n for n, v in vars(module).items() if type(v) is int and v == length]
-    named = [n for n in names if any(w in n for w in words)]
-    plain = [n for n in named if not any(w in n for w in ("dim", "size", "width", "channels"))]
-    return plain or named if words is PIECES else named
 
 
 def _tensors(model: nn.Module) -> list[tuple[str, Tensor, bool]]:

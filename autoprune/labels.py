@@ -26,7 +26,11 @@ FIXED = -1
 
 @dataclass(slots=True)
 class Slot:
-    """One parameter dimension, or one padded edge (`pad_op` is the operator's position on the tape)."""
+    """One parameter dimension, or one padded edge (`pad_op` is the operator's position on the tape).
+
+    An *open* slot is an axis along which a tensor has the same value everywhere, such as one that was
+    expanded: no parameter owns it, and it is as long as what it meets.
+    """
 
     name: str
     dim: int
@@ -35,6 +39,7 @@ class Slot:
     role: Role | None = None
     pad_op: int | None = None
     side: Literal["left", "right"] = "left"
+    is_open: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,12 +60,15 @@ class Labels:
         self.freezes: list[Freeze] = []
         self.ignores_fixed = False  # a probe follows one axis; positions of others are unknown, not fixed
         self.is_muted = False
+        self.has_open = False
         self._starts: list[int] = []
         self._ties: list[tuple[LabelArray, LabelArray]] = []
+        self._classes: tuple[tuple[int, int], NDArray[np.int32]] | None = None
 
-    def new(self, name: str, dim: int, size: int) -> LabelArray:
-        """Open a slot of `size` fresh labels."""
-        self.slots.append(Slot(name, dim, self.size, size))
+    def new(self, name: str, dim: int, size: int, *, is_open: bool = False) -> LabelArray:
+        """Add a slot of `size` fresh labels."""
+        self.slots.append(Slot(name, dim, self.size, size, is_open=is_open))
+        self.has_open = self.has_open or is_open
         self._starts.append(self.size)
         self.size += size
         return np.arange(self.size - size, self.size, dtype=np.int64)
@@ -100,8 +108,29 @@ class Labels:
             slot = self.slots[int(number)]
             slot.role = slot.role or role
 
+    def open_labels(self) -> NDArray[np.bool_]:
+        """Which labels lie in open slots, (size,)."""
+        found = np.zeros(self.size, bool)
+        for slot in self.slots:
+            if slot.is_open:
+                found[slot.start : slot.start + slot.size] = True
+        return found
+
+    def is_open(self, labels: LabelArray) -> bool:
+        """Whether all of an axis lies in open slots."""
+        if not self.has_open or not (labels >= 0).any():
+            return False
+        numbers = np.unique(np.searchsorted(self._starts, labels[labels >= 0], "right") - 1)
+        return all(self.slots[n].is_open for n in numbers.tolist())
+
     def classes(self) -> NDArray[np.int32]:
         """Class number of every label, (size,)."""
+        state = (self.size, len(self._ties))
+        if self._classes is None or self._classes[0] != state:
+            self._classes = (state, self._found_classes())
+        return self._classes[1]
+
+    def _found_classes(self) -> NDArray[np.int32]:
         if not self._ties:
             return np.arange(self.size, dtype=np.int32)
         left = np.concatenate([a for a, _ in self._ties])

@@ -39,6 +39,12 @@ def constant(walk: Walk, op: Op) -> list[Axes]:
     return _untracked(walk, op)
 
 
+def uniform(walk: Walk, op: Op) -> list[Axes]:
+    """A fresh tensor with the same value everywhere."""
+    shapes = [walk.shape(r) for r in op.outputs if r is not None]
+    return [[walk.open_axis(d, n) for d, n in enumerate(shape)] for shape in shapes]
+
+
 def pointwise(walk: Walk, op: Op) -> Axes:
     """Position by position, with broadcasting: axes of the same length tie."""
     out = op.outputs[0]
@@ -112,7 +118,7 @@ def _grouped(walk: Walk, op: Op) -> LabelArray | None:
     owner = _owner(walk, weight)
     stamped = walk.stamp(owner, "autoprune_grouped")
     whole = stamped == "whole" if stamped else groups >= max(per_in, per_out) or per_in == 1
-    if per_in > 1 or stamped:
+    if max(per_in, per_out) > 1 or stamped:
         walk.grouped[owner] = "whole" if whole else "positions"
     if not whole:
         first = walk.tie_rows(read.reshape(groups, per_in).T) if read is not None else None
@@ -159,6 +165,9 @@ def matrix_product(walk: Walk, op: Op) -> Axes:
     a, b = walk.get(left), walk.get(right)
     shapes = walk.shape(left), walk.shape(right)
     walk.contract((left, len(a) - 1), (right, len(b) - 2))
+    summed = a[-1] if op.name == "bmm" else None
+    if summed is not None and (walk.is_weight(left) or walk.is_weight(right)):
+        walk.pairs.append(summed)  # einsum multiplies position by position where one is left
     for ref, axis in ((left, len(a) - 2), (right, len(b) - 1)):
         if walk.is_weight(ref):
             walk.mark(walk.get(ref)[axis], "out")
@@ -365,6 +374,55 @@ def embedding(walk: Walk, op: Op) -> Axes:
     return [*[None] * len(walk.shape(indices)), width]
 
 
+def embedding_bag(walk: Walk, op: Op) -> list[Axes]:
+    """Sums, means or maxima of rows that are looked up."""
+    weight = op.arg("weight")
+    rows, width = walk.get(weight)
+    walk.freeze(rows, "rows are looked up by index", is_structural=True)
+    walk.mark(width, "out")
+    return _first(walk, op, [None, width])
+
+
+def bilinear(walk: Walk, op: Op) -> Axes:
+    """(..., i) x (o, i, j) x (..., j) -> (..., o), as `nn.Bilinear` asks for it."""
+    left, weight, right = op.arg("i1"), op.arg("i2"), op.arg("i3")
+    if (op.arg("expand1"), op.arg("expand2"), op.arg("sumdim")) != ([1, 3], [0], [2, 3]):
+        return unknown(walk, op)[0]
+    walk.contract((left, 1), (weight, 1))
+    walk.contract((right, 1), (weight, 2))
+    made = walk.get(weight)[0]
+    walk.mark(made, "out")
+    return [walk.join([walk.get(left)[0], walk.get(right)[0]]), made]
+
+
+def grid_sample(walk: Walk, op: Op) -> Axes:
+    """Every channel read at the positions of a grid."""
+    x, grid, out = op.arg("input"), op.arg("grid"), op.outputs[0]
+    assert out is not None
+    for axis in (*walk.get(x)[2:], *walk.get(grid)[1:]):
+        walk.freeze(axis, "a spatial axis")
+    batch = walk.join([walk.get(x)[0], walk.get(grid)[0]])
+    return [batch, walk.get(x)[1], *[None] * (len(walk.shape(out)) - 2)]
+
+
+def fourier(walk: Walk, op: Op) -> Axes:
+    """Fourier transforms: the axes transformed stay, the others go on."""
+    axes = list(walk.get(op.inputs[0]))
+    for d in op.arg("dim"):
+        walk.freeze(axes[d], "a Fourier transform along the channels")
+        axes[d] = None
+    return axes
+
+
+def real_pair(walk: Walk, op: Op) -> Axes:
+    """Complex numbers as pairs of real ones along a last axis, and back."""
+    axes = list(walk.get(op.inputs[0]))
+    if op.name == "view_as_real":
+        return [*axes, None]
+    walk.freeze(axes[-1], "the two parts of a complex number", is_structural=True)
+    return axes[:-1]
+
+
 SPATIAL = (
     "max_pool{0}d max_pool{0}d_with_indices avg_pool{0}d adaptive_avg_pool{0}d _adaptive_avg_pool{0}d "
     "adaptive_max_pool{0}d reflection_pad{0}d replication_pad{0}d upsample_nearest{0}d "
@@ -380,8 +438,9 @@ SPACE = {name: dims for dims in (1, 2, 3) for name in SPATIAL.format(dims).split
 }
 
 FAMILIES: dict[Handler, str] = {
-    constant: "empty new_zeros new_ones new_full new_empty zeros ones full arange scalar_tensor randn rand "
-    "randint linspace eye tril_indices triu_indices empty_strided new_empty_strided",
+    constant: "empty new_empty arange scalar_tensor randn rand randint linspace eye tril_indices "
+    "triu_indices empty_strided new_empty_strided",
+    uniform: "new_zeros new_ones new_full zeros ones full",
     like: "zeros_like ones_like full_like empty_like rand_like randn_like zero fill",
     pointwise: "pointwise hardswish hardsigmoid hardtanh leaky_relu elu selu celu mish softplus hardshrink "
     "prelu _prelu_kernel rrelu gelu silu relu relu6 threshold softshrink log_sigmoid log_sigmoid_forward "
@@ -403,6 +462,11 @@ FAMILIES: dict[Handler, str] = {
     along: "_softmax softmax _log_softmax log_softmax _safe_softmax cumsum cumprod sort topk logcumsumexp",
     spatial: " ".join(SPACE),
     embedding: "embedding",
+    embedding_bag: "_embedding_bag _embedding_bag_forward_only",
+    bilinear: "_trilinear",
+    grid_sample: "grid_sampler grid_sampler_2d grid_sampler_3d _grid_sampler_2d_cpu_fallback",
+    fourier: "_fft_r2c _fft_c2c _fft_c2r",
+    real_pair: "view_as_real view_as_complex",
     unknown: "unknown",
 }
 

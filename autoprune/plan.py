@@ -32,6 +32,10 @@ class HasUnits(Protocol):
     def num_units(self) -> int:
         """How many units the group has."""
 
+    @property
+    def min_keep(self) -> int:
+        """How many of them must stay."""
+
 
 class HasGroups(Protocol):
     """A graph, as far as a plan needs to know it."""
@@ -74,14 +78,13 @@ class PruningPlan:
 
     @classmethod
     def random(cls, graph: HasGroups, ratio: float, seed: int) -> PruningPlan:
-        """Remove `ratio` of every group's units at random, never all of them. Mostly for tests."""
+        """Remove `ratio` of every group's units at random, as far as `min_keep` allows. Mostly for tests."""
         rng = np.random.default_rng(seed)
-        widths = {g.name: g.num_units for g in graph.groups}
         keep = {}
-        for name, width in widths.items():
-            kept = max(1, width - round(ratio * width))
-            keep[name] = np.sort(rng.permutation(width)[:kept]).astype(np.int64)
-        return cls(keep=keep, num_units=widths)
+        for group in graph.groups:
+            kept = max(group.min_keep, group.num_units - round(ratio * group.num_units))
+            keep[group.name] = np.sort(rng.permutation(group.num_units)[:kept]).astype(np.int64)
+        return cls(keep=keep, num_units={g.name: g.num_units for g in graph.groups})
 
     def kept(self, name: str, num_units: int) -> Indices:
         """The kept units of one group, all `num_units` of them where the plan does not mention it."""

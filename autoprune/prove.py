@@ -41,6 +41,7 @@ ROUNDS = 12
 SILENT = 1e-3  # weights below this are taken to start at zero
 PROOFS = 64  # runs spent on finding out which groups fail; after that whole sets are frozen together
 
+Built = tuple[ChannelGraph, Walk]
 Check = Callable[[Sequence[Group]], str | None]
 
 
@@ -49,15 +50,11 @@ def proven(model: nn.Module, inputs: tuple[Any, ...], tape: Tape, wishes: Wishes
     choices: dict[int, int] = {}
     refused: list[tuple[LabelArray, str]] = []
     spent: list[int] = []
-    ragged: frozenset[str] | None = None
-    for _ in range(ROUNDS):
-        graph, walk = build(
-            model, tape, wishes, choices=choices, refused=refused, ragged=ragged or frozenset()
-        )
-        if ragged is None:
-            ragged = tied_too_far(walk) if tape.is_meta and walk.shuffles else frozenset()
-            if ragged:
-                continue
+    ragged, built = _ragged(model, tape, wishes, build(model, tape, wishes, choices={}, refused=()))
+    for turn in range(ROUNDS):
+        if turn > 0:
+            built = build(model, tape, wishes, choices=choices, refused=refused, ragged=ragged)
+        graph, walk = built
         proof = _Proof(model, inputs, walk)
         graph, reason = proof.loosened(graph)
         failing = proof.failing(graph, spent, reason=reason)
@@ -73,6 +70,18 @@ def proven(model: nn.Module, inputs: tuple[Any, ...], tape: Tape, wishes: Wishes
     everything = np.arange(walk.labels.size)
     refused.append((everything, "the network's program agrees with no pruned sizes that were tried"))
     return build(model, tape, wishes, choices=choices, refused=refused)[0]
+
+
+def _ragged(model: nn.Module, tape: Tape, wishes: Wishes, built: Built) -> tuple[frozenset[str], Built]:
+    """The modules that should be ragged (`shuffles`), where that gains units, and the graph with them."""
+    graph, walk = built
+    modules = tied_too_far(walk) if tape.is_meta and walk.shuffles else frozenset()
+    if modules:
+        finer = build(model, tape, wishes, choices={}, refused=(), ragged=modules)
+        before, after = (sum(g.num_units for g in found.groups) for found in (graph, finer[0]))
+        if after > before:
+            return modules, finer
+    return frozenset(), built
 
 
 class _Proof:

@@ -29,10 +29,8 @@ def reshape(walk: Walk, op: Op) -> Axes:
     if 0 in before:
         return result
     for sources, targets in matched(before, after):
-        tracked = [d for d in sources if axes[d] is not None]
-        if len(tracked) != 1:
-            for d in tracked:
-                walk.freeze(axes[d], "merged with another axis of channels")
+        tracked = _tracked(walk, axes, sources)
+        if not tracked:
             continue
         axis = axes[tracked[0]]
         assert axis is not None
@@ -47,6 +45,34 @@ def reshape(walk: Walk, op: Op) -> Axes:
     if out.index in walk.arriving:
         dim, result[dim] = walk.arriving[out.index]
     return result
+
+
+def _tracked(walk: Walk, axes: Axes, sources: list[int]) -> list[int]:
+    """The axis of channels among those that become one, if there is one; of several, all but one stay.
+
+    One that an earlier pruning let shrink does so again, or none.
+    """
+    tracked = [d for d in sources if axes[d] is not None]
+    op = walk.tape.ops[walk.position]
+    ordinal = walk.reshapes[op.module]
+    stamped = walk.stamp(op.module, "autoprune_axes", {}).get(-ordinal)
+    is_stamped = stamped is not None and sources[0] - 1 <= stamped <= sources[-1] + 1  # it may be 1 long now
+    if walk.is_probe or len(sources) < 2 or (len(tracked) < 2 and not is_stamped):
+        return tracked
+    if is_stamped:
+        kept = stamped if stamped in tracked else None
+    else:
+        closed = [d for d in tracked if (a := axes[d]) is not None and not walk.labels.is_open(a)]
+        verdicts = {d: walk.probe(op.inputs[0], d, includes_present=True) for d in closed}
+        free = [d for d in closed if not verdicts[d][0]] if len(closed) > 1 else closed
+        kept = max(free, key=lambda d: (verdicts[d][1], len(axes[d])), default=None)  # type: ignore[arg-type]
+    for d in tracked:
+        if d != kept:
+            walk.freeze(axes[d], "merged with another axis of channels")
+    if kept is None:
+        return []
+    walk.kept_axes[walk.position] = (ordinal, kept)
+    return [kept]
 
 
 def _regrouped(
@@ -145,8 +171,9 @@ def expand(walk: Walk, op: Op) -> Axes:
     assert out is not None
     before, after, axes = walk.shape(x), walk.shape(out), walk.get(x)
     lead = len(after) - len(before)
-    return [None] * lead + [
-        a if n == after[lead + d] else None for d, (a, n) in enumerate(zip(axes, before, strict=True))
+    return [
+        axes[d - lead] if d >= lead and before[d - lead] == n else walk.open_axis(d, n)
+        for d, n in enumerate(after)
     ]
 
 

@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from autoprune.tape import Op, Ref
-from autoprune.walk import Axes, Order, Walk
+from autoprune.walk import Axes, Order, Walk, fixed
 
 RESHAPES = frozenset(["view", "_unsafe_view", "reshape", "_reshape_alias", "flatten", "unflatten"])
 MOVES = frozenset({"permute", "transpose"})
@@ -139,12 +139,12 @@ def index_select(walk: Walk, op: Op) -> Axes:
     axis, out = axes[dim], op.outputs[0]
     assert out is not None
     call = _own_call(walk, op)
-    if axis is None or call is None:
+    if call is None:
         walk.freeze(axis, "channels are taken by index")
         axes[dim] = None
         return axes
     ahead = list(walk.readers.get(out.index, ()))
-    index = call.order.numpy()
+    index, axis = call.order.numpy(), fixed(walk.shape(op.inputs[0])[dim]) if axis is None else axis
     if not walk.is_probe:
         position = ahead[0] if call.given else walk.position  # given: to the reshape that follows
         walk.orders[position] = Order(dim, axis, index, call.given)

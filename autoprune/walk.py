@@ -107,7 +107,9 @@ class Walk:
     """One pass over a tape.
 
     Attributes:
+        kept_axes: operator -> the one axis that may shrink of those that a reshape made one.
         merges: (operator, labels) of every axis that a reshape made out of several.
+        pairs: axes of which two units must stay, because with one another operator would run.
         splits: (operator, labels of each piece) where an axis is split into pieces of written lengths.
         ragged: modules in which the parts of shuffles and splits may differ, see `shuffles`.
         shuffles: (module, labels, parts) of every shuffle whose parts were tied.
@@ -128,7 +130,9 @@ class Walk:
     axes: dict[int, Axes] = field(default_factory=dict)
     terms: list[CostTerm] = field(default_factory=list)
     sites: list[Site] = field(default_factory=list)
+    kept_axes: dict[int, tuple[int, int]] = field(default_factory=dict)
     merges: list[tuple[int, LabelArray]] = field(default_factory=list)
+    pairs: list[LabelArray] = field(default_factory=list)
     splits: list[tuple[int, tuple[LabelArray, ...]]] = field(default_factory=list)
     rules: list[AttributeRule] = field(default_factory=list)
     ragged: frozenset[str] = frozenset()
@@ -172,8 +176,12 @@ class Walk:
         """Parameters that the masked network may hold zeros in."""
         return maskable(self.tape)
 
-    def probe(self, ref: Ref, axis: int) -> tuple[str, int]:
-        """What the axis of `ref` runs into that it may not pass, and how often it ends as a batch axis."""
+    def probe(self, ref: Ref, axis: int, *, includes_present: bool = False) -> tuple[str, int]:
+        """What the axis of `ref` runs into that it may not pass, and how often it ends as a batch axis.
+
+        Args:
+            includes_present: whether the present operator reads `ref`, and is followed too.
+        """
         shape = self.tape.shapes[ref.index]
         probe = Walk(
             self.tape, self.modules, self.table, weights=self.weights, live=self.live, readers=self.readers
@@ -183,7 +191,8 @@ class Walk:
         labels: Axes = [None] * len(shape)
         labels[axis] = probe.labels.new("probe", axis, shape[axis])
         probe.axes[ref.index] = labels
-        ahead = [n for n in self.readers.get(ref.index, ()) if n > self.position]
+        since = self.position if includes_present else self.position + 1
+        ahead = [n for n in self.readers.get(ref.index, ()) if n >= since]
         seen = set(ahead)
         while ahead and len(seen) - len(ahead) <= PROBE_OPS and not probe.labels.freezes:
             position = heappop(ahead)
@@ -259,6 +268,12 @@ class Walk:
         axes = self.axes.get(ref.index, [None] * len(shape))
         return [n if a is None else a for n, a in zip(shape, axes, strict=True)]
 
+    def open_axis(self, dim: int, size: int) -> LabelArray | None:
+        """Labels for an axis along which a tensor is the same everywhere."""
+        if self.is_probe or size <= 1:
+            return None
+        return self.labels.new("", dim, size, is_open=True)
+
     def is_weight(self, ref: Ref) -> bool:
         """Whether a tensor is a parameter, or made from one in a way that keeps zeros at zero."""
         return ref.index in self.weights
@@ -294,10 +309,12 @@ class Walk:
         axes = [self.get(ref)[axis] for ref, axis in (left, right)]
         if all(a is None for a in axes):
             return
-        for ref, axis in (left, right):
-            if self.is_weight(ref):
-                self.mark(self.get(ref)[axis], "in")
-        if not (self.is_weight(left[0]) or self.is_weight(right[0])):
+        can_mask = False
+        for (ref, _), labels in zip((left, right), axes, strict=True):
+            if self.is_weight(ref) and not (labels is not None and self.labels.is_open(labels)):
+                self.mark(labels, "in")
+                can_mask = True
+        if not can_mask:
             for labels in axes:
                 self.freeze(labels, "summed over in a product of two activations")
             return

@@ -475,7 +475,7 @@ class _HardHeads(nn.Module):
         return self.down(F.gelu(self.up(x)))
 
 
-@pattern("lstm", inputs=lambda: (torch.randn(2, 5, 6),), free=("inp",), stuck=("rnn",))
+@pattern("lstm", inputs=lambda: (torch.randn(2, 5, 6),), free=("inp", "rnn"))
 class _Lstm(nn.Module):
     kind: type[nn.RNNBase] = nn.LSTM
 
@@ -487,7 +487,7 @@ class _Lstm(nn.Module):
         return self.out(self.rnn(torch.relu(self.inp(x)))[0][:, -1])
 
 
-@pattern("gru", inputs=lambda: (torch.randn(2, 5, 6),), free=("inp",), stuck=("rnn",))
+@pattern("gru", inputs=lambda: (torch.randn(2, 5, 6),), free=("inp", "rnn"))
 class _Gru(_Lstm):
     kind = nn.GRU
 
@@ -556,7 +556,7 @@ class _Concatenation(Net):
         return self.c(F.relu(torch.cat([self.a(x), x, self.b(x)], 1)))
 
 
-@pattern("constant_added", stuck=("stem",), reason="fixed length")
+@pattern("constant_added", stuck=("stem",), reason="size written in")
 class _Constant(Net):
     def body(self, x: Tensor) -> Tensor:
         return x + torch.ones(8, 1, 1)
@@ -633,7 +633,26 @@ class _DataDependent(Net):
 @pattern("unknown_operator", stuck=("wide",), reason="not known")
 class _Unknown(_Shuffle):
     def body(self, x: Tensor) -> Tensor:
+        return self.back(torch.cdist(self.wide(x).flatten(2), x.flatten(2)[:, :1]).unsqueeze(3))
+
+
+@pattern("fourier_across_channels", stuck=("wide",), reason="Fourier")
+class _FourierAcross(_Shuffle):
+    def body(self, x: Tensor) -> Tensor:
         return self.back(torch.fft.fft2(self.wide(x), dim=(1, 2)).real)
+
+
+@pattern("fourier_over_space", free=("wide",))
+class _Fourier(_Shuffle):
+    """A global filter (Rao et al. 2021): complex weights kept as pairs of real ones."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.filter = nn.Parameter(torch.randn(12, 8, 5, 2))
+
+    def body(self, x: Tensor) -> Tensor:
+        spectrum = torch.fft.rfft2(self.wide(x)) * torch.view_as_complex(self.filter)
+        return self.back(torch.fft.irfft2(spectrum, s=x.shape[-2:]))
 
 
 @pattern("width_in_arithmetic", stuck=("wide",), reason="follows a width")
@@ -721,3 +740,176 @@ class _HeadsFromWidth(nn.Module):
         k, v = kv.permute(2, 0, 3, 1, 4).unbind(0)
         x = F.scaled_dot_product_attention(q, k, v, scale=0.5).transpose(1, 2)
         return self.proj(x.reshape(batch, length, width))
+
+
+@pattern("lstm_of_several", inputs=lambda: (torch.randn(2, 5, 6),), free=("rnn",), extra={"rnn": 10})
+class _SeveralLstm(nn.Module):
+    """Layers and directions share one hidden size, so that their units go together."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.rnn, self.out = nn.LSTM(6, 10, num_layers=2, bidirectional=True), nn.Linear(20, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y, (hidden, _) = self.rnn(x)
+        return self.out(y[-1]) + self.out(torch.cat([hidden[-1], hidden[-2]], 1))
+
+
+@pattern("lstm_with_projection", inputs=lambda: (torch.randn(2, 5, 6),), stuck=("rnn",))
+class _ProjectedLstm(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.rnn, self.out = nn.LSTM(6, 10, proj_size=4), nn.Linear(4, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.out(self.rnn(x)[0][-1])
+
+
+@pattern("recurrent_cell", inputs=lambda: (torch.randn(2, 5, 6),), free=("cell",))
+class _Cell(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.cell, self.out = nn.GRUCell(6, 10), nn.Linear(10, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        state = None
+        for step in x.unbind(1):
+            state = self.cell(step, state)
+        return self.out(state)
+
+
+@pattern(
+    "padding_mask",
+    inputs=lambda: (torch.randn(2, 5, 16), torch.ones(2, 5) > 0),
+    free=("att",),
+    extra={"att": 4},
+)
+class _PaddingMask(_Multihead):
+    """The mask is expanded over the heads."""
+
+    def forward(self, x: Tensor, is_there: Tensor) -> Tensor:
+        return self.out(self.att(x, x, x, key_padding_mask=~is_there, need_weights=False)[0])
+
+
+@pattern("unit_length", free=("wide",))
+class _UnitLength(_Shuffle):
+    """Each channel over the length of all, which is expanded over them."""
+
+    def body(self, x: Tensor) -> Tensor:
+        return self.back(F.normalize(self.wide(x), dim=1))
+
+
+@pattern("state_of_zeros", free=("wide",))
+class _ZeroState(_Shuffle):
+    """Fresh tensors of the same value everywhere are as long as what they meet."""
+
+    def body(self, x: Tensor) -> Tensor:
+        x = self.wide(x)
+        return self.back(x * torch.ones(x.shape[1], 1, 1) + x.new_zeros(x.shape) + torch.full_like(x, 0.5))
+
+
+@pattern("expanded_weight", inputs=lambda: (torch.randn(2, 6),), stuck=("a",), reason="two activations")
+class _ExpandedWeight(nn.Module):
+    """A weight that is expanded over what it reads cannot be masked there."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.w, self.out = nn.Linear(6, 8), nn.Parameter(torch.randn(1, 5)), nn.Linear(5, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = torch.relu(self.a(x))
+        return self.out(torch.relu(x @ self.w.expand(x.shape[1], 5)))
+
+
+@pattern("mixture_by_einsum", inputs=lambda: (torch.randn(2, 7, 12),), extra={"up": 3})
+class _Mixture(nn.Module):
+    """Experts and hidden units become one axis; with one unit left einsum would not multiply matrices."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gate = nn.Linear(12, 2)
+        self.up, self.down = nn.Parameter(torch.randn(2, 12, 3)), nn.Parameter(torch.randn(2, 3, 12))
+
+    def forward(self, x: Tensor) -> Tensor:
+        hidden = F.gelu(torch.einsum("bnd,kdh->bnkh", x, self.up))
+        return torch.einsum("bnkh,khd,bnk->bnd", hidden, self.down, torch.softmax(self.gate(x), -1))
+
+
+@pattern("repeated_keys", inputs=lambda: (torch.randn(2, 7, 12),), free=("q", "k"), extra={"q": 2})
+class _RepeatedKeys(nn.Module):
+    """Grouped-query attention (Ainslie et al. 2023): four heads of queries share two of keys and values."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.q, self.k, self.v = nn.Linear(12, 16), nn.Linear(12, 8), nn.Linear(12, 8)
+        self.out = nn.Linear(16, 3)
+
+    def _heads(self, x: Tensor, times: int) -> Tensor:
+        x = x.unflatten(-1, (-1, 4)).transpose(1, 2)
+        batch, heads, length, width = x.shape
+        return x[:, :, None].expand(batch, heads, times, length, width).reshape(batch, -1, length, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = self._heads(self.q(x), 1), self._heads(self.k(x), 2), self._heads(self.v(x), 2)
+        return self.out(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
+
+
+@pattern("grouped_queries", inputs=lambda: (torch.randn(2, 7, 12),), free=("q", "k"), extra={"q": 2})
+class _GroupedQueries(_RepeatedKeys):
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = (self._heads(layer(x), 1) for layer in (self.q, self.k, self.v))
+        return self.out(F.scaled_dot_product_attention(q, k, v, enable_gqa=True).transpose(1, 2).flatten(2))
+
+
+@pattern("grid_sample", free=("wide",))
+class _GridSample(_Shuffle):
+    """Space is warped by what the network says, each channel alike."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.shift = nn.Conv2d(8, 2, 3, padding=1)
+
+    def body(self, x: Tensor) -> Tensor:
+        theta = torch.eye(2, 3, dtype=x.dtype).expand(len(x), 2, 3)
+        grid = F.affine_grid(theta, x.shape, align_corners=False) + torch.tanh(self.shift(x)).permute(
+            0, 2, 3, 1
+        )
+        return self.back(F.grid_sample(self.wide(x), grid, align_corners=False))
+
+
+@pattern("bilinear", inputs=lambda: (torch.randn(2, 6), torch.randn(2, 5)), free=("a", "b", "both"))
+class _Bilinear(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.both, self.out = (
+            nn.Linear(6, 8),
+            nn.Linear(5, 7),
+            nn.Bilinear(8, 7, 9),
+            nn.Linear(9, 3),
+        )
+
+    def forward(self, x: Tensor, y: Tensor) -> Tensor:
+        return self.out(torch.tanh(self.both(torch.tanh(self.a(x)), torch.tanh(self.b(y)))))
+
+
+@pattern("embedding_bag", inputs=lambda: (torch.randint(0, 11, (3, 5)),), free=("bag",))
+class _Bag(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.bag, self.out = nn.EmbeddingBag(11, 8, mode="mean"), nn.Linear(8, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.out(self.bag(x))
+
+
+@pattern("multiplier_of_one_group", free=("stem",))
+class _FewDepthwise(Net):
+    """What is left of a depthwise convolution with a multiplier may be one group of several channels."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.bn = nn.Conv2d(3, 3, 3, padding=1), nn.BatchNorm2d(3)
+        self.deep, self.back = nn.Conv2d(3, 9, 3, padding=1, groups=3), nn.Conv2d(9, 8, 1)
+
+    def body(self, x: Tensor) -> Tensor:
+        return self.back(F.relu(self.deep(x)))

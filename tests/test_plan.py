@@ -15,6 +15,7 @@ from autoprune.plan import PruningPlan
 class Units:
     name: str
     num_units: int
+    min_keep: int = 1
 
 
 @dataclass(frozen=True)

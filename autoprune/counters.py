@@ -1,0 +1,50 @@
+"""Numbers on modules that count what pruning removes: heads, groups, the width of pieces.
+
+Where a forward computes with `self.num_heads`, the dense network needs another number there. Which attributes
+these are is told by their value and by a word in their name; the proof finds out whether it was right.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+from torch import nn
+
+from autoprune.cost import Axis
+from autoprune.graph import Counted
+from autoprune.labels import LabelArray
+from autoprune.walk import Walk
+
+PIECES: tuple[str, ...] = ("head", "group")
+PARTS = ("width", "split", "chunk")
+WIDTHS = ("attn", "inner", "all_head", "hidden", "out_dim", "dim_out", "val")
+
+
+def counted(walk: Walk, axis_of: Callable[[LabelArray], Axis]) -> tuple[Counted, ...]:
+    """All attributes that count channels of a group."""
+    rules = [(r.module, r.attribute, r.labels, r.per) for r in walk.rules]
+    known = [Counted(module=m, attribute=a, axis=axis_of(x), per=p) for m, a, x, p in rules]
+    return (*known, *_where_axes_split(walk, axis_of))
+
+
+def _where_axes_split(walk: Walk, axis_of: Callable[[LabelArray], Axis]) -> list[Counted]:
+    """Attributes of modules that split a channel axis and put it together: how many pieces, how wide."""
+    axes = [(s.op, np.unique(s.labels[s.labels >= 0]), PIECES) for s in walk.sites]
+    axes += [(op, labels, WIDTHS) for op, labels in walk.merges]
+    axes += [(op, pieces[0], PARTS) for op, pieces in walk.splits]
+    found: dict[tuple[str, str], Counted] = {}
+    for op, labels, words in axes:
+        module, axis = walk.tape.ops[op].module, axis_of(labels)
+        if axis.per_unit:
+            for name in _counting_attributes(walk.modules[module], len(labels), words):
+                found[module, name] = Counted(module=module, attribute=name, axis=axis, per=1)
+    return list(found.values())
+
+
+def _counting_attributes(module: nn.Module, length: int, words: tuple[str, ...]) -> list[str]:
+    """Integers of that value on a module, named with one of the words."""
+    names = [n for n, v in vars(module).items() if type(v) is int and v == length]
+    named = [n for n in names if any(w in n for w in words)]
+    plain = [n for n in named if not any(w in n for w in ("dim", "size", "width", "channels"))]
+    return plain or named if words is PIECES else named
