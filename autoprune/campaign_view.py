@@ -9,7 +9,7 @@ from __future__ import annotations
 import io
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from typing import Any
 from uuid import NAMESPACE_URL, uuid5
 
@@ -23,7 +23,7 @@ from autoprune.record import RoundRecord, RunRecord, TrialRecord
 from autoprune.report import fate
 from autoprune.trial_table import trials_csv
 from autoprune.view_storage import StudyView
-from autoprune.wording import ACTIONS, answer, count, duration, percent, plural, setting, signed
+from autoprune.wording import ACTIONS, answer, count, duration, ending, percent, plural, setting, signed
 
 SCORE = "removed (negative: short of the floor)"
 TOP1 = "top-1 on the search split"
@@ -202,7 +202,8 @@ def _final(run: Campaign) -> StudyView:
     change = f"{signed(100 * (after.top1 - record.before.top1))} pp"
     verdict = "target reached" if record.outcome.reached else "target not reached"
     title = f"{verdict}: {percent(1 - after.macs / record.before.macs)} fewer MACs, {change}"
-    note = f"# {verdict.capitalize()}\n\n{answer(record)}\n\n{record.outcome.message}\n"
+    told = [answer(record), record.outcome.message, ending(record)]
+    note = "\n\n".join([f"# {verdict.capitalize()}", *told]) + "\n"
     widths = interactive.widths(record.before.widths, after.widths, "Layer widths")
     shown = [_with(t, {}, {}) for t in run.trials.get("final", ())]
     return _study(attached, title, note, facts, [interactive.path(record), widths], shown)
@@ -264,10 +265,27 @@ def _with(trial: FrozenTrial, facts: dict[str, Any], system: dict[str, Any]) -> 
 
 
 def _trial_note(record: TrialRecord, one: RoundRecord) -> str:
-    values = {k: v for k, v in asdict(record).items() if k not in ("epochs", "params") and v is not None}
     lines = [f"# Round {one.number}, trial {record.number}: {fate(record)}", ""]
-    lines += [f"- {name}: {setting(value)}" for name, value in (record.params | values).items()]
-    return "\n".join(lines) + "\n"
+    if record.cost_share is not None:
+        lines += [
+            f"It removed {percent(record.prune_rate)} of where the round started; that leaves "
+            f"{percent(record.cost_share)} of the original's cost: {count(record.macs)} MACs, "
+            f"{count(record.num_params)} parameters.", "",
+        ]  # fmt: skip
+    if record.top1 is not None:
+        band = f"{percent(record.low, 2)} to {percent(record.high, 2)}"
+        lines += [
+            f"Top-1 on the search split: **{percent(record.top1, 2)}** (95 % interval {band}), "
+            f"{percent(record.before_tuning, 2)} before fine-tuning; the round's floor was "
+            f"{percent(one.floor, 2)}.", "",
+        ]  # fmt: skip
+    if record.rungs:
+        rows = [_row(f"{r.epochs:.3g}", percent(r.top1, 2)) for r in record.rungs]
+        lines += [_row("epochs", "top-1 at the end of a schedule"), "|---:|---:|", *rows, ""]
+    lines += [_row("setting", "value"), "|---|---|"]
+    lines += [_row(name, setting(value)) for name, value in record.params.items()]
+    tuned = f", {duration(record.tuning_seconds)} of it fine-tuning" if record.tuning_seconds else ""
+    return "\n".join([*lines, "", f"It took {duration(record.seconds)}{tuned}."]) + "\n"
 
 
 def _drawn(record: RunRecord, name: str) -> bytes:

@@ -13,7 +13,7 @@ import plotly.graph_objects as go
 
 from autoprune.plots import COLOURS
 from autoprune.record import RoundRecord, RunRecord, TrialRecord
-from autoprune.wording import METRICS, percent, setting
+from autoprune.wording import METRICS, delivered, percent, setting
 
 LAYOUT: dict[str, Any] = {
     "template": "none", "font": {"size": 13}, "margin": {"l": 60, "r": 20, "t": 50, "b": 50},
@@ -37,6 +37,13 @@ def path(record: RunRecord, here: RoundRecord | None = None) -> go.Figure:
         x=[x for x, _ in line], y=[y for _, y in line], mode="lines+markers", name="promoted",
         line={"color": COLOURS["accent"]}, hovertemplate="%{x:.1f} % left: %{y:.2f} %<extra></extra>",
     )  # fmt: skip
+    made = delivered(record)
+    if made is not None and record.after is not None:
+        figure.add_scatter(
+            x=[100 * _share(made[1])], y=[100 * record.after.search_top1], mode="markers", name="delivered",
+            marker={"color": COLOURS["accent"], "size": 11, "symbol": "diamond"},
+            hovertemplate="delivered: %{x:.1f} % left, %{y:.2f} %<extra></extra>",
+        )  # fmt: skip
     figure.add_hline(
         y=100 * record.floor, line={"color": COLOURS["bad"], "dash": "dash"},
         annotation_text=f"floor {percent(record.floor, 2)}", annotation_position="bottom left",

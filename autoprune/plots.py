@@ -20,7 +20,7 @@ from matplotlib.ticker import NullLocator, StrMethodFormatter
 
 from autoprune.outlook import COLUMNS, Cell, Probed, Prospect, cells
 from autoprune.record import RunRecord, TrialRecord
-from autoprune.wording import METRICS, percent, signed
+from autoprune.wording import METRICS, delivered, percent, signed
 
 # Name of the CSS variable -> its colour on white. All differ, since the SVG is searched for them.
 COLOURS = {
@@ -94,10 +94,12 @@ def path(record: RunRecord) -> Figure | None:
     bottom = _bottom(trials, start, 100 * record.floor)
     _dots(axes, trials, bottom)
     _promoted_line(axes, record, start)
+    _delivered(axes, record, bottom)
     axes.axhline(100 * record.floor, color=COLOURS["bad"], linewidth=1, dashes=(5, 3))
     axes.axvline(100 * record.target_share, color=COLOURS["muted"], linewidth=1, dashes=(2, 2))
     axes.set_xlim(102, min(100 * record.target_share, *(100 * _share(t) for t in trials)) - 4)
-    top = max([start, *(100 * _top1(t) for t in trials)])
+    ends = [100 * record.after.search_top1] if record.after else []
+    top = max([start, *ends, *(100 * _top1(t) for t in trials)])
     axes.set_ylim(bottom, top + 0.16 * (top - bottom))
     axes.annotate(f"floor {percent(record.floor)}", (0, 100 * record.floor), (3, 3), va="bottom", ha="left",
                   xycoords=("axes fraction", "data"), textcoords="offset points", color=COLOURS["bad"],
@@ -137,7 +139,7 @@ def _dots(axes: Axes, trials: list[TrialRecord], bottom: float) -> None:
         ("recovered", [t for t in trials if t.recovered], "o", COLOURS["good"], COLOURS["good"]),
         ("below the round's floor", [t for t in trials if not t.recovered and 100 * _top1(t) >= bottom],
          "o", "none", COLOURS["muted"]),
-        ("far below", [t for t in trials if 100 * _top1(t) < bottom], "v", "none", COLOURS["muted"]),
+        ("lower still", [t for t in trials if 100 * _top1(t) < bottom], "v", "none", COLOURS["muted"]),
     )  # fmt: skip
     for label, chosen, marker, face, edge in kinds:
         if chosen:
@@ -160,6 +162,18 @@ def _promoted_line(axes: Axes, record: RunRecord, start: float) -> None:
               marker="o", markersize=6.5, markerfacecolor=COLOURS["paper"], markeredgewidth=1.8)  # fmt: skip
     axes.annotate("original", points[0], (-5, 9), textcoords="offset points", ha="left", fontsize=8.5,
                   color=COLOURS["accent"])  # fmt: skip
+
+
+def _delivered(axes: Axes, record: RunRecord, bottom: float) -> None:
+    """What came of the trial that was tuned at the end, with the way from there."""
+    made = delivered(record)
+    if made is None or record.after is None:
+        return
+    share, ends = 100 * _share(made[1]), 100 * record.after.search_top1
+    axes.plot([share, share], [max(bottom, 100 * _top1(made[1])), ends], color=COLOURS["accent"],
+              linewidth=1.2, linestyle=":", zorder=4)  # fmt: skip
+    axes.plot([share], [ends], "D", color=COLOURS["accent"], markersize=6.5, zorder=5, linestyle="none",
+              label="delivered")  # fmt: skip
 
 
 def widths(record: RunRecord) -> Figure | None:

@@ -23,6 +23,7 @@ from autoprune.config import DECAYS
 from autoprune.record import RoundRecord, RunRecord, TrialRecord
 from autoprune.trial_table import importances, trials_csv
 
+CHOSEN = ("lr", "decay", "criterion")
 DELIVERED = {
     "model.autoprune.age": "the delivered model, encrypted (age v1)",
     "model.autoprune": "the delivered model: weights, .pt2, ONNX and manifest in one file",
@@ -117,8 +118,8 @@ def _render(record: RunRecord, out: Path, svgs: Mapping[str, str]) -> str:
     page = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     page.filters |= {
         "percent": wording.percent, "duration": wording.duration, "size": wording.size,
-        "setting": wording.setting, "when": _when, "fate": fate, "unbroken": unbroken,
-        "sentence": _sentence, "shown": _shown,
+        "setting": wording.setting, "plural": wording.plural, "when": _when, "fate": fate,
+        "unbroken": unbroken, "sentence": _sentence, "shown": _shown,
     }  # fmt: skip
     template = page.from_string(packaged("report.html.j2"))
     return template.render(
@@ -129,6 +130,7 @@ def _render(record: RunRecord, out: Path, svgs: Mapping[str, str]) -> str:
         rows=wording.comparison(record.before, record.after, record.difference),
         plots={name: svgs.get(name) for name in plots.PLOTS},
         actions=wording.ACTIONS,
+        ending=wording.ending(record),
         winners=list(_winners(record)),
         params=_columns(record),
         mattered=importances(record),
@@ -145,12 +147,15 @@ def packaged(name: str) -> str:
 
 
 def _winners(record: RunRecord) -> Iterator[tuple[RoundRecord, TrialRecord]]:
-    yield from ((r, t) for r in record.rounds for t in r.trials if t.promoted)
+    made = wording.delivered(record)
+    for one in record.rounds:
+        yield from ((one, t) for t in one.trials if t.promoted or (one, t) == made)
 
 
 def unbroken(text: str) -> str:
     """Keep a number and its unit on one line."""
-    return re.sub(r" (?=[%→]|pp\b)|(?<=→) ", "\u00a0", text).replace("top-1", "top\u20111")
+    kept = re.sub(r" (?=[%→]|pp\b|epochs\b)|(?<=→) ", "\u00a0", text).replace("top-1", "top\u20111")
+    return kept.replace("--", "-\u2060-\u2060")  # an option is not broken after its hyphens
 
 
 def _sentence(text: str) -> str:
@@ -172,12 +177,12 @@ def _is_of(parameter: str, decay: str) -> bool:
 
 
 def _columns(record: RunRecord) -> list[str]:
-    """The parameters that differ between trials; what all of them share is a setting of the run."""
+    """What every trial chooses, and of the rest what differs: what all share is a setting of the run."""
     trials = [_shown(t) for r in record.rounds for t in r.trials]
     names = dict.fromkeys(name for t in trials for name in t)
     told = {"prune_rate"}  # as what was removed, in its own column
     values = {n: {t[n] for t in trials if n in t} for n in names if n not in told}
-    return [n for n, found in values.items() if len(found) > 1 or len(trials) == 1]
+    return [n for n, found in values.items() if n in CHOSEN or len(found) > 1]
 
 
 def _when(started: str) -> str:

@@ -6,9 +6,9 @@ have SI prefixes and three digits, and a minus is a minus, not a hyphen. A missi
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
-from autoprune.record import Difference, ModelSummary, RunRecord
+from autoprune.record import Difference, ModelSummary, RoundRecord, RunRecord, TrialRecord
 
 MISSING = "–"  # noqa: RUF001 an en dash, the usual sign for "no value" in a table
 MINUS = "−"  # noqa: RUF001
@@ -123,7 +123,11 @@ def comparison(before: ModelSummary, after: ModelSummary | None, difference: Dif
     for label, old, new, say in costs:
         rows.append(Row(label=label, before=say(old), after=say(new), change=_shrunk(old, new)))
     if before.latency_ms is not None:
-        rows.append(_latency(before, after))
+        row = _latency(before, after)
+        is_same = after is not None and (after.macs, after.params) == (before.macs, before.params)
+        rows.append(
+            replace(row, change=MISSING) if is_same else row
+        )  # the same network: what differs is noise
     return rows
 
 
@@ -153,6 +157,40 @@ def _latency(before: ModelSummary, after: ModelSummary | None) -> Row:
         change=change,
         note=f"median, ± {' and '.join(f'{s:.2f}' for s in spreads)} ms" if spreads else "median",
     )
+
+
+def delivered(record: RunRecord) -> tuple[RoundRecord, TrialRecord] | None:
+    """The trial that made the delivered network; None where that is the original, or nothing yet."""
+    after = record.after
+    if after is None or after.params == record.before.params:
+        return None
+    size = (after.macs, after.params)
+    made = [(r, t) for r in record.rounds for t in r.trials if (t.macs, t.num_params) == size]
+    known = record.tuning.before if record.tuning else after.search_top1
+    return min(made, key=lambda m: (abs((m[1].top1 or 0.0) - known), -m[0].number), default=None)
+
+
+def ending(record: RunRecord) -> str:
+    """How the delivered network came about, after the last round; empty where there is none."""
+    if record.after is None:
+        return ""
+    made, tuning = delivered(record), record.tuning
+    if made is None:
+        return "The original is delivered: no trial stayed inside the floor."
+    one, trial = made
+    who = f"trial {trial.number} of round {one.number}"
+    if tuning is None or not tuning.epochs:
+        return f"{who.capitalize()} is delivered as it was: nothing of the budget was left to tune it longer."
+    took = f"{tuning.epochs[-1].epoch:.3g} epochs"
+    before, after = percent(tuning.before, 2), percent(tuning.search_top1, 2)
+    if not tuning.kept:
+        return f"{took} more gave {after}, less than {before}: {who} is delivered as it was."
+    if tuning.before < record.floor:
+        return (
+            f"{who.capitalize()} had missed the floor with {before}. What was left of the budget, {took}, "
+            f"brought it to {after}: it is delivered."
+        )
+    return f"What was left of the budget, {took}, took {who} from {before} to {after}: it is delivered."
 
 
 def _so_far(record: RunRecord) -> str:

@@ -1,8 +1,11 @@
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 
 from autoprune import wording
+from autoprune.record import RunRecord
 from tests.example_record import FELL_SHORT, REACHED, UNFINISHED
 
 
@@ -50,8 +53,6 @@ def test_the_answer_is_one_sentence_with_interval_and_machine() -> None:
 
 
 def test_a_slower_model_is_called_slower() -> None:
-    rows = wording.comparison(REACHED.before, REACHED.before, None)
-    assert "1.00×" in rows[-1].change  # noqa: RUF001
     swapped = wording.comparison(FELL_SHORT.after or FELL_SHORT.before, FELL_SHORT.before, None)
     assert swapped[-1].change.endswith("slower")
 
@@ -59,3 +60,42 @@ def test_a_slower_model_is_called_slower() -> None:
 def test_without_a_result_the_table_shows_the_original_alone() -> None:
     rows = wording.comparison(UNFINISHED.before, None, None)
     assert {r.after for r in rows} == {wording.MISSING}
+
+
+def made_by(trial_top1: float, **changes: object) -> RunRecord:
+    """A finished run whose last round's first trial is what was delivered."""
+    assert REACHED.after is not None
+    last = REACHED.rounds[-1]
+    same = dataclasses.replace(
+        last.trials[0], macs=REACHED.after.macs, num_params=REACHED.after.params, top1=trial_top1
+    )
+    rounds = (*REACHED.rounds[:-1], dataclasses.replace(last, trials=(same, *last.trials[1:])))
+    return dataclasses.replace(REACHED, rounds=rounds, **changes)  # type: ignore[arg-type]
+
+
+def test_the_end_says_where_the_delivered_network_came_from() -> None:
+    tuning = REACHED.tuning
+    assert tuning is not None
+    tuned = wording.ending(made_by(0.9119))
+    assert tuned.startswith("What was left of the budget, 3 epochs, took trial 0 of round 4 from 91.19 %")
+    missed = dataclasses.replace(tuning, before=0.90)
+    assert "had missed the floor with 90.00 %" in wording.ending(made_by(0.90, tuning=missed))
+    worse = dataclasses.replace(tuning, kept=False)
+    assert "trial 0 of round 4 is delivered as it was" in wording.ending(made_by(0.9119, tuning=worse))
+    assert "nothing of the budget was left" in wording.ending(made_by(0.9119, tuning=None))
+    nothing = dataclasses.replace(REACHED, after=REACHED.before)
+    assert wording.ending(nothing) == "The original is delivered: no trial stayed inside the floor."
+    assert wording.ending(UNFINISHED) == ""
+
+
+def test_the_same_network_is_neither_faster_nor_slower() -> None:
+    noisy = dataclasses.replace(REACHED.before, latency_ms=5.0)
+    assert wording.comparison(REACHED.before, noisy, None)[-1].change == wording.MISSING
+
+
+def test_an_unfinished_run_says_how_far_it_is() -> None:
+    assert "round 1 promoted a network with 69.0 % of the MACs and 91.62 % top-1" in wording.answer(
+        UNFINISHED
+    )
+    begun = dataclasses.replace(UNFINISHED, rounds=())
+    assert wording.answer(begun).endswith("not finished; nothing is promoted yet.")
