@@ -122,7 +122,9 @@ def test_a_round_ends_at_the_target_unless_more_trials_cost_next_to_nothing(
         meter=Meter(Budget(epochs=budget)),
     )  # fmt: skip
     assert not _is_served(job, study)
-    trial = sit(study, take(study, 1, job.owner) or pytest.fail(), known_points(job)[0])
+    seat = take(study, 1, job.owner)
+    assert seat is not None
+    trial = sit(study, seat, known_points(job)[0])
     suggest(trial, job.space)
     record = TrialRecord(
         number=0, state="running", params={}, prune_rate=job.plan.ceiling, top1=0.9, recovered=True,
