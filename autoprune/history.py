@@ -7,7 +7,7 @@ be made again at any time. `RoundPlan` is what a round's study was created with.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from datetime import datetime
 from typing import Any, TypeVar
 
@@ -118,12 +118,25 @@ def checkpoint_of(store: RunStore, number: int, trial: int) -> str:
 
 def read_trials(study: optuna.Study) -> tuple[TrialRecord, ...]:
     """All trials of a round, those that failed or still run included."""
-    promoted = study.user_attrs.get("promoted")
+    promoted, known = study.user_attrs.get("promoted"), getattr(study._storage, "records", {})
     return tuple(
-        _read_trial(t, promoted=t.number == promoted)
-        for t in study.get_trials(deepcopy=False)
-        if t.state is not TrialState.WAITING and not is_withdrawn(t)
+        replace(record, promoted=True) if record.number == promoted else record
+        for record in (
+            _known_or_read(t, known)
+            for t in study.get_trials(deepcopy=False)
+            if t.state is not TrialState.WAITING and not is_withdrawn(t)
+        )
     )
+
+
+def _known_or_read(trial: FrozenTrial, known: dict[int, TrialRecord]) -> TrialRecord:
+    """A finished trial is read once: a round of a thousand trials looks back at all of them after each."""
+    if trial.number not in known:
+        record = _read_trial(trial)
+        if not trial.state.is_finished():
+            return record
+        known[trial.number] = record
+    return known[trial.number]
 
 
 def read_round(study: optuna.Study) -> RoundRecord:
@@ -245,14 +258,14 @@ def _stage_times(
     return tuple(StageTime(stage=stage, seconds=seconds) for stage, seconds in times.items())
 
 
-def _read_trial(trial: FrozenTrial, *, promoted: bool) -> TrialRecord:
+def _read_trial(trial: FrozenTrial) -> TrialRecord:
     result: Mapping[str, Any] = trial.user_attrs.get(RESULT, {})
     state = STATES.get(trial.state, "failed")
     if result.get("failure"):
         state = "failed"
     stopped = "" if state != "failed" or result else "the process that ran it was stopped"
     known = {"failure": stopped} | dict(result)
-    merged = known | {"number": trial.number, "state": state, "params": trial.params, "promoted": promoted}
+    merged = known | {"number": trial.number, "state": state, "params": trial.params}
     return _read(TrialRecord, merged)
 
 

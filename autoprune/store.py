@@ -25,7 +25,8 @@ from uuid import uuid4
 import optuna
 import torch
 from optuna.artifacts.exceptions import ArtifactNotFound
-from optuna.storages import BaseStorage, get_storage
+from optuna.storages import BaseStorage
+from optuna.storages._cached_storage import _CachedStorage
 from optuna.trial import FrozenTrial, TrialState
 from safetensors import SafetensorError
 from safetensors.torch import load as load_safetensors
@@ -87,6 +88,18 @@ class Seal:
     open: Callable[[bytes], bytes]
 
 
+class View(_CachedStorage):
+    """The database as one study sees it: finished trials are read once, and so is what they say.
+
+    Attributes:
+        records: by trial number, what `history` made of a finished trial.
+    """
+
+    def __init__(self, backend: optuna.storages.RDBStorage) -> None:
+        super().__init__(backend)
+        self.records: dict[int, Any] = {}
+
+
 class RunStore:
     """One run's studies and checkpoints.
 
@@ -113,7 +126,7 @@ class RunStore:
         self.artifacts = open_artifacts(self.checkpoints)
         self.storage = open_storage(self.place)
         self._guard: Callable[[], None] = _nobody_minds
-        self._views: dict[str, tuple[str, BaseStorage]] = {}
+        self._views: dict[str, tuple[str, View]] = {}
         others = {n.split("/")[0] for n in optuna.get_all_study_names(self.storage)} - {name}
         if others and self.place.is_local:  # a database server holds many runs
             self.close()
@@ -161,12 +174,12 @@ class RunStore:
             return None
 
     def _view(self, name: str) -> BaseStorage:
-        """The database as one study sees it, with a memory for finished trials."""
+        """The database as this study sees it; another one by the same name is seen afresh."""
         made = self.storage.get_study_user_attrs(self.storage.get_study_id_from_name(name)).get(MADE)
         if made is None:
             return self.storage
         if self._views.get(name, ("",))[0] != made:
-            self._views[name] = (made, get_storage(self.storage))
+            self._views[name] = (made, View(self.storage))
         return self._views[name][1]
 
     def create_study(self, number: int | str, attributes: Mapping[str, Any]) -> optuna.Study:
@@ -176,7 +189,7 @@ class RunStore:
             study_name=self._study_name(number), storage=self.storage, direction="maximize"
         )
         put(study, **{MADE: uuid4().hex}, **attributes)
-        return study
+        return optuna.load_study(study_name=study.study_name, storage=self._view(study.study_name))
 
     def drop_study(self, number: int | str) -> None:
         """Forget a study whose making was interrupted."""

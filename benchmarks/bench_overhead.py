@@ -1,11 +1,12 @@
 """What a campaign costs beside training: storage per trial, growth with trials, and a run's own overhead.
 
     python benchmarks/bench_overhead.py storage [--postgres] [--trials 64] [--workers 1 4 8]
-    python benchmarks/bench_overhead.py growth [--trials 1000]
+    python benchmarks/bench_overhead.py growth [--trials 1000] [--whole] [--sampler tpe]
     python benchmarks/bench_overhead.py run RUN
 
 `storage`: every process takes seats, is suggested five parameters, stores a record of ten epochs, and tells;
-nothing is trained. `growth`: the same alone, the first hundred trials of a study against its last hundred.
+nothing is trained. `growth`: the same alone, the first hundred trials of a study against its last hundred;
+with `--whole` all that a round does beside pruning and training, the sampler's advice included.
 `run`: of a finished run's time between its first trial and its last model, the share outside analyses,
 trials (pruning, training, evaluation) and the final stage, by the run's own records.
 """
@@ -17,17 +18,22 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
+from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 from statistics import mean, median
+from typing import Any
+from unittest.mock import patch
 
 import optuna
 
+from autoprune import events as ev
 from autoprune.history import RESULT, read_plan, read_trials
 from autoprune.patience import open_storage
 from autoprune.place import Place, checked_database
-from autoprune.record import EpochPoint, TrialRecord
+from autoprune.record import EpochPoint, Rung, TrialRecord
 from autoprune.seats import sit, take, tell
 from autoprune.store import FINAL, RunStore, name_in, put, quiet_optuna, scored
 
@@ -138,14 +144,76 @@ def storage(args: argparse.Namespace) -> None:
 def growth(args: argparse.Namespace) -> None:
     """The first hundred trials against the last hundred."""
     with tempfile.TemporaryDirectory() as folder:
-        study, took = open_study(f"sqlite:{folder}", create=True), []
-        for _ in range(args.trials):
-            began = time.perf_counter()
-            one_trial(study, args.trials, 0)
-            took.append(1000 * (time.perf_counter() - began))
+        took = whole_round(Path(folder), args) if args.whole else seats_alone(folder, args.trials)
     for start in range(0, args.trials, max(100, args.trials // 10)):
-        part = took[start : start + 100]
-        print(f"trials {start:5} to {start + len(part):5}: median {median(part):6.1f} ms", flush=True)
+        wall, cpu = zip(*took[start : start + 100], strict=True)
+        print(f"trials {start:5} to {start + len(wall):5}: median {median(wall):6.1f} ms, "
+              f"CPU {median(cpu):6.1f} ms", flush=True)  # fmt: skip
+
+
+def now_ms() -> tuple[float, float]:
+    """The clock, and this process's own time on the CPU."""
+    return 1000 * time.perf_counter(), 1000 * time.process_time()
+
+
+def between(moments: list[tuple[float, float]]) -> list[tuple[float, float]]:
+    """What lies between one moment and the next, by both clocks."""
+    return [(b[0] - a[0], b[1] - a[1]) for a, b in pairwise(moments)]
+
+
+def seats_alone(folder: str, trials: int) -> list[tuple[float, float]]:
+    """Milliseconds of every trial: the storage alone."""
+    study, moments = open_study(f"sqlite:{folder}", create=True), [now_ms()]
+    for _ in range(trials):
+        one_trial(study, trials, 0)
+        moments.append(now_ms())
+    return between(moments)
+
+
+def untrained(ground: object, params: object, *, goes_on: Callable[[Any], bool], **_: object) -> Any:
+    """In place of a trial: asks whether to climb, as a trial does, and gives a record of ten epochs."""
+    from autoprune.trial import Climb, TrialResult
+
+    climb = Climb(tops=(0.4,), done=0.5, next_epochs=0.5, prune_rate=0.3, cost_share=0.7)
+    goes_on(climb)
+    rungs = tuple(Rung(epochs=e, top1=t) for e, t in ((0.5, 0.4), (1.0, 0.45)))
+    record = TrialRecord(
+        number=-1, state="running", params={}, top1=0.45, prune_rate=0.3, cost_share=0.7, rungs=rungs,
+        epochs=(EPOCH,) * 10, seconds=1e-3,
+    )  # fmt: skip
+    return TrialResult(record=record, model=None, plan=None)
+
+
+def whole_round(folder: Path, args: argparse.Namespace) -> list[tuple[float, float]]:
+    """Milliseconds between two finished trials of a round that trains nothing."""
+    sys.path.insert(0, str(ROOT))
+    from autoprune.baseline import begin
+    from autoprune.config import Lock, Search
+    from autoprune.controller import start
+    from autoprune.pipeline import analyse, known_points, stand
+    from autoprune.preflight import prepare
+    from autoprune.search import search_round
+    from tests.tiny import tiny_study
+
+    study = tiny_study(
+        search=Search(trials=args.trials, epochs=0.5, sampler=args.sampler),
+        budget=f"epochs={5 * args.trials}",
+    )
+    ends = []
+    with closing(RunStore(folder, "tiny", create=True)) as store:
+        work = begin(prepare(study, lock=Lock(plain=True)), store, ev.silent, "")
+        state = start(work.goal, study.control)
+        job, attempt = analyse(work, state, stand(work, state))
+        known = known_points(job)
+
+        def listen(event: ev.Event) -> None:
+            if isinstance(event, ev.TrialFinished):
+                ends.append(now_ms())
+
+        ends.append(now_ms())
+        with patch("autoprune.search.run_trial", untrained):
+            search_round(replace(job, on_event=listen), attempt, known)
+    return between(ends)
 
 
 def overhead_of(store: RunStore) -> tuple[float, float]:
@@ -185,6 +253,8 @@ def main() -> None:
     one.set_defaults(what=storage)
     two = commands.add_parser("growth")
     two.add_argument("--trials", type=int, default=1000)
+    two.add_argument("--whole", action="store_true")
+    two.add_argument("--sampler", default="tpe")
     two.set_defaults(what=growth)
     three = commands.add_parser("run")
     three.add_argument("run", type=Path)

@@ -120,17 +120,18 @@ def test_finished_trials_are_read_from_the_database_once(
     for value in range(3):
         study.tell(study.ask(), value)
     read: list[int] = []
-    plain = store.storage._get_trials
+    with closing(RunStore(store.folder, "a")) as other:
+        plain = other.storage._get_trials
 
-    def counted(*args: Any, **kwargs: Any) -> list[optuna.trial.FrozenTrial]:
-        found: list[optuna.trial.FrozenTrial] = plain(*args, **kwargs)
-        read.append(len(found))
-        return found
+        def counted(*args: Any, **kwargs: Any) -> list[optuna.trial.FrozenTrial]:
+            found: list[optuna.trial.FrozenTrial] = plain(*args, **kwargs)
+            read.append(len(found))
+            return found
 
-    monkeypatch.setattr(store.storage, "_get_trials", counted)
-    for _ in range(3):
-        (found,) = store.rounds()
-        assert len(scored(found)) == 3
+        monkeypatch.setattr(other.storage, "_get_trials", counted)
+        for _ in range(3):
+            (found,) = other.rounds()
+            assert len(scored(found)) == 3
     assert read == [3, 0, 0]
 
 
