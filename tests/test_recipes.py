@@ -10,8 +10,13 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
+from PIL import Image
 
 import autoprune
+from autoprune.crypto import encrypt_file
+from autoprune.keys import keygen
+from tests.delivered import sample
 
 ROOT = Path(__file__).resolve().parents[1]
 RECIPES = (ROOT / "docs/recipes.md").read_text(encoding="utf-8")
@@ -51,9 +56,26 @@ def test_every_public_name_is_on_the_page() -> None:
 
 
 def test_every_recipe_is_a_file_that_compiles() -> None:
-    assert set(SCRIPTS) == {"own_network.py", "boxes.py", "serve.py"}
+    assert set(SCRIPTS) == {"own_network.py", "boxes.py", "serve.py", "classify.py"}
     for name, text in SCRIPTS.items():
         compile(text, name, "exec")
+
+
+def test_a_picture_is_classified_with_the_delivered_file_alone(folder: Path) -> None:
+    """The answer is that of the network on the picture, prepared as the manifest says."""
+    pixels = torch.randint(0, 256, (3, 6, 6), generator=torch.Generator().manual_seed(5), dtype=torch.uint8)
+    with torch.no_grad():
+        scores = sample().dense(((pixels.float() / 255 - 0.5) / 0.25).unsqueeze(1))
+    recipient = keygen(folder / "own.txt")
+    (folder / "small").write_bytes(sample().data)
+    encrypt_file(folder / "small", folder / "small.age", recipients=[recipient])
+    said = []
+    for number, image in enumerate(pixels):
+        Image.fromarray(image.numpy()).save(folder / f"{number}.png")
+        done = command(["classify.py", "small.age", "own.txt", f"{number}.png"], folder)
+        assert done.returncode == 0, done.stderr
+        said.append(done.stdout.strip())
+    assert said == ["abcde"[i] for i in scores.argmax(1).tolist()]
 
 
 @pytest.mark.slow
