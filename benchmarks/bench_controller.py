@@ -119,8 +119,8 @@ def _page(rows: list[dict[str, str]]) -> str:
     lines = [
         "# The controller's settings", "", headline("torch", "optuna"),
         "Made by `python benchmarks/bench_controller.py`; its head says more.",
-        f"Target {TARGET}, which no run reaches, max_drop {MAX_DROP:g} pp. Share of the multiply-adds left in",
-        "percent, each run; less is better. *Beside default*: geometric mean over the runs that both have.", "",
+        f"Target {TARGET}, which no run reaches, max_drop {MAX_DROP:g} pp. Share of the multiply-adds left",
+        "in percent, each run; less is better. *Beside default*: geometric mean over the runs of both.", "",
         "| setting | " + " | ".join(pairs) + " | beside default | rounds, trials |",
         "|---|" + "---:|" * (len(pairs) + 2),
     ]  # fmt: skip
