@@ -18,6 +18,7 @@ from autoprune.controller import State
 FINAL_SHARE = 0.4  # of the whole budget, for the final tuning at least; a guess
 FIRST_RUNG = 0.2  # of a trial's epochs, as a complete schedule before the rest: what is lost if it goes on
 MIN_RUNG = 0.3  # epochs: a shorter schedule says nothing about a longer one; a guess
+MOST_ON_FIRST = 0.4  # of a trial's epochs: where the first rung would take more, there is none; a guess
 BEYOND = 2.0  # a trial near its floor may take this many times its epochs more
 RETRY_ROUNDS = 0.5  # rounds' worth of budget kept for one that fails; a guess
 MIN_TRIALS, MAX_TRIALS = 3, 24  # TPE gains over its start-up trials only from about 8 on
@@ -101,10 +102,10 @@ def ladder(epochs: float, *, longer: bool) -> tuple[float, ...]:
         epochs: planned for the trial.
         longer: a last rung beyond the plan may follow.
     """
-    beyond = (BEYOND * epochs,) if longer else ()
-    if FIRST_RUNG * epochs < MIN_RUNG:
+    beyond, first = (BEYOND * epochs,) if longer else (), max(FIRST_RUNG * epochs, MIN_RUNG)
+    if first > MOST_ON_FIRST * epochs:
         return (epochs, *beyond)
-    return (FIRST_RUNG * epochs, (1 - FIRST_RUNG) * epochs, *beyond)
+    return (first, epochs - first, *beyond)
 
 
 def rounds_ahead(state: State, target_share: float) -> int:

@@ -81,6 +81,7 @@ def test_a_meter_keeps_a_share_for_the_end() -> None:
 def test_a_ladder_is_made_of_complete_schedules() -> None:
     assert ladder(6.0, longer=False) == pytest.approx((1.2, 4.8))
     assert ladder(6.0, longer=True) == pytest.approx((1.2, 4.8, 12.0))
+    assert ladder(1.0, longer=False) == pytest.approx((0.3, 0.7))
     assert ladder(0.5, longer=False) == (0.5,), "a rung must be long enough to say something"
 
 
