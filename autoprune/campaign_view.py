@@ -23,7 +23,18 @@ from autoprune.record import RoundRecord, RunRecord, TrialRecord
 from autoprune.report import fate
 from autoprune.trial_table import trials_csv
 from autoprune.view_storage import StudyView
-from autoprune.wording import ACTIONS, answer, count, duration, ending, percent, plural, setting, signed
+from autoprune.wording import (
+    ACTIONS,
+    answer,
+    caution,
+    count,
+    duration,
+    ending,
+    percent,
+    plural,
+    setting,
+    signed,
+)
 
 SCORE = "removed (negative: short of the floor)"
 TOP1 = "top-1 on the search split"
@@ -202,8 +213,8 @@ def _final(run: Campaign) -> StudyView:
     change = f"{signed(100 * (after.top1 - record.before.top1))} pp"
     verdict = "target reached" if record.outcome.reached else "target not reached"
     title = f"{verdict}: {percent(1 - after.macs / record.before.macs)} fewer MACs, {change}"
-    told = [answer(record), record.outcome.message, ending(record)]
-    note = "\n\n".join([f"# {verdict.capitalize()}", *told]) + "\n"
+    told = [answer(record), record.outcome.message, caution(record), ending(record)]
+    note = "\n\n".join([f"# {verdict.capitalize()}", *filter(None, told)]) + "\n"
     widths = interactive.widths(record.before.widths, after.widths, "Layer widths")
     shown = [_with(t, {}, {}) for t in run.trials.get("final", ())]
     return _study(attached, title, note, facts, [interactive.path(record), widths], shown)

@@ -27,7 +27,7 @@ from autoprune.event_lines import event_writer, write_line
 from autoprune.events import StageStarted
 from autoprune.tables import comparison_table, plan_text, status_text
 from autoprune.terminal import listener
-from autoprune.wording import answer, comparison
+from autoprune.wording import answer, caution, comparison
 
 if TYPE_CHECKING:
     from autoprune.config import Study
@@ -365,6 +365,8 @@ def _show_result(result: RunResult, *, as_json: bool, events: bool) -> int:
         console.soft_wrap = not console.is_terminal  # a path that is piped on stays in one piece
         console.print(f"\n{answer(result.record)}\n")
         console.print(comparison_table(comparison(result.before, result.after, result.record.difference)))
+        if warned := caution(result.record):
+            console.print(f"\n{warned}", style="yellow")
         console.print(
             f"\nreport  {result.report}\nplots   {result.out / 'plots'}\nmodel   {result.model_file}"
         )

@@ -19,7 +19,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import NullLocator, StrMethodFormatter
 
 from autoprune.outlook import COLUMNS, Cell, Probed, Prospect, cells
-from autoprune.record import RunRecord, TrialRecord
+from autoprune.record import EpochPoint, RunRecord, TrialRecord
 from autoprune.wording import METRICS, delivered, percent, signed
 
 # Name of the CSS variable -> its colour on white. All differ, since the SVG is searched for them.
@@ -273,9 +273,10 @@ def curves(record: RunRecord) -> Figure | None:
     for one in sorted(trials, key=lambda t: t.promoted):
         look = {"color": COLOURS["accent"], "linewidth": 1.8} if one.promoted else {
             "color": COLOURS["muted"], "linewidth": 0.8, "alpha": 0.55}  # fmt: skip
-        epochs = [p.epoch for p in one.epochs]
-        left.plot(epochs, [p.train_loss for p in one.epochs], **look)
-        right.plot(epochs, [p.lr for p in one.epochs], **look)
+        for part in _schedules(one):
+            epochs = [p.epoch for p in part]
+            left.plot(epochs, [p.train_loss for p in part], marker="o", markersize=2.5, **look)
+            right.plot(epochs, [p.lr for p in part], marker="o", markersize=2.5, **look)
     highest = max((p.lr for t in trials for p in t.epochs), default=1.0) or 1.0
     right.set_yscale("log")
     right.set_ylim(highest / 1000, highest * 1.5)  # decays end at or near zero: three decades tell enough
@@ -284,7 +285,20 @@ def curves(record: RunRecord) -> Figure | None:
     for axes, title in ((left, "training loss"), (right, "learning rate")):
         axes.set_title(title, loc="left", color=COLOURS["ink"])
         axes.set_xlabel("epochs of fine-tuning")
+        axes.set_xlim(left=0)
     return figure
+
+
+def _schedules(trial: TrialRecord) -> Iterator[Sequence[EpochPoint]]:
+    """A trial's curve in pieces: a schedule that starts again is a line of its own."""
+    ends, part = {rung.epochs for rung in trial.rungs}, list[EpochPoint]()
+    for point in trial.epochs:
+        part.append(point)
+        if point.epoch in ends:
+            yield part
+            part = []
+    if part:
+        yield part
 
 
 def tuning(record: RunRecord) -> Figure | None:
@@ -300,6 +314,7 @@ def tuning(record: RunRecord) -> Figure | None:
     for axes, title in ((left, "training loss"), (right, "learning rate")):
         axes.set_title(title, loc="left", color=COLOURS["ink"])
         axes.set_xlabel("epochs of the final tuning")
+        axes.set_xlim(left=0)
     return figure
 
 

@@ -81,6 +81,8 @@ def to_json(record: RunRecord) -> str:
     """Every number of the page: the answer, the derived differences, and the record itself."""
     document = {
         "answer": wording.answer(record),
+        "caution": wording.caution(record),
+        "ending": wording.ending(record),
         "derived": derived(record),
         "comparison": [asdict(r) for r in wording.comparison(record.before, record.after, record.difference)],
         "importances": asdict(found) if (found := importances(record)) else None,
@@ -131,6 +133,7 @@ def _render(record: RunRecord, out: Path, svgs: Mapping[str, str]) -> str:
         plots={name: svgs.get(name) for name in plots.PLOTS},
         actions=wording.ACTIONS,
         ending=wording.ending(record),
+        caution=wording.caution(record),
         winners=list(_winners(record)),
         params=_columns(record),
         mattered=importances(record),

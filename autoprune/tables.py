@@ -9,7 +9,7 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from autoprune.wording import ACTIONS, METRICS, Row, answer, count, duration, percent, signed
+from autoprune.wording import ACTIONS, METRICS, Row, answer, caution, count, duration, percent, signed
 
 if TYPE_CHECKING:
     from autoprune.doctor import Finding
@@ -83,8 +83,9 @@ def status_text(told: Standing) -> RenderableType:
         )  # fmt: skip
     end = record.outcome.message if record.outcome else _used(record, told.seconds_left)
     now = [Text(f"now: {told.now}")] if told.now else []
+    warned = [Text(said, BAD)] if (said := caution(record)) else []
     rounds: list[RenderableType] = [Text(), table] if record.rounds else []
-    return Group(Text(answer(record), "bold"), *now, Text(end), *rounds, *_processes(told.processes))
+    return Group(Text(answer(record), "bold"), *now, Text(end), *warned, *rounds, *_processes(told.processes))
 
 
 def _used(record: RunRecord, seconds_left: float | None) -> str:

@@ -170,6 +170,26 @@ def delivered(record: RunRecord) -> tuple[RoundRecord, TrialRecord] | None:
     return min(made, key=lambda m: (abs((m[1].top1 or 0.0) - known), -m[0].number), default=None)
 
 
+def caution(record: RunRecord) -> str:
+    """What to know where the test split lost more than was allowed on the search split; empty otherwise."""
+    after, found = record.after, record.difference
+    if after is None or found is None or found.delta_pp >= -record.max_drop_pp:
+        return ""
+    allowed = f"{record.max_drop_pp:g} pp"
+    lost = f"{signed(100 * (after.search_top1 - record.before.search_top1), 2)} pp"
+    chance = (
+        "the allowed loss lies inside, so this may be chance"
+        if found.high_pp >= -record.max_drop_pp >= found.low_pp
+        else "more than chance explains"
+    )
+    return (
+        f"The {allowed} that were allowed are kept on the search split, where trials are chosen ({lost}), "
+        f"and not on the test split, which no trial has seen ({signed(found.delta_pp, 2)} pp). With "
+        f"n = {after.num_samples:,} the {interval(found)}: {chance}. A split flatters what was chosen on it; "
+        "a larger one, or a smaller --max-drop, leaves less room for that."
+    )
+
+
 def ending(record: RunRecord) -> str:
     """How the delivered network came about, after the last round; empty where there is none."""
     if record.after is None:

@@ -5,7 +5,7 @@ import dataclasses
 import pytest
 
 from autoprune import wording
-from autoprune.record import RunRecord
+from autoprune.record import Difference, RunRecord
 from tests.example_record import FELL_SHORT, REACHED, UNFINISHED
 
 
@@ -99,3 +99,14 @@ def test_an_unfinished_run_says_how_far_it_is() -> None:
     )
     begun = dataclasses.replace(UNFINISHED, rounds=())
     assert wording.answer(begun).endswith("not finished; nothing is promoted yet.")
+
+
+def test_a_larger_loss_on_the_test_split_is_explained() -> None:
+    assert wording.caution(REACHED) == ""
+    lost = dataclasses.replace(REACHED, difference=Difference(delta_pp=-1.8, low_pp=-2.9, high_pp=-0.7))
+    told = wording.caution(lost)
+    assert "allowed are kept on the search split" in told
+    assert "this may be chance" in told
+    sure = dataclasses.replace(REACHED, difference=Difference(delta_pp=-3.0, low_pp=-4.0, high_pp=-2.0))
+    assert "more than chance explains" in wording.caution(sure)
+    assert wording.caution(UNFINISHED) == ""
