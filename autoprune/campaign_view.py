@@ -124,7 +124,7 @@ def _round(run: Campaign, one: RoundRecord) -> StudyView:
         "decision": ACTIONS.get(one.action or "", "running"), "reason": one.reason,
         "started from": "the original" if one.started_from == 0 else _part(one.started_from),
         "ceiling": percent(one.ceiling), "floor": percent(one.floor, 2),
-        "trials": f"{len(one.trials)} of {one.planned_trials}", "epochs a trial": f"{one.epochs:.3g}",
+        "trials": _done(one), "epochs a trial": f"{one.epochs:.3g}",
         "left at the start": percent(one.cost_share), "took": duration(one.seconds),
     }  # fmt: skip
     figures = [interactive.path(run.record, one)]
@@ -149,14 +149,17 @@ def _promoted_widths(run: Campaign, one: RoundRecord, trials: Sequence[FrozenTri
 
 
 def _summary(one: RoundRecord) -> str:
-    done = f"{len(one.trials)} of {one.planned_trials} trials"
     if one.action is None:
-        return f"running: {done}"
+        return f"running: {_done(one)} trials finished"
     best = _best(one)
     if best is None:
         return ACTIONS[one.action]
     said = f"{percent(best.cost_share)} left, {percent(best.top1, 2)}"
     return f"{ACTIONS[one.action]}: {said}" + ("" if best.promoted else ", below its floor")
+
+
+def _done(one: RoundRecord) -> str:
+    return f"{sum(t.state != 'running' for t in one.trials)} of {one.planned_trials}"
 
 
 def _best(one: RoundRecord) -> TrialRecord | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 import tempfile
@@ -25,7 +26,7 @@ from autoprune.presence import HeldError, joined
 from autoprune.seats import OWNER
 from autoprune.store import RunStore, put, quiet_optuna, scored
 from tests.services import Postgres, Relay, postgres, postgres_programs, s3
-from tests.test_dashboard import Page
+from tests.test_dashboard import CHROMIUM, Page, visit
 from tests.tiny import tiny_net, tiny_study
 
 pytestmark = [
@@ -245,7 +246,7 @@ def test_the_dashboard_shows_the_runs_of_a_database(
     opened: list[Dashboard] = []
 
     def look(event: ev.Event) -> None:
-        if isinstance(event, ev.TrialStarted) and event.trial == 1:
+        if isinstance(event, ev.TrialStarted) and event.trial == 1 and not opened:
             opened.append(open_dashboard(database.url, 0))
             opened[0].serve_beside()
             seen.append([s["study_name"] for s in Page(opened[0]).get("/api/studies")["study_summaries"]])
@@ -269,5 +270,9 @@ def test_the_dashboard_shows_the_runs_of_a_database(
              if a["filename"] == "plan.json"]  # fmt: skip
     assert any("groups" in json.loads(plan) for plan in plans), "a plan comes from the bucket"
     assert [r.label for r in find_runs(f"{database.url}#shown-second")] == ["shown-second"]
+    if CHROMIUM is not None:
+        folder = Path(os.environ.get("AUTOPRUNE_SCREENSHOTS", tmp_path))
+        shown = visit(f"{page.root}/dashboard/studies/{one}", folder, "dashboard-postgresql.png")
+        assert "Accuracy over cost" in shown
     opened[0].server.shutdown()
     opened[0].server.server_close()
