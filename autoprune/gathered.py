@@ -74,7 +74,7 @@ class Calls:
     Attributes:
         by_line: in the order in which they come on each line; None where nothing changes.
         numbers: number of the call in a pass -> its line and place there; None while that is found out.
-        found: what was found out.
+        found: what was found out in the last pass.
     """
 
     by_line: Mapping[str, Sequence[Call | None]]
@@ -116,13 +116,15 @@ class _Gathering(TorchFunctionMode):
     ) -> Any:
         if func in WATCHED:
             self.number += 1
-            at = self._found() if self.calls.numbers is None else self.calls.numbers.get(self.number)
+            at = self._place()
             call = self.calls.by_line[at[0]][at[1]] if at is not None else None
             if call is not None:
                 return call.run(func, args, kwargs or {})
         return func(*args, **(kwargs or {}))
 
-    def _found(self) -> tuple[str, int] | None:
+    def _place(self) -> tuple[str, int] | None:
+        if torch.compiler.is_dynamo_compiling():  # a compiler cannot see lines
+            return (self.calls.numbers or {}).get(self.number)
         line = where(sys._getframe(1))
         turn, self.seen[line] = self.seen[line], self.seen[line] + 1
         if turn >= len(self.calls.by_line.get(line, ())):

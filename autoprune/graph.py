@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from autoprune.cost import Axis, Cost, CostModel, Product
 from autoprune.errors import UsageError
 from autoprune.labels import Role
-from autoprune.loose import Fix
+from autoprune.loose import Fix, Place
 from autoprune.plan import PruningPlan
 from autoprune.tape import Tape
 
@@ -164,7 +164,7 @@ class ChannelGraph:
     split_axes: Mapping[str, Mapping[int, int]] = field(repr=False, default_factory=dict)
     reshaped: Mapping[str, tuple[Reshape, ...]] = field(repr=False, default_factory=dict)
     split: Mapping[str, tuple[tuple[Axis, ...], ...]] = field(repr=False, default_factory=dict)
-    loosened: Mapping[str, Mapping[int, Fix] | None] = field(repr=False, default_factory=dict)
+    loosened: Mapping[str, Mapping[Place, Fix] | None] = field(repr=False, default_factory=dict)
     ragged: Mapping[str, tuple[RaggedCall, ...]] = field(repr=False, default_factory=dict)
     gathered: Mapping[str, Mapping[int, tuple[str, int]] | None] = field(repr=False, default_factory=dict)
     rescaled: Mapping[str, int] = field(repr=False, default_factory=dict)

@@ -11,8 +11,9 @@ from __future__ import annotations
 
 import math
 import sys
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cache
 from typing import Any
 
@@ -25,6 +26,9 @@ from autoprune.tape import where
 RESHAPES = (Tensor.reshape, Tensor.view, torch.reshape)
 SPLITS = (Tensor.split, torch.split, Tensor.split_with_sizes, torch.split_with_sizes)
 Shape = tuple[int, ...]
+Place = tuple[
+    str, int
+]  # a line, and how often a reshape was on it in this pass: some passes do more than others
 
 
 @dataclass(frozen=True)
@@ -34,11 +38,13 @@ class Fix:
     Attributes:
         line: where it is written; `number` is that of its shape among those that the line makes.
         dims: the axes whose lengths must be given.
+        call: its number among all reshapes of the pass in which it was found.
     """
 
     line: str
     number: int
     dims: tuple[int, ...]
+    call: int = 0
 
 
 @dataclass
@@ -47,17 +53,24 @@ class Widths:
 
     Attributes:
         shapes: line -> the shapes that its reshapes make, pruned, for the example input.
-        fixes: per forward call the number of the reshape -> what to correct; None while that is found out.
+        fixes: line and turn on it in a pass -> what to correct; None while that is found out.
         pieces: old -> new lengths of the pieces of its splits.
         found: what was corrected while it was found out.
         has_split: whether a split had to be corrected.
     """
 
     shapes: Mapping[str, Sequence[Shape]]
-    fixes: Mapping[int, Fix] | None
+    fixes: Mapping[Place, Fix] | None
     pieces: Mapping[Shape, Shape]
-    found: dict[int, Fix] = field(default_factory=dict)
+    found: dict[Place, Fix] = field(default_factory=dict)
     has_split: bool = False
+
+    def fix_at(self, place: Place, call: int) -> Fix | None:
+        """What to correct in a reshape. A compiler cannot see lines; there its number in the pass tells."""
+        fixes = self.fixes or {}
+        if torch.compiler.is_dynamo_compiling():
+            return next((f for f in fixes.values() if f.call == call), None)
+        return fixes.get(place)
 
     def fit(self, line: str, sizes: Sequence[int], numel: int) -> Fix | None:
         """What to correct in a reshape: the shape of its line that is closest to what it asks for."""
@@ -88,6 +101,7 @@ class _PrunedWidths(TorchFunctionMode):
         super().__init__()
         self.widths = widths
         self.calls = 0
+        self.seen: Counter[str] = Counter()
 
     def __torch_function__(
         self,
@@ -99,16 +113,21 @@ class _PrunedWidths(TorchFunctionMode):
         if func in RESHAPES and not kwargs:
             sizes = list(args[1]) if isinstance(args[1], (tuple, list)) else list(args[1:])
             if all(isinstance(n, (int, torch.SymInt)) for n in sizes):
-                self.calls += 1
-                return func(args[0], self._corrected(args[0], sizes))
+                return func(args[0], self._corrected(args[0], sizes, self._place()))
         if func in SPLITS:
             return self._split(func, *args, **(kwargs or {}))
         return func(*args, **(kwargs or {}))
 
-    def _corrected(self, x: Tensor, sizes: list[int]) -> list[int]:
+    def _place(self) -> Place:
+        self.calls += 1
+        line = "" if torch.compiler.is_dynamo_compiling() else where(sys._getframe(1))
+        self.seen[line] += 1
+        return line, self.seen[line]
+
+    def _corrected(self, x: Tensor, sizes: list[int], place: Place) -> list[int]:
         """The sizes, those that follow a wrong width corrected."""
         widths = self.widths
-        fix = self._found(x, sizes) if widths.fixes is None else widths.fixes.get(self.calls)
+        fix = self._found(x, sizes, place) if widths.fixes is None else widths.fix_at(place, self.calls)
         if fix is None:
             return sizes
         wanted = widths.shapes[fix.line][fix.number]
@@ -121,11 +140,11 @@ class _PrunedWidths(TorchFunctionMode):
                 return [*changed[:axis], x.numel() // others, *changed[axis + 1 :]]
         return sizes
 
-    def _found(self, x: Tensor, sizes: list[int]) -> Fix | None:
-        fix = self.widths.fit(where(sys._getframe(1)), sizes, x.numel())
+    def _found(self, x: Tensor, sizes: list[int], place: Place) -> Fix | None:
+        fix = self.widths.fit(place[0], sizes, x.numel())
         if fix is None or not fix.dims:
             return None
-        self.widths.found[self.calls] = fix
+        self.widths.found[place] = replace(fix, call=self.calls)
         return fix
 
     def _split(self, func: Callable[..., Any], x: Tensor, sizes: Any, dim: int = 0) -> Any:
@@ -147,7 +166,7 @@ def _loose_class(cls: type[nn.Module]) -> type[nn.Module]:
 def loosen(
     module: nn.Module,
     shapes: Mapping[str, Sequence[Shape]],
-    fixes: Mapping[int, Fix] | None,
+    fixes: Mapping[Place, Fix] | None,
     pieces: Mapping[Shape, Shape],
 ) -> None:
     """Change a module to its loose class; see `Widths` for the arguments."""

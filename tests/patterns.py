@@ -913,3 +913,13 @@ class _FewDepthwise(Net):
 
     def body(self, x: Tensor) -> Tensor:
         return self.back(F.relu(self.deep(x)))
+
+
+@pattern("first_pass_does_more", inputs=lambda: (torch.randn(2, 6, 16),), free=("kv",))
+class _FirstPass(_HeadsFromWidth):
+    """A table is made in the first pass and kept, so that later passes reshape less (ConViT)."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not hasattr(self, "table"):
+            self.table = torch.arange(36).view(6, 6).reshape(-1)
+        return super().forward(x) + self.table.sum() * 0
