@@ -127,6 +127,10 @@ def _patient(name: str) -> Callable[..., Any]:
             return waiting("the database", _database_is_away)(once)
         except (StorageInternalError, DBAPIError) as error:
             raise damaged(error, str(self.engine.url)) from error
+        except ValueError as error:
+            if name not in READS:  # what was to be written is wrong
+                raise
+            raise damaged(ValueError(f"malformed value ({error})"), str(self.engine.url)) from error
         finally:
             _ONLY_READS.reset(token)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 import shutil
+import sqlite3
 from collections.abc import Callable
 from contextlib import closing
 from pathlib import Path
@@ -14,7 +15,7 @@ from autoprune import events as ev
 from autoprune.cli import main
 from autoprune.config import Lock
 from autoprune.controller import replay
-from autoprune.errors import AutopruneError
+from autoprune.errors import AutopruneError, RunError
 from autoprune.history import outcomes, read_goal, read_plan
 from autoprune.pipeline import run
 from autoprune.store import DATABASE, RunStore, put, quiet_optuna, scored
@@ -110,6 +111,22 @@ def test_a_damaged_database_is_an_error_for_people_or_does_not_matter(
     (folder / DATABASE).write_bytes(DAMAGES[seed % 4]((folder / DATABASE).read_bytes(), dice))
     found = found_in(folder)
     assert found is None or found == list(range(TRIALS))
+
+
+def test_a_value_that_is_damaged_is_an_error_for_people(folders: tuple[Path, Path], tmp_path: Path) -> None:
+    shutil.copytree(folders[1], tmp_path / "run")
+    with closing(sqlite3.connect(tmp_path / "run" / DATABASE)) as connection:
+        changed = connection.execute(
+            "UPDATE trial_user_attributes SET value_json = '{\"half' WHERE key = 'list'"
+        )
+        assert changed.rowcount == TRIALS
+        connection.commit()
+    with quiet_optuna(), closing(RunStore(tmp_path / "run", "a")) as store:
+        study = store.study(1)
+        assert study is not None
+        with pytest.raises(RunError, match="malformed value") as caught:
+            scored(study)
+    assert ".recover" in caught.value.hint
 
 
 @pytest.mark.slow
