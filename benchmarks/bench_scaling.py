@@ -1,15 +1,15 @@
 """How far more workers help: a simulation with a run's own trial times, and one and two workers for real.
 
     python benchmarks/bench_scaling.py simulate RUN [--trials 8 16 24 48] [--seed 0]
-    python benchmarks/bench_scaling.py measure [STUDY] [--out DIR]
+    python benchmarks/bench_scaling.py measure [--trials 24] [--workers 1 2] [--out DIR]
 
 `simulate`: rounds of a fixed number of trials whose durations are drawn from the run's finished trials, each
 given to the first worker that is free; a round ends when its last trial does, and the next begins after the
 run's mean time between two rounds, in which only the coordinator works. No trial runs ahead of its round:
 what it would start from is not decided yet. `waiting` is the share of all workers' time without a trial.
 
-`measure`: the same study with one and with two local workers, cores shared; trials per hour of the time from
-the first trial of a round to its last.
+`measure`: one round of the digits, in which no trial reaches the target and so all are run, with one and with
+two local workers, cores shared; trials per hour of the time in which all workers had a trial.
 """
 
 from __future__ import annotations
@@ -26,10 +26,22 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from autoprune.history import read_plan, read_trials
+from autoprune.seats import OWNER
 from autoprune.store import RunStore, name_in, quiet_optuna, scored
 
 WORKERS = (1, 2, 4, 8, 16, 32, 64)
 ROUNDS = 400
+STUDY = """
+from dataclasses import replace
+
+from autoprune.config import Control, Search
+from autoprune.study_file import load_study
+
+study = replace(
+    load_study("digits"), name="scaling", target="macs=0.15", max_drop=0.0, budget="epochs={epochs}",
+    search=Search(trials={trials}, epochs=2), control=Control(first_ceiling=0.4, max_rounds=1),
+)
+"""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,6 +50,15 @@ class Times:
 
     trials: list[float]
     between: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class Measured:
+    """What came of a round: trials, and parts of trials, in the time that all workers shared."""
+
+    workers: int
+    trials: float
+    seconds: float
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,27 +105,40 @@ def show_simulation(args: argparse.Namespace) -> None:
                   f"{100 * found.waiting:6.1f} %")  # fmt: skip
 
 
-def measured(folder: Path) -> float:
-    """Trials per hour of the time in which trials ran."""
+def measured(folder: Path) -> Measured:
+    """Of the first round, from when the last worker began until the first one found no trial any more."""
     with closing(RunStore(folder, name_in(folder))) as store:
-        seconds, count = 0.0, 0
-        for study in store.rounds():
-            trials = scored(study)
-            began = min(t.datetime_start for t in trials if t.datetime_start)
-            ended = max(t.datetime_complete for t in trials if t.datetime_complete)
-            seconds, count = seconds + (ended - began).total_seconds(), count + len(trials)
-    return 3600 * count / seconds
+        spans: dict[int, list[tuple[float, float]]] = {}
+        for trial in scored(next(iter(store.rounds()))):
+            assert trial.datetime_start is not None
+            assert trial.datetime_complete is not None
+            span = (trial.datetime_start.timestamp(), trial.datetime_complete.timestamp())
+            spans.setdefault(trial.user_attrs[OWNER], []).append(span)
+    began = max(min(start for start, _ in mine) for mine in spans.values())
+    ended = min(max(end for _, end in mine) for mine in spans.values())
+    done = sum(
+        max(0.0, min(end, ended) - max(start, began)) / (end - start)
+        for mine in spans.values()
+        for start, end in mine
+    )
+    return Measured(workers=len(spans), trials=done, seconds=ended - began)
 
 
 def measure(args: argparse.Namespace) -> None:
-    """One worker, then two."""
+    """As often as asked for."""
     out = args.out or Path(tempfile.mkdtemp())
-    print(f"{args.study}, {os.cpu_count()} cores, load before {os.getloadavg()[0]:.1f}")
-    for workers in (1, 2):
-        words = ["run", args.study, "--out", out / f"workers-{workers}", "--plain", "--quiet"]
+    out.mkdir(parents=True, exist_ok=True)
+    study = out / "scaling_study.py"
+    study.write_text(STUDY.format(trials=args.trials, epochs=4 * args.trials), encoding="utf-8")
+    print(f"{args.trials} trials, {os.cpu_count()} cores, load before {os.getloadavg()[0]:.1f}")
+    for workers in args.workers:
+        words = ["run", study, "--out", out / f"workers-{workers}", "--plain", "--quiet"]
         command = [sys.executable, "-m", "autoprune", *words, "--workers", str(workers)]
         subprocess.run(list(map(str, command)), check=False)
-        print(f"{workers} workers: {measured(out / f'workers-{workers}'):.0f} trials per hour", flush=True)
+        found = measured(out / f"workers-{workers}")
+        print(f"{found.workers} workers: {3600 * found.trials / found.seconds:.0f} trials per hour "
+              f"({found.trials:.1f} trials in {found.seconds:.0f} s), load after {os.getloadavg()[0]:.1f}",
+              flush=True)  # fmt: skip
 
 
 def main() -> None:
@@ -118,7 +152,8 @@ def main() -> None:
     one.add_argument("--seed", type=int, default=0)
     one.set_defaults(what=show_simulation)
     two = commands.add_parser("measure")
-    two.add_argument("study", nargs="?", default="digits")
+    two.add_argument("--trials", type=int, default=24)
+    two.add_argument("--workers", type=int, nargs="+", default=[1, 2])
     two.add_argument("--out", type=Path)
     two.set_defaults(what=measure)
     args = parser.parse_args()
