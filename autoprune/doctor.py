@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 
 from autoprune.errors import AutopruneError
 from autoprune.place import Place
+from autoprune.wording import plural
 
 if TYPE_CHECKING:
     from autoprune.config import Study
@@ -75,7 +76,7 @@ def _processor() -> Finding:
     advice = f"export OMP_NUM_THREADS={cores}: more threads than cores slow each other down"
     return Finding(
         name="processor",
-        found=f"{cores} cores, {threads} threads, {trains}",
+        found=f"{plural(cores, 'core')}, {plural(threads, 'thread')}, {trains}",
         ok=threads <= cores,
         advice=advice,
     )
@@ -117,7 +118,7 @@ def _storage(place: Place) -> Finding:
         return Finding(
             name="storage", found=f"{parent}: {error}", ok=False, advice="name a folder with --out"
         )
-    return Finding(name="storage", found=f"{parent} takes a run's database")
+    return Finding(name="storage", found=f"a run's database can be made in {parent.absolute()}")
 
 
 def _database(place: Place) -> Finding:
@@ -131,7 +132,7 @@ def _database(place: Place) -> Finding:
             storage.engine.dispose()
     except AutopruneError as error:
         return Finding(name="storage", found=error.message, ok=False, advice=error.hint)
-    return Finding(name="storage", found=f"{place} is reached; {number} studies")
+    return Finding(name="storage", found=f"{place} is reached; it holds {number} Optuna studies")
 
 
 def _artifacts(place: Place) -> Finding:
@@ -149,8 +150,8 @@ def _artifacts(place: Place) -> Finding:
         hint = error.hint if isinstance(error, AutopruneError) else "choose another place for checkpoints"
         told = error.message if isinstance(error, AutopruneError) else f"{place.checkpoints}: {error}"
         return Finding(name="checkpoints", found=told, ok=False, advice=hint)
-    where = place.artifacts or _parent(place.folder)
-    return Finding(name="checkpoints", found=f"{where} can be written, read and cleared")
+    where = place.artifacts or _parent(place.folder).absolute()
+    return Finding(name="checkpoints", found=f"can be written, read and removed in {where}")
 
 
 def _speed(study: Callable[[], Study]) -> Finding:

@@ -109,7 +109,11 @@ def widths(before: Mapping[str, int], after: Mapping[str, int], title: str) -> g
             x=[values[n] for n in names], y=names, name=label, orientation="h", marker={"color": colour}
         )
     figure.update_layout(
-        title_text=title, barmode="overlay", height=160 + 18 * len(names), legend={"y": 1.02, "x": 0.5}
+        title_text=title,
+        barmode="overlay",
+        height=200 + 18 * len(names),
+        legend={"y": 1, "yanchor": "bottom", "x": 0},
+        margin={"t": 80},
     )
     figure.update_yaxes(autorange="reversed", automargin=True)
     figure.update_xaxes(title="output channels")

@@ -115,14 +115,18 @@ def _best(trials: Iterable[TrialRecord]) -> TrialRecord | None:
 
 
 def findings_text(findings: Sequence[Finding]) -> RenderableType:
-    """What `autoprune doctor` found, with advice where it is needed."""
+    """What `autoprune doctor` found: the verdict first, advice where it is needed."""
+    wrong = [one.name for one in findings if not one.ok]
+    verdict = Text("A run would find everything that it needs.", GOOD)
+    if wrong:
+        verdict = Text(f"To be mended first: {', '.join(wrong)}.", BAD)
     grid = Table.grid(padding=(0, 2, 0, 0))
     grid.add_column(no_wrap=True)
     for one in findings:
         grid.add_row(Text(one.name, MUTED), Text(one.found))
         if not one.ok:
             grid.add_row("", Text(one.advice, BAD))
-    return grid
+    return Group(verdict, Text(), grid)
 
 
 def sensitivity_text(table: SensitivityTable, found: Sequence[Prospect] = ()) -> RenderableType:
