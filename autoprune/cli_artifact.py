@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from autoprune.cli_run import examples, read_secret, refuse_secrets
+from autoprune.cli_run import ask_secret, examples, read_secret, refuse_secrets
 from autoprune.errors import ArtifactError, UsageError, VerificationError
 
 if TYPE_CHECKING:
@@ -118,7 +118,7 @@ def _opener(file: Path, identity: list[str] | None, ask: bool, descriptor: int |
     if not ask and not identity and sys.stdin.isatty():
         with open_file(file) as stream:
             ask = is_encrypted(stream) and read_header(stream).by_passphrase
-    secret = str(typer.prompt("Passphrase of the file", hide_input=True, err=True)) if ask else None
+    secret = ask_secret("Passphrase of the file") if ask else None
     return Opener(identity=identity or None, passphrase=secret)
 
 
@@ -142,7 +142,7 @@ def _new_lock(recipients: list[str] | None, ask: bool, descriptor: int | None) -
     if descriptor is not None:
         secret = read_secret(descriptor)
     elif ask:
-        secret = str(typer.prompt("New passphrase", hide_input=True, confirmation_prompt=True, err=True))
+        secret = ask_secret("New passphrase", twice=True)
     keys = tuple(recipients or ()) if recipients or secret is not None else (default_recipient(),)
     check_lock(keys, secret)
     return NewLock(recipients=keys, passphrase=secret)

@@ -303,7 +303,7 @@ def _lock(recipients: tuple[str, ...], ask: bool, descriptor: int | None, *, pla
     if descriptor is not None:
         secret = read_secret(descriptor)
     elif ask:
-        secret = str(typer.prompt("Passphrase", hide_input=True, confirmation_prompt=True, err=True))
+        secret = ask_secret("Passphrase", twice=True)
     return Lock(recipients=recipients, passphrase=secret, plain=plain)
 
 
@@ -319,6 +319,23 @@ def refuse_secrets(given: Iterable[str]) -> None:
         raise UsageError(
             "a secret key stands on the command line", "put it into a file, and name that; then change it"
         )
+
+
+def ask_secret(text: str, *, twice: bool = False) -> str:
+    """A passphrase from the terminal, unseen.
+
+    Raises:
+        UsageError: there is no terminal.
+    """
+    try:
+        os.close(os.open("/dev/tty", os.O_RDWR))
+    except OSError:
+        if not sys.stdin.isatty():
+            raise UsageError(
+                "there is no terminal to ask for the passphrase on",
+                "let it be read from a file descriptor, for example: --passphrase-fd 3 3< FILE",
+            ) from None
+    return str(typer.prompt(text, hide_input=True, confirmation_prompt=twice, err=True))
 
 
 def read_secret(descriptor: int) -> str:

@@ -26,6 +26,7 @@ from autoprune.keys import KeySource, default_identities, read_identities, read_
 
 MAGIC = b"age-encryption.org/v1\n"
 ARMOUR = b"-----BEGIN AGE"
+PLAIN = b"PK\x03\x04"
 MAX_HEADER = 64 << 10
 MAX_RECIPIENTS = 64
 MAX_WORK_FACTOR = 21  # 2 GiB of memory and 30 s here; pyrage writes 16 to 20, age 18
@@ -91,6 +92,8 @@ def read_header(source: BinaryIO) -> AgeHeader:
         ArtifactError: it has no well-formed header within the bounds.
     """
     data = _start(source, MAX_HEADER)
+    if data.startswith(PLAIN):
+        raise ArtifactError("the file is not encrypted", "use it as it is; autoprune encrypt encrypts it")
     end = data.find(b"\n--- ")
     stop = data.find(b"\n", end + 1)
     if not data.startswith(MAGIC) or end < 0 or stop < 0 or not MAC.fullmatch(data[end + 1 : stop]):

@@ -166,7 +166,8 @@ def test_passphrases_come_from_file_descriptors(shell: Shell) -> None:
         (["encrypt", "model.autoprune", "-o", "x", "-r", "age1zz", "--passphrase"], 2, "not both"),
         (["encrypt", "model.autoprune", "-o", "model.autoprune"], 2, "nothing is overwritten"),
         (["encrypt", "default.txt", "-o", "x"], 1, "cannot read default.txt"),
-        (["decrypt", "model.autoprune", "-o", "x"], 1, "cannot be opened"),
+        (["decrypt", "model.autoprune", "-o", "x"], 1, "is not encrypted"),
+        (["rewrap", "model.autoprune", "-o", "x"], 1, "is not encrypted"),
         (["decrypt", "model.autoprune", "-o", "x", "-i", "AGE-SECRET-KEY-1QQQ"], 2, "secret key stands"),
         (["verify", "model.autoprune", "--require-signature", "no.pub"], 2, "cannot read the key file"),
         (["export", "model.autoprune", "--to", "tflite", "-o", "x"], 2, "tflite"),
@@ -216,6 +217,23 @@ def test_a_passphrase_is_asked_for_twice_on_the_terminal(shell: Shell) -> None:
     assert b"do not match" in shown, shown
     assert b"one" not in shown
     assert not Path("x").exists()
+
+
+def test_without_a_terminal_a_passphrase_is_not_asked_for(shell: Shell) -> None:
+    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[1])}
+    for words in (
+        ["encrypt", "model.autoprune", "-o", "x", "--passphrase"],
+        ["inspect", "model.autoprune", "--passphrase"],
+    ):
+        done = subprocess.run(
+            [sys.executable, "-m", "autoprune", *words], env=environment, input="secret\nsecret\n", text=True,
+            capture_output=True, check=False, start_new_session=True,
+        )  # fmt: skip
+        assert done.returncode == 2
+        assert "no terminal" in done.stderr
+        assert "--passphrase-fd 3" in done.stderr
+        assert "Warning" not in done.stderr
+        assert not Path("x").exists()
 
 
 def test_inspect_does_not_load_torch(shell: Shell) -> None:
