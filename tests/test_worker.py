@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import platform
 import signal
 import subprocess
 import sys
@@ -193,12 +194,18 @@ def test_two_ranks_are_one_worker(tmp_path: Path) -> None:
     assert all(min(alone) - 0.1 <= (t.top1 or 0) for t in trials if t.number in shared)
 
 
-def test_a_worker_wants_the_same_study(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_a_second_coordinator_and_a_worker_with_another_study_are_refused(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
     out, study = tmp_path / "run", study_file(tmp_path, 2)
     assert main(["worker", str(out)]) == 2
     assert "no run in" in capfd.readouterr().err
     with process("run", study, "--out", out, "--plain", "--quiet") as run:
         until(lambda: bool(first_round(out)))
+        assert main(["run", str(study), "--out", str(out), "--plain", "--resume", "--quiet"]) == 2
+        refused = capfd.readouterr().err
+        assert f"is held by {platform.node()} (process {run.pid}), since " in refused
+        assert "autoprune worker joins it" in refused
         run.send_signal(signal.SIGTERM)
         _, told = run.communicate(timeout=100)
         assert run.returncode == 130
