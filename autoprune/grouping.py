@@ -362,10 +362,11 @@ class _Grouping:
         return found
 
     def _reshaped(self) -> dict[str, tuple[Reshape, ...]]:
-        """Module that splits or merges channels -> all of its reshapes, in order."""
+        """Module that reshapes what holds channels -> all of its reshapes, in order."""
         ops = self.walk.tape.ops
-        axes = [*((s.op, s.labels) for s in self.walk.sites), *self.walk.merges]
-        modules = {ops[op].module for op, labels in axes if (self.group_of_label[labels] >= 0).any()}
+        modules = {
+            op.module for op in ops if TABLE.get(op.name) is reshape and self._holds_units(op.outputs[0])
+        }
         inner = {  # a matrix product folds and unfolds its batch axes by views of its own
             (r, op.where) for op in ops if op.name == "bmm" for r in (*op.inputs, *op.outputs)
         }
@@ -377,6 +378,10 @@ class _Grouping:
                 made = self._shape_axes(op.outputs[0])
                 found.setdefault(op.module, []).append(Reshape(line=op.where, axes=made))
         return {module: tuple(reshapes) for module, reshapes in found.items()}
+
+    def _holds_units(self, ref: Ref | None) -> bool:
+        axes = self.walk.axes.get(ref.index, []) if ref is not None else []
+        return any(a is not None and (self.group_of_label[a] >= 0).any() for a in axes)
 
     def _shape_axes(self, ref: Ref | None) -> tuple[Axis, ...]:
         assert ref is not None
@@ -404,7 +409,8 @@ class _Grouping:
                 axes = self._split_axes_of(op, pieces.get(position))
                 given = tuple(range(len(axes)))
             else:
-                assert (out := op.outputs[0]) is not None
+                out = op.outputs[0]
+                assert out is not None
                 axes = self._shape_axes(out)
                 given = tuple(d for d, a in enumerate(self.walk.extents(out)) if not isinstance(a, int))
             rearranged = self._rearranged(order) if order else None

@@ -3,6 +3,7 @@
     python benchmarks/bench_coverage.py torchvision                # 80 classifiers, both tools
     python benchmarks/bench_coverage.py timm --no-peer             # the list in coverage_models.py
     python benchmarks/bench_coverage.py 'torchvision:resnet*' levit_128s --out /tmp/few
+    python benchmarks/bench_coverage.py 'torchvision:convnext*' --norms rescale --no-peer
 
 Every network runs in a process of its own, per tool, with a time and a memory limit. Results go to OUT.csv
 as they come; networks that are in it already are skipped. OUT.md is made from it at the end (`--page`: only
@@ -55,7 +56,7 @@ def main() -> None:
         sys.exit(f"error: {error}")
     if not args.no_peer and find_spec("torch_pruning") is None:
         sys.exit("error: torch-pruning is not installed\nhint: pip install -e '.[bench]', or give --no-peer")
-    out = args.out or HERE / "results" / f"coverage_{args.models[0].partition(':')[0].replace('/', '_')}"
+    out = args.out or HERE / "results" / f"coverage_{_title(args)}"
     csv_path = out.with_name(out.name + ".csv")
     csv_path.parent.mkdir(parents=True, exist_ok=True)
     rows = read_rows(csv_path)
@@ -64,7 +65,7 @@ def main() -> None:
     lock = threading.Lock()
 
     def run(job: tuple[str, str]) -> None:
-        row = measure(*job, Limits(wall_s=args.limit_s, memory_gb=args.limit_gb))
+        row = measure(*job, Limits(wall_s=args.limit_s, memory_gb=args.limit_gb), norms=args.norms)
         with lock:
             rows[job] = row
             write_rows(csv_path, rows)
@@ -86,6 +87,9 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--out", type=Path, help="path without suffix; default results/coverage_FAMILY")
     parser.add_argument("--limit-s", type=float, default=300, help="wall seconds of one process")
     parser.add_argument("--limit-gb", type=float, default=16, help="memory of one process")
+    parser.add_argument(
+        "--norms", choices=("keep", "rescale"), default="keep", help="what autoprune does behind layer norms"
+    )
     parser.add_argument("--no-peer", action="store_true", help="without Torch-Pruning")
     parser.add_argument("--jobs", type=int, default=1, help="processes at a time; 1 for times worth quoting")
     parser.add_argument(
@@ -95,11 +99,18 @@ def _arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
+def _title(args: argparse.Namespace) -> str:
+    """The default page's name: of what was asked for, or what is special about it."""
+    families = dict.fromkeys(spec.partition(":")[0].replace("/", "_") for spec in args.models)
+    named = "_".join(f for f in families if f in coverage_models.FAMILIES) or next(iter(families))
+    return "rescaled" if args.norms == "rescale" else named
+
+
 def _is_wanted(row: Row | None, again: str | None) -> bool:
     return row is None or again == "all" or (again == "failed" and not row.is_done)
 
 
-def measure(name: str, tool: str, limits: Limits) -> Row:
+def measure(name: str, tool: str, limits: Limits, *, norms: str = "keep") -> Row:
     """One network under one tool, in a process that is ended at its limits."""
     with tempfile.TemporaryDirectory() as folder:
         out, errors = Path(folder) / "findings", Path(folder) / "stderr"
@@ -107,7 +118,7 @@ def measure(name: str, tool: str, limits: Limits) -> Row:
         began = time.time()
         with errors.open("wb") as stderr:
             process = subprocess.Popen(
-                [sys.executable, str(WORKER), tool, name, str(out)],
+                [sys.executable, str(WORKER), tool, name, str(out), norms],
                 stdout=subprocess.DEVNULL,
                 stderr=stderr,
                 env={"OMP_NUM_THREADS": "1", "TIMM_FUSED_ATTN": "0" if tool == PEER else "1", **os.environ},
@@ -191,9 +202,9 @@ def _line(row: Row) -> str:
 
 def _environment(args: argparse.Namespace, rows: Rows) -> list[str]:
     packages = ["torch", "torchvision", "timm", "torch-pruning"]
-    command = " ".join(
-        ["python benchmarks/bench_coverage.py", *args.models, *(["--no-peer"] if args.no_peer else [])]
-    )
+    options = ["--no-peer"] if args.no_peer else []
+    options += ["--norms", args.norms] if args.norms != "keep" else []
+    command = " ".join(["python benchmarks/bench_coverage.py", *args.models, *options])
     commits = ", ".join(sorted({r.commit for r in rows.values()}))
     return [
         f"hardware: {_processor()}, {os.cpu_count()} cores, {_memory_gb():.0f} GB; "

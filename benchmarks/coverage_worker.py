@@ -1,4 +1,4 @@
-"""One network under one tool, in a process of its own: `coverage_worker.py TOOL NETWORK OUT`.
+"""One network under one tool, in a process of its own: `coverage_worker.py TOOL NETWORK OUT NORMS`.
 
 What is known is appended to OUT as JSON lines as soon as it is known, with a line at the start of every
 phase, so that a process that is killed leaves its findings behind. `bench_coverage.py` reads them.
@@ -60,11 +60,14 @@ class Journal:
 
 def main() -> None:
     """Measure one network; every failure ends as a row."""
-    tool, name, out = sys.argv[1:]
+    tool, name, out, norms = sys.argv[1:]
     warnings.filterwarnings("ignore")
     journal = Journal(Path(out))
     try:
-        (measure_autoprune if tool == "autoprune" else measure_torch_pruning)(name, journal)
+        if tool == "autoprune":
+            measure_autoprune(name, journal, norms)
+        else:
+            measure_torch_pruning(name, journal)
     except MemoryError:
         journal.write(outcome="memory", detail="MemoryError")
     except Exception as error:
@@ -80,7 +83,7 @@ def _described(error: BaseException) -> str:
     return f"{type(error).__name__}: {first} [{where}]"
 
 
-def measure_autoprune(name: str, journal: Journal) -> None:
+def measure_autoprune(name: str, journal: Journal, norms: Any) -> None:
     """Trace, plan and densify in float32 with the clock running; then counts and the float64 comparison."""
     import autoprune
     from autoprune.plan import PruningPlan
@@ -91,7 +94,7 @@ def measure_autoprune(name: str, journal: Journal) -> None:
     own = sum(t.numel() * t.element_size() for t in (*model.parameters(), *model.buffers()))
     before = _reset_peak()
     with journal.phase("trace"):
-        graph = autoprune.trace(model, x)
+        graph = autoprune.trace(model, x, norms=norms)
     with journal.phase("plan"):
         plan = PruningPlan.random(graph, RATIO, 0)
         predicted = graph.cost(plan)

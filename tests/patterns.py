@@ -455,7 +455,7 @@ class _Encoder(nn.Sequential):
         super().__init__(nn.TransformerEncoderLayer(16, 4, 32, batch_first=True), nn.Linear(16, 3))
 
 
-@pattern("reshape_hard_coded", stuck=("wide",), reason="")
+@pattern("reshape_hard_coded", free=("wide",))
 class _HardReshape(_Shuffle):
     def body(self, x: Tensor) -> Tensor:
         x = self.wide(x)
