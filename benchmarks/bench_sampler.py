@@ -1,9 +1,9 @@
 """Which sampler, how many start-up trials, which warm start: decided on recorded real trials.
 
-    AUTOPRUNE_DATA=DIR python benchmarks/bench_sampler.py record digits --trials 128
-    AUTOPRUNE_DATA=DIR python benchmarks/bench_sampler.py record digits --round 2 --trials 45
+    AUTOPRUNE_DATA=DIR python benchmarks/bench_sampler.py record digits --trials 128 --rungs 45
+    AUTOPRUNE_DATA=DIR python benchmarks/bench_sampler.py record digits --round 2 --trials 36 --rungs 0
     AUTOPRUNE_DATA=DIR python benchmarks/bench_sampler.py record resnet8 --trials 36
-    python benchmarks/bench_sampler.py replay --seeds 40
+    python benchmarks/bench_sampler.py replay --seeds 12
 
 `record` runs the product's own trials (`run_trial`) at random points of the round's own space, every third
 at the ceiling, and at the points that a round begins with; twenty are run again with another seed, so that
