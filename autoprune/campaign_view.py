@@ -145,7 +145,7 @@ def _promoted_widths(run: Campaign, one: RoundRecord, trials: Sequence[FrozenTri
     names = [n for n in dict.fromkeys([*(c.group for c in one.sensitivity), *plan]) if n in plan]
     before = {name: plan[name]["num_units"] for name in names}
     after = {name: len(plan[name]["keep"]) for name in names}
-    return [interactive.widths(before, after, "Units left of each group")] if plan else []
+    return [interactive.widths(before, after, "Units left of each group", "units")] if plan else []
 
 
 def _summary(one: RoundRecord) -> str:

@@ -16,6 +16,8 @@ from rich.console import Console
 
 from autoprune.cli_run import (
     DATA,
+    SHOW,
+    WHERE,
     AsJson,
     DataSpec,
     Device,
@@ -43,6 +45,9 @@ if TYPE_CHECKING:
     from autoprune.sensitivity import SensitivityTable
 
 
+HOW = "How to measure"
+
+
 def register(app: typer.Typer) -> None:
     """Add the commands of this module."""
     app.command(
@@ -64,12 +69,13 @@ def register(app: typer.Typer) -> None:
 
 def doctor(
     study: Name = None,
-    out: Annotated[Path, typer.Option(metavar="DIR", help="Where runs would be written.")] = Path("runs"),
+    out: Annotated[Path, typer.Option(
+        metavar="DIR", rich_help_panel=WHERE, help="Where runs would be written.")] = Path("runs"),
     storage: Annotated[str | None, typer.Option(
-        metavar="URL", show_default=False,
+        metavar="URL", rich_help_panel=WHERE, show_default=False,
         help="A database for runs: postgresql://user@host/database.")] = None,
     artifacts: Annotated[str | None, typer.Option(
-        metavar="PLACE", show_default=False,
+        metavar="PLACE", rich_help_panel=WHERE, show_default=False,
         help="A place for checkpoints: s3://bucket/prefix, or a folder.")] = None,
     as_json: AsJson = False,
 ) -> int:  # fmt: skip
@@ -142,20 +148,32 @@ def analyze(
     exclude: Exclude = None,
     only: Only = None,
     ratio: Annotated[
-        list[float] | None, typer.Option(metavar="R", help="Share of a group's channels removed; repeatable.")
+        list[float] | None,
+        typer.Option(
+            metavar="R", rich_help_panel=HOW, help="Share of a group's channels removed; repeatable."
+        ),
     ] = None,
     share: Annotated[
         float | None,
-        typer.Option(metavar="S", help="Part of the search split used, 0.5 to 1.", show_default="1.0"),
+        typer.Option(
+            metavar="S",
+            rich_help_panel=HOW,
+            help="Part of the search split used, 0.5 to 1.",
+            show_default="1.0",
+        ),
     ] = None,
     device: Device = None,
     as_json: AsJson = False,
     quiet: Quiet = False,
     exact: Annotated[
-        bool, typer.Option("--exact", help="Measure every ratio with the network's own arithmetic.")
+        bool,
+        typer.Option(
+            "--exact", rich_help_panel=HOW, help="Measure every ratio with the network's own arithmetic."
+        ),
     ] = False,
     out: Annotated[
-        Path | None, typer.Option(metavar="DIR", help="Where analysis.json and pictures go.")
+        Path | None,
+        typer.Option(metavar="DIR", rich_help_panel=SHOW, help="Where analysis.json and pictures go."),
     ] = None,
 ) -> None:
     """Say how far a network can be pruned, and which groups of channels are fragile or free.

@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 
 NOT_REACHED = 3
 
-WHERE = "Where it lives, who works on it"
+WHERE = "Where runs live, who works on them"
 DATA, AIM, KEYS, SHOW = "What to prune", "What to reach", "Who may open the result", "Output"
 Name = Annotated[
     str | None,

@@ -100,8 +100,10 @@ def _share(trial: TrialRecord) -> float:
     return trial.cost_share if trial.cost_share is not None else 1.0
 
 
-def widths(before: Mapping[str, int], after: Mapping[str, int], title: str) -> go.Figure:
-    """Output channels of every layer, input at the top."""
+def widths(
+    before: Mapping[str, int], after: Mapping[str, int], title: str, counted: str = "output channels"
+) -> go.Figure:
+    """How wide every layer or group was and is, input at the top."""
     names = [n for n in before if n in after]
     figure = go.Figure(layout=LAYOUT)
     for label, values, colour in (("before", before, COLOURS["pale"]), ("after", after, COLOURS["accent"])):
@@ -116,7 +118,7 @@ def widths(before: Mapping[str, int], after: Mapping[str, int], title: str) -> g
         margin={"t": 80},
     )
     figure.update_yaxes(autorange="reversed", automargin=True)
-    figure.update_xaxes(title="output channels")
+    figure.update_xaxes(title=counted)
     return figure
 
 
@@ -126,7 +128,10 @@ def sensitivity(one: RoundRecord) -> go.Figure:
     for group in dict.fromkeys(c.group for c in one.sensitivity):
         cells = sorted((c for c in one.sensitivity if c.group == group), key=lambda c: c.ratio)
         figure.add_scatter(
-            x=[100 * c.ratio for c in cells], y=[-c.drop_pp for c in cells], mode="lines+markers", name=group
+            x=[0, *(100 * c.ratio for c in cells)],
+            y=[0, *(-c.drop_pp for c in cells)],
+            mode="lines+markers",
+            name=group,
         )
     figure.update_xaxes(title="removed of the group, %")
     figure.update_yaxes(title="change of top-1, pp")

@@ -55,6 +55,25 @@ def test_every_documented_command_line_has_options_that_exist(line: str) -> None
     assert given <= known, f"{line}: {given - known}"
 
 
+@pytest.mark.parametrize("name", sorted(COMMANDS))
+def test_every_help_page_ends_in_examples_with_options_that_exist(name: str) -> None:
+    lines = re.findall(r"- `autoprune (.*)`", COMMANDS[name].epilog or "")
+    assert lines, f"autoprune {name} --help has no example"
+    known = {o for p in COMMANDS[name].params for o in p.opts}
+    for words in map(shlex.split, lines):
+        assert words[0] == name
+        assert {w for w in words if re.match(r"--?[a-z]", w)} <= known
+
+
+@pytest.mark.parametrize("name", sorted(COMMANDS))
+def test_many_options_stand_in_groups(name: str) -> None:
+    loose = [
+        p.name for p in COMMANDS[name].params
+        if p.param_type_name == "option" and getattr(p, "rich_help_panel", None) is None
+    ]  # fmt: skip
+    assert len(loose) <= 4, f"autoprune {name} --help has {loose} in one heap"
+
+
 @pytest.mark.parametrize("page", PAGES, ids=lambda p: p.name)
 def test_relative_links_resolve(page: Path) -> None:
     for target in re.findall(r"\]\((?!https?:|#)([^)#]+)[^)]*\)", page.read_text(encoding="utf-8")):
