@@ -22,7 +22,7 @@ from autoprune.copying import named_modules
 from autoprune.gathered import GatheredModule
 from autoprune.graph import Group
 from autoprune.labels import LabelArray
-from autoprune.loose import LooseModule
+from autoprune.loose import LooseModule, Shape
 from autoprune.plan import PruningPlan
 from autoprune.rescaled import RescaledModule
 from autoprune.tape import Op, Ref, Tape
@@ -59,6 +59,7 @@ SAME = {
     "_unsafe_view": "view",
     "split_with_sizes": "split",
 }  # pieces are compared by their shapes
+MOVES = frozenset({"permute", "view", "_unsafe_view", "bmm"})
 GATHERS = frozenset({"index_select", "native_channel_shuffle", "channel_shuffle"})  # in ragged modules ours
 
 
@@ -78,7 +79,7 @@ def disagreement(
         is_live = walk.live[position]
         problem = (
             (f"another operator runs where {old.name} ran" if _name(old) != _name(new) else "")
-            or _changed_number(old, new)
+            or ("" if _moves_alike(walk, pruned, old, new, lengths) else _changed_number(old, new))
             or twins.changed(old, new, is_live=is_live)
             or (_other_shape(walk, pruned, old, new, lengths) if is_live else "")
             or (_other_stretch(walk, pruned, old, new, lengths) if is_live else "")
@@ -238,6 +239,15 @@ class _Twins:
         return other_outputs(self.walk, self.pruned)
 
 
+def _moves_alike(walk: Walk, pruned: Tape, old: Op, new: Op, lengths: _Lengths) -> bool:
+    """Whether two permutations differ by axes of length 1 alone, which einsum puts elsewhere."""
+    if old.name != "permute":
+        return False
+    shapes = _expected(walk, old.inputs[0], lengths), pruned.shapes[new.inputs[0].index]
+    orders = [[d for d in op.arg("dims") if x[d] > 1] for op, x in zip((old, new), shapes, strict=True)]
+    return [sorted(orders[0]).index(d) for d in orders[0]] == [sorted(orders[1]).index(d) for d in orders[1]]
+
+
 def _changed_number(old: Op, new: Op) -> str:
     may_follow = SIZES.get(old.name, NO_SIZES)
     for name, value in old.arguments.items():
@@ -259,15 +269,25 @@ def _other_shape(walk: Walk, pruned: Tape, old: Op, new: Op, lengths: _Lengths) 
             continue
         if number > 0 and walk.axes.get(left.index) is None:
             continue  # statistics that nothing reads
-        if problem := _length_apart(walk, pruned, left, right, lengths):
+        problem = _length_apart(walk, pruned, left, right, lengths)
+        if problem and not (old.name in MOVES and _lengths_without_ones(walk, pruned, left, right, lengths)):
             return problem
     return ""
 
 
+def _lengths_without_ones(walk: Walk, pruned: Tape, left: Ref, right: Ref, lengths: _Lengths) -> bool:
+    """Whether a tensor that an einsum moves is as predicted but for axes of length 1; what follows tells."""
+    expected = _expected(walk, left, lengths)
+    return [n for n in expected if n != 1] == [n for n in pruned.shapes[right.index] if n != 1]
+
+
+def _expected(walk: Walk, ref: Ref, lengths: _Lengths) -> Shape:
+    return tuple(a if isinstance(a, int) else lengths.of(a) for a in walk.extents(ref))
+
+
 def _length_apart(walk: Walk, pruned: Tape, left: Ref, right: Ref, lengths: _Lengths) -> str:
     """Whether a tensor has another shape than its labels say."""
-    shape = walk.shape(left)
-    expected = tuple(a if isinstance(a, int) else lengths.of(a) for a in walk.extents(left))
+    shape, expected = walk.shape(left), _expected(walk, left, lengths)
     got = pruned.shapes[right.index]
     return "" if got == expected or 0 in shape else f"a tensor becomes {got} and not {expected}"
 

@@ -923,3 +923,21 @@ class _FirstPass(_HeadsFromWidth):
         if not hasattr(self, "table"):
             self.table = torch.arange(36).view(6, 6).reshape(-1)
         return super().forward(x) + self.table.sum() * 0
+
+
+@pattern("two_heads_by_einsum", inputs=lambda: (torch.randn(1, 12, 16),), free=("q",), extra={"q": 2})
+class _TwoHeads(nn.Module):
+    """Relative positions by einsum (MViT V2): with one head left, it puts the axis of length 1 elsewhere."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.q, self.k, self.v, self.out = (nn.Linear(16, 16) for _ in range(4))
+        self.rows, self.columns = nn.Parameter(torch.randn(3, 3, 8)), nn.Parameter(torch.randn(4, 4, 8))
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = (layer(x).unflatten(-1, (-1, 8)).transpose(1, 2) for layer in (self.q, self.k, self.v))
+        grid = q.unflatten(2, (3, 4))
+        rows = torch.einsum("byhwc,hkc->byhwk", grid, self.rows).unsqueeze(-1)
+        columns = torch.einsum("byhwc,wkc->byhwk", grid, self.columns).unsqueeze(-2)
+        scores = (q @ k.transpose(-2, -1)).unflatten(2, (3, 4)).unflatten(4, (3, 4)) + rows + columns
+        return self.out((scores.flatten(4).flatten(2, 3).softmax(-1) @ v).transpose(1, 2).flatten(2))
