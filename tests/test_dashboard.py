@@ -13,7 +13,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+from PIL import Image
 
 from autoprune import events as ev
 from autoprune.config import Lock, Search
@@ -194,18 +196,34 @@ def visit(url: str, folder: Path, name: str) -> str:
     return done.stdout.decode()
 
 
+def is_drawn(picture: Path) -> bool:
+    """Whether a screenshot shows more than a frame around nothing."""
+    pixels = np.asarray(Image.open(picture).convert("L"))
+    return bool((pixels < 160).mean() > 0.005 and len(np.unique(pixels)) > 50)
+
+
 @pytest.mark.skipif(CHROMIUM is None, reason="there is no Chromium here (Debian package chromium)")
 def test_a_person_finds_the_decision_and_the_picture(page: Page, tmp_path: Path) -> None:
-    """Screenshots go to $AUTOPRUNE_SCREENSHOTS where that is set."""
+    """Each page answers what one opens it for. Screenshots go to $AUTOPRUNE_SCREENSHOTS where that is set."""
     folder = Path(os.environ.get("AUTOPRUNE_SCREENSHOTS", tmp_path))
-    front = visit(f"{page.root}/dashboard", folder, "dashboard-list.png")
-    assert "first/round-01" in front
-    assert "first/final" in front
     listed = page.get("/api/studies")["study_summaries"]
-    one = next(s["study_id"] for s in listed if s["study_name"].startswith("first/round-01"))
-    study = visit(f"{page.root}/dashboard/studies/{one}", folder, "dashboard-round.png")
-    for words in ("Accuracy over cost", "this round's floor", "decision", "removed (negative"):
-        assert words in study.replace("&#39;", "'"), words
-    note = visit(f"{page.root}/dashboard/studies/{one}/note", folder, "dashboard-note.png")
-    assert "Round 1:" in note
-    assert all((folder / f"dashboard-{n}.png").stat().st_size > 20_000 for n in ("list", "round", "note"))
+    round_1, final = (
+        next(s["study_id"] for s in listed if s["study_name"].startswith(f"first/{part}"))
+        for part in ("round-01", "final")
+    )
+    trial = page.get(f"/api/studies/{round_1}")["trials"][0]
+    wanted = {  # page -> what a person looks for on it
+        "list": ("", "first/round-01", "first/final", "fewer MACs", "original:", "left,", "second/final"),
+        "round": (f"/studies/{round_1}", "Accuracy over cost", "this round's floor", "target 50.0 %",
+                  "this round removes up to", "Units left of each group", "Sensitivity", "decision", "reason",
+                  "removed (negative"),
+        "note": (f"/studies/{round_1}/note", "Round 1:", "It started from", "the original", "before tuning"),
+        "trial": (f"/studies/{round_1}/trials?numbers={trial['number']}", "Round 1, trial",
+                  "Top-1 on the search", "It removed", "It took", "report.md", "plan.json"),
+        "final": (f"/studies/{final}", "Layer widths", "outcome", "fewer MACs"),
+    }  # fmt: skip
+    for name, (path, *words) in wanted.items():
+        shown = visit(f"{page.root}/dashboard{path}", folder, f"dashboard-{name}.png").replace("&#39;", "'")
+        for word in words:
+            assert word in shown.replace("\u00a0", " "), f"the page {name} does not show {word!r}"
+        assert is_drawn(folder / f"dashboard-{name}.png"), f"the page {name} is blank"
