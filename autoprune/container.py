@@ -37,6 +37,7 @@ TAIL_BYTES = END64.size + LOCATOR.size + END.size
 MAX_NAME = 200
 NAME = re.compile(r"[A-Za-z0-9_.]+(/[A-Za-z0-9_.]+)*", re.ASCII)
 CHUNK = 1 << 20
+BUFFER = 1 << 17  # of streams: age comes in pieces of 8 KiB; a tenth more speed (measured: docs/log.md)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -222,7 +223,7 @@ def write_beside(path: Path) -> Iterator[BinaryIO]:
         ) from None
     part = Path(name)
     try:
-        with os.fdopen(handle, "wb") as stream:
+        with os.fdopen(handle, "wb", buffering=BUFFER) as stream:
             yield stream
             stream.flush()
             os.fsync(stream.fileno())

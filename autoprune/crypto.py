@@ -20,7 +20,7 @@ from typing import BinaryIO
 
 import pyrage
 
-from autoprune.container import Buffer, write_beside
+from autoprune.container import BUFFER, Buffer, write_beside
 from autoprune.errors import ArtifactError, UsageError
 from autoprune.keys import KeySource, default_identities, read_identities, read_recipients
 
@@ -248,7 +248,7 @@ def open_file(path: Path) -> Iterator[BinaryIO]:
     if not stat.S_ISREG(os.fstat(handle).st_mode):
         os.close(handle)
         raise ArtifactError(f"cannot read {path}: it is no file", "save what it gives to a file first")
-    with os.fdopen(handle, "rb") as stream:
+    with os.fdopen(handle, "rb", buffering=BUFFER) as stream:
         yield stream
 
 
