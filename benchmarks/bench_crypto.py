@@ -5,8 +5,8 @@
 
 Each operation runs in a process of its own, so that its peak memory can be read from the kernel (Linux).
 "Memory" is that peak less what the process had before the operation, over the size of the largest member.
-The rate over CPU time is what the machine does when nobody else is on it. The first row copies the file without
-encrypting anything: what disk and kernel give at that moment.
+The rate over CPU time is what the machine does when nobody else is on it. The first row copies the file and
+encrypts nothing: what disk and kernel give at that moment.
 """
 
 from __future__ import annotations
@@ -174,9 +174,7 @@ def main() -> None:
                 rows.append(measure(operation, folder, size))
                 (folder / "out").unlink(missing_ok=True)
     arguments.out.parent.mkdir(parents=True, exist_ok=True)
-    where = (
-        "files in memory (/dev/shm)" if str(arguments.folder).startswith("/dev/shm") else "files on the disk"
-    )
+    where = f"files in {arguments.folder}" if arguments.folder else "files on the disk"
     arguments.out.write_text(page(rows, size, where), encoding="utf-8")
     arguments.out.with_suffix(".json").write_text(json.dumps([asdict(r) for r in rows], indent=1) + "\n")
     print(arguments.out.read_text(encoding="utf-8"))
