@@ -106,7 +106,9 @@ def params_of(point: Mapping[str, Any], ceiling: float) -> TrialParams:
 def make_sampler(kind: str, seed: int) -> optuna.samplers.BaseSampler:
     """The sampler that a study names."""
     if kind == "gp":
-        return optuna.samplers.GPSampler(n_startup_trials=STARTUP_TRIALS, seed=seed % 2**32)
+        return optuna.samplers.GPSampler(
+            n_startup_trials=STARTUP_TRIALS, seed=seed % 2**32, warn_independent_sampling=False
+        )
     if kind == "random":
         return optuna.samplers.RandomSampler(seed=seed % 2**32)
     return optuna.samplers.TPESampler(n_startup_trials=STARTUP_TRIALS, seed=seed % 2**32)

@@ -146,7 +146,8 @@ class Finetune:
         temperature: of the distillation (Hinton et al. 2015, section 2).
         ema: share of the steps that an exponential average of the weights reaches back over, in [0, 1);
             0 gives the last step's weights.
-        recalibrate_batches: batches that re-estimate the batch-norm statistics after pruning.
+        recalibrate_batches: batches that estimate the batch-norm statistics anew after pruning and after
+            fine-tuning.
     """
 
     share: float = 1.0

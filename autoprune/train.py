@@ -89,6 +89,8 @@ def finetune_(  # noqa: PLR0913 - one whole stage: each argument is a decision o
 ) -> list[EpochRecord]:  # fmt: skip
     """Train in place with `settings.optimizer`, on `settings.share` of the split, augmented.
 
+    After the last step batch-norm statistics are estimated anew: the running ones lag behind the weights.
+
     Args:
         model: parameters that need no gradient stay as they are.
         split: the training data.
@@ -125,11 +127,10 @@ def finetune_(  # noqa: PLR0913 - one whole stage: each argument is a decision o
         if teacher is not None:
             stack.enter_context(borrowed(teacher, place, training=False, channels_last=True))
         records = _fit_(model, used, plan, _objective(settings, teacher, loss))
-    if plan.averages:
-        recalibrate_(
-            model, used, num_batches=settings.recalibrate_batches, batch_size=settings.batch_size,
-            device=place, seed=seed,
-        )  # fmt: skip
+    recalibrate_(
+        model, used, num_batches=settings.recalibrate_batches, batch_size=settings.batch_size,
+        device=place, seed=seed,
+    )  # fmt: skip
     return records
 
 
