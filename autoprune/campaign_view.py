@@ -85,6 +85,8 @@ def views(run: Campaign) -> list[StudyView]:
     """All studies of a run, in the order of the campaign, which is the order of their ids."""
     for number in range(len(run.record.rounds) + 1):
         run.link(run.key(number))
+    if run.record.outcome is not None:
+        run.link(f"{run.label}/final")
     found = [_original(run), *(_round(run, one) for one in run.record.rounds)]
     return [*found, _final(run)] if run.record.outcome is not None else found
 

@@ -49,10 +49,11 @@ class DeliveredFile:
 
 @dataclass(frozen=True, kw_only=True)
 class HowToLoad:
-    """A sentence and the lines of Python that load the delivered model."""
+    """A sentence and the lines of Python that load the delivered model, and its file."""
 
     text: str
     code: str
+    file: Path
 
 
 def write_report(record: RunRecord, out: Path) -> Path:
@@ -216,12 +217,13 @@ def _how_to_load(out: Path) -> HowToLoad | None:
     encrypted, plain = out / "model.autoprune.age", out / "model.autoprune"
     if encrypted.is_file():
         text = "The encrypted file loads in memory, with the key (or passphrase=...) it was encrypted to."
-        call = f'autoprune.load("{encrypted}", identity="KEY.txt")'
+        file, call = encrypted, f'autoprune.load("{encrypted}", identity="KEY.txt")'
     elif plain.is_file():
-        text, call = "The file loads without the training code.", f'autoprune.load("{plain}")'
+        text = "The file loads without the training code."
+        file, call = plain, f'autoprune.load("{plain}")'
     else:
         return None
-    return HowToLoad(text=text, code=f"import autoprune\n\nmodel = {call}")
+    return HowToLoad(text=text, code=f"import autoprune\n\nmodel = {call}", file=file)
 
 
 def _flat(settings: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:

@@ -76,7 +76,9 @@ def page(shown: Dashboard) -> Page:
 
 
 def test_the_list_reads_as_the_campaign(page: Page) -> None:
-    names = [s["study_name"] for s in page.get("/api/studies")["study_summaries"]]
+    listed = page.get("/api/studies")["study_summaries"]
+    names = [s["study_name"] for s in sorted(listed, key=lambda s: int(s["study_id"]))]
+    assert len({names.index(n) < len(names) // 2 for n in names if n.startswith("first/")}) == 1, "runs mix"
     firsts = [n for n in names if n.startswith("first/")]
     assert len(firsts) * 2 == len(names), "both runs are in one list"
     assert "original:" in firsts[0]
