@@ -191,8 +191,9 @@ def _mended(model: nn.Module, graph: ChannelGraph, plan: PruningPlan) -> nn.Modu
         modules[name].autoprune_grouped = policy
     for name, axes in graph.split_axes.items():
         modules[name].autoprune_axes = dict(axes)
-    for name in sorted(n for n, width in graph.rescaled.items() if width and (n in changed or n == "")):
-        rescale(modules[name], graph.rescaled[name])
+    for name, width in sorted(graph.rescaled.items()):
+        if width and (name in changed or not isinstance(modules[name], nn.LayerNorm)):
+            rescale(modules[name], width)  # who takes a mean need not hold the channels
     for name in changed:
         _mend(modules[name.removesuffix(".parametrizations.weight")])
     mend_attention(model, changed)
@@ -203,12 +204,18 @@ def _mended(model: nn.Module, graph: ChannelGraph, plan: PruningPlan) -> nn.Modu
             graph.loosened[name],
             _pruned_pieces(graph, name, counts),
         )
+    _gather_where_ragged(modules, graph, plan, counts)
+    return mend_paddings(model, graph, plan)
+
+
+def _gather_where_ragged(
+    modules: Mapping[str, Any], graph: ChannelGraph, plan: PruningPlan, counts: dict[str, int]
+) -> None:
     for name, calls in graph.ragged.items():
         by_line: dict[str, list[Call | None]] = {}
         for call in calls:
             by_line.setdefault(call.line, []).append(_pruned_call(graph, call, plan, counts))
         gather(modules[name], by_line, graph.gathered.get(name))
-    return mend_paddings(model, graph, plan)
 
 
 def _pruned_call(

@@ -327,17 +327,21 @@ def reduction(walk: Walk, op: Op) -> list[Axes]:
 
 
 def _counts_zeros(walk: Walk, op: Op, x: Ref) -> bool:
-    """Whether a sum or a mean over channels is the same without those that are zero; `rescaled` divides."""
+    """Whether a sum, mean or maximum over channels is the same without zeros; `rescaled` divides."""
     width = walk.stamp(op.module, "autoprune_norm_width")
     if x.index not in walk.zero or walk.is_probe:
         return False
+    if op.name in ("max", "amax"):
+        places = [r for r in op.outputs[1:] if r is not None and walk.readers.get(r.index)]
+        return x.index in walk.above_zero and not places
     if op.name in ("sum", "linalg_vector_norm", "norm"):
         walk.rescaled.setdefault(op.module, width or 0)
         return walk.rescales_norms or not isinstance(walk.modules.get(op.module), nn.LayerNorm)
     if op.name != "mean" or not isinstance(op.arg("dim"), list) or len(op.arg("dim")) != 1:
         return False
     dim = op.arg("dim")[0]
-    means = [o for o in walk.tape.ops if o.module == op.module and o.name == "mean"]
+    inside = f"{op.module}." if op.module else ""  # the means of modules in it would be rescaled with it
+    means = [o for o in walk.tape.ops if o.name == "mean" and f"{o.module}.".startswith(inside)]
     if any(walk.shape(o.inputs[0])[dim] != walk.shape(x)[dim] or o.arg("dim") != [dim] for o in means):
         return False
     walk.rescaled[op.module] = walk.shape(x)[dim]

@@ -28,16 +28,16 @@ class RescaledModule:
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The class's own forward."""
-        with _Rescaled(self.autoprune_norm_width):
+        with _Rescaled(self.autoprune_norm_width, is_norm=isinstance(self, nn.LayerNorm)):
             return super().forward(*args, **kwargs)  # type: ignore[misc]
 
 
 class _Rescaled(TorchFunctionMode):
     """Replaces layer norm over the last axis, and means over what is left of the channels."""
 
-    def __init__(self, width: int) -> None:
+    def __init__(self, width: int, *, is_norm: bool) -> None:
         super().__init__()
-        self.width = width
+        self.width, self.is_norm = width, is_norm
 
     def __torch_function__(
         self,
@@ -46,7 +46,7 @@ class _Rescaled(TorchFunctionMode):
         args: Sequence[Any] = (),
         kwargs: Mapping[str, Any] | None = None,
     ) -> Any:
-        if func is F.layer_norm:
+        if func is F.layer_norm and self.is_norm:  # not those of modules in a module that takes a mean
             return rescaled_layer_norm(*args, width=self.width, **(kwargs or {}))
         if func in MEANS:
             return rescaled_mean(*args, width=self.width, **(kwargs or {}))

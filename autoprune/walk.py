@@ -26,7 +26,7 @@ from torch import nn
 
 from autoprune.labels import FIXED, LabelArray, Labels, Role
 from autoprune.tape import Op, Ref, Tape
-from autoprune.zeros import maskable, stays_zero
+from autoprune.zeros import is_above_zero, maskable, stays_zero
 
 Axes = list[LabelArray | None]
 Handler = Callable[["Walk", Op], "Axes | list[Axes]"]
@@ -118,7 +118,8 @@ class Walk:
         arriving: Ref in which a ragged shuffle ends -> the axis and its labels.
         rescales_norms: whether a layer norm's channels may go, with its statistics rescaled.
         rescaled: module -> channels that its statistics count; 0 where a sum relies on zeros alone.
-        zero: Refs whose removed positions are zero in the masked network, see `zeros`.
+        zero: Refs whose removed positions are zero in the masked network, see `zeros`; `above_zero` those
+            without negative entries.
         choices: reshape operator -> axis that shrinks, where the first choice did not hold.
     """
 
@@ -145,6 +146,7 @@ class Walk:
     rescales_norms: bool = False
     rescaled: dict[str, int] = field(default_factory=dict)
     zero: set[int] = field(default_factory=set)
+    above_zero: set[int] = field(default_factory=set)
     probe_depth: int = 0
     is_risky: bool = False
     votes: int = 0
@@ -218,10 +220,12 @@ class Walk:
         result = handler(self, op)
         many = result if result and isinstance(result[0], list) else [result]
         is_zero = not self.is_probe and stays_zero(op, self.zero, self.axes)
+        is_above = not self.is_probe and is_above_zero(op, self.above_zero)
         for ref, axes in zip(op.outputs, many, strict=False):
             if ref is not None:
                 self._set(ref, axes)  # type: ignore[arg-type]
                 self.zero.update([ref.index] if is_zero else [])
+                self.above_zero.update([ref.index] if is_above else [])
 
     def _set(self, ref: Ref, axes: Axes) -> None:
         shape = self.tape.shapes[ref.index]

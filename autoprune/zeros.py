@@ -29,6 +29,12 @@ KEEPS = """
 SHAPE_NAMES = frozenset(SHAPES.split())
 HARMLESS_NAMES = SHAPE_NAMES | frozenset(HARMLESS.split())
 KEEPING_NAMES = SHAPE_NAMES | frozenset(KEEPS.split())
+ABOVE_ZERO = frozenset("relu relu6 sigmoid hardsigmoid abs exp softplus _softmax square".split())  # f(x) >= 0
+KEEPS_ABOVE = """
+    cat stack mean sum amax mul add native_dropout max_pool2d_with_indices avg_pool2d _adaptive_avg_pool2d
+    upsample_nearest2d upsample_bilinear2d
+"""
+KEEPS_ABOVE_NAMES = SHAPE_NAMES | frozenset(KEEPS_ABOVE.split())
 PRODUCTS = frozenset({"mul", "bmm"})
 NORMS = frozenset(
     {"native_batch_norm", "_native_batch_norm_legit_no_training", "native_layer_norm", "native_group_norm"}
@@ -71,3 +77,19 @@ def stays_zero(op: Op, zero: set[int], labelled: Container[int]) -> bool:
     ):
         return False  # a number is added
     return op.name in KEEPING_NAMES and bool(inputs) and all(i in zero for i in inputs)
+
+
+def is_above_zero(op: Op, above: Container[int]) -> bool:
+    """Whether no entry of an operator's result is negative.
+
+    Args:
+        above: the tensors of which that is known.
+    """
+    if op.name in ABOVE_ZERO:
+        return True
+    if op.name == "hardtanh":
+        return float(op.arg("min_val", -1)) >= 0
+    numbers = [v for v in op.arguments.values() if type(v) in (int, float)]
+    has_negative = op.name in ("mul", "add") and any(n < 0 for n in numbers)
+    is_kept = op.name in KEEPS_ABOVE_NAMES and bool(op.inputs) and all(r.index in above for r in op.inputs)
+    return is_kept and not has_negative

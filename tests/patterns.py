@@ -941,3 +941,72 @@ class _TwoHeads(nn.Module):
         columns = torch.einsum("byhwc,wkc->byhwk", grid, self.columns).unsqueeze(-2)
         scores = (q @ k.transpose(-2, -1)).unflatten(2, (3, 4)).unflatten(4, (3, 4)) + rows + columns
         return self.out((scores.flatten(4).flatten(2, 3).softmax(-1) @ v).transpose(1, 2).flatten(2))
+
+
+@pattern("channel_maximum", free=("stem",))
+class _ChannelMaximum(Net):
+    """Attention over space from mean and maximum over channels (CBAM): neither misses channels of zeros."""
+
+    class _Pool(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return torch.cat([x.max(1, keepdim=True)[0], x.mean(1, keepdim=True)], 1)
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.pool, self.gate = self._Pool(), nn.Conv2d(2, 1, 7, padding=3)
+
+    def body(self, x: Tensor) -> Tensor:
+        return x * torch.sigmoid(self.gate(self.pool(x)))
+
+
+@pattern("maximum_below_zero", stuck=("wide",), reason="max over")
+class _MaximumBelowZero(_Shuffle):
+    """Where all channels may be negative, zeros would win."""
+
+    def body(self, x: Tensor) -> Tensor:
+        x = self.wide(x)
+        return self.back(x * x.amax(1, keepdim=True))
+
+
+@pattern("means_of_both_kinds", stuck=("stem",), reason="mean over")
+class _MeansOfBothKinds(Net):
+    """A block that takes a mean over channels, and one over space in a module of its own."""
+
+    class _Squeeze(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return x * torch.sigmoid(x.mean((2, 3), keepdim=True))
+
+    class _Block(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.squeeze = _MeansOfBothKinds._Squeeze()
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.squeeze(x) * torch.sigmoid(x.mean(1, keepdim=True))
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.block = self._Block()
+
+    def body(self, x: Tensor) -> Tensor:
+        return self.block(x)
+
+
+@pattern("mean_beside_layer_norm", free=("stem",))
+class _MeanBesideNorm(Net):
+    """A module that takes a mean over channels and holds a layer norm over something else."""
+
+    class _Block(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.norm = nn.LayerNorm(8)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return x * torch.sigmoid(self.norm(x.mean(1, keepdim=True)))
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.block = self._Block()
+
+    def body(self, x: Tensor) -> Tensor:
+        return self.block(x)
