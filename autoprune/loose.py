@@ -114,9 +114,16 @@ class _PrunedWidths(TorchFunctionMode):
             sizes = list(args[1]) if isinstance(args[1], (tuple, list)) else list(args[1:])
             if all(isinstance(n, (int, torch.SymInt)) for n in sizes):
                 return func(args[0], self._corrected(args[0], sizes, self._place()))
+        if func is Tensor.unflatten and not kwargs:
+            return self._unflatten(*args)
         if func in SPLITS:
             return self._split(func, *args, **(kwargs or {}))
         return func(*args, **(kwargs or {}))
+
+    def _unflatten(self, x: Tensor, dim: int, sizes: Sequence[int]) -> Tensor:
+        dim %= x.dim()
+        shape = [*x.shape[:dim], *sizes, *x.shape[dim + 1 :]]
+        return x.reshape(self._corrected(x, shape, self._place()))
 
     def _place(self) -> Place:
         self.calls += 1

@@ -39,6 +39,7 @@ NOISE_DOUBLE = 1e-5  # relative; casts to float32 inside the network leave less
 NOISE_SINGLE = 1e-3
 ROUNDS = 12
 SILENT = 1e-3  # weights below this are taken to start at zero
+TURNS = 5  # a guess: so many groups in a row lose different numbers of units
 PROOFS = 64  # runs spent on finding out which groups fail; after that whole sets are frozen together
 
 Built = tuple[ChannelGraph, Walk]
@@ -101,7 +102,7 @@ class _Proof:
         return self._run(graph, groups)[0]
 
     def _run(self, graph: ChannelGraph, groups: Sequence[Group]) -> tuple[str | None, nn.Module]:
-        plan = _probe_plan(groups)
+        plan = _probe_plan(graph, groups)
         dense = densify_on_meta(self.model, graph, plan)
         try:
             pruned = record_on_meta(dense, self.inputs)
@@ -131,7 +132,7 @@ class _Proof:
 
     def numbers(self, graph: ChannelGraph, groups: Sequence[Group]) -> str | None:
         """What goes wrong when the copy is compared with the masked network. One of them lives at a time."""
-        plan = _probe_plan(groups)
+        plan = _probe_plan(graph, groups)
         network, inputs, noise = self.subject
         try:
             wanted = outputs(masked(network, graph, plan), inputs)
@@ -223,13 +224,18 @@ def _bisect(
     return found or [(g, reason) for g in groups]  # they fail only together
 
 
-def _probe_plan(groups: Sequence[Group]) -> PruningPlan:
-    """About a third of every group's units removed, at least one, from all over it."""
+def _probe_plan(graph: ChannelGraph, groups: Sequence[Group]) -> PruningPlan:
+    """About a third of some groups' units removed, at least one, from all over them.
+
+    Groups of one width lose different numbers, so that a program that takes one's width for another's fails.
+    """
+    turns = {g.name: turn for turn, g in enumerate(graph.groups)}
     keep = {}
     for group in groups:
-        units = np.arange(group.num_units)
-        kept = units[units % 3 != 1]
-        keep[group.name] = kept.astype(np.int64)
+        width = group.num_units
+        lost = min(width - 1, max(1, width // 3) + turns[group.name] % TURNS)
+        gone = ((np.arange(lost) + 0.5) * width / lost).astype(np.int64)
+        keep[group.name] = np.setdiff1d(np.arange(width, dtype=np.int64), gone)
     return PruningPlan(keep=keep, num_units={g.name: g.num_units for g in groups})
 
 

@@ -57,13 +57,14 @@ def _tracked(walk: Walk, axes: Axes, sources: list[int]) -> list[int]:
     ordinal = walk.reshapes[op.module]
     stamped = walk.stamp(op.module, "autoprune_axes", {}).get(-ordinal)
     is_stamped = stamped is not None and sources[0] - 1 <= stamped <= sources[-1] + 1  # it may be 1 long now
-    if walk.is_probe or len(sources) < 2 or (len(tracked) < 2 and not is_stamped):
+    if walk.is_probe or (not is_stamped and min(len(sources), len(tracked)) < 2):
         return tracked
     if is_stamped:
         kept = stamped if stamped in tracked else None
     else:
-        closed = [d for d in tracked if (a := axes[d]) is not None and not walk.labels.is_open(a)]
-        verdicts = {d: walk.probe(op.inputs[0], d, includes_present=True) for d in closed}
+        known = {d: a for d in tracked if (a := axes[d]) is not None}
+        closed = [d for d, a in known.items() if not walk.labels.is_open(a)]
+        verdicts = {d: walk.probe(op.inputs[0], d, known[d], includes_present=True) for d in closed}
         free = [d for d in closed if not verdicts[d][0]] if len(closed) > 1 else closed
         kept = max(free, key=lambda d: (verdicts[d][1], len(axes[d])), default=None)  # type: ignore[arg-type]
     for d in tracked:
@@ -109,7 +110,7 @@ def _shrinking_axis(
     elif stamped in targets:
         options, stuck = [stamped], ""
     else:
-        options, stuck = _ranked(walk, out, targets, varying)
+        options, stuck = _ranked(walk, out, targets, varying, block)
     if not options:
         walk.freeze(block.ravel(), f"split into axes of which none may shrink{stuck}")
         return None, None
@@ -121,11 +122,14 @@ def _shrinking_axis(
     return chosen, labels
 
 
-def _ranked(walk: Walk, out: Ref, targets: list[int], varying: list[int]) -> tuple[list[int], str]:
+def _ranked(
+    walk: Walk, out: Ref, targets: list[int], varying: list[int], block: LabelArray
+) -> tuple[list[int], str]:
     """The axes that may shrink, best first; and what stops the others."""
     if walk.probe_depth >= 2:  # deep enough for fused projections split into parts and then into heads
         return [targets[max(varying, key=lambda d: walk.shape(out)[targets[d]])]], ""
-    verdicts = {targets[d]: walk.probe(out, targets[d]) for d in varying}
+    alike = {d: np.moveaxis(block, d, 0).reshape(block.shape[d], -1)[:, 0] for d in varying}
+    verdicts = {targets[d]: walk.probe(out, targets[d], alike[d]) for d in varying}
     free = [d for d, (stuck, _) in verdicts.items() if not stuck]
     reasons = "".join(f": {stuck}" for stuck, _ in verdicts.values() if stuck)
     return sorted(free, key=lambda d: (-verdicts[d][1], -walk.shape(out)[d])), reasons

@@ -178,10 +178,13 @@ class Walk:
         """Parameters that the masked network may hold zeros in."""
         return maskable(self.tape)
 
-    def probe(self, ref: Ref, axis: int, *, includes_present: bool = False) -> tuple[str, int]:
+    def probe(
+        self, ref: Ref, axis: int, alike: LabelArray, *, includes_present: bool = False
+    ) -> tuple[str, int]:
         """What the axis of `ref` runs into that it may not pass, and how often it ends as a batch axis.
 
         Args:
+            alike: for each position of the axis a number, equal where positions are one unit.
             includes_present: whether the present operator reads `ref`, and is followed too.
         """
         shape = self.tape.shapes[ref.index]
@@ -191,7 +194,8 @@ class Walk:
         probe.probe_depth = self.probe_depth + 1
         probe.labels.ignores_fixed = True
         labels: Axes = [None] * len(shape)
-        labels[axis] = probe.labels.new("probe", axis, shape[axis])
+        units, which = np.unique(alike, return_inverse=True)
+        labels[axis] = probe.labels.new("probe", axis, len(units))[which]
         probe.axes[ref.index] = labels
         since = self.position if includes_present else self.position + 1
         ahead = [n for n in self.readers.get(ref.index, ()) if n >= since]

@@ -1010,3 +1010,44 @@ class _MeanBesideNorm(Net):
 
     def body(self, x: Tensor) -> Tensor:
         return self.block(x)
+
+
+@pattern("width_of_another", inputs=lambda: (torch.randn(2, 5, 4, 4),), free=("inp", "att.out_proj"))
+class _WidthOfAnother(nn.Module):
+    """What comes out is reshaped to the width of what went in, which happens to be the same."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inp, self.out = nn.Conv2d(5, 8, 1), nn.Linear(8, 3)
+        self.att = nn.MultiheadAttention(8, 2, batch_first=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.inp(x)
+        batch, width, rows, columns = x.shape
+        x = x.permute(0, 2, 3, 1).reshape(batch * rows, columns, width)
+        x = self.att(x, x, x, need_weights=False)[0].reshape(batch, rows, columns, width)
+        return self.out(x.mean((1, 2)))
+
+
+@pattern("outer_product", free=("stem", "back"))
+class _OuterProduct(Net):
+    """Two axes of channels become one; a later round keeps to the one that shrank."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.other, self.back = nn.Conv2d(8, 3, 1), nn.Conv2d(24, 8, 1)
+
+    def body(self, x: Tensor) -> Tensor:
+        return self.back((x[:, :, None] * F.relu(self.other(x))[:, None]).flatten(1, 2))
+
+
+@pattern("unflattened", free=("fc", "up"))
+class _Unflattened(Net):
+    """A decoder's `nn.Unflatten`, in which channels and space are written."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc, self.unflatten, self.up = nn.Linear(8, 96), nn.Unflatten(1, (6, 4, 4)), nn.Conv2d(6, 8, 1)
+
+    def body(self, x: Tensor) -> Tensor:
+        return self.up(self.unflatten(F.relu(self.fc(x.mean((2, 3))))))
