@@ -1,6 +1,6 @@
 """What README.md says to type is typed here, as a new user would, in a folder with nothing but own files.
 
-Only time is short: where the page says eight hours, the tests add a minute's budget to the end of the line.
+Only time is short: where the page says eight hours, the tests add a few epochs as budget to the line.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pandas as pd
 import pytest
 import torch
 from PIL import Image
@@ -88,7 +89,7 @@ def test_the_one_shot_command_prunes_a_folder_of_photographs(folder: Path) -> No
     """Photographs of three colours, and a torchvision network that was trained on them for a moment."""
     torch.manual_seed(0)
     labels = torch.arange(240) % 3
-    images = (torch.tensor(COLOURS)[labels][:, :, None, None] + 55 * torch.rand(240, 3, 64, 64)).byte()
+    images = (torch.tensor(COLOURS)[labels][:, :, None, None] + 12 * torch.rand(240, 3, 64, 64)).byte()
     for number, (image, label) in enumerate(zip(images, labels.tolist(), strict=True)):
         kind = folder / "photos" / ("train" if number < 150 else "val") / "rgb"[label]
         kind.mkdir(parents=True, exist_ok=True)
@@ -97,14 +98,20 @@ def test_the_one_shot_command_prunes_a_folder_of_photographs(folder: Path) -> No
     mean, std = torch.tensor([0.485, 0.456, 0.406]), torch.tensor([0.229, 0.224, 0.225])
     inputs = (images[:150] / 255 - mean[:, None, None]) / std[:, None, None]
     train_(network, inputs, labels[:150], epochs=2)
+    for norm in (m for m in network.modules() if isinstance(m, nn.BatchNorm2d)):
+        norm.reset_running_stats()
+        norm.momentum = None  # ten steps are too few for a moving average
+    with torch.no_grad():
+        network(inputs)
     torch.save(network.state_dict(), folder / "resnet18.pth")
     checked = autoprune([*ONE_SHOT, "--dry-run"], folder)
     assert checked.returncode == 0, checked.stderr
-    short = ["--budget", "60s", "--data", "imagefolder:photos,size=64"]
+    short = ["--budget", "epochs=3", "--data", "imagefolder:photos,size=64"]
     done = autoprune([*ONE_SHOT, *short], folder)
     assert done.returncode in (0, 3), done.stderr
-    assert "fewer MACs" in done.stdout
-    assert (folder / "runs/resnet18-imagefolder/model.autoprune.age").is_file()
+    out = folder / "runs/resnet18-imagefolder"
+    assert (out / "model.autoprune.age").is_file()
+    assert pd.read_csv(out / "trials.csv")["top1"].notna().any(), "a trial was pruned, tuned and measured"
 
 
 @pytest.mark.slow
@@ -119,7 +126,7 @@ def test_the_study_and_every_line_after_it(folder: Path) -> None:
     torch.save(network.state_dict(), folder / "my.pth")
     for words in STUDY_LINES:
         is_run = words[0] == "run" and "--dry-run" not in words
-        done = autoprune([*words, "--budget", "30s"] if is_run else words, folder)
+        done = autoprune([*words, "--budget", "epochs=4"] if is_run else words, folder)
         assert done.returncode in ((0, 3) if is_run else (0,)), f"{words}: {done.stderr}"
     assert (folder / "mine.onnx").is_file()
     (folder / "load.py").write_text(
