@@ -22,7 +22,7 @@ from statistics import mean
 
 import optuna
 import torch
-from machine import headline
+from machine import commit, headline
 from oneshot_models import load
 from quality_rivals import RIVALS, Made, Task
 
@@ -43,6 +43,7 @@ FIELDS = (
     "test_top1",
     "used_epochs",
     "seconds",
+    "commit",
 )
 WEIGHT_DECAY = {"resnet20": 1e-4}
 MAX_DROP = 10.0  # percentage points: everyone shall get to the target
@@ -96,6 +97,7 @@ def _row(cell: str, method: str, seed: int, args: argparse.Namespace) -> dict[st
         "cell": cell, "epochs": f"{args.epochs:g}", "method": method, "seed": str(seed),
         "macs_share": f"{made.share:.4f}", "search_top1": f"{search:.4f}", "test_top1": f"{test:.4f}",
         "used_epochs": f"{made.epochs:.2f}", "seconds": f"{time.perf_counter() - began:.0f}",
+        "commit": commit(),
     }  # fmt: skip
     print(row, flush=True)
     return row
@@ -158,16 +160,17 @@ def _page(rows: list[dict[str, str]]) -> str:
         "# Top-1 at equal multiply-adds, for equal training samples", "",
         headline("torch", "torch-pruning", "optuna"),
         "Made by `python benchmarks/bench_quality.py`, which its head explains; rows in the CSV beside it.",
-        "Top-1 in percent, means over seeds; the test split is read once a row.", "",
-        "| cell | epochs | way | MACs left | search top-1 | test top-1 | seeds (test top-1) |",
-        "|---|---:|---|---:|---:|---:|---|",
+        "Top-1 in percent, means over seeds; the test split is read once a row. The commit is the row's.", "",
+        "| cell | epochs | way | MACs left | search top-1 | test top-1 | seeds (test top-1) | commit |",
+        "|---|---:|---|---:|---:|---:|---|---|",
     ]  # fmt: skip
     for cell, epochs, method in dict.fromkeys((r["cell"], r["epochs"], r["method"]) for r in rows):
         mine = [r for r in rows if (r["cell"], r["epochs"], r["method"]) == (cell, epochs, method)]
+        commits = ", ".join(dict.fromkeys(r["commit"] for r in mine))
         each = ", ".join(f"{100 * float(r['test_top1']):.2f}" for r in mine)
         lines.append(
             f"| {cell} | {epochs} | {method} | {_mean(mine, 'macs_share')} % | {_mean(mine, 'search_top1')} "
-            f"| {_mean(mine, 'test_top1')} | {len(mine)} ({each}) |"
+            f"| {_mean(mine, 'test_top1')} | {len(mine)} ({each}) | {commits} |"
         )
     return "\n".join(lines) + "\n"
 
