@@ -137,7 +137,7 @@ def _bottom(trials: list[TrialRecord], start: float, floor: float) -> float:
 def _dots(axes: Axes, trials: list[TrialRecord], bottom: float) -> None:
     kinds = (
         ("recovered", [t for t in trials if t.recovered], "o", COLOURS["good"], COLOURS["good"]),
-        ("below the round's floor", [t for t in trials if not t.recovered and 100 * _top1(t) >= bottom],
+        ("below its floor", [t for t in trials if not t.recovered and 100 * _top1(t) >= bottom],
          "o", "none", COLOURS["muted"]),
         ("lower still", [t for t in trials if 100 * _top1(t) < bottom], "v", "none", COLOURS["muted"]),
     )  # fmt: skip

@@ -1,6 +1,7 @@
 """Draw docs/run.png, the picture in the README, from a run's own storage.
 
-    python scripts/draw_readme.py runs/digits
+    autoprune run digits --target macs=0.12 --budget 60s --plain --out runs/eighth
+    python scripts/draw_readme.py runs/eighth
 
 Left what the report calls the path, right the layer widths before and after; both as `autoprune report` draws
 them.
@@ -44,7 +45,7 @@ def main() -> None:
     with quiet_optuna(), closing(RunStore(arguments.run, name_in(arguments.run))) as store:
         record = read_run(store)
     drawn = plots.draw_all(record)
-    parts = [picture(drawn["path"], 6.2, 3.4), picture(drawn["widths"], 4.2, 3.4)]
+    parts = [picture(drawn["path"], 7.0, 3.6), picture(drawn["widths"], 4.2, 3.6)]
     whole = Image.new("RGB", (sum(p.width for p in parts), max(p.height for p in parts)), "white")
     left = 0
     for part in parts:
