@@ -4,7 +4,7 @@
 answer got lost may have been carried out: asking again for what is done already counts as done.
 
 SQLite as Optuna opens it hands one enqueued trial to two workers and gives up on a busy database; a
-write-ahead log, `BEGIN IMMEDIATE` for all that writes and a patient timeout mend both. Every commit is
+write-ahead log, `BEGIN IMMEDIATE` and a patient timeout mend both. Every commit is
 flushed to the disk (`synchronous=FULL`, SQLite's default), so that a decision is on it before the
 checkpoints that it makes superfluous are removed.
 """
@@ -18,7 +18,6 @@ import os
 import warnings
 from collections.abc import Callable
 from contextlib import suppress
-from contextvars import ContextVar
 from typing import Any, BinaryIO, Protocol
 
 import optuna
@@ -63,7 +62,6 @@ REMEDIES = {
 }
 
 log = logging.getLogger("autoprune")
-_ONLY_READS: ContextVar[bool] = ContextVar("only_reads", default=False)
 
 
 class Artifacts(Protocol):
@@ -111,7 +109,7 @@ def _patient(name: str) -> Callable[..., Any]:
 
     @functools.wraps(plain)
     def method(self: PatientStorage, *args: Any, **kwargs: Any) -> Any:
-        tries, token = 0, _ONLY_READS.set(name in READS)
+        tries = 0
 
         def once() -> Any:
             nonlocal tries
@@ -131,8 +129,6 @@ def _patient(name: str) -> Callable[..., Any]:
             if name not in READS:  # what was to be written is wrong
                 raise
             raise damaged(ValueError(f"malformed value ({error})"), str(self.engine.url)) from error
-        finally:
-            _ONLY_READS.reset(token)
 
     return method
 
@@ -209,7 +205,7 @@ def _opened(place: Place) -> PatientStorage:
         )
     if place.is_local:
         event.listen(storage.engine, "connect", _write_ahead)
-        event.listen(storage.engine, "begin", _begin)
+        event.listen(storage.engine, "begin", _begin_immediate)
         storage.engine.dispose()  # the connection that made the tables knows neither listener
     return storage
 
@@ -224,9 +220,8 @@ def _write_ahead(connection: Any, record: object) -> None:
     connection.execute("PRAGMA journal_mode=WAL")
 
 
-def _begin(connection: Connection) -> None:
-    """What writes takes its turn before it reads; what only reads waits for nobody."""
-    connection.exec_driver_sql("BEGIN" if _ONLY_READS.get() else "BEGIN IMMEDIATE")
+def _begin_immediate(connection: Connection) -> None:
+    connection.exec_driver_sql("BEGIN IMMEDIATE")
 
 
 def open_artifacts(where: str) -> Artifacts:
