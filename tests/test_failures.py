@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from autoprune import events as ev
-from autoprune.config import Lock, Search, Study
+from autoprune.config import Control, Lock, Search, Study
 from autoprune.data import Data
 from autoprune.errors import RunError
 from autoprune.evaluation import evaluate
@@ -53,7 +53,7 @@ class Trouble:
     def study(self, **changes: object) -> Study:
         return tiny_study(
             model=trained_net, baseline=None, data=self.data, loss=self.loss, evaluate=self.score,
-            max_drop=20.0, **changes,
+            target="macs=0.7", max_drop=30.0, control=Control(first_ceiling=0.5), **changes,
         )  # fmt: skip
 
 
@@ -89,7 +89,7 @@ def during_trials(trouble: Trouble, ways: list[str]) -> Iterator[ev.OnEvent]:
 
 def test_a_round_goes_on_after_every_kind_of_failure(tmp_path: Path) -> None:
     trouble = Trouble()
-    study = trouble.study(search=Search(trials=6, epochs=0.5), budget="epochs=60")
+    study = trouble.study(search=Search(trials=6, epochs=0.3, criteria=("l1",)), budget="epochs=8")
     with during_trials(trouble, [*WAYS, ""]) as listen:
         result = run(study, out=tmp_path / "r", lock=PLAIN, on_event=listen)
     trials = result.record.rounds[0].trials
@@ -106,7 +106,7 @@ def test_a_round_whose_trials_all_fail_alike_stops_the_run_and_is_tried_again(
     way: str, tmp_path: Path
 ) -> None:
     trouble = Trouble()
-    study = trouble.study(search=Search(trials=2, epochs=0.5))
+    study = trouble.study(search=Search(trials=2, epochs=0.3, criteria=("l1",)), budget="epochs=4")
     with (
         during_trials(trouble, [way]) as listen,
         pytest.raises(RunError, match="all trials of round 1 failed in the same way") as caught,
