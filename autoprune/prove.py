@@ -233,7 +233,8 @@ def _probe_plan(graph: ChannelGraph, groups: Sequence[Group]) -> PruningPlan:
     keep = {}
     for group in groups:
         width = group.num_units
-        lost = min(width - 1, max(1, width // 3) + turns[group.name] % TURNS)
+        wanted = max(1, width // 3) + turns[group.name] % TURNS
+        lost = max(1, min(width - 2, wanted))  # with one unit left some programs run other operators
         gone = ((np.arange(lost) + 0.5) * width / lost).astype(np.int64)
         keep[group.name] = np.setdiff1d(np.arange(width, dtype=np.int64), gone)
     return PruningPlan(keep=keep, num_units={g.name: g.num_units for g in groups})
