@@ -16,14 +16,14 @@ from typing import Annotated, Any
 
 import typer
 
-from autoprune import cli_artifact, cli_dashboard, cli_fleet, cli_look, cli_run
+from autoprune import cli_artifact, cli_dashboard, cli_fleet, cli_look, cli_run, completion
 from autoprune.errors import AutopruneError
 
 app = typer.Typer(
     name="autoprune",
     help="Prune a trained network to a target inside an accuracy floor, unattended, and deliver the smaller "
     "network as one verified, encrypted file.",
-    epilog=cli_run.examples("run digits", "run my_study.py --dry-run", "dashboard runs", "doctor"),
+    epilog=completion.examples("run digits", "run my_study.py --dry-run", "dashboard runs", "doctor"),
     no_args_is_help=True,
     rich_markup_mode="markdown",
     pretty_exceptions_enable=False,

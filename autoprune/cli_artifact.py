@@ -15,7 +15,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from autoprune.cli_run import ask_secret, examples, read_secret, refuse_secrets
+from autoprune import completion
+from autoprune.cli_run import ask_secret, read_secret, refuse_secrets
 from autoprune.errors import ArtifactError, UsageError, VerificationError
 
 if TYPE_CHECKING:
@@ -91,7 +92,7 @@ def register(app: typer.Typer) -> None:
         keygen: ("keygen", "keygen key.txt", "keygen --signing signing_key"),
     }  # fmt: skip
     for command, lines in given.items():
-        app.command(rich_help_panel="Deliver", epilog=examples(*lines))(command)
+        app.command(rich_help_panel="Deliver", epilog=completion.examples(*lines))(command)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -9,14 +9,13 @@ from typing import Annotated
 import typer
 
 from autoprune import completion
-from autoprune.cli_run import examples
 
 
 def register(app: typer.Typer) -> None:
     """Add the command of this module."""
     app.command(
         rich_help_panel="Look",
-        epilog=examples(
+        epilog=completion.examples(
             "dashboard", "dashboard runs/digits --port 9000", "dashboard postgresql://ann@db.site/prune"
         ),
     )(dashboard)

@@ -32,7 +32,6 @@ from autoprune.cli_run import (
     StoppedError,
     choose_study,
     digests,
-    examples,
     narrowed,
     terminable,
 )
@@ -51,14 +50,14 @@ def register(app: typer.Typer) -> None:
     """Add the commands of this module."""
     app.command(
         rich_help_panel="Prune",
-        epilog=examples(
+        epilog=completion.examples(
             "worker runs/mine --device cuda:1",
             "worker postgresql://ann@db.site/prune#mine --study my_study.py",
         ),
     )(worker)
     app.command(
         rich_help_panel="Prune",
-        epilog=examples(
+        epilog=completion.examples(
             "sweep digits my_study.py --until 07:00",
             "sweep my_study.py --target macs=0.5 --target macs=0.3 --seed 0 --seed 1 --budget 8h",
         ),

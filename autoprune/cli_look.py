@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.console import Console
 
+from autoprune import completion
 from autoprune.cli_run import (
     DATA,
     SHOW,
@@ -28,7 +29,6 @@ from autoprune.cli_run import (
     Quiet,
     Weights,
     choose_study,
-    examples,
     narrowed,
 )
 from autoprune.config import check_study
@@ -52,18 +52,21 @@ def register(app: typer.Typer) -> None:
     """Add the commands of this module."""
     app.command(
         rich_help_panel="Look",
-        epilog=examples(
+        epilog=completion.examples(
             "groups digits",
             "groups --model torchvision:vit_b_16 --input 3x224x224",
             "groups --model net.py:MyNet --input 1x28x28 --exclude 'head.*'",
         ),
     )(groups)
     app.command(
-        rich_help_panel="Look", epilog=examples("analyze digits", "analyze my_study.py --share 0.5 --json")
+        rich_help_panel="Look",
+        epilog=completion.examples("analyze digits", "analyze my_study.py --share 0.5 --json"),
     )(analyze)
     app.command(
         rich_help_panel="Look",
-        epilog=examples("doctor", "doctor my_study.py", "doctor --storage postgresql://ann@db.site/prune"),
+        epilog=completion.examples(
+            "doctor", "doctor my_study.py", "doctor --storage postgresql://ann@db.site/prune"
+        ),
     )(doctor)
 
 

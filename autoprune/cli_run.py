@@ -135,30 +135,18 @@ def terminable() -> Iterator[None]:
         signal.signal(signal.SIGTERM, before)
 
 
-def examples(*lines: str) -> str:
-    """The end of a help page."""
-    return "\n\n".join(["Examples:", *(f"- `autoprune {line}`" for line in lines)])
-
-
-RUN_EXAMPLES = examples(
-    "run digits",
-    "run my_study.py --dry-run",
-    "run my_study.py --target latency=0.7 --max-drop 0.5 --budget 8h --resume",
-    "run --model torchvision:resnet18 --weights resnet18.pth --data imagefolder:photos,size=224",
-    "run my_study.py --recipient age1... --sign signing_key",
-)
-
-
 def register(app: typer.Typer) -> None:
     """Add the commands of this module."""
-    app.command(rich_help_panel="Prune", epilog=RUN_EXAMPLES)(run)
+    app.command(rich_help_panel="Prune", epilog=completion.RUN_EXAMPLES)(run)
     app.command(
         rich_help_panel="Look",
-        epilog=examples("report runs/digits --open", "report postgresql://ann@db.site/prune#mine --json"),
+        epilog=completion.examples(
+            "report runs/digits --open", "report postgresql://ann@db.site/prune#mine --json"
+        ),
     )(report)
     app.command(
         rich_help_panel="Look",
-        epilog=examples("status runs/digits", "status postgresql://ann@db.site/prune#mine --json"),
+        epilog=completion.examples("status runs/digits", "status postgresql://ann@db.site/prune#mine --json"),
     )(status)
 
 

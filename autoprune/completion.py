@@ -1,4 +1,4 @@
-"""What the shell may complete on a command line: studies, runs, devices, data sets; files it knows itself.
+"""What helps typing: names that the shell may complete, and the examples at the end of help pages.
 
 Nothing here imports torch: a completion is asked for at every press of the tab key.
 """
@@ -36,3 +36,17 @@ def data_sets(incomplete: str) -> list[str]:
     """Kinds of data; the folder after the colon is the user's."""
     names = ("cifar10:", "digits", "fashionmnist:", "imagefolder:")
     return [name for name in names if name.startswith(incomplete)]
+
+
+def examples(*lines: str) -> str:
+    """The end of a help page."""
+    return "\n\n".join(["Examples:", *(f"- `autoprune {line}`" for line in lines)])
+
+
+RUN_EXAMPLES = examples(
+    "run digits",
+    "run my_study.py --dry-run",
+    "run my_study.py --target latency=0.7 --max-drop 0.5 --budget 8h --resume",
+    "run --model torchvision:resnet18 --weights resnet18.pth --data imagefolder:photos,size=224",
+    "run my_study.py --recipient age1... --sign signing_key",
+)
