@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from autoprune.config import Study
 from autoprune.data import Split
@@ -53,13 +53,13 @@ def throughput(study: Study, seconds: float = 30.0) -> Throughput:
 
 def _train_speed(study: Study, known: Understood, split: Split, seconds: float) -> float:
     model, batch = copy.deepcopy(known.model), study.finetune.batch_size
-    total = split.num_batches(batch)
+    total, settings = split.num_batches(batch), replace(study.finetune, recalibrate_batches=0)
 
     def timed(count: int) -> float:
         began = time.perf_counter()
         finetune_(
             model, known.data.train, schedule=Schedule(lr=1e-6, decay="linear", warmup=0.0),
-            settings=study.finetune, epochs=count / total, seed=0, device=resolve_device(study.device),
+            settings=settings, epochs=count / total, seed=0, device=resolve_device(study.device),
             teacher=known.model, loss=study.loss,
         )  # fmt: skip
         return time.perf_counter() - began

@@ -318,6 +318,7 @@ class _Trial:
 def probe_speed(ground: Ground) -> Speed:
     """Train a copy for a moment, and measure the network once, to see what an epoch and a trial take."""
     study, model = ground.study, copy.deepcopy(ground.model)
+    settings = replace(study.finetune, recalibrate_batches=0)
     schedule = Schedule(lr=study.search.lr[0], decay="linear", warmup=0.0)
     per_epoch = ground.data.train.subset(study.finetune.share, seed=0).num_batches(study.finetune.batch_size)
     took = 0.0
@@ -325,7 +326,7 @@ def probe_speed(ground: Ground) -> Speed:
         epochs = min(1.0, num_batches / per_epoch)
         began = time.perf_counter()
         finetune_(
-            model, ground.data.train, schedule=schedule, settings=study.finetune, epochs=epochs,
+            model, ground.data.train, schedule=schedule, settings=settings, epochs=epochs,
             seed=ground.seed, device=ground.device, teacher=ground.original, loss=study.loss,
         )  # fmt: skip
         took = (time.perf_counter() - began) / epochs

@@ -86,7 +86,9 @@ def plain_loop(model: nn.Module, loader: DataLoader[Any], steps: int, device: to
 
 def our_loop(model: nn.Module, case: Case, epochs: float, device: torch.device, seed: int) -> float:
     """The same by autoprune."""
-    settings = Finetune(optimizer="sgd", distill=0.0, weight_decay=WEIGHT_DECAY, batch_size=BATCH)
+    settings = Finetune(
+        optimizer="sgd", distill=0.0, weight_decay=WEIGHT_DECAY, batch_size=BATCH, recalibrate_batches=0
+    )
     schedule = Schedule(lr=LR, decay="cosine", warmup=0.0)
     began = time.perf_counter()
     finetune_(
