@@ -100,7 +100,7 @@ def finetune_(  # noqa: PLR0913 - one whole stage: each argument is a decision o
         seed: of order, augmentation and dropout.
         device: where to run.
         teacher: what to learn from beside the labels, with weight `settings.distill`; None for labels only.
-        loss: None is cross-entropy.
+        loss: None is cross-entropy; with another, whose outputs may not be logits, the teacher is not asked.
         seconds: there are no more: when they get short, the rest of the schedule is gone through faster, so
             that the learning rate still comes to its end.
         on_epoch: told of every record as it is made.
@@ -232,7 +232,7 @@ def _objective(settings: Finetune, teacher: nn.Module | None, loss: Loss | None)
 
     def objective(model: nn.Module, inputs: Tensor, targets: Tensor) -> Tensor:
         output = model(inputs)
-        if teacher is None or settings.distill == 0:
+        if teacher is None or settings.distill == 0 or loss is not None:
             return task(output, targets)
         with torch.no_grad():
             taught = teacher(inputs)

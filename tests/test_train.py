@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from autoprune.config import Baseline, Finetune
 from autoprune.errors import TrialError, UsageError
@@ -132,6 +133,19 @@ def test_a_teacher_is_listened_to_as_far_as_it_knows_better() -> None:
         ignorant.linear.weight.mul_(-50)
     held_back, _ = trained(teacher=ignorant)
     assert same(weights(alone), weights(held_back)), "it is never ahead, so it is never followed"
+
+
+def test_a_loss_of_ones_own_is_all_there_is() -> None:
+    def loss(output: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+        return F.mse_loss(output, F.one_hot(target, 4).float())
+
+    asked = []
+    teacher = tiny_net()
+    teacher.register_forward_hook(lambda *given: asked.append(1))
+    with_teacher, _ = trained(teacher=teacher, loss=loss)
+    alone, _ = trained(loss=loss)
+    assert not asked
+    assert same(weights(with_teacher), weights(alone)), "regressed values are no logits to learn from"
 
 
 def test_distillation_is_zero_for_equal_outputs_and_scales_with_temperature() -> None:
