@@ -271,8 +271,9 @@ def _missed(goal: Goal, state: State, trials: Sequence[TrialSummary]) -> str:
     if not trials:
         return "no trial could be scored"
     nearest = max(trials, key=lambda t: t.top1)
+    who = f"none of {len(trials)} trials" if len(trials) > 1 else "the only trial has not"
     return (
-        f"none of {len(trials)} trials recovered to the floor {_percent(floor, 2)} "
+        f"{who} recovered to the floor {_percent(floor, 2)} "
         f"(nearest: {_percent(nearest.top1, 2)} with {_percent(nearest.prune_rate)} removed)"
     )
 

@@ -130,9 +130,8 @@ def analyse(work: Work, state: State, ground: Ground) -> tuple[RoundJob, optuna.
         attempt = None
     table = _known_table(work, state, ground) if attempt is None else _table_of(attempt)
     if attempt is None:
-        work.on_event(
-            ev.StageStarted(stage="analysis", round=number, detail=f"{len(ground.graph.groups)} groups")
-        )
+        groups = f"{len(ground.graph.groups)} groups" + ("" if table is None else ", known from before")
+        work.on_event(ev.StageStarted(stage="analysis", round=number, detail=groups))
         attempt, table = _plan_round(work, state, ground, table)
     plan = read_plan(attempt)
     work.on_event(
