@@ -9,6 +9,7 @@ where a reshape left the choice, and frozen with its reason otherwise.
 
 from __future__ import annotations
 
+import re
 import zlib
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import replace
@@ -40,6 +41,7 @@ NOISE_SINGLE = 1e-3
 ROUNDS = 12
 SILENT = 1e-3  # weights below this are taken to start at zero
 TURNS = 5  # a guess: so many groups in a row lose different numbers of units
+PLACE = re.compile(r"\(\w+ in (\S+), [^()]*\)$")  # how a disagreement ends, see `agree`
 PROOFS = 64  # runs spent on finding out which groups fail; after that whole sets are frozen together
 
 Built = tuple[ChannelGraph, Walk]
@@ -219,9 +221,21 @@ def _bisect(
         return []
     if len(groups) == 1 or len(spent) > PROOFS:
         return [(g, reason) for g in groups]
+    named = _named_in(reason, groups)
+    if named is not None:
+        rest = [g for g in groups if g is not named]
+        return [(named, reason), *_bisect(rest, check, spent)]
     half = len(groups) // 2
     found = [*_bisect(groups[:half], check, spent), *_bisect(groups[half:], check, spent)]
     return found or [(g, reason) for g in groups]  # they fail only together
+
+
+def _named_in(reason: str, groups: Sequence[Group]) -> Group | None:
+    """The one group that is made in the module in which something went wrong, if there is one."""
+    place = PLACE.search(reason)
+    inside = f"{place[1]}." if place else ""
+    makers = [g for g in groups if any(m.role == "out" and m.name.startswith(inside) for m in g.members)]
+    return makers[0] if place and len(makers) == 1 else None
 
 
 def _probe_plan(graph: ChannelGraph, groups: Sequence[Group]) -> PruningPlan:
