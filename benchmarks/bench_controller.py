@@ -12,7 +12,6 @@ Fashion-MNIST's training images (`digits`: all of them). Rows go to a CSV and ar
 from __future__ import annotations
 
 import argparse
-import csv
 import math
 import os
 import tempfile
@@ -24,6 +23,7 @@ import optuna
 import torch
 from machine import headline
 from oneshot_models import load
+from rows import append_row, read_rows
 
 from autoprune.config import Control, Finetune, Lock, Study
 from autoprune.pipeline import run
@@ -49,13 +49,13 @@ def main() -> None:
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     torch.set_num_threads(1)
     path = Path(args.out)
-    done = {_key(row) for row in _read(path)}
+    done = {_key(row) for row in read_rows(path)}
     for seed in args.seeds:
         for pair in args.pairs:
             for setting in args.settings:
                 if (pair, setting, str(seed)) not in done:
-                    _append(path, _row(pair, setting, seed, args.cache))
-    path.with_suffix(".md").write_text(_page(_read(path)), encoding="utf-8")
+                    append_row(path, _row(pair, setting, seed, args.cache), FIELDS)
+    path.with_suffix(".md").write_text(_page(read_rows(path)), encoding="utf-8")
 
 
 def _arguments() -> argparse.Namespace:
@@ -91,22 +91,6 @@ def _row(pair: str, setting: str, seed: int, cache: Path) -> dict[str, str]:
     }  # fmt: skip
     print(row, flush=True)
     return row
-
-
-def _read(path: Path) -> list[dict[str, str]]:
-    if not path.exists():
-        return []
-    with path.open(newline="", encoding="utf-8") as file:
-        return list(csv.DictReader(file))
-
-
-def _append(path: Path, row: dict[str, str]) -> None:
-    is_new = not path.exists()
-    with path.open("a", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, FIELDS)
-        if is_new:
-            writer.writeheader()
-        writer.writerow(row)
 
 
 def _key(row: dict[str, str]) -> tuple[str, str, str]:

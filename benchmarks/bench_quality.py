@@ -12,7 +12,6 @@ made again, so that hours of it can be run in pieces. `quality_rivals.py` holds 
 from __future__ import annotations
 
 import argparse
-import csv
 import os
 import tempfile
 import time
@@ -25,6 +24,7 @@ import torch
 from machine import commit, headline
 from oneshot_models import load
 from quality_rivals import RIVALS, Made, Task
+from rows import append_row, read_rows
 
 from autoprune import events as ev
 from autoprune.config import Budget, Finetune, Lock, Study
@@ -55,14 +55,14 @@ def main() -> None:
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     torch.set_num_threads(args.threads)
     path = Path(args.out)
-    done = {_key(row) for row in _read(path)}
+    done = {_key(row) for row in read_rows(path)}
     for seed in args.seeds:
         for cell in args.cells:
             for method in args.methods:
                 key = (cell, f"{args.epochs:g}", method, str(seed))
                 if key not in done:
-                    _append(path, _row(cell, method, seed, args))
-    path.with_suffix(".md").write_text(_page(_read(path)), encoding="utf-8")
+                    append_row(path, _row(cell, method, seed, args), FIELDS)
+    path.with_suffix(".md").write_text(_page(read_rows(path)), encoding="utf-8")
 
 
 def _arguments() -> argparse.Namespace:
@@ -132,22 +132,6 @@ def _short(event: ev.Decided | ev.TrialFinished | ev.Note) -> str:
         rungs = [f"{r.top1:.4f}@{r.epochs:.1f}" for r in t.rungs]
         return f"trial {t.params} untuned {t.before_tuning} rungs {rungs}"
     return event.reason if isinstance(event, ev.Decided) else event.message
-
-
-def _read(path: Path) -> list[dict[str, str]]:
-    if not path.exists():
-        return []
-    with path.open(newline="", encoding="utf-8") as file:
-        return list(csv.DictReader(file))
-
-
-def _append(path: Path, row: dict[str, str]) -> None:
-    is_new = not path.exists()
-    with path.open("a", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, FIELDS)
-        if is_new:
-            writer.writeheader()
-        writer.writerow(row)
 
 
 def _key(row: dict[str, str]) -> tuple[str, str, str, str]:

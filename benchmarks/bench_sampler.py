@@ -19,7 +19,6 @@ against it for many seeds (`sampler_replay.py`), and writes results/sampler.md.
 from __future__ import annotations
 
 import argparse
-import csv
 import json
 import os
 import tempfile
@@ -31,6 +30,7 @@ import numpy as np
 import optuna
 import torch
 from oneshot_models import load
+from rows import append_row
 from sampler_page import write_page
 from sampler_worlds import FIELDS, RUNG, Key, Trial, read_trials
 from torch import nn
@@ -134,7 +134,7 @@ def record(args: argparse.Namespace) -> None:
         key = Key(cell=args.cell, round=args.round, kind=job.kind, number=job.number)
         if key not in done:
             trial = _recorded(key, ground, space, job, cell)
-            _append(args.csv, trial)
+            append_row(args.csv, trial.row(json.dumps), FIELDS)
             print(trial, flush=True)
 
 
@@ -242,15 +242,6 @@ def _recalibrated(ground: Ground, model: nn.Module) -> float:
         device=ground.device, seed=ground.seed,
     )  # fmt: skip
     return measure(ground, model).top1
-
-
-def _append(path: Path, trial: Trial) -> None:
-    is_new = not path.exists()
-    with path.open("a", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, FIELDS)
-        if is_new:
-            writer.writeheader()
-        writer.writerow(trial.row(json.dumps))
 
 
 if __name__ == "__main__":
