@@ -7,7 +7,7 @@ import pytest
 
 from autoprune import events as ev
 from autoprune.closing import NEAR, is_near, nearest_miss, saved
-from autoprune.config import Control, Lock, Search
+from autoprune.config import Control, Finetune, Lock, Search
 from autoprune.controller import Goal, Promotion, State, start
 from autoprune.pipeline import run
 from autoprune.record import RoundRecord, Rung, TrialRecord
@@ -76,6 +76,7 @@ def test_a_run_whose_trials_were_too_short_reaches_its_target_in_the_end(tmp_pat
     study = tiny_study(
         budget="epochs=30", max_drop=0.4, search=Search(trials=1, epochs=0.17),
         control=Control(first_ceiling=0.5, min_rate=0.4),
+        finetune=Finetune(batch_size=64, recalibrate_batches=4, optimizer="sgd"),  # learns more slowly
     )  # fmt: skip
     result = run(
         study, out=tmp_path / "run", lock=Lock(plain=True),
