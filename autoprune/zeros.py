@@ -29,7 +29,9 @@ KEEPS = """
 SHAPE_NAMES = frozenset(SHAPES.split())
 HARMLESS_NAMES = SHAPE_NAMES | frozenset(HARMLESS.split())
 KEEPING_NAMES = SHAPE_NAMES | frozenset(KEEPS.split())
-ABOVE_ZERO = frozenset("relu relu6 sigmoid hardsigmoid abs exp softplus _softmax square".split())  # f(x) >= 0
+ABOVE_ZERO = frozenset(
+    ("relu", "relu6", "sigmoid", "hardsigmoid", "abs", "exp", "softplus", "_softmax", "square")
+)  # f(x) >= 0
 KEEPS_ABOVE = """
     cat stack mean sum amax mul add native_dropout max_pool2d_with_indices avg_pool2d _adaptive_avg_pool2d
     upsample_nearest2d upsample_bilinear2d
