@@ -187,15 +187,26 @@ def test_what_holds_no_run_is_refused(tmp_path: Path, runs: Path) -> None:
 
 def visit(url: str, folder: Path, name: str) -> str:
     """What a browser shows at an address; the picture goes beside."""
-    command = [
-        str(CHROMIUM), "--headless=new", "--no-sandbox", "--disable-gpu", "--hide-scrollbars",
-        "--window-size=1280,1600", "--virtual-time-budget=20000", f"--user-data-dir={folder / 'profile'}",
-    ]  # fmt: skip
-    subprocess.run(
-        [*command, f"--screenshot={folder / name}", url], check=True, capture_output=True, timeout=120
-    )
-    done = subprocess.run([*command, "--dump-dom", url], check=True, capture_output=True, timeout=120)
-    return done.stdout.decode()
+    browse(folder, f"--screenshot={folder / name}", url)
+    return browse(folder, "--dump-dom", url)
+
+
+def browse(folder: Path, *words: str) -> str:
+    """Chromium's output; on a busy machine it hangs now and then, so it is started twice."""
+    for attempt in (1, 2):
+        command = [
+            str(CHROMIUM), "--headless=new", "--no-sandbox", "--disable-gpu", "--hide-scrollbars",
+            "--window-size=1280,1600", "--virtual-time-budget=20000",
+            f"--user-data-dir={folder / f'profile-{attempt}'}", *words,
+        ]  # fmt: skip
+        try:
+            done = subprocess.run(command, check=True, capture_output=True, timeout=90)
+        except subprocess.TimeoutExpired:
+            if attempt == 2:
+                raise
+        else:
+            return done.stdout.decode()
+    raise AssertionError("unreachable")
 
 
 def is_drawn(picture: Path) -> bool:
