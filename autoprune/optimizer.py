@@ -2,8 +2,8 @@
 
 Muon (Jordan et al. 2024, "Muon: An optimizer for hidden layers in neural networks") turns the momentum of a
 weight matrix into the nearest matrix with orthonormal rows or columns, so that every direction of the weight
-moves as far in a step. That recovers a pruned network in about half of the samples that SGD needs; what was
-measured is in docs/log.md. It is torch's own `torch.optim.Muon`, on views of the convolutions' weights.
+moves as far in a step. Pruned networks recovered more with it in the same samples, or as much (measured:
+docs/log.md). It is torch's own `torch.optim.Muon`, on views of the convolutions' weights.
 
 The step is relative: at a learning rate of `lr` a weight moves by `RELATIVE * lr` of its own norm, so that
 the rate means the same for every layer and network, and one rate drives both optimisers.
