@@ -128,15 +128,19 @@ def quantize_with_onnxruntime(model: onnx.ModelProto, reader: Calibration) -> on
 
     memory = Path("/dev/shm")  # noqa: S108 - a file system in memory; the folder in it is made safely
     with tempfile.TemporaryDirectory(dir=memory if memory.is_dir() else None) as name:
-        target = Path(name) / "quantized.onnx"
-        quantize_static(
-            model,
-            target,
-            Reader(),
-            per_channel=True,
-            activation_type=QuantType.QInt8,
-            weight_type=QuantType.QInt8,
-        )
+        target, usual = Path(name) / "quantized.onnx", tempfile.tempdir
+        tempfile.tempdir = name  # ONNX Runtime makes temporary folders of its own, with the weights in them
+        try:
+            quantize_static(
+                model,
+                target,
+                Reader(),
+                per_channel=True,
+                activation_type=QuantType.QInt8,
+                weight_type=QuantType.QInt8,
+            )
+        finally:
+            tempfile.tempdir = usual
         return onnx.load(target)
 
 
