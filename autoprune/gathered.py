@@ -13,14 +13,13 @@ import sys
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cache
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from autoprune.loose import RESHAPES, SPLITS
+from autoprune.loose import RESHAPES, SPLITS, mix_in_
 from autoprune.tape import where
 
 SHUFFLES = (torch.channel_shuffle, nn.functional.channel_shuffle)
@@ -133,11 +132,6 @@ class _Gathering(TorchFunctionMode):
         return line, turn
 
 
-@cache
-def _gathered_class(cls: type[nn.Module]) -> type[nn.Module]:
-    return type(cls.__name__, (GatheredModule, cls), {"__module__": cls.__module__, "__doc__": cls.__doc__})
-
-
 def gather(
     module: nn.Module,
     by_line: Mapping[str, Sequence[Call | None]],
@@ -145,5 +139,4 @@ def gather(
 ) -> None:
     """Change a module to its gathered class; see `Calls` for the arguments."""
     vars(module)["autoprune_calls"] = Calls(by_line, numbers)
-    if not isinstance(module, GatheredModule):
-        module.__class__ = _gathered_class(type(module))  # type: ignore[arg-type]
+    mix_in_(module, GatheredModule)

@@ -165,9 +165,15 @@ class _PrunedWidths(TorchFunctionMode):
         return func(x, sizes, dim)
 
 
+def mix_in_(module: nn.Module, mixin: type) -> None:
+    """Change a module to a subclass of its class that has `mixin` before it, unless it is one already."""
+    if not isinstance(module, mixin):
+        module.__class__ = _mixed(mixin, type(module))  # type: ignore[arg-type]
+
+
 @cache
-def _loose_class(cls: type[nn.Module]) -> type[nn.Module]:
-    return type(cls.__name__, (LooseModule, cls), {"__module__": cls.__module__, "__doc__": cls.__doc__})
+def _mixed(mixin: type, cls: type[nn.Module]) -> type[nn.Module]:
+    return type(cls.__name__, (mixin, cls), {"__module__": cls.__module__, "__doc__": cls.__doc__})
 
 
 def loosen(
@@ -181,5 +187,4 @@ def loosen(
         before = module.autoprune_widths.pieces if isinstance(module, LooseModule) else {}
         pieces = {old: pieces.get(new, new) for old, new in before.items()} | dict(pieces)
         vars(module)["autoprune_widths"] = Widths(shapes, fixes, pieces)
-        if not isinstance(module, LooseModule):
-            module.__class__ = _loose_class(type(module))  # type: ignore[arg-type]
+        mix_in_(module, LooseModule)

@@ -12,13 +12,14 @@ normalisation (Woo et al. 2023, section 3.1): there it costs nothing, and is alw
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from functools import cache
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
+
+from autoprune.loose import mix_in_
 
 
 class RescaledModule:
@@ -80,15 +81,10 @@ def rescaled_layer_norm(
     return scaled if bias is None else scaled + bias
 
 
-@cache
-def _rescaled_class(cls: type[nn.Module]) -> type[nn.Module]:
-    return type(cls.__name__, (RescaledModule, cls), {"__module__": cls.__module__, "__doc__": cls.__doc__})
-
-
 def rescale(module: nn.Module, width: int) -> None:
     """Change a module whose parameters are sliced already, so that its statistics count `width` channels."""
     if not isinstance(module, RescaledModule):
         vars(module)["autoprune_norm_width"] = width
-        module.__class__ = _rescaled_class(type(module))  # type: ignore[arg-type]
+        mix_in_(module, RescaledModule)
     if isinstance(module, nn.LayerNorm):
         module.normalized_shape = (len(module.weight),)
