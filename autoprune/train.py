@@ -123,6 +123,8 @@ def finetune_(  # noqa: PLR0913 - one whole stage: each argument is a decision o
         pace=_Pace(num_steps, seconds), batch_size=settings.batch_size, seed=seed, device=place,
         on_epoch=on_epoch, ema_steps=settings.ema * num_steps,
     )  # fmt: skip
+    if settings.distill == 0 or loss is not None:
+        teacher = None
     with ExitStack() as stack:
         if teacher is not None:
             stack.enter_context(borrowed(teacher, place, training=False, channels_last=True))
@@ -232,7 +234,7 @@ def _objective(settings: Finetune, teacher: nn.Module | None, loss: Loss | None)
 
     def objective(model: nn.Module, inputs: Tensor, targets: Tensor) -> Tensor:
         output = model(inputs)
-        if teacher is None or settings.distill == 0 or loss is not None:
+        if teacher is None:
             return task(output, targets)
         with torch.no_grad():
             taught = teacher(inputs)
