@@ -20,6 +20,9 @@ from autoprune.keys import KeySource, read_key_file, write_secret
 CONTEXT = b"autoprune manifest v1\n\0"
 KEY_BYTES, SIGNATURE_BYTES = 32, 96
 RAW = forms.Encoding.Raw, forms.PublicFormat.Raw
+FIELD = 2**255 - 19
+ORDER_8 = 0x7A03AC9277FDC74EC6CC392CFA53202A0F67100D760B3CBA4FD84D3D706A17C7  # d y^4 + 2 y^2 = 1
+WEAK_Y = {0, 1, FIELD - 1, FIELD, FIELD + 1, ORDER_8, FIELD - ORDER_8}
 
 
 def signing_keygen(path: KeySource) -> str:
@@ -83,8 +86,8 @@ def read_public_key(given: KeySource) -> bytes:
             key = load(content)
         except (ValueError, TypeError, UnsupportedAlgorithm):
             continue
-        if isinstance(key, Ed25519PublicKey):
-            return key.public_bytes(*RAW)
+        if isinstance(key, Ed25519PublicKey) and not _is_weak(raw := key.public_bytes(*RAW)):
+            return raw
     raise UsageError(f"{given} is no Ed25519 public key", "give the .pub file, or its line ssh-ed25519 ...")
 
 
@@ -102,7 +105,7 @@ def check_signature(manifest: bytes, signature: bytes | None, *, required: KeySo
                 "the file is not signed, and a signature was required", "ask its author for a signed one"
             )
         return None
-    if len(signature) != SIGNATURE_BYTES:
+    if len(signature) != SIGNATURE_BYTES or _is_weak(signature[:KEY_BYTES]):
         raise _wrong()
     public = Ed25519PublicKey.from_public_bytes(signature[:KEY_BYTES])
     try:
@@ -114,6 +117,15 @@ def check_signature(manifest: bytes, signature: bytes | None, *, required: KeySo
             "the file is signed by another key than the required one", "ask its author which key it is"
         )
     return public.public_bytes(forms.Encoding.OpenSSH, forms.PublicFormat.OpenSSH).decode()
+
+
+def _is_weak(public: bytes) -> bool:
+    """Whether a public key is a point of small order (RFC 8032, section 5.1): it "signs" any text.
+
+    Nobody has its secret half and nobody needs it: with the signature all zeros the key of zeros holds for
+    one text in four. OpenSSL does not look. The y coordinate alone says it, whatever the sign bit.
+    """
+    return int.from_bytes(public, "little") % 2**255 in WEAK_Y
 
 
 def _wrong() -> ArtifactError:

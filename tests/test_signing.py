@@ -4,14 +4,23 @@ from __future__ import annotations
 
 import shutil
 import subprocess
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
+from cryptography.exceptions import InvalidSignature
 from cryptography.hazmat.primitives import serialization as forms
-from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
 
 from autoprune.errors import ArtifactError, UsageError
-from autoprune.signing import check_signature, sign_manifest, signing_keygen
+from autoprune.signing import (
+    FIELD,
+    WEAK_Y,
+    _signed_text,
+    check_signature,
+    sign_manifest,
+    signing_keygen,
+)
 
 TEXT = b'{"format_version":1}'
 
@@ -43,6 +52,48 @@ def test_no_byte_of_a_signature_can_change(tmp_path: Path) -> None:
     for forged_bytes in (b"", signature[:-1], signature + b"\0"):
         with pytest.raises(ArtifactError, match="wrong"):
             check_signature(TEXT, forged_bytes, required=None)
+
+
+def weak_keys() -> list[bytes]:
+    return [(y | sign << 255).to_bytes(32, "little") for y in sorted(WEAK_Y) for sign in (0, 1)]
+
+
+def test_keys_that_sign_anything_sign_nothing() -> None:
+    """OpenSSL takes zeros as a signature by the points of small order for a good part of all texts."""
+    taken = 0
+    for key in weak_keys():
+        for text in (b"%d" % number for number in range(40)):
+            forged = key + key + bytes(32)
+            with suppress(InvalidSignature):
+                Ed25519PublicKey.from_public_bytes(key).verify(forged[32:], _signed_text(text))
+                taken += 1
+            with pytest.raises(ArtifactError, match="wrong"):
+                check_signature(text, forged, required=None)
+    assert taken > 50
+
+
+@pytest.mark.parametrize("key", weak_keys(), ids=lambda key: key[::-1].hex()[:6] + key.hex()[:4])
+def test_a_key_that_signs_anything_cannot_be_required(key: bytes, tmp_path: Path) -> None:
+    line = Ed25519PublicKey.from_public_bytes(key).public_bytes(
+        forms.Encoding.OpenSSH, forms.PublicFormat.OpenSSH
+    )
+    with pytest.raises(UsageError, match="no Ed25519 public key"):
+        check_signature(TEXT, None, required=line.decode())
+
+
+def test_the_weak_keys_are_all_points_of_small_order() -> None:
+    """Three doublings of -x^2 + y^2 = 1 + d x^2 y^2 lead to (0, 1): from these y and from no other."""
+    d = -121665 * pow(121666, -1, FIELD) % FIELD
+    for y in WEAK_Y:
+        x2, y2 = (y * y - 1) * pow(d * y * y + 1, -1, FIELD) % FIELD, y * y % FIELD  # squares of x and y
+        for _ in range(3):
+            product = d * x2 * y2
+            x2, y2 = (
+                4 * x2 * y2 * pow(1 + product, -2, FIELD) % FIELD,
+                (y2 + x2) ** 2 * pow(1 - product, -2, FIELD) % FIELD,
+            )
+        assert (x2, y2) == (0, 1)
+    assert len({y % FIELD for y in WEAK_Y}) == 5  # eight points, of which three pairs share their y
 
 
 def test_another_key_cannot_claim_a_signature(tmp_path: Path) -> None:
