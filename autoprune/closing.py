@@ -16,7 +16,7 @@ from autoprune.record import RoundRecord, TrialRecord
 
 NEAR = 0.015  # of top-1 below the floor: models further off are not kept; a guess
 DEEPER = 0.97  # of the best model's cost: a smaller gain is not worth the risk; a guess
-HOPE = 2.0  # times what the last gain promises; a guess
+HOPE = 2.0  # times what the last gain promises, for a model that is short of the target; a guess
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,10 +33,12 @@ def is_near(goal: Goal, top1: float) -> bool:
 
 
 def nearest_miss(goal: Goal, state: State, rounds: Iterable[RoundRecord], epochs: float) -> Miss | None:
-    """The cheapest model that may come back to the floor with so many more epochs, if there is one.
+    """The model that is worth all of so many more epochs to come back to the floor, if there is one.
 
-    What a trial gained on its last rung, per factor in epochs, is taken to go on. Where there is nothing but
-    the original to deliver, nothing is lost by trying, and the nearest will do.
+    A model that reaches the target always is, the nearest to the floor first: what it costs if it fails is
+    the polish of a network that misses the target. The same holds where there is nothing but the original to
+    deliver. Otherwise it is the cheapest that may come back: what a trial gained on its last rung, per factor
+    in epochs, is taken to go on.
     """
     misses = [
         Miss(
@@ -51,6 +53,9 @@ def nearest_miss(goal: Goal, state: State, rounds: Iterable[RoundRecord], epochs
         and is_near(goal, t.top1)
         and t.cost_share < DEEPER * state.best.cost_share
     ]
+    at_target = [m for m in misses if m.model.cost_share <= goal.target_share + EXACT]
+    if at_target:
+        return max(at_target, key=lambda m: m.model.top1)
     if state.best.round == 0:
         return max(misses, key=lambda m: (m.promised, -m.model.cost_share), default=None)
     hopeful = [m for m in misses if m.model.top1 + HOPE * (m.promised - m.model.top1) >= goal.floor]

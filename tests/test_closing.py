@@ -35,9 +35,22 @@ def round_of(*trials: TrialRecord) -> RoundRecord:
     )  # fmt: skip
 
 
+def test_a_model_at_the_target_is_worth_it_before_any_other() -> None:
+    cheap_and_hopeful, at_target, further_off = (
+        trial(0, 0.51, 0.90, 0.9099), trial(1, 0.5, 0.9049, 0.905), trial(2, 0.4, 0.89, 0.904),
+    )  # fmt: skip
+    miss = nearest_miss(GOAL, state(), [round_of(cheap_and_hopeful, at_target, further_off)], epochs=1.0)
+    assert miss is not None
+    assert miss.model.trial == 1
+    hopeless = trial(1, 0.5, 0.894, 0.8949)
+    miss = nearest_miss(GOAL, state(), [round_of(cheap_and_hopeful, hopeless)], epochs=1.0)
+    assert miss is not None
+    assert miss.model.trial == 0, "what is too far below the floor was not kept"
+
+
 def test_the_cheapest_that_may_come_back_is_chosen() -> None:
     hopeful, deeper_but_flat, hopeless = (
-        trial(0, 0.5, 0.90, 0.908), trial(1, 0.45, 0.9049, 0.905), trial(2, 0.4, 0.85, 0.88),
+        trial(0, 0.55, 0.90, 0.908), trial(1, 0.52, 0.9049, 0.905), trial(2, 0.51, 0.85, 0.88),
     )  # fmt: skip
     miss = nearest_miss(GOAL, state(), [round_of(hopeful, deeper_but_flat, hopeless)], epochs=6.0)
     assert miss is not None
@@ -47,7 +60,7 @@ def test_the_cheapest_that_may_come_back_is_chosen() -> None:
 
 def test_nothing_is_risked_for_nothing() -> None:
     barely_cheaper, inside, no_time = (
-        trial(0, 0.79, 0.90, 0.909), trial(1, 0.5, 0.90, 0.911), trial(2, 0.5, 0.90, 0.905),
+        trial(0, 0.79, 0.90, 0.909), trial(1, 0.5, 0.90, 0.911), trial(2, 0.6, 0.90, 0.905),
     )  # fmt: skip
     assert nearest_miss(GOAL, state(), [round_of(barely_cheaper, inside)], epochs=6.0) is None
     assert nearest_miss(GOAL, state(), [round_of(no_time)], epochs=0.1) is None
