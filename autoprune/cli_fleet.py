@@ -30,9 +30,9 @@ from autoprune.cli_run import (
     Quiet,
     RunPlace,
     StoppedError,
+    changed,
     choose_study,
     digests,
-    narrowed,
     terminable,
 )
 from autoprune.config import Budget, Lock, Study, Target
@@ -126,13 +126,12 @@ def _given(told: Told, study: str | None) -> _Given:
             f"{', '.join(found)} is not the file that the run was started with",
             "give the worker the same file, by the same name or with --study",
         )
-    named = ("target", "max_drop", "budget", "seed", "device")
-    changes: dict[str, Any] = {n: params[n] for n in named if params[n] is not None}
+    named = ("exclude", "only", "target", "max_drop", "budget", "seed", "device", "norms", "round_to")
     chosen = choose_study(params["study"], params["model"], params["weights"], params["data"])
     lock = Lock(
         run_recipients=tuple(params["encrypt_run"] or ()), run_identities=tuple(params["run_identity"] or ())
     )
-    return _Given(study=replace(narrowed(chosen, params["exclude"], params["only"]), **changes), lock=lock)
+    return _Given(study=changed(chosen, **{name: params[name] for name in named}), lock=lock)
 
 
 def _app() -> typer.Typer:

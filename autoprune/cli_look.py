@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, replace
 from itertools import count
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
@@ -23,13 +23,15 @@ from autoprune.cli_run import (
     DataSpec,
     Device,
     Exclude,
+    KeepNorms,
     Model,
     Name,
     Only,
     Quiet,
+    RoundTo,
     Weights,
+    changed,
     choose_study,
-    narrowed,
 )
 from autoprune.config import check_study
 from autoprune.errors import UsageError
@@ -107,6 +109,8 @@ def groups(
     data: DataSpec = None,
     exclude: Exclude = None,
     only: Only = None,
+    norms: KeepNorms = None,
+    round_to: RoundTo = None,
     size: Annotated[str | None, typer.Option(
         "--input", metavar="SHAPE", rich_help_panel=DATA, show_default="3x224x224",
         help="One example's shape, for --model without --weights and --data.")] = None,
@@ -117,30 +121,35 @@ def groups(
     Structure does not depend on weights, so --model alone is enough here.
     """
     if study is None and model is not None and weights is None and data is None:
-        graph = _bare_graph(model, size or "3x224x224", exclude or [], only or [])
+        wishes = {"exclude": exclude or [], "only": only or [], "norms": norms or "keep"}
+        graph = _bare_graph(model, size or "3x224x224", round_to=round_to, **wishes)
     else:
         if size is not None:
             raise UsageError("--input is given beside data", "the data's own shape is used; leave it out")
         from autoprune.preflight import understand
 
-        graph = understand(narrowed(choose_study(study, model, weights, data), exclude, only)).graph
+        chosen = choose_study(study, model, weights, data)
+        graph = understand(changed(chosen, exclude, only, norms=norms, round_to=round_to)).graph
     if as_json:
         sys.stdout.write(json.dumps(graph_document(graph), indent=1) + "\n")
     else:
         Console(highlight=False).print(groups_tree(graph))
 
 
-def _bare_graph(model: str, size: str, exclude: list[str], only: list[str]) -> ChannelGraph:
+def _bare_graph(model: str, size: str, *, round_to: int | None, **wishes: Any) -> ChannelGraph:
     """The graph of a network of random weights."""
     import torch
 
+    from autoprune.preflight import DEFAULT_ROUND_TO
     from autoprune.study_flags import build_network, find_factory
     from autoprune.tracing import trace
 
     if not re.fullmatch(r"[1-9]\d*(x[1-9]\d*)*", size):
         raise UsageError(f"--input {size!r} is not a shape", "write for example 3x224x224")
     example = torch.zeros(1, *map(int, size.split("x")))
-    return trace(build_network(find_factory(model), None), example, exclude=exclude, only=only)
+    return trace(
+        build_network(find_factory(model), None), example, round_to=round_to or DEFAULT_ROUND_TO, **wishes
+    )
 
 
 def analyze(
@@ -150,6 +159,8 @@ def analyze(
     data: DataSpec = None,
     exclude: Exclude = None,
     only: Only = None,
+    norms: KeepNorms = None,
+    round_to: RoundTo = None,
     ratio: Annotated[
         list[float] | None,
         typer.Option(
@@ -185,7 +196,8 @@ def analyze(
     and two pictures are written to a folder, NAME-analysis by default.
     """
     with listener(quiet=quiet) as on_event:
-        chosen = narrowed(choose_study(study, model, weights, data), exclude, only)
+        chosen = choose_study(study, model, weights, data)
+        chosen = changed(chosen, exclude, only, norms=norms, round_to=round_to, device=device)
         usual = chosen.analysis
         asked = replace(
             usual,
@@ -193,7 +205,7 @@ def analyze(
             share=usual.share if share is None else share,
             exact=exact or usual.exact,
         )
-        chosen = replace(chosen, analysis=asked, device=device or chosen.device)
+        chosen = replace(chosen, analysis=asked)
         table, found = _measure(chosen, on_event)
     folder = out or Path(f"{chosen.name}-analysis")
     document = _analysis_document(table, found)

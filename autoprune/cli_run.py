@@ -15,13 +15,13 @@ from contextlib import closing, contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
 from types import FrameType
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
 
 from autoprune import completion
-from autoprune.config import Lock
+from autoprune.config import Lock, Norms
 from autoprune.errors import AutopruneError, UsageError
 from autoprune.event_lines import event_writer, write_line
 from autoprune.events import StageStarted
@@ -76,6 +76,20 @@ Only = Annotated[
     typer.Option(
         metavar="MODULE", rich_help_panel=DATA, show_default=False,
         help="A module, or a glob, whose channels alone may go; repeatable.",
+    ),
+]  # fmt: skip
+KeepNorms = Annotated[
+    Norms | None,
+    typer.Option(
+        "--norms", rich_help_panel=DATA, show_default="the study's, or keep",
+        help="rescale: channels behind layer norms may go, too.",
+    ),
+]  # fmt: skip
+RoundTo = Annotated[
+    int | None,
+    typer.Option(
+        metavar="N", min=1, rich_help_panel=DATA, show_default="the study's, or 8",
+        help="Widths become multiples of this, where they are four times as wide.",
     ),
 ]  # fmt: skip
 Device = Annotated[
@@ -158,6 +172,8 @@ def run(
     data: DataSpec = None,
     exclude: Exclude = None,
     only: Only = None,
+    norms: KeepNorms = None,
+    round_to: RoundTo = None,
     target: Annotated[str | None, typer.Option(
         metavar="METRIC=VALUE", rich_help_panel=AIM,
         help="What the model may cost: macs=0.5, params=300k or size=2MB.")] = None,
@@ -217,12 +233,14 @@ def run(
     )  # fmt: skip
     if events and as_json:
         raise UsageError("--events and --json are given", "the last line of --events is what --json prints")
-    given = {"target": target, "max_drop": max_drop, "budget": budget, "seed": seed, "device": device}
+    given = {
+        "target": target, "max_drop": max_drop, "budget": budget, "seed": seed, "device": device,
+        "norms": norms, "round_to": round_to,
+    }  # fmt: skip
     words = list(context.obj or ())
     with terminable(), listener(quiet=quiet or dry_run) as on_event:
         on_event = event_writer(sys.stdout, on_event) if events else on_event
-        chosen = narrowed(choose_study(study, model, weights, data), exclude, only)
-        chosen = replace(chosen, **{k: v for k, v in given.items() if v is not None})  # type: ignore[arg-type]
+        chosen = changed(choose_study(study, model, weights, data), exclude, only, **given)
         place = _place(out or Path("runs") / chosen.name, storage, artifacts)
         if dry_run:
             return _show_plan(chosen, place, lock, resume=resume, as_json=as_json)
@@ -416,9 +434,11 @@ def status(run: RunPlace, artifacts: Artifacts = None, as_json: AsJson = False) 
         Console(highlight=False).print(status_text(told))
 
 
-def narrowed(study: Study, exclude: list[str] | None, only: list[str] | None) -> Study:
-    """The study with the command line's wishes about modules beside its own."""
-    return replace(study, exclude=(*study.exclude, *(exclude or ())), only=(*study.only, *(only or ())))
+def changed(study: Study, exclude: list[str] | None, only: list[str] | None, **given: Any) -> Study:
+    """The study with the command line's wishes about modules beside its own, and what else was given."""
+    found: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
+    found |= {"exclude": (*study.exclude, *(exclude or ())), "only": (*study.only, *(only or ()))}
+    return replace(study, **found)
 
 
 def choose_study(name: str | None, model: str | None, weights: str | None, data: str | None) -> Study:

@@ -22,6 +22,8 @@ Decay = Literal["cosine", "linear", "step", "exponential", "onecycle"]
 DECAYS: tuple[Decay, ...] = get_args(Decay)
 Optimizer = Literal["muon", "sgd"]
 OPTIMIZERS: tuple[Optimizer, ...] = get_args(Optimizer)
+Norms = Literal["keep", "rescale"]
+NORMS: tuple[Norms, ...] = get_args(Norms)
 Metric = Literal["macs", "params", "size", "memory", "latency"]
 METRICS: tuple[Metric, ...] = get_args(Metric)
 
@@ -122,12 +124,16 @@ class Budget:
 
 @dataclass(frozen=True, kw_only=True)
 class Baseline:
-    """How a study trains its own baseline when it brings no weights: SGD, one-cycle learning rate."""
+    """How a study trains its own baseline when it brings no weights: one-cycle learning rate.
+
+    The fields are those of `Finetune`; transformers learn little by `sgd` in few epochs.
+    """
 
     epochs: float
     lr: float = 0.1
     batch_size: int = 128
     weight_decay: float = 5e-4
+    optimizer: Optimizer = "sgd"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -260,7 +266,7 @@ class Study:
     evaluate: Callable[[nn.Module, Split, str], float] | None = None
     exclude: tuple[str, ...] = ()
     only: tuple[str, ...] = ()
-    norms: Literal["keep", "rescale"] = "keep"
+    norms: Norms = "keep"
     round_to: int | None = None
     min_keep: int = 1
     max_ratio: float = 0.9
@@ -319,6 +325,7 @@ def _parse_problems(study: Study) -> list[AutopruneError]:
 
 def _range_problems(study: Study) -> list[AutopruneError]:
     tune, control, search = study.finetune, study.control, study.search
+    baseline = study.baseline or Baseline(epochs=1)
     checks: Sequence[tuple[bool, str, str]] = (
         (0 <= study.max_drop <= 100, f"max_drop={study.max_drop}", "percentage points from 0 to 100"),
         (0.5 <= study.analysis.share <= 1, f"analysis.share={study.analysis.share}",
@@ -331,6 +338,9 @@ def _range_problems(study: Study) -> list[AutopruneError]:
         (0 <= tune.warmup < 1, f"finetune.warmup={tune.warmup}", "a share from 0, below 1"),
         (0 <= tune.ema < 1, f"finetune.ema={tune.ema}", "a share from 0, below 1"),
         (tune.temperature > 0, f"finetune.temperature={tune.temperature}", "above 0"),
+        (baseline.epochs > 0, f"baseline.epochs={baseline.epochs}", "above 0"),
+        (baseline.lr > 0, f"baseline.lr={baseline.lr}", "above 0"),
+        (baseline.batch_size >= 2, f"baseline.batch_size={baseline.batch_size}", "2 or more"),
         (0 < search.lr[0] <= search.lr[1], f"search.lr={search.lr}", "a range above 0, low before high"),
         (search.trials is None or search.trials >= 1, f"search.trials={search.trials}", "1 or more"),
         (search.epochs is None or search.epochs > 0, f"search.epochs={search.epochs}", "above 0"),
@@ -349,12 +359,15 @@ def _range_problems(study: Study) -> list[AutopruneError]:
 
 
 def _choice_problems(study: Study) -> list[AutopruneError]:
-    chosen, optimizer = study.search.decays, study.finetune.optimizer
-    unknown = [d for d in chosen if d not in DECAYS]
-    if study.norms not in ("keep", "rescale"):
-        return [UsageError(f"norms={study.norms!r} is not allowed", "choose keep or rescale")]
-    if optimizer not in OPTIMIZERS:
-        return [UsageError(f"finetune.optimizer={optimizer!r} is not allowed", "choose muon or sgd")]
-    if unknown or not chosen:
-        return [UsageError(f"search.decays={chosen} is not allowed", f"choose from {', '.join(DECAYS)}")]
-    return []
+    baseline = study.baseline or Baseline(epochs=1)
+    checks: Sequence[tuple[str, Sequence[Any], Sequence[Any]]] = (
+        ("norms", (study.norms,), NORMS),
+        ("finetune.optimizer", (study.finetune.optimizer,), OPTIMIZERS),
+        ("baseline.optimizer", (baseline.optimizer,), OPTIMIZERS),
+        ("search.decays", study.search.decays, DECAYS),
+    )
+    return [
+        UsageError(f"{name}={', '.join(map(str, given))} is not allowed", f"choose from {', '.join(allowed)}")
+        for name, given, allowed in checks
+        if not given or not set(given) <= set(allowed)
+    ]

@@ -22,6 +22,8 @@ SHOWN = 4  # parameters named for one reason; the rest is counted
 
 def groups_tree(graph: ChannelGraph) -> RenderableType:
     """One branch for every group, then one for every reason to stay."""
+    from autoprune.labels import BEHIND_LAYER_NORM
+
     cost = graph.cost()
     title = f"{count(cost.macs)} MACs, {count(cost.params)} parameters, {len(graph.groups)} groups"
     tree = Tree(Text(f"{title}; {percent(graph.reach)} of the MACs within reach", "bold"), guide_style="dim")
@@ -33,7 +35,11 @@ def groups_tree(graph: ChannelGraph) -> RenderableType:
                 branch.add(Text.assemble((f"{words} ", "dim"), ", ".join(layers)))
         if group.paddings:
             branch.add(Text.assemble(("padded by ", "dim"), ", ".join(p.module for p in group.paddings)))
-    return Stacked(tree, Text(), _frozen_tree(graph.frozen)) if graph.frozen else tree
+    if not graph.frozen:
+        return tree
+    is_behind = any(f.reason.startswith(BEHIND_LAYER_NORM) for f in graph.frozen)
+    hint = [Text("Channels behind layer norms may go with --norms rescale.", "dim")] if is_behind else []
+    return Stacked(tree, Text(), _frozen_tree(graph.frozen), *hint)
 
 
 def _heading(group: Group, macs: int) -> Text:

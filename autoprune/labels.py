@@ -22,6 +22,7 @@ from scipy.sparse.csgraph import connected_components
 LabelArray = NDArray[np.int64]
 Role = Literal["out", "in", "affine"]
 FIXED = -1
+BEHIND_LAYER_NORM = "layer norm over the channels"
 
 
 @dataclass(slots=True)

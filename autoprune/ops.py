@@ -12,7 +12,7 @@ from __future__ import annotations
 import numpy as np
 from torch import nn
 
-from autoprune.labels import LabelArray
+from autoprune.labels import BEHIND_LAYER_NORM, LabelArray
 from autoprune.shape_ops import SHAPE_TABLE
 from autoprune.space_ops import SPACE_TABLE
 from autoprune.tape import Op, Ref
@@ -307,8 +307,9 @@ def layer_norm(walk: Walk, op: Op) -> list[Axes]:
             walk.rescaled[_owner(walk, scales[0])] = walk.shape(x)[-1]
             return _first(walk, op, axes)
     for axis in (*axes[-count:], *[a for s in scales for a in walk.get(s)]):
-        walk.freeze(axis, "layer norm over the channels")
-    axes[-count:] = [None] * count
+        walk.freeze(axis, BEHIND_LAYER_NORM)
+    if count == 1 and axes[-1] is not None:  # what scales them and what reads them stays for one reason
+        axes[-1] = walk.join([axes[-1], *[walk.get(s)[0] for s in scales]])
     return _first(walk, op, axes)
 
 

@@ -12,6 +12,7 @@ the rate means the same for every layer and network, and one rate drives both op
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -76,20 +77,27 @@ class Stepper:
 
 
 def inner_weights(model: nn.Module) -> Iterator[nn.Parameter]:
-    """The weights for Muon: of linear layers and ungrouped convolutions, but for the first and the last.
+    """The weights for Muon: of linear layers, attention's projections, and ungrouped convolutions.
 
-    The first reads pixels and the last makes the outputs: there a step by the gradient's size serves better
-    (Jordan et al. 2024). Parametrised and very wide weights are left to SGD.
+    The first layer reads pixels and the last makes the outputs: there a step by the gradient's size serves
+    better (Jordan et al. 2024). Parametrised and very wide weights are left to SGD.
     """
-    layers = [m for m in model.modules() if isinstance(m, nn.Linear | _ConvNd)]
-    seen = {id(m.weight) for m in (*layers[:1], *layers[-1:])}
-    for layer in layers[1:-1]:
-        weight = layer.weight
-        mixes = getattr(layer, "groups", 1) == 1 and not getattr(layer, "transposed", False)
-        if isinstance(weight, nn.Parameter) and weight.requires_grad and id(weight) not in seen and mixes:
+    layers = [m for m in model.modules() if isinstance(m, nn.Linear | _ConvNd | nn.MultiheadAttention)]
+    seen = {id(w) for m in (*layers[:1], *layers[-1:]) for w in _weights_of(m)}
+    for weight in (w for layer in layers[1:-1] for w in _weights_of(layer)):
+        if isinstance(weight, nn.Parameter) and weight.requires_grad and id(weight) not in seen:
             seen.add(id(weight))
             if min(len(weight), weight[0].numel()) <= WIDEST and _is_in_rows(weight):
                 yield weight
+
+
+def _weights_of(layer: nn.Module) -> list[Any]:
+    """A layer's weights that mix channels, without those of its children."""
+    if isinstance(layer, nn.MultiheadAttention):
+        names = ("in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight")
+        return [getattr(layer, name) for name in names]
+    mixes = getattr(layer, "groups", 1) == 1 and not getattr(layer, "transposed", False)
+    return [layer.weight] if mixes else []
 
 
 def _is_in_rows(weight: Tensor) -> bool:

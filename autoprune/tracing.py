@@ -12,10 +12,11 @@ from __future__ import annotations
 import difflib
 from collections.abc import Sequence
 from fnmatch import fnmatchcase
-from typing import Any, Literal
+from typing import Any
 
 from torch import Tensor, nn
 
+from autoprune.config import Norms
 from autoprune.copying import named_modules, without_collector
 from autoprune.errors import UsageError
 from autoprune.graph import ChannelGraph
@@ -31,7 +32,7 @@ def trace(
     exclude: Sequence[str] = (),
     only: Sequence[str] = (),
     round_to: int = 1,
-    norms: Literal["keep", "rescale"] = "keep",
+    norms: Norms = "keep",
 ) -> ChannelGraph:
     """Understand a network: record it, tie its channels, prove that the program agrees.
 

@@ -140,7 +140,7 @@ def train_baseline_(  # noqa: PLR0913 - as finetune_
     model: nn.Module, split: Split, baseline: Baseline, *, seed: int, device: torch.device | str = "cpu",
     loss: Loss | None = None, on_epoch: OnEpoch | None = None,
 ) -> list[EpochRecord]:  # fmt: skip
-    """Train a network from scratch, in place: SGD, one cycle of the learning rate, up and down.
+    """Train a network from scratch, in place: one cycle of the learning rate, up and down.
 
     Raises:
         TrialError: the loss is no longer a number.
@@ -148,8 +148,9 @@ def train_baseline_(  # noqa: PLR0913 - as finetune_
     """
     schedule = Schedule(lr=baseline.lr, decay="linear", warmup=BASELINE_WARMUP)
     settings = Finetune(
-        batch_size=baseline.batch_size, weight_decay=baseline.weight_decay, distill=0.0, optimizer="sgd"
-    )
+        batch_size=baseline.batch_size, weight_decay=baseline.weight_decay, distill=0.0,
+        optimizer=baseline.optimizer,
+    )  # fmt: skip
     return finetune_(
         model, split, schedule=schedule, settings=settings, epochs=baseline.epochs, seed=seed,
         device=device, loss=loss, on_epoch=on_epoch,

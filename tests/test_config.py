@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 
-from autoprune.config import Analysis, Budget, Finetune, Search, Study, Target, check_study
+from autoprune.config import Analysis, Baseline, Budget, Finetune, Search, Study, Target, check_study
 from autoprune.errors import ConfigError, UsageError
 
 
@@ -64,10 +64,13 @@ def test_defaults_are_allowed() -> None:
 def test_all_problems_are_told_together() -> None:
     bad = study(
         name="a/b", target="flops=2", max_drop=-1, analysis=Analysis(share=0.3),
-        finetune=Finetune(batch_size=1), search=Search(decays=("cubic",)),  # type: ignore[arg-type]
+        finetune=Finetune(batch_size=1, optimizer="lion"), search=Search(decays=("cubic",)),  # type: ignore[arg-type]
+        baseline=Baseline(epochs=0, lr=-1, batch_size=1, optimizer="adam"), norms="drop",  # type: ignore[arg-type]
     )  # fmt: skip
     with pytest.raises(ConfigError) as caught:
         check_study(bad)
-    for word in ("a/b", "flops", "max_drop", "analysis.share", "batch_size", "cubic"):
+    words = ("a/b", "flops", "max_drop", "analysis.share", "finetune.batch_size", "lion", "cubic")
+    of_baseline = ("baseline.epochs", "baseline.lr", "baseline.batch_size", "baseline.optimizer=adam")
+    for word in (*words, *of_baseline, "norms=drop"):
         assert word in caught.value.message
     assert caught.value.exit_code == 2

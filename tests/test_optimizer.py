@@ -77,6 +77,13 @@ def test_shared_frozen_parametrised_and_transposed_weights_are_left_alone() -> N
     assert names_of(model) == ["2.weight", "6.weight", "a.weight"]
 
 
+def test_the_projections_of_attention_are_inner_weights() -> None:
+    layers = [nn.Linear(4, 8), nn.MultiheadAttention(8, 2), nn.MultiheadAttention(8, 2, kdim=6, vdim=4)]
+    model = nn.Sequential(*layers, nn.Linear(8, 2))
+    projections = [f"2.{name}_proj_weight" for name in "qkv"]
+    assert names_of(model) == ["1.in_proj_weight", "1.out_proj.weight", *projections, "2.out_proj.weight"]
+
+
 def test_a_step_moves_each_inner_weight_by_a_share_of_its_norm() -> None:
     model = net()
     with torch.no_grad():

@@ -11,18 +11,24 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from autoprune.cli import main
+from autoprune.cli_fleet import _given
+from autoprune.cli_run import digests
 from autoprune.controller import replay
 from autoprune.errors import UsageError
 from autoprune.history import outcomes, read_goal, read_plan, read_trials
+from autoprune.place import Place
 from autoprune.presence import members
 from autoprune.record import TrialRecord
 from autoprune.seats import OWNER
 from autoprune.store import DATABASE, RunStore
+from autoprune.study_file import load_study
+from autoprune.worker import Told
 from tests.tiny import tiny_study
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -213,3 +219,19 @@ def test_a_second_coordinator_and_a_worker_with_another_study_are_refused(
     study.write_text(study.read_text() + "\n# changed\n", encoding="utf-8")
     assert main(["worker", str(out)]) == 2
     assert "not the file" in capfd.readouterr().err
+
+
+def test_a_worker_takes_every_option_of_the_runs_command() -> None:
+    words = "digits --exclude conv1 --only 'layer*' --norms rescale --round-to 4 --target macs=0.4 "
+    words += "--max-drop 2 --budget 5m --seed 3 --device cpu"
+    told = Told(
+        place=Place(folder=Path("runs/digits")), name="digits", command=f"autoprune run {words}",
+        sources=digests("digits", None),
+    )  # fmt: skip
+    wanted = replace(
+        load_study("digits"), exclude=("conv1",), only=("layer*",), norms="rescale", round_to=4,
+        target="macs=0.4", max_drop=2.0, budget="5m", seed=3, device="cpu",
+    )  # fmt: skip
+    study = _given(told, None).study
+    changes = {n: getattr(study, n) for n in vars(wanted) if n not in ("model", "data")}
+    assert changes == {n: getattr(wanted, n) for n in changes}
