@@ -2,20 +2,22 @@
 
 Trials are short beside what is kept for the final tuning. When the search ends without the target, a trial
 that went deeper than the best model inside the floor, and came near it, may come back to the floor with all
-of those epochs. If it does, it is delivered; if not, the best model inside the floor is, as it is.
+of those epochs. If it does, it is delivered; if not, the best model inside the floor is, as it is. A final
+tuning is longer than any trial, and its learning rate is higher for it.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
 from autoprune.controller import EXACT, Goal, Promotion, State
-from autoprune.record import RoundRecord, TrialRecord
+from autoprune.record import RoundRecord, Rung, TrialRecord
 
 NEAR = 0.015  # of top-1 below the floor: models further off are not kept; a guess
 DEEPER = 0.97  # of the best model's cost: a smaller gain is not worth the risk; a guess
+HOTTEST = 2.0  # times a trial's learning rate, for the final tuning
 HOPE = 2.0  # times what the last gain promises, for a model that is short of the target; a guess
 
 
@@ -60,6 +62,19 @@ def nearest_miss(goal: Goal, state: State, rounds: Iterable[RoundRecord], epochs
         return max(misses, key=lambda m: (m.promised, -m.model.cost_share), default=None)
     hopeful = [m for m in misses if m.model.top1 + HOPE * (m.promised - m.model.top1) >= goal.floor]
     return min(hopeful, key=lambda m: (m.model.cost_share, -m.promised), default=None)
+
+
+def final_rate(lr: float, rungs: Sequence[Rung], epochs: float, limits: tuple[float, float]) -> float:
+    """The learning rate of the final tuning, from that of a trial whose last schedule was shorter.
+
+    The longer a schedule, the higher the rate that serves it: by the root of its length, as far as
+    twice (measured: docs/log.md).
+    """
+    if not rungs:
+        return lr
+    length = rungs[-1].epochs - (rungs[-2].epochs if len(rungs) > 1 else 0.0)
+    factor = min(HOTTEST, max(1.0, math.sqrt(epochs / length)))
+    return max(lr, min(lr * factor, limits[1]))
 
 
 def saved(goal: Goal, state: State, model: Promotion) -> State:

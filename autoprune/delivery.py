@@ -19,7 +19,7 @@ from autoprune.advice import params_of
 from autoprune.artifact import Protection, write_artifact
 from autoprune.baseline import Work
 from autoprune.budget import MAX_EPOCHS, MIN_EPOCHS
-from autoprune.closing import nearest_miss, saved
+from autoprune.closing import final_rate, nearest_miss, saved
 from autoprune.config import Lock, Study
 from autoprune.controller import Promotion, State
 from autoprune.densify import densify, verify
@@ -32,6 +32,7 @@ from autoprune.history import (
     read_plan,
     read_round,
     read_run,
+    read_trials,
     unpack,
 )
 from autoprune.keys import default_recipient
@@ -156,12 +157,14 @@ def _tuned(work: Work, best: Promotion, found: Finished) -> Finished:
         return found
     work.on_event(ev.StageStarted(stage="finish", round=0, detail=f"tune {epochs:.3g} epochs"))
     params = params_of(attempt.trials[best.trial].params, plan.ceiling)
+    trial = next(t for t in read_trials(attempt) if t.number == best.trial)
+    lr = final_rate(params.lr, trial.rungs, epochs, study.search.lr)
     model = copy.deepcopy(found.model)
     try:
         curve = finetune_(
-            model, setup.data.train, schedule=params.schedule(study.finetune.warmup), settings=study.finetune,
-            epochs=epochs, seed=derive_seed(study.seed, FINAL_SEED), device=setup.device,
-            teacher=setup.model, loss=study.loss, seconds=work.meter.left().seconds,
+            model, setup.data.train, schedule=replace(params, lr=lr).schedule(study.finetune.warmup),
+            settings=study.finetune, epochs=epochs, seed=derive_seed(study.seed, FINAL_SEED),
+            device=setup.device, teacher=setup.model, loss=study.loss, seconds=work.meter.left().seconds,
             on_epoch=lambda e: _tell_epoch(work, e, epochs),
         )  # fmt: skip
     except TrialError as error:

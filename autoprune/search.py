@@ -41,7 +41,7 @@ TIE_WEIGHT = 1e-3  # of top-1 beside the rate
 MAX_DEATHS = 5  # of processes on one seat, before its trial counts as failed; a guess
 PARAMETERS = {"prune_rate", "lr", "decay", "criterion", "strategy"}
 TELLING_EPOCHS = 1.0  # shorter schedules say little about the learning rate of a long one; a guess
-TELLING_SHARE = 0.05  # of the budget, for one more trial once the target is reached; a guess
+TELLING_SHARE = 0.15  # of the budget, for more trials once the target is reached; a guess
 KNOWN_GAINS = 2  # trials that went from the first rung to the second before one is given up there
 
 
@@ -150,16 +150,17 @@ def _is_settled(job: RoundJob, study: optuna.Study) -> bool:
 
 
 def _is_served(job: RoundJob, study: optuna.Study) -> bool:
-    """Whether a trial reached the target inside the floor, and others would be too short to better it.
+    """Whether trials reached the target inside the floor, and enough was spent on bettering them.
 
-    Nothing but accuracy is left to gain, and the final tuning gains more of it with the same epochs, unless
-    a trial long enough to tell learning rates apart costs next to nothing.
+    Nothing but accuracy is left to gain then. The final tuning gains more of it with the same epochs, but
+    first a few trials, long enough to tell learning rates apart, may show which rate serves it best.
     """
-    if job.search.trials is not None or not any(_reaches(t, job) for t in read_trials(study)):
+    reached = sum(_reaches(t, job) for t in read_trials(study))
+    if job.search.trials is not None or not reached:
         return False
     epochs = ladder(job.plan.epochs, longer=False)[0]
     share = job.meter.share_of(epochs * job.speed.epoch_s + job.speed.trial_s, epochs)
-    return epochs < TELLING_EPOCHS or share > TELLING_SHARE
+    return epochs < TELLING_EPOCHS or reached * share > TELLING_SHARE
 
 
 def _reaches(record: TrialRecord, job: RoundJob) -> bool:

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from autoprune import events as ev
-from autoprune.closing import NEAR, is_near, nearest_miss, saved
+from autoprune.closing import NEAR, final_rate, is_near, nearest_miss, saved
 from autoprune.config import Control, Finetune, Lock, Search
 from autoprune.controller import Goal, Promotion, State, start
 from autoprune.pipeline import run
@@ -73,6 +73,16 @@ def test_where_only_the_original_is_left_the_nearest_is_tried() -> None:
     miss = nearest_miss(GOAL, state(original), [round_of(flat, falling)], epochs=0.1)
     assert miss is not None
     assert miss.model.trial == 0
+
+
+def test_a_longer_schedule_has_a_higher_rate() -> None:
+    rungs, limits = (Rung(epochs=0.5, top1=0.8), Rung(epochs=2.5, top1=0.9)), (1e-3, 0.2)
+    assert final_rate(0.01, rungs, 4.5, limits) == pytest.approx(0.015), "2.25 times the last schedule"
+    assert final_rate(0.01, rungs[:1], 8.0, limits) == pytest.approx(0.02), "twice at the most"
+    assert final_rate(0.01, rungs, 1.0, limits) == 0.01, "a shorter one keeps it"
+    assert final_rate(0.1, rungs, 18.0, limits) == 0.2
+    assert final_rate(0.3, rungs, 18.0, limits) == 0.3
+    assert final_rate(0.01, (), 8.0, limits) == 0.01
 
 
 def test_what_came_back_is_the_result() -> None:

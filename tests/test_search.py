@@ -15,7 +15,7 @@ from optuna.exceptions import UpdateFinishedTrialError
 from autoprune import events as ev
 from autoprune.advice import SHALLOW, Point, params_of, suggest
 from autoprune.baseline import Work, begin
-from autoprune.budget import FINAL_SHARE, Meter
+from autoprune.budget import FINAL_SHARE, Meter, ladder
 from autoprune.config import Budget, Lock, Search
 from autoprune.controller import start
 from autoprune.errors import RunError
@@ -26,6 +26,7 @@ from autoprune.record import Rung, TrialRecord
 from autoprune.search import (
     FAILED_VALUE,
     MAX_DEATHS,
+    TELLING_EPOCHS,
     RoundJob,
     _earlier,
     _goes_on,
@@ -110,8 +111,8 @@ def test_a_round_that_recovered_at_its_ceiling_keeps_the_rate_there(work: Work) 
     assert len({t.params["lr"] for t in trials[:3]}) > 1
 
 
-@pytest.mark.parametrize(("epochs", "budget", "enough"), [(0.5, 40, True), (5.0, 10, True), (5.0, 40, False)])
-def test_a_round_ends_at_the_target_unless_more_trials_cost_next_to_nothing(
+@pytest.mark.parametrize(("epochs", "budget", "enough"), [(0.5, 40, True), (5.0, 6, True), (5.0, 40, False)])
+def test_a_round_ends_at_the_target_unless_more_trials_cost_little(
     work: Work, epochs: float, budget: float, enough: bool
 ) -> None:
     job, study = first_round(work)
@@ -133,6 +134,8 @@ def test_a_round_ends_at_the_target_unless_more_trials_cost_next_to_nothing(
     put(trial, **{RESULT: record})
     tell(study, trial, 0.5)
     assert _is_served(job, study) is enough
+    small = replace(job, meter=Meter(Budget(epochs=8 * ladder(5.0, longer=False)[0])))
+    assert not _is_served(small, study) or epochs < TELLING_EPOCHS, "an eighth of the budget for one more"
     asked = replace(job, ground=replace(job.ground, study=replace(free, search=Search(trials=4))))
     assert not _is_served(asked, study), "who asks for a number of trials gets it"
 
