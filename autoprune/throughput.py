@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import copy
 import time
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from autoprune.config import Study
 from autoprune.data import Split
 from autoprune.evaluation import evaluate, resolve_device
 from autoprune.preflight import Understood, understand
-from autoprune.schedule import Schedule
-from autoprune.train import finetune_
+from autoprune.trial import seconds_of_training
 
 FEW_BATCHES = 2
 PART = 0.4  # of the seconds, for training and for evaluating each
@@ -52,17 +51,12 @@ def throughput(study: Study, seconds: float = 30.0) -> Throughput:
 
 
 def _train_speed(study: Study, known: Understood, split: Split, seconds: float) -> float:
-    model, batch = copy.deepcopy(known.model), study.finetune.batch_size
-    total, settings = split.num_batches(batch), replace(study.finetune, recalibrate_batches=0)
+    model, batch, device = copy.deepcopy(known.model), study.finetune.batch_size, resolve_device(study.device)
+    total = split.num_batches(batch)
 
     def timed(count: int) -> float:
-        began = time.perf_counter()
-        finetune_(
-            model, known.data.train, schedule=Schedule(lr=1e-6, decay="linear", warmup=0.0),
-            settings=settings, epochs=count / total, seed=0, device=resolve_device(study.device),
-            teacher=known.model, loss=study.loss,
-        )  # fmt: skip
-        return time.perf_counter() - began
+        epochs, train, teacher = count / total, known.data.train, known.model
+        return seconds_of_training(model, train, study, epochs, teacher=teacher, device=device)
 
     timed(1)  # the first batch is slow: it warms caches and threads up
     few = min(FEW_BATCHES, total)

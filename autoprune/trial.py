@@ -37,7 +37,7 @@ from autoprune.plan import PruningPlan
 from autoprune.record import EpochPoint, Rung, TrialRecord
 from autoprune.schedule import Schedule
 from autoprune.sensitivity import SensitivityTable
-from autoprune.splits import derive_seed
+from autoprune.splits import Split, derive_seed
 from autoprune.train import EpochRecord, finetune_
 
 PROBE_BATCHES = 8
@@ -318,21 +318,28 @@ class _Trial:
 def probe_speed(ground: Ground) -> Speed:
     """Train a copy for a moment, and measure the network once, to see what an epoch and a trial take."""
     study, model = ground.study, copy.deepcopy(ground.model)
-    settings = replace(study.finetune, recalibrate_batches=0)
-    schedule = Schedule(lr=study.search.lr[0], decay="linear", warmup=0.0)
-    per_epoch = ground.data.train.subset(study.finetune.share, seed=0).num_batches(study.finetune.batch_size)
-    took = 0.0
-    for num_batches in (1, PROBE_BATCHES):  # the first batch is slow: it warms caches and threads up
-        epochs = min(1.0, num_batches / per_epoch)
-        began = time.perf_counter()
-        finetune_(
-            model, ground.data.train, schedule=schedule, settings=settings, epochs=epochs,
-            seed=ground.seed, device=ground.device, teacher=ground.original, loss=study.loss,
-        )  # fmt: skip
-        took = (time.perf_counter() - began) / epochs
-    began = time.perf_counter()
+    used = ground.data.train.subset(study.finetune.share, seed=0)
+    per_epoch = used.num_batches(study.finetune.batch_size)
+    for count in (1, min(PROBE_BATCHES, per_epoch)):  # the first batch is slow: caches and threads warm up
+        took = seconds_of_training(
+            model, ground.data.train, study, count / per_epoch, teacher=ground.original, device=ground.device
+        )
+    epoch_s, began = took * per_epoch / count, time.perf_counter()
     measure(ground, model)
-    return Speed(epoch_s=took, trial_s=TRIAL_EVALUATIONS * (time.perf_counter() - began), analysis_s=0.0)
+    return Speed(epoch_s=epoch_s, trial_s=TRIAL_EVALUATIONS * (time.perf_counter() - began), analysis_s=0.0)
+
+
+def seconds_of_training(
+    model: nn.Module, train: Split, study: Study, epochs: float, *, teacher: nn.Module, device: torch.device
+) -> float:
+    """Train in place as a trial would, and take the time of the steps alone, of no statistics afterwards."""
+    began = time.perf_counter()
+    finetune_(
+        model, train, schedule=Schedule(lr=study.search.lr[0], decay="linear", warmup=0.0),
+        settings=replace(study.finetune, recalibrate_batches=0), epochs=epochs, seed=0, device=device,
+        teacher=teacher, loss=study.loss,
+    )  # fmt: skip
+    return time.perf_counter() - began
 
 
 def measure(ground: Ground, model: nn.Module) -> Evaluation:
