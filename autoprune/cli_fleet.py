@@ -19,7 +19,10 @@ from rich.console import Console
 from rich.table import Table
 
 from autoprune import completion
-from autoprune.cli_run import (
+from autoprune.cli_run import StoppedError, terminable
+from autoprune.config import Budget, Lock, Study, Target
+from autoprune.errors import UsageError
+from autoprune.options import (
     AIM,
     DATA,
     KEYS,
@@ -29,14 +32,10 @@ from autoprune.cli_run import (
     Device,
     Quiet,
     RunPlace,
-    StoppedError,
     changed,
     choose_study,
     digests,
-    terminable,
 )
-from autoprune.config import Budget, Lock, Study, Target
-from autoprune.errors import UsageError
 from autoprune.terminal import listener
 
 if TYPE_CHECKING:

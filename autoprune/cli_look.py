@@ -15,7 +15,11 @@ import typer
 from rich.console import Console
 
 from autoprune import completion
-from autoprune.cli_run import (
+from autoprune.config import check_study
+from autoprune.errors import UsageError
+from autoprune.events import OnEvent, StageProgress, StageStarted
+from autoprune.groups_view import graph_document, groups_tree
+from autoprune.options import (
     DATA,
     SHOW,
     WHERE,
@@ -33,10 +37,6 @@ from autoprune.cli_run import (
     changed,
     choose_study,
 )
-from autoprune.config import check_study
-from autoprune.errors import UsageError
-from autoprune.events import OnEvent, StageProgress, StageStarted
-from autoprune.groups_view import graph_document, groups_tree
 from autoprune.tables import findings_text, sensitivity_text
 from autoprune.terminal import listener
 

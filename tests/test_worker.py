@@ -18,10 +18,10 @@ import pytest
 
 from autoprune.cli import main
 from autoprune.cli_fleet import _given
-from autoprune.cli_run import digests
 from autoprune.controller import replay
 from autoprune.errors import UsageError
 from autoprune.history import outcomes, read_goal, read_plan, read_trials
+from autoprune.options import digests
 from autoprune.place import Place
 from autoprune.presence import members
 from autoprune.record import TrialRecord
