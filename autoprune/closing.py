@@ -2,8 +2,9 @@
 
 Trials are short beside what is kept for the final tuning. When the search ends without the target, a trial
 that went deeper than the best model inside the floor, and came near it, may come back to the floor with all
-of those epochs. If it does, it is delivered; if not, the best model inside the floor is, as it is. A final
-tuning is longer than any trial, and its learning rate is higher for it.
+of those epochs. If it does, it is delivered; if not, the best model inside the floor is, as it is. Where a
+budget is short, the search ends for such a trial: one long schedule recovers more than several short ones.
+A final tuning is longer than any trial, and its learning rate is higher for it.
 """
 
 from __future__ import annotations
@@ -27,6 +28,20 @@ class Miss:
 
     model: Promotion
     promised: float
+
+
+def is_hopeful(goal: Goal, trial: TrialRecord, epochs: float) -> bool:
+    """Whether a trial reached the target, and may come back to the floor with so many more epochs.
+
+    What it gained so far, per factor in epochs, is taken to go on.
+    """
+    return (
+        trial.top1 is not None
+        and trial.cost_share is not None
+        and trial.cost_share <= goal.target_share + EXACT
+        and is_near(goal, trial.top1)
+        and trial.top1 + _gain(trial, epochs, since=0) >= goal.floor
+    )
 
 
 def is_near(goal: Goal, top1: float) -> bool:
@@ -83,9 +98,10 @@ def saved(goal: Goal, state: State, model: Promotion) -> State:
     return replace(state, best=model, ended="target" if reached else state.ended)
 
 
-def _gain(trial: TrialRecord, epochs: float) -> float:
+def _gain(trial: TrialRecord, epochs: float, *, since: int = -2) -> float:
+    """What so many more epochs promise, by what was gained from a rung to the last one."""
     if len(trial.rungs) < 2:
         return 0.0
-    before, last = trial.rungs[-2:]
+    before, last = trial.rungs[since], trial.rungs[-1]
     per_factor = (last.top1 - before.top1) / math.log(last.epochs / before.epochs)
     return max(0.0, per_factor * math.log1p(epochs / last.epochs))

@@ -42,7 +42,7 @@ from autoprune.preflight import Setup, fitting_threads, prepare, traced
 from autoprune.presence import Presence, joined, num_working
 from autoprune.record import RunResult, SensitivityCell
 from autoprune.sealing import run_seal
-from autoprune.search import RoundJob, same_failure, search_round
+from autoprune.search import RoundJob, is_decided, same_failure, search_round
 from autoprune.sensitivity import SensitivityPoint, SensitivityTable, most_points, sensitivity
 from autoprune.splits import derive_seed
 from autoprune.store import FINAL, Place, RunStore, Seal, has_run, put, quiet_optuna, scored
@@ -177,6 +177,7 @@ def judge(work: Work, job: RoundJob, attempt: optuna.Study) -> Decision:
     study = work.setup.study
     epochs = study.search.epochs or _worthwhile_epochs(work)
     enough = work.meter.affords(job.speed.trial_s + epochs * job.speed.epoch_s, epochs)
+    enough = enough and not is_decided(job, attempt)
     outcome = RoundOutcome(trials=summaries(attempt), budget_left=enough)
     decision = decide(work.goal, study.control, job.state, outcome)
     if decision.promoted is not None:

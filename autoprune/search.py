@@ -24,7 +24,7 @@ from autoprune import events as ev
 from autoprune import ranks
 from autoprune.advice import Past, Point, Space, advise, make_sampler, settled_points, suggest
 from autoprune.budget import Meter, Speed, ladder
-from autoprune.closing import is_near
+from autoprune.closing import is_hopeful, is_near
 from autoprune.config import Search
 from autoprune.controller import EXACT, Goal, State, TrialSummary, has_recovered
 from autoprune.history import CHECKPOINT, RESULT, RoundPlan, read_plan, read_trials, spent
@@ -42,6 +42,7 @@ MAX_DEATHS = 5  # of processes on one seat, before its trial counts as failed; a
 PARAMETERS = {"prune_rate", "lr", "decay", "criterion", "strategy"}
 TELLING_EPOCHS = 1.0  # shorter schedules say little about the learning rate of a long one; a guess
 TELLING_SHARE = 0.15  # of the budget, for more trials once the target is reached; a guess
+SHORT = 0.05  # a budget is short when one trial takes more of it; a guess
 KNOWN_GAINS = 2  # trials that went from the first rung to the second before one is given up there
 
 
@@ -157,10 +158,32 @@ def _is_served(job: RoundJob, study: optuna.Study) -> bool:
     """
     reached = sum(_reaches(t, job) for t in read_trials(study))
     if job.search.trials is not None or not reached:
-        return False
+        return is_decided(job, study)
     epochs = ladder(job.plan.epochs, longer=False)[0]
     share = job.meter.share_of(epochs * job.speed.epoch_s + job.speed.trial_s, epochs)
     return epochs < TELLING_EPOCHS or reached * share > TELLING_SHARE
+
+
+def is_decided(job: RoundJob, study: optuna.Study) -> bool:
+    """Whether the rest of a short budget belongs to a trial at the target that missed the floor by little.
+
+    Something has to be inside the floor already, so that there is a result if it does not come back.
+    """
+    trials = read_trials(study)
+    is_safe = job.state.best.round > 0 or any(t.recovered for t in trials)
+    if not _is_short(job) or not is_safe or any(_reaches(t, job) for t in trials):
+        return False
+    left = job.meter.left()
+    epochs = min(left.epochs, left.seconds / job.speed.epoch_s)
+    return any(is_hopeful(job.goal, t, epochs) for t in trials)
+
+
+def _is_short(job: RoundJob) -> bool:
+    """Whether the budget holds few trials of this round's length, and the study leaves their number open."""
+    if job.search.trials is not None or job.search.epochs is not None:
+        return False
+    seconds = job.plan.epochs * job.speed.epoch_s + job.speed.trial_s
+    return job.meter.share_of(seconds, job.plan.epochs) > SHORT
 
 
 def _reaches(record: TrialRecord, job: RoundJob) -> bool:
@@ -257,16 +280,19 @@ def _goes_on(job: RoundJob, climb: Climb) -> bool:
 
     From the first rung to the second it can if the largest gain that a trial of this run made there is
     enough. Beyond the planned epochs it can if what it gained on its last rung is enough once more, and the
-    budget has the epochs.
+    budget has the epochs; where that is short, a trial at the target leaves them to the final tuning.
     """
     top1 = climb.tops[-1]
     summary = TrialSummary(number=-1, prune_rate=climb.prune_rate, cost_share=climb.cost_share, top1=top1)
     if has_recovered(job.goal, job.state, summary):
         return False
-    floor = job.goal.floor if climb.cost_share <= job.goal.target_share else job.plan.floor
+    is_at_target = climb.cost_share <= job.goal.target_share + EXACT
+    floor = job.goal.floor if is_at_target else job.plan.floor
     if len(climb.tops) == 1:
         gains = _gains(job)
         return len(gains) < KNOWN_GAINS or top1 + max(gains) >= floor
+    if is_at_target and _is_short(job) and is_near(job.goal, top1):
+        return False
     hopeful = top1 + (top1 - climb.tops[-2]) >= floor
     return hopeful and job.meter.affords(
         climb.next_epochs * job.speed.epoch_s, climb.done + climb.next_epochs

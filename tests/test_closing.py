@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from autoprune import events as ev
-from autoprune.closing import NEAR, final_rate, is_near, nearest_miss, saved
+from autoprune.closing import NEAR, final_rate, is_hopeful, is_near, nearest_miss, saved
 from autoprune.config import Control, Finetune, Lock, Search
 from autoprune.controller import Goal, Promotion, State, start
 from autoprune.pipeline import run
@@ -73,6 +73,20 @@ def test_where_only_the_original_is_left_the_nearest_is_tried() -> None:
     miss = nearest_miss(GOAL, state(original), [round_of(flat, falling)], epochs=0.1)
     assert miss is not None
     assert miss.model.trial == 0
+
+
+@pytest.mark.parametrize(
+    ("share", "tops", "epochs", "hopeful"),
+    [
+        (0.5, (0.88, 0.904, 0.905), 6.0, True),  # 2.5 points in two factors of three: 0.6 are missing
+        (0.5, (0.904, 0.9045, 0.905), 6.0, False),
+        (0.6, (0.88, 0.904, 0.905), 6.0, False),  # short of the target
+        (0.5, (0.80, 0.88, 0.89), 60.0, False),  # two points below the floor
+        (0.5, (0.905,), 60.0, False),  # nothing is known of its gains
+    ],
+)
+def test_who_may_come_back(share: float, tops: tuple[float, ...], epochs: float, hopeful: bool) -> None:
+    assert is_hopeful(GOAL, trial(0, share, *tops), epochs) is hopeful
 
 
 def test_a_longer_schedule_has_a_higher_rate() -> None:
