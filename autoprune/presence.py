@@ -33,6 +33,7 @@ PROCESSES = "processes"
 Role = Literal["coordinator", "worker"]
 Being = Literal["working", "silent", "gone", "ended"]
 POLL_S = 1.0
+_HERE: set[str] = set()  # tokens of the members that this very process still is
 
 
 class HeldError(AutopruneError):
@@ -70,7 +71,7 @@ class Presence:
 
     def __init__(self, store: RunStore, study: optuna.Study, trial: FrozenTrial, role: Role) -> None:
         self.store, self.number, self.role = store, trial.number, role
-        self._study, self._trial_id = study, trial._trial_id
+        self._study, self._trial_id, self._token = study, trial._trial_id, trial.user_attrs["token"]
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._beat, name="heartbeat", daemon=True)
         store.storage.record_heartbeat(self._trial_id)
@@ -91,6 +92,7 @@ class Presence:
     def leave(self) -> None:
         """Say that this process ends."""
         self._stop.set()
+        _HERE.discard(self._token)  # should nobody hear of it, then at least this process knows
         self._thread.join(timeout=BEAT_S)
         with suppress(UpdateFinishedTrialError, ValueError, RunError):
             self._study.tell(self.number, state=TrialState.COMPLETE, values=0.0)
@@ -163,6 +165,7 @@ def _processes(store: RunStore) -> optuna.Study:
 
 def _enter(study: optuna.Study, role: Role) -> FrozenTrial:
     token = uuid4().hex
+    _HERE.add(token)
     who = {"role": role, "host": platform.node(), "pid": os.getpid(), "space": _space(), "token": token}
     study.add_trial(create_trial(state=TrialState.RUNNING, user_attrs=who))
     return next(t for t in study.get_trials(deepcopy=False) if t.user_attrs["token"] == token)
@@ -200,9 +203,11 @@ def _process(trial: FrozenTrial, stale: set[int]) -> Process:
 
 
 def _has_died(who: dict[str, Any]) -> bool:
-    """Whether it was a process of this host that exists no longer."""
+    """Whether it was a process of this host that exists no longer, or was this one and has left."""
     if (who["host"], who["space"]) != (platform.node(), _space()):
         return False
+    if who["pid"] == os.getpid():
+        return who["token"] not in _HERE
     try:
         os.kill(who["pid"], 0)
     except ProcessLookupError:

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from autoprune import patience, presence
+from autoprune.errors import RunError
 from autoprune.presence import BuriedError, HeldError, Watch, joined, members
 from autoprune.store import RunStore, quiet_optuna
 
@@ -71,6 +72,20 @@ def test_a_killed_coordinator_is_replaced_at_once(store: RunStore) -> None:
     with joined(store, "coordinator") as me:
         assert [p.state for p in members(store)] == ["gone", "working"]
         me.check()
+
+
+def test_who_could_not_say_goodbye_does_not_hold_the_run_against_itself(
+    store: RunStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A full database takes no last word, and a notebook goes on in the same process."""
+
+    def full(*_: object, **__: object) -> None:
+        raise RunError("database or disk is full", "make room")
+
+    with monkeypatch.context() as patched, joined(store, "coordinator") as me:
+        patched.setattr(me._study, "tell", full)
+    with joined(store, "coordinator"):
+        assert [p.state for p in members(store)] == ["gone", "working"]
 
 
 def test_a_sleeper_is_replaced_and_notices_it(store: RunStore, monkeypatch: pytest.MonkeyPatch) -> None:
