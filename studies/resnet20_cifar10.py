@@ -4,8 +4,8 @@ Set AUTOPRUNE_DATA to a folder that holds `cifar10/train.npz`, `cifar10/test.npz
 is in them) and `weights/resnet20-12fca82f.th`. The network has top-1 91.73 on the 10,000 test images. It has
 seen the training set, so the search runs on half of the test images and the other half is the test.
 
-What it took: half an hour on one thread of a busy machine reached the target at 0.8 points less on the test
-half (benchmarks/results/resnet20_cifar10.md).
+What it took: half an hour on one of two busy cores reached the target, at 0.94 points less on the test half
+(benchmarks/results/resnet20_cifar10.md). Where a core is slower still, give it an hour.
 """
 
 from __future__ import annotations
