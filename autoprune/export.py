@@ -256,6 +256,12 @@ def silent_onnxruntime() -> Any:
 @contextmanager
 def _quiet() -> Iterator[None]:
     """Silence what torch's exporters say about themselves; what they raise still comes through."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        yield
+    optimiser = logging.getLogger("onnxscript")
+    level = optimiser.level
+    optimiser.setLevel(logging.ERROR)  # it warns of every constant that it does not fold
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        optimiser.setLevel(level)

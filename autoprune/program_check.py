@@ -49,7 +49,7 @@ EXPRESSION = re.compile(
     r"|\b[0-9]{1,12}\b|[(), +-]|(?<!\*)\*(?!\*)|//)*"
 )
 MODE_WORD = re.compile(r"[A-Za-z0-9_ ,.<>=()-]{0,200}")
-ATEN = re.compile(r"torch\.ops\.aten\.([a-z0-9_]+)\.([A-Za-z0-9_]+)")
+ATEN = re.compile(r"torch\.ops\.aten\.([A-Za-z0-9_]+)\.([A-Za-z0-9_]+)")
 SCALAR_OPERATORS = {
     *(
         f"_operator.{n}"

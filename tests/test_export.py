@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import random
 import subprocess
@@ -146,6 +147,28 @@ def test_a_form_runs_where_neither_we_nor_the_class_are(form: str, tmp_path: Pat
         expected = sample().dense(torch.sin(torch.arange(3 * 36.0)).reshape(3, 1, 6, 6)).double()
     found = torch.tensor(eval(done.stdout), dtype=torch.float64)  # noqa: S307 - our own child's list
     assert relative_error(found, expected) < 1e-5
+
+
+class SplitWeight(nn.Module):
+    """Attention's way with its projections: one weight, cut where it is used."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(6, 4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        left, right = self.weight.chunk(2)
+        return (x @ left.T) * (x @ right.T)
+
+
+def test_the_exporters_keep_their_worries_to_themselves(
+    caplog: pytest.LogCaptureFixture, capfd: pytest.CaptureFixture[str]
+) -> None:
+    level = logging.getLogger("onnxscript").level
+    export_model(SplitWeight(), torch.randn(2, 4))
+    assert not [r for r in caplog.records if r.levelno >= logging.WARNING]
+    assert capfd.readouterr() == ("", "")
+    assert logging.getLogger("onnxscript").level == level
 
 
 def test_the_caller_finds_the_model_as_it_was() -> None:
