@@ -1051,3 +1051,33 @@ class _Unflattened(Net):
 
     def body(self, x: Tensor) -> Tensor:
         return self.up(self.unflatten(F.relu(self.fc(x.mean((2, 3))))))
+
+
+@pattern("split_weight", inputs=lambda: (torch.randn(3, 5),), free=("inp", "out"))
+class _SplitWeight(nn.Module):
+    """One parameter holds the weights of two projections, cut and turned where they are used."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inp, self.weight = nn.Linear(5, 8), nn.Parameter(torch.randn(12, 8))
+        self.out, self.head = nn.Linear(6, 6), nn.Linear(6, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.relu(self.inp(x))
+        left, right = self.weight.chunk(2)
+        return self.head(F.relu(self.out((x @ left.T) * (x @ right.mT))))
+
+
+@pattern("stacked_weights", inputs=lambda: (torch.randn(3, 5),), free=("inp", "out"))
+class _StackedWeights(nn.Module):
+    """The weights of two layers lie on each other in one parameter, taken by index and by unbinding."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inp, self.weights = nn.Linear(5, 8), nn.Parameter(torch.randn(2, 6, 8))
+        self.out, self.head = nn.Linear(6, 6), nn.Linear(6, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.relu(self.inp(x))
+        left, right = self.weights.unbind()
+        return self.head(F.relu(self.out(x @ left.T + x @ right.T + x @ self.weights[0].T)))
