@@ -6,7 +6,7 @@ weights (`.pth` or `.safetensors`, a state dict of torchvision's `mobilenet_v2` 
 What to expect: inverted residuals leave less to remove than plain convolutions do, and their depthwise layers
 follow whatever feeds them, hence 60 % and not half. The widths stay multiples of 8, which phones and vector
 units like. A run of this study has not been measured: it depends on your photographs. `autoprune doctor
-studies/mobilenetv2_photos.py` measures what an epoch of yours takes here (a thousand photographs of 224 x 224:
+studies/mobilenetv2_photos.py` measures what an epoch of yours takes here (a thousand of 224 x 224:
 1:43 minutes, 10 images a second, on one busy core of an AMD EPYC); give the run a hundred or more.
 `--target latency=0.7` asks for time on this machine, top-1 within the same point, instead of multiply-adds.
 """
