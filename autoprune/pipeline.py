@@ -249,6 +249,8 @@ def _plan_round(
         sensitivity=_cells(table),
         analysis_seconds=took,
     )
+    if work.store.study(number) is not None:
+        work.store.drop_study(number)  # its making was interrupted: `rounds` did not give it
     return work.store.create_study(number, vars(plan) | {"table": table.to_json(), "planned": True}), table
 
 

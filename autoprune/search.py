@@ -30,7 +30,7 @@ from autoprune.controller import EXACT, Goal, State, TrialSummary, has_recovered
 from autoprune.history import CHECKPOINT, RESULT, RoundPlan, read_plan, read_trials, spent
 from autoprune.presence import POLL_S, Presence, Watch
 from autoprune.record import TrialRecord
-from autoprune.seats import NOBODY, OWNER, Taken, free_, running, sit, take, tell
+from autoprune.seats import NOBODY, OWNER, POINT, Taken, free_, running, sit, take, tell
 from autoprune.splits import derive_seed
 from autoprune.store import RunStore, put, scored
 from autoprune.train import EpochRecord
@@ -39,7 +39,6 @@ from autoprune.trial import Climb, Ground, TrialParams, TrialResult, failed_reco
 FAILED_VALUE = -1.0  # top-1 cannot fall short by more; NaN would teach the sampler nothing
 TIE_WEIGHT = 1e-3  # of top-1 beside the rate
 MAX_DEATHS = 5  # of processes on one seat, before its trial counts as failed; a guess
-PARAMETERS = {"prune_rate", "lr", "decay", "criterion", "strategy"}
 TELLING_EPOCHS = 1.0  # shorter schedules say little about the learning rate of a long one; a guess
 TELLING_SHARE = 0.15  # of the budget, for more trials once the target is reached; a guess
 SHORT = 0.05  # a budget is short when one trial takes more of it; a guess
@@ -201,7 +200,8 @@ def _own(study: optuna.Study) -> list[Past]:
 def _under_way(study: optuna.Study) -> list[Past]:
     """What others try at this moment, with the worst value so far, so that it is not tried twice."""
     worst = min((t.value for t in scored(study) if t.value is not None), default=FAILED_VALUE)
-    return [Past(point=t.params, value=worst) for t in running(study) if t.params.keys() >= PARAMETERS]
+    under_way = [t.user_attrs[POINT] for t in running(study) if POINT in t.user_attrs]
+    return [Past(point=point, value=worst) for point in under_way]
 
 
 def _earlier(job: RoundJob) -> list[Past]:

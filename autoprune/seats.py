@@ -2,8 +2,9 @@
 
 A process takes the lowest free seat by adding a running trial that names the seat and its owner. Trial
 numbers are given out atomically, so of two that took the same seat the lower number has it, and the other
-withdraws: there are never more trials than planned, and no lock is needed. A trial whose owner has died is
-failed by the coordinator, which frees its seat; whoever takes it next tries the same parameters.
+withdraws: there are never more trials than planned, and no lock is needed. What a trial will be suggested is
+written whole before the first suggestion. A trial whose owner has died is failed by the coordinator, which
+frees its seat; whoever takes it next tries the same parameters.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from optuna.distributions import BaseDistribution
 from optuna.exceptions import UpdateFinishedTrialError
 from optuna.trial import FrozenTrial, TrialState, create_trial
 
-SEAT, OWNER, WITHDRAWN, TOKEN = "seat", "owner", "withdrawn", "token"
+SEAT, OWNER, WITHDRAWN, TOKEN, POINT = "seat", "owner", "withdrawn", "token", "point"
 TAKEN = (TrialState.RUNNING, TrialState.COMPLETE)
 NOBODY = -1
 
@@ -28,7 +29,7 @@ class Taken:
     """A seat that this process has.
 
     Attributes:
-        again: what a trial tried here whose process died; None where the seat is fresh.
+        again: what a trial was to try here whose process died; None where the seat is fresh.
         deaths: how many processes died on it.
     """
 
@@ -80,7 +81,7 @@ def take(study: optuna.Study, planned: int, owner: int) -> Taken | None:
         if min(rivals) == mine.number:
             before = [t for t in trials if _seat(t) == free and t.state is TrialState.FAIL]
             died = [t for t in before if WITHDRAWN not in t.user_attrs]
-            again = next((t.params for t in reversed(died) if t.params), None)
+            again = next((t.user_attrs[POINT] for t in reversed(died) if POINT in t.user_attrs), None)
             return Taken(trial=mine, seat=free, again=again, deaths=len(died))
         study._storage.set_trial_user_attr(mine._trial_id, WITHDRAWN, True)
         study.tell(mine.number, state=TrialState.FAIL)
@@ -88,6 +89,7 @@ def take(study: optuna.Study, planned: int, owner: int) -> Taken | None:
 
 def sit(study: optuna.Study, taken: Taken, point: dict[str, Any]) -> optuna.Trial:
     """The live trial of a seat, which will be suggested this point."""
+    study._storage.set_trial_user_attr(taken.trial._trial_id, POINT, point)
     study.sampler = Given(point)
     return optuna.Trial(study, taken.trial._trial_id)
 

@@ -143,6 +143,20 @@ def test_a_run_that_is_stopped_again_and_again_ends_the_same(
     assert sum(t.state == "failed" for r in result.record.rounds for t in r.trials) >= 3
 
 
+def test_a_round_that_was_killed_while_it_was_made_is_made_again(
+    finished: tuple[RunResult, list[ev.Event]], tmp_path: Path
+) -> None:
+    """A study and what it knows are several commits: a kill between them leaves one that knows nothing."""
+    out = tmp_path / "tiny"
+    with pytest.raises(KeyboardInterrupt):
+        run(tiny_study(), out=out, lock=PLAIN, on_event=stop_after(ev.BaselineMeasured, 1))
+    with closing(RunStore(out, "tiny")) as store:
+        store.create_study(1, {"number": 1})
+        assert not list(store.rounds())
+    result = run(tiny_study(), out=out, lock=PLAIN, resume=True)
+    assert weights_digest(result) == weights_digest(finished[0])
+
+
 def weights_digest(result: RunResult) -> str:
     with open_artifact(result.model_file) as opened:
         return hashlib.sha256(opened.member("model.safetensors")).hexdigest()

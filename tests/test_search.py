@@ -31,6 +31,7 @@ from autoprune.search import (
     _earlier,
     _goes_on,
     _is_served,
+    _under_way,
     is_decided,
     next_point,
     same_failure,
@@ -139,6 +140,22 @@ def test_a_round_ends_at_the_target_unless_more_trials_cost_little(
     assert not _is_served(small, study) or epochs < TELLING_EPOCHS, "an eighth of the budget for one more"
     asked = replace(job, ground=replace(job.ground, study=replace(free, search=Search(trials=4))))
     assert not _is_served(asked, study), "who asks for a number of trials gets it"
+
+
+def test_a_trial_that_was_killed_between_two_suggestions_is_tried_again_whole(work: Work) -> None:
+    job, study = first_round(work)
+    point = known_points(job)[0]
+    taken = take(study, 3, owner=7)
+    assert taken is not None
+    trial = sit(study, taken, point)
+    trial.suggest_float("prune_rate", SHALLOW * job.space.ceiling, job.space.ceiling)
+    (now,) = _under_way(study)
+    assert now.point == point, "others know at once what it will try"
+    assert job.space.holds(next_point(job, study, []))
+    free_(study, alive=())
+    again = take(study, 3, owner=8)
+    assert again is not None
+    assert (again.seat, again.deaths, again.again) == (taken.seat, 1, point)
 
 
 def finished(number: int, share: float, *tops: float, recovered: bool) -> TrialRecord:

@@ -136,7 +136,7 @@ def test_a_failure_stops_no_other_and_a_stopped_sweep_goes_on(tmp_path: Path) ->
     with subprocess.Popen(command(*words), cwd=ROOT, stderr=subprocess.PIPE, text=True) as process:
         assert process.stderr is not None
         for line in process.stderr:
-            if "one_tiny-seed-0" in line and "round 1 trial 0" in line:
+            if "one_tiny-seed-0" in line and "round 1 from" in line:
                 process.send_signal(signal.SIGTERM)
                 break
         process.stderr.read()
