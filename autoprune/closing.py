@@ -38,7 +38,7 @@ def is_hopeful(goal: Goal, trial: TrialRecord, epochs: float) -> bool:
     return (
         trial.top1 is not None
         and trial.cost_share is not None
-        and trial.cost_share <= goal.target_share + EXACT
+        and goal.is_met_by(trial.cost_share)
         and is_near(goal, trial.top1)
         and trial.top1 + _gain(trial, epochs, since=0) >= goal.floor
     )
@@ -70,7 +70,7 @@ def nearest_miss(goal: Goal, state: State, rounds: Iterable[RoundRecord], epochs
         and is_near(goal, t.top1)
         and t.cost_share < DEEPER * state.best.cost_share
     ]
-    at_target = [m for m in misses if m.model.cost_share <= goal.target_share + EXACT]
+    at_target = [m for m in misses if goal.is_met_by(m.model.cost_share)]
     if at_target:
         return max(at_target, key=lambda m: m.model.top1)
     if state.best.round == 0:
@@ -94,7 +94,7 @@ def final_rate(lr: float, rungs: Sequence[Rung], epochs: float, limits: tuple[fl
 
 def saved(goal: Goal, state: State, model: Promotion) -> State:
     """The end of a run whose last chance came back to the floor."""
-    reached = model.cost_share <= goal.target_share + EXACT
+    reached = goal.is_met_by(model.cost_share)
     return replace(state, best=model, ended="target" if reached else state.ended)
 
 

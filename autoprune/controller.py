@@ -41,6 +41,10 @@ class Goal:
         """Lowest top-1 that is ever accepted."""
         return self.baseline_top1 - self.max_drop_pp / 100
 
+    def is_met_by(self, cost_share: float) -> bool:
+        """Whether a model of this cost reaches the target."""
+        return cost_share <= self.target_share + EXACT
+
     def floor_at(self, cost_share: float) -> float:
         """The floor of a model of this cost on its way to the target."""
         if cost_share >= 1 and self.target_share < 1:
@@ -147,7 +151,7 @@ def has_recovered(goal: Goal, state: State, trial: TrialSummary) -> bool:
 
     A trial that reaches the target has no way left to save for: the goal's floor is its floor.
     """
-    reaches = trial.cost_share <= goal.target_share + EXACT
+    reaches = goal.is_met_by(trial.cost_share)
     floor = goal.floor if reaches else floor_of_round(goal, state)
     removed = trial.cost_share < state.current.cost_share - EXACT
     return removed and trial.top1 >= floor - EXACT
@@ -162,7 +166,7 @@ def winner(goal: Goal, state: State, trials: Iterable[TrialSummary]) -> TrialSum
     if not recovered:
         return None
     most = max(t.prune_rate for t in recovered)
-    reaching = [t for t in recovered if t.cost_share <= goal.target_share + EXACT]
+    reaching = [t for t in recovered if goal.is_met_by(t.cost_share)]
     tied = reaching or [t for t in recovered if t.prune_rate >= most - TIE]
     return min(tied, key=lambda t: (-t.top1, t.cost_share, t.number))
 
@@ -200,7 +204,7 @@ def _promotion(state: State, trial: TrialSummary) -> Promotion:
 
 def _promote(goal: Goal, control: Control, state: State, best: TrialSummary) -> Decision:
     ceiling = _bounded(best.prune_rate * control.raise_factor, goal, control, best.cost_share)
-    reached = best.cost_share <= goal.target_share + EXACT
+    reached = goal.is_met_by(best.cost_share)
     model = _promotion(state, best)
     after = replace(
         state,

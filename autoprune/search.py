@@ -26,7 +26,7 @@ from autoprune.advice import Past, Point, Space, advise, make_sampler, settled_p
 from autoprune.budget import Meter, Speed, ladder
 from autoprune.closing import is_hopeful, is_near
 from autoprune.config import Search
-from autoprune.controller import EXACT, Goal, State, TrialSummary, has_recovered
+from autoprune.controller import Goal, State, TrialSummary, has_recovered
 from autoprune.history import CHECKPOINT, RESULT, RoundPlan, read_plan, read_trials, spent
 from autoprune.presence import POLL_S, Presence, Watch
 from autoprune.record import TrialRecord
@@ -159,8 +159,7 @@ def _is_served(job: RoundJob, study: optuna.Study) -> bool:
     if job.search.trials is not None or not reached:
         return is_decided(job, study)
     epochs = ladder(job.plan.epochs, longer=False)[0]
-    share = job.meter.share_of(epochs * job.speed.epoch_s + job.speed.trial_s, epochs)
-    return epochs < TELLING_EPOCHS or reached * share > TELLING_SHARE
+    return epochs < TELLING_EPOCHS or reached * _share_of_a_trial(job, epochs) > TELLING_SHARE
 
 
 def is_decided(job: RoundJob, study: optuna.Study) -> bool:
@@ -181,16 +180,16 @@ def _is_short(job: RoundJob) -> bool:
     """Whether the budget holds few trials of this round's length, and the study leaves their number open."""
     if job.search.trials is not None or job.search.epochs is not None:
         return False
-    seconds = job.plan.epochs * job.speed.epoch_s + job.speed.trial_s
-    return job.meter.share_of(seconds, job.plan.epochs) > SHORT
+    return _share_of_a_trial(job, job.plan.epochs) > SHORT
+
+
+def _share_of_a_trial(job: RoundJob, epochs: float) -> float:
+    """What part of the whole budget a trial of so many epochs takes."""
+    return job.meter.share_of(epochs * job.speed.epoch_s + job.speed.trial_s, epochs)
 
 
 def _reaches(record: TrialRecord, job: RoundJob) -> bool:
-    return (
-        record.recovered
-        and record.cost_share is not None
-        and record.cost_share <= job.goal.target_share + EXACT
-    )
+    return record.recovered and record.cost_share is not None and job.goal.is_met_by(record.cost_share)
 
 
 def _own(study: optuna.Study) -> list[Past]:
@@ -286,7 +285,7 @@ def _goes_on(job: RoundJob, climb: Climb) -> bool:
     summary = TrialSummary(number=-1, prune_rate=climb.prune_rate, cost_share=climb.cost_share, top1=top1)
     if has_recovered(job.goal, job.state, summary):
         return False
-    is_at_target = climb.cost_share <= job.goal.target_share + EXACT
+    is_at_target = job.goal.is_met_by(climb.cost_share)
     floor = job.goal.floor if is_at_target else job.plan.floor
     if len(climb.tops) == 1:
         gains = _gains(job)
