@@ -76,7 +76,7 @@ def begin(
             macs=cost.macs, params=cost.params,
         )
     )  # fmt: skip
-    meter = Meter(setup.budget, seconds=used.seconds, epochs=used.epochs)
+    meter = Meter(setup.budget.counted(used.seconds), seconds=used.seconds, epochs=used.epochs)
     tell_budget(meter, on_event)
     return Work(setup=setup, store=store, goal=goal, meter=meter, on_event=on_event)
 

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import json
 import math
-import re
 import shlex
 import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from datetime import datetime, timedelta
+from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -192,9 +191,9 @@ def sweep(
     before = tuple(look(job, out) for job in jobs)
     clock = Clock(deadline=_deadline(until, budget, used_seconds(before)))
 
-    def command(row: Row, seconds: float | None) -> list[str]:
-        given = {"--target": row.job.target, "--seed": row.job.seed,
-                 "--budget": None if seconds is None else f"{math.ceil(seconds)}s"}  # fmt: skip
+    def command(row: Row, end: datetime | None) -> list[str]:
+        budget = None if end is None else f"until={end.isoformat(timespec='seconds')}"
+        given = {"--target": row.job.target, "--seed": row.job.seed, "--budget": budget}
         own = [w for option, value in given.items() if value is not None for w in (option, str(value))]
         words = ["run", row.job.study, "--out", str(row.folder), "--resume", *own, *common]
         return [sys.executable, "-m", "autoprune", *words]
@@ -235,27 +234,17 @@ def _deadline(until: str | None, budget: str | None, used: float) -> float:
     """
     if until is not None and budget is not None:
         raise UsageError("--until and --budget are given", "give one of them")
-    if until is not None:
-        return time.monotonic() + seconds_until(until, datetime.now())
-    if budget is None:
+    if until is None and budget is None:
         return math.inf
-    seconds = Budget.parse(budget).seconds
+    try:
+        seconds = Budget.parse(budget or f"until={until}").counted(used).seconds
+    except UsageError:
+        if until is None:
+            raise
+        raise UsageError(f"--until {until} is no time", "write for example --until 07:00") from None
     if seconds is None:
         raise UsageError("the budget of a sweep is a time", "write for example --budget 8h")
     return time.monotonic() + seconds - used
-
-
-def seconds_until(clock: str, now: datetime) -> float:
-    """From now to the next time that the clock shows this.
-
-    Raises:
-        UsageError: it is no time of day.
-    """
-    match = re.fullmatch(r"([01]?\d|2[0-3]):([0-5]\d)", clock)
-    if match is None:
-        raise UsageError(f"--until {clock} is no time of day", "write for example --until 07:00")
-    then = now.replace(hour=int(match[1]), minute=int(match[2]), second=0, microsecond=0)
-    return ((then if then > now else then + timedelta(days=1)) - now).total_seconds()
 
 
 def _show(rows: Sequence[Row], files: tuple[Path, ...], *, as_json: bool) -> None:
@@ -265,7 +254,8 @@ def _show(rows: Sequence[Row], files: tuple[Path, ...], *, as_json: bool) -> Non
         sys.stdout.write(json.dumps([numbers_of(row) for row in rows], indent=1) + "\n")
         return
     console = Console(highlight=False)
-    console.soft_wrap = not console.is_terminal
+    if not console.is_terminal:  # whoever reads it has lines of any length
+        console.soft_wrap, console.width = True, 200
     console.print("\n".join([answer(rows), *ranges(rows)]), "", sep="\n")
     heads, lines = table_of(rows, SHORT)
     table = Table(box=None, padding=(0, 2, 0, 0), header_style="dim")

@@ -113,7 +113,8 @@ def run(
     max_drop: Annotated[float | None, typer.Option(
         metavar="PP", rich_help_panel=AIM, help="Allowed loss of top-1, in percentage points.")] = None,
     budget: Annotated[str | None, typer.Option(
-        metavar="TIME", rich_help_panel=AIM, help="90s, 30m, 8h, or epochs=40 of fine-tuning.")] = None,
+        metavar="TIME", rich_help_panel=AIM,
+        help="90s, 30m, 8h, until=07:00, or epochs=40 of fine-tuning.")] = None,
     seed: Annotated[int | None, typer.Option(rich_help_panel=AIM, help="Of everything random.")] = None,
     device: Device = None,
     out: Annotated[Path | None, typer.Option(

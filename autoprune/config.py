@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from datetime import datetime, timedelta
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from autoprune.errors import AutopruneError, ConfigError, UsageError
@@ -34,6 +35,7 @@ UNITS: dict[str, dict[str, float]] = {
     "macs": COUNTS, "params": COUNTS, "size": BYTES, "memory": BYTES, "latency": SECONDS,
 }  # fmt: skip
 DURATIONS_S = {"s": 1.0, "m": 60.0, "h": 3600.0}
+MIN_SECONDS = 1.0  # of a budget whose end has come: what was measured is delivered
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,23 +87,31 @@ class Budget:
     """How much a run may spend: wall-clock seconds, or epochs of fine-tuning in all trials together.
 
     Both count from the moment the original is measured; training a baseline, exporting and reporting come
-    on top.
+    on top. Or `until` when: what training a baseline takes of that is gone, and only the rest comes on top.
     """
 
     seconds: float | None = None
     epochs: float | None = None
+    until: datetime | None = None
 
     @classmethod
     def parse(cls, text: str) -> Budget:
-        """Read `90s`, `30m`, `8h`, `1h30m` or `epochs=40`.
+        """Read `90s`, `30m`, `8h`, `1h30m`, `epochs=40`, `until=07:00` or `until=2027-01-31T07:00`.
+
+        A time of day is the next one that this machine's clock shows.
 
         Raises:
-            UsageError: the text is neither a duration nor a number of epochs.
+            UsageError: the text is none of them.
         """
         error = UsageError(
-            f"budget {text!r} is neither a duration nor a number of epochs",
-            "write for example 30m, 8h, 1h30m or epochs=40",
+            f"budget {text!r} is neither a duration nor a number of epochs nor a time to end",
+            "write for example 30m, 8h, 1h30m, epochs=40 or until=07:00",
         )
+        if text.startswith("until="):
+            try:
+                return cls(until=next_time(text.removeprefix("until="), datetime.now()))
+            except ValueError:
+                raise error from None
         if text.startswith("epochs="):
             try:
                 epochs = float(text.removeprefix("epochs="))
@@ -120,6 +130,25 @@ class Budget:
         if seconds <= 0:
             raise error
         return cls(seconds=seconds)
+
+    def counted(self, used: float = 0.0) -> Budget:
+        """With what is left until then as seconds, beside those that were `used` already."""
+        if self.until is None:
+            return self
+        left = (self.until - datetime.now()).total_seconds()
+        return Budget(seconds=used + max(MIN_SECONDS, left))
+
+
+def next_time(text: str, now: datetime) -> datetime:
+    """The moment `2027-01-31T07:00`, or for `07:00` the next at which the clock shows that.
+
+    Raises:
+        ValueError: the text is neither.
+    """
+    if "T" in text:
+        return datetime.fromisoformat(text).astimezone().replace(tzinfo=None)
+    then = datetime.combine(now, datetime.strptime(text, "%H:%M").time())
+    return then if then > now else then + timedelta(days=1)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -170,7 +170,7 @@ def _speed(study: Callable[[], Study]) -> Finding:
         f"{found.evaluate_images_per_s:,.0f} images/s on {found.device}; an epoch takes "
         f"{duration(found.epoch_s)}, the search split {duration(found.evaluation_s)}"
     )
-    seconds = Budget.parse(chosen.budget).seconds
+    seconds = Budget.parse(chosen.budget).counted().seconds
     bought = f"; a budget of {chosen.budget} is about {seconds / found.epoch_s:.3g} epochs" if seconds else ""
     return Finding(name="study", found=told + bought)
 

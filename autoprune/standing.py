@@ -56,8 +56,9 @@ def standing(run: Run) -> Standing:
     told = told_by(run)
     with quiet_optuna(), closing(RunStore(told.place, told.name)) as store:
         record, processes = read_run(store), members(store)
-        seconds = Budget.parse(record.study["budget"]).seconds
-        left = None if seconds is None or record.outcome else max(0.0, seconds - spent(store).seconds)
+        used = spent(store).seconds
+        seconds = Budget.parse(record.study["budget"]).counted(used).seconds
+        left = None if seconds is None or record.outcome else max(0.0, seconds - used)
         now = "" if record.outcome else _now(store, record)
     if now and not _at_work(processes):
         again = f"{record.command} --resume" if record.command else "run(..., resume=True)"

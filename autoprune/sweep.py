@@ -16,6 +16,7 @@ import time
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import closing, suppress
 from dataclasses import dataclass
+from datetime import datetime, timedelta
 from pathlib import Path
 from typing import IO, Literal
 
@@ -24,7 +25,7 @@ from autoprune.history import read_run
 from autoprune.record import RunRecord
 from autoprune.store import RunStore, name_in
 
-OVERHEAD = 0.1  # of a job's time: training a baseline, export and report come on top of a budget; a guess
+OVERHEAD = 0.1  # of a job's time: export and report come on top of a budget; a guess
 LATE = 1.5  # times its part of the time: then a job hangs, and is ended
 PATIENCE_S = 120  # what a job may take to end cleanly
 Fate = Literal["reached", "not reached", "failed", "stopped", "waiting"]
@@ -106,7 +107,7 @@ def used_seconds(rows: Iterable[Row]) -> float:
 
 
 def sweep(
-    jobs: Sequence[Job], out: Path, clock: Clock, command: Callable[[Row, float | None], list[str]],
+    jobs: Sequence[Job], out: Path, clock: Clock, command: Callable[[Row, datetime | None], list[str]],
     on_line: Callable[[Job, str], None],
 ) -> tuple[Row, ...]:  # fmt: skip
     """Run all jobs that are not done; gives what came of each, also after Ctrl-C.
@@ -115,7 +116,7 @@ def sweep(
         jobs: what to do, in this order.
         out: the folder of the jobs' folders.
         clock: when to end.
-        command: what to start for a job, given its budget in seconds.
+        command: what to start for a job, given when its budget ends.
         on_line: told of every line that a job says.
 
     Raises:
@@ -127,9 +128,8 @@ def sweep(
         part = clock.part(len(todo) - number)
         if part is not None and part <= 0:
             break
-        found = rows[job]
-        before = found.record.seconds if found.record else 0.0
-        reason = _run(job, command(found, None if part is None else before + part), part, on_line)
+        end = None if part is None else datetime.now() + timedelta(seconds=part)
+        reason = _run(job, command(rows[job], end), part, on_line)
         rows[job] = _judged(look(job, out), reason)
     return tuple(rows[job] for job in jobs)
 

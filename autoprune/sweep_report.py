@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import json
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,12 @@ from autoprune.sweep import Row
 
 HEADS = ("study", "target", "seed", "fate", "top-1 before", "top-1 after", "change, pp", "MACs left",
          "parameters left", "latency left", "time")  # fmt: skip
-SHORT = (*HEADS[:4], "top-1 after", "change, pp", "MACs left", "time")  # fits 80 columns
+ALL = {head: head for head in HEADS}
+# the columns of a terminal, under names that leave 80 columns room for a study's
+SHORT = {
+    "study": "study", "target": "target", "seed": "seed", "fate": "fate",
+    "top-1 after": "top-1", "change, pp": "pp", "MACs left": "MACs", "time": "time",
+}  # fmt: skip
 TEXT = HEADS[:4]  # the columns that are words; the others are numbers
 LOOKS = (("accent", "o", "-"), ("good", "s", "--"), ("bad", "^", ":"), ("muted", "D", "-."))
 
@@ -98,13 +103,13 @@ def _place(point: Point) -> str:
 
 
 def table_of(
-    rows: Sequence[Row], heads: Sequence[str] = HEADS
+    rows: Sequence[Row], names: Mapping[str, str] = ALL
 ) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
-    """Heads and cells for people; a column in which nothing stands is left out."""
+    """The named columns for people; one in which nothing stands is left out."""
     full = [cells(row) for row in rows]
-    places = [n for n, head in enumerate(HEADS) if head in heads]
+    places = [n for n, head in enumerate(HEADS) if head in names]
     used = [n for n in places if any(line[n] != wording.MISSING for line in full)]
-    return tuple(HEADS[n] for n in used), [tuple(line[n] for n in used) for line in full]
+    return tuple(names[HEADS[n]] for n in used), [tuple(line[n] for n in used) for line in full]
 
 
 def cells(row: Row) -> tuple[str, ...]:

@@ -1,8 +1,20 @@
 from __future__ import annotations
 
+from datetime import UTC, datetime, timedelta
+
 import pytest
 
-from autoprune.config import Analysis, Baseline, Budget, Finetune, Search, Study, Target, check_study
+from autoprune.config import (
+    Analysis,
+    Baseline,
+    Budget,
+    Finetune,
+    Search,
+    Study,
+    Target,
+    check_study,
+    next_time,
+)
 from autoprune.errors import ConfigError, UsageError
 
 
@@ -49,8 +61,43 @@ def test_epoch_budgets_are_read() -> None:
     assert Budget.parse("epochs=40") == Budget(epochs=40)
 
 
+def test_a_time_to_end_is_the_next_that_the_clock_shows() -> None:
+    evening = datetime(2026, 3, 1, 22, 30)
+    assert next_time("07:00", evening) - evening == timedelta(hours=8.5)
+    assert next_time("22:31", evening) - evening == timedelta(minutes=1)
+    assert next_time("22:30", evening) - evening == timedelta(days=1)
+    assert next_time("2026-02-01T07:00", evening) == datetime(2026, 2, 1, 7)
+
+
+def test_a_time_to_end_leaves_what_is_left_until_then() -> None:
+    then = datetime.now() + timedelta(hours=1)
+    budget = Budget.parse(f"until={then.isoformat()}")
+    assert budget == Budget(until=then)
+    assert budget == Budget.parse(f"until={then.astimezone(UTC).isoformat()}")
+    assert budget.counted(600).seconds == pytest.approx(4200, abs=5)
+    assert Budget.parse("until=2026-02-01T07:00").counted(600) == Budget(seconds=601)
+    assert Budget(seconds=90).counted(600) == Budget(seconds=90)
+
+
 @pytest.mark.parametrize(
-    "text", ["", "30", "m", "0s", "epochs=", "epochs=0", "epochs=inf", "epochs=nan", "5 m"]
+    "text",
+    [
+        "",
+        "30",
+        "m",
+        "0s",
+        "epochs=",
+        "epochs=0",
+        "epochs=inf",
+        "epochs=nan",
+        "5 m",
+        "until=",
+        "until=7",
+        "until=24:00",
+        "until=07:60",
+        "until=now",
+        "until=2026-02-30T07:00",
+    ],
 )
 def test_other_budgets_are_refused(text: str) -> None:
     with pytest.raises(UsageError, match="neither"):

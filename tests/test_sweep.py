@@ -9,14 +9,11 @@ import signal
 import subprocess
 import sys
 import time
-from datetime import datetime
 from pathlib import Path
 
 import pytest
 
 from autoprune.cli import main
-from autoprune.cli_fleet import seconds_until
-from autoprune.errors import UsageError
 from autoprune.sweep import Clock, Job, Row, jobs_of, look
 from autoprune.sweep_report import Point, cells, front, pareto, ranges, table_of, write_summary
 from tests.example_record import REACHED, model
@@ -54,16 +51,6 @@ def test_time_is_divided_and_handed_on() -> None:
     assert clock.part(1) == pytest.approx(900, abs=1)
     assert Clock().part(3) is None
     assert Clock(deadline=time.monotonic() - 1).part(3) == 0
-
-
-def test_until_is_the_next_time_that_the_clock_shows() -> None:
-    evening = datetime(2026, 3, 1, 22, 30)
-    assert seconds_until("07:00", evening) == 8.5 * 3600
-    assert seconds_until("22:31", evening) == 60
-    assert seconds_until("22:30", evening) == 24 * 3600
-    for text in ("7", "24:00", "07:60", "now"):
-        with pytest.raises(UsageError, match="no time of day"):
-            seconds_until(text, evening)
 
 
 def test_the_front_is_what_no_other_beats() -> None:
@@ -115,7 +102,7 @@ def test_every_study_has_a_front_of_its_own(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("words", "told"),
     [
-        (["digits", "--until", "7", ], "no time of day"),
+        (["digits", "--until", "7", ], "no time"),
         (["digits", "--until", "07:00", "--budget", "1h"], "give one of them"),
         (["digits", "--budget", "epochs=3"], "--budget 8h"),
         (["no-such-study"], "no study"),
