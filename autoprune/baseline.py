@@ -18,7 +18,7 @@ from autoprune.budget import Meter
 from autoprune.controller import Goal
 from autoprune.errors import UsageError
 from autoprune.evaluation import evaluate
-from autoprune.history import CHECKPOINT, checkpoint_of, pack, read_goal, spent
+from autoprune.history import checkpoint_of, pack, read_goal, spent
 from autoprune.measure import summarise
 from autoprune.plan import PruningPlan
 from autoprune.preflight import Setup, environment, measured_baseline, plain_settings
@@ -26,7 +26,7 @@ from autoprune.presence import Presence
 from autoprune.record import FrozenPart, SplitSummary
 from autoprune.search import tell_budget
 from autoprune.splits import derive_seed
-from autoprune.store import RunStore, put, scored
+from autoprune.store import RunStore
 from autoprune.train import train_baseline_
 
 NONE: Mapping[str, str] = MappingProxyType({})
@@ -55,8 +55,7 @@ class Work:
 
 def is_measured(store: RunStore) -> bool:
     """Whether the original was measured and kept."""
-    study = store.study(0)
-    return study is not None and bool(scored(study))
+    return store.study(0) is not None
 
 
 def begin(
@@ -105,12 +104,7 @@ def _measure_baseline(setup: Setup, store: RunStore, on_event: ev.OnEvent, given
         "environment": environment(setup.device),
         "seconds": time.perf_counter() - began,
     }
-    if store.study(0) is not None:
-        store.drop_study(0)  # its making was interrupted
-    attempt = store.create_study(0, attributes)
-    trial = attempt.ask()
-    put(trial, **{CHECKPOINT: store.save(setup.model, PruningPlan.full(setup.graph))})
-    attempt.tell(trial, found.top1)
+    store.create_study(0, attributes, (store.save(setup.model, PruningPlan.full(setup.graph)), found.top1))
 
 
 def _train(setup: Setup, on_event: ev.OnEvent) -> None:

@@ -26,7 +26,6 @@ from autoprune.densify import densify, verify
 from autoprune.errors import TrialError
 from autoprune.evaluation import evaluate
 from autoprune.history import (
-    CHECKPOINT,
     checkpoint_of,
     measured_speed,
     read_plan,
@@ -45,7 +44,7 @@ from autoprune.record import Difference, ModelSummary, Outcome, RunRecord, RunRe
 from autoprune.report import write_report
 from autoprune.search import tell_budget
 from autoprune.splits import derive_seed
-from autoprune.store import FINAL, put, scored
+from autoprune.store import CHECKPOINT, FINAL, scored
 from autoprune.train import EpochRecord, finetune_
 from autoprune.trial import points
 from autoprune.wording import percent
@@ -73,11 +72,7 @@ def deliver(work: Work, state: State, lock: Lock) -> RunResult:
         VerificationError: the dense model does not compute what the masked original computes.
         ArtifactError: the delivered file cannot be written.
     """
-    study = work.store.study(FINAL)
-    if study is not None and not scored(study):
-        work.store.drop_study(FINAL)
-        study = None
-    if study is None:
+    if work.store.study(FINAL) is None:
         began = time.perf_counter()
         state, finished = _finish(work, state)
         _keep(work, state, finished, began)
@@ -206,10 +201,8 @@ def _keep(work: Work, state: State, finished: Finished, began: float) -> None:
         "tuning": finished.tuning,
         "seconds": time.perf_counter() - began,
     }
-    study = work.store.create_study(FINAL, attributes)
-    trial = study.ask()
-    put(trial, **{CHECKPOINT: work.store.save(finished.model, finished.plan)})
-    study.tell(trial, finished.search_top1)
+    kept = work.store.save(finished.model, finished.plan)
+    work.store.create_study(FINAL, attributes, (kept, finished.search_top1))
 
 
 def _kept(work: Work) -> Finished:

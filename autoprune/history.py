@@ -34,10 +34,9 @@ from autoprune.record import (
     Tuning,
 )
 from autoprune.seats import is_withdrawn
-from autoprune.store import FINAL, RunStore, scored
+from autoprune.store import CHECKPOINT, FINAL, RunStore, scored
 
 RESULT = "result"  # a trial's record, complete but for number, state and params
-CHECKPOINT = "checkpoint"  # a trial's model, where it is kept
 STATES: dict[TrialState, Any] = {TrialState.COMPLETE: "complete", TrialState.RUNNING: "running"}
 
 T = TypeVar("T")

@@ -27,7 +27,6 @@ from autoprune.delivery import deliver
 from autoprune.densify import densify, verify
 from autoprune.errors import RunError
 from autoprune.history import (
-    CHECKPOINT,
     RoundPlan,
     checkpoint_of,
     measured_speed,
@@ -45,7 +44,7 @@ from autoprune.sealing import run_seal
 from autoprune.search import RoundJob, is_decided, same_failure, search_round
 from autoprune.sensitivity import SensitivityPoint, SensitivityTable, most_points, sensitivity
 from autoprune.splits import derive_seed
-from autoprune.store import FINAL, Place, RunStore, Seal, has_run, put, quiet_optuna, scored
+from autoprune.store import CHECKPOINT, FINAL, Place, RunStore, Seal, has_run, put, quiet_optuna, scored
 from autoprune.trial import Ground, probe_speed
 
 WORTHWHILE = 0.5  # of the longest trials' epochs: shorter ones are not worth a round; a guess
@@ -249,9 +248,7 @@ def _plan_round(
         sensitivity=_cells(table),
         analysis_seconds=took,
     )
-    if work.store.study(number) is not None:
-        work.store.drop_study(number)  # its making was interrupted: `rounds` did not give it
-    return work.store.create_study(number, vars(plan) | {"table": table.to_json(), "planned": True}), table
+    return work.store.create_study(number, vars(plan) | {"table": table.to_json()}), table
 
 
 def _effort(work: Work, state: State, ground: Ground, analysis_s: float) -> Effort:

@@ -117,7 +117,7 @@ class Watch:
         self._silent_since = {n: self._silent_since.get(n, now) for n in silent}
         dead = {n for n, since in self._silent_since.items() if now - since >= 2 * BEAT_S}
         dead |= {p.number for p in found if p.state == "gone"}
-        study = self._store.study(PROCESSES)
+        study = _known_processes(self._store)
         for number in dead:
             assert study is not None
             with suppress(UpdateFinishedTrialError, ValueError):
@@ -144,7 +144,7 @@ def joined(store: RunStore, role: Role) -> Iterator[Presence]:
 
 def members(store: RunStore) -> tuple[Process, ...]:
     """Everyone who ever worked on the run, in the order they came."""
-    study = store.study(PROCESSES)
+    study = _known_processes(store)
     if study is None:
         return ()
     stale = set(store.storage.stale_trial_ids(study))
@@ -154,6 +154,12 @@ def members(store: RunStore) -> tuple[Process, ...]:
 def num_working(store: RunStore) -> int:
     """How many processes run trials at this moment."""
     return sum(process.state == "working" for process in members(store))
+
+
+def _known_processes(store: RunStore) -> optuna.Study | None:
+    with suppress(KeyError):
+        return optuna.load_study(study_name=f"{store.name}/{PROCESSES}", storage=store.storage)
+    return None
 
 
 def _processes(store: RunStore) -> optuna.Study:

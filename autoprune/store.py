@@ -16,7 +16,7 @@ import io
 import json
 import shutil
 from collections.abc import Callable, Collection, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, is_dataclass
 from pathlib import Path
 from typing import Any
@@ -25,7 +25,6 @@ from uuid import uuid4
 import optuna
 import torch
 from optuna.artifacts.exceptions import ArtifactNotFound
-from optuna.storages import BaseStorage
 from optuna.storages._cached_storage import _CachedStorage
 from optuna.trial import FrozenTrial, TrialState
 from safetensors import SafetensorError
@@ -39,14 +38,16 @@ from autoprune.place import ARTIFACTS, DATABASE, Place
 from autoprune.plan import PruningPlan
 
 __all__ = [
-    "ARTIFACTS", "DATABASE", "FINAL", "Checkpoint", "Place", "RunStore", "Seal", "fail_left_running_",
-    "has_run", "like_run", "name_in", "names_in", "put", "quiet_optuna", "scored", "studies_in",
+    "ARTIFACTS", "CHECKPOINT", "DATABASE", "FINAL", "Checkpoint", "Place", "RunStore", "Seal",
+    "fail_left_running_", "has_run", "like_run", "name_in", "names_in", "put", "quiet_optuna", "scored",
+    "studies_in",
 ]  # fmt: skip
 
 FINAL = "final"
 BASELINE = "/round-00"
 PLAN_KEY = "autoprune_plan"
-MADE = "made"  # tells a study from a later one that got its name and its number in the database
+MADE = "made"  # put last: the study is whole; tells it from a later one that got its name and its number
+CHECKPOINT = "checkpoint"  # a trial's model, where it is kept
 SUFFIX, SEALED = ".safetensors", ".age"
 
 
@@ -165,41 +166,67 @@ class RunStore:
     def study(self, number: int | str) -> optuna.Study | None:
         """The study of a round attempt (0 is the baseline) or `FINAL`; None where there is none yet.
 
-        Its finished trials are read from the database once, however often the study is asked for.
+        One whose making was interrupted is none. Finished trials are read from the database once, however
+        often the study is asked for.
         """
         name = self._study_name(number)
         try:
-            return optuna.load_study(study_name=name, storage=self._view(name))
+            made = self.storage.get_study_user_attrs(self.storage.get_study_id_from_name(name)).get(MADE)
+            return (
+                None if made is None else optuna.load_study(study_name=name, storage=self._view(name, made))
+            )
         except KeyError:
             return None
 
-    def _view(self, name: str) -> BaseStorage:
+    def _view(self, name: str, made: str) -> View:
         """The database as this study sees it; another one by the same name is seen afresh."""
-        made = self.storage.get_study_user_attrs(self.storage.get_study_id_from_name(name)).get(MADE)
-        if made is None:
-            return self.storage
         if self._views.get(name, ("",))[0] != made:
             self._views[name] = (made, View(self.storage))
         return self._views[name][1]
 
-    def create_study(self, number: int | str, attributes: Mapping[str, Any]) -> optuna.Study:
-        """A new study that knows these attributes."""
+    def create_study(
+        self, number: int | str, attributes: Mapping[str, Any], result: tuple[str, float] | None = None
+    ) -> optuna.Study:
+        """A new study that knows these attributes, all of them or not at all.
+
+        What an interrupted making of it left is removed first.
+
+        Args:
+            number: as for `study`.
+            attributes: what `put` takes.
+            result: the checkpoint and the top-1 of its one trial, for those that search nothing.
+
+        Raises:
+            DuplicatedStudyError: there is one, and it is whole.
+        """
         self.guard()
+        if self.study(number) is None:
+            with suppress(KeyError):
+                self.drop_study(number)
         study = optuna.create_study(
             study_name=self._study_name(number), storage=self.storage, direction="maximize"
         )
-        put(study, **{MADE: uuid4().hex}, **attributes)
-        return optuna.load_study(study_name=study.study_name, storage=self._view(study.study_name))
+        put(study, **attributes)
+        if result is not None:
+            artifact_id, top1 = result
+            study.add_trial(optuna.trial.create_trial(value=top1, user_attrs={CHECKPOINT: artifact_id}))
+        made = uuid4().hex
+        put(study, **{MADE: made})
+        return optuna.load_study(study_name=study.study_name, storage=self._view(study.study_name, made))
 
     def drop_study(self, number: int | str) -> None:
-        """Forget a study whose making was interrupted."""
+        """Forget a study.
+
+        Raises:
+            KeyError: there is none.
+        """
         self.guard()
         optuna.delete_study(study_name=self._study_name(number), storage=self.storage)
 
     def rounds(self) -> Iterator[optuna.Study]:
-        """The studies of the round attempts so far, in order; one whose making was interrupted is none."""
+        """The studies of the round attempts so far, in order."""
         number = 1
-        while (study := self.study(number)) is not None and "planned" in study.user_attrs:
+        while (study := self.study(number)) is not None:
             yield study
             number += 1
 

@@ -59,7 +59,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     base = tmp_path_factory.mktemp("damage")
     with quiet_optuna():
         store = RunStore(base / "closed", "a", create=True)
-        study = store.create_study(1, {"planned": True})
+        study = store.create_study(1, {})
         for number in range(TRIALS):
             trial = study.ask()
             trial.suggest_float("x", 0, 1)

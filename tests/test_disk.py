@@ -76,7 +76,7 @@ from autoprune.store import RunStore, quiet_optuna
 disk = Path(sys.argv[1])
 with quiet_optuna():
     store = RunStore(disk / "run", "a", create=True)
-    store.create_study(1, {"planned": True})
+    store.create_study(1, {})
     store.artifacts.write("x", io.BytesIO(b"x"))
     store.close()
     subprocess.run(["mount", "-o", "remount,ro", str(disk)], check=True)

@@ -9,6 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+import optuna
 import pytest
 import torch
 from torch import nn
@@ -151,7 +152,7 @@ def test_a_round_that_was_killed_while_it_was_made_is_made_again(
     with pytest.raises(KeyboardInterrupt):
         run(tiny_study(), out=out, lock=PLAIN, on_event=stop_after(ev.BaselineMeasured, 1))
     with closing(RunStore(out, "tiny")) as store:
-        store.create_study(1, {"number": 1})
+        optuna.create_study(study_name="tiny/round-01", storage=store.storage, direction="maximize")
         assert not list(store.rounds())
     result = run(tiny_study(), out=out, lock=PLAIN, resume=True)
     assert weights_digest(result) == weights_digest(finished[0])

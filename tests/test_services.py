@@ -147,7 +147,7 @@ def test_two_runs_share_a_database_and_each_has_one_coordinator(store: RunStore)
 
 
 def test_a_stopped_database_is_waited_for(store: RunStore, database: Postgres) -> None:
-    study = store.create_study(1, {"planned": True})
+    study = store.create_study(1, {})
     trial = study.ask()
     with joined(store, "coordinator") as me:
         back = while_away(database, 20)

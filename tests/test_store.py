@@ -11,6 +11,7 @@ from typing import Any
 import optuna
 import pytest
 import torch
+from optuna.exceptions import DuplicatedStudyError
 
 from autoprune.errors import ArtifactError, RunError, UsageError
 from autoprune.plan import PruningPlan
@@ -88,16 +89,42 @@ def test_a_missing_checkpoint_is_named(store: RunStore) -> None:
 
 def test_studies_are_found_by_round(store: RunStore) -> None:
     assert store.study(0) is None
-    store.create_study(1, {"floor": 0.5, "planned": True})
+    store.create_study(1, {"floor": 0.5})
     store.create_study(2, {"floor": 0.4})
-    assert [s.study_name for s in store.rounds()] == ["a/round-01"]
+    assert [s.study_name for s in store.rounds()] == ["a/round-01", "a/round-02"]
     store.drop_study(2)
     assert store.study(2) is None
+    with pytest.raises(DuplicatedStudyError):
+        store.create_study(1, {})
+
+
+def test_a_study_whose_making_was_interrupted_is_none_and_is_made_again(
+    store: RunStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A study and what it knows are several commits, and a process can be killed between any two."""
+    whole = optuna.Study.set_user_attr
+
+    def killed(study: optuna.Study, key: str, value: object) -> None:
+        if key == "made":
+            raise KeyboardInterrupt
+        whole(study, key, value)
+
+    artifact = store.save(tiny_net(), PLAN)
+    monkeypatch.setattr(optuna.Study, "set_user_attr", killed)
+    with pytest.raises(KeyboardInterrupt):
+        store.create_study(1, {"floor": 0.5}, (artifact, 0.9))
+    monkeypatch.setattr(optuna.Study, "set_user_attr", whole)
+    assert store.study(1) is None
+    assert not list(store.rounds())
+    store.create_study(1, {"floor": 0.4}, (artifact, 0.8))
+    (study,) = store.rounds()
+    assert study.user_attrs["floor"] == 0.4
+    assert [(t.value, t.user_attrs["checkpoint"]) for t in scored(study)] == [(0.8, artifact)]
 
 
 def test_a_study_that_was_made_again_is_not_taken_for_the_old_one(store: RunStore) -> None:
     """SQLite gives a dropped study's number to the next one, and the numbers of its trials too."""
-    old = store.create_study(1, {"planned": True})
+    old = store.create_study(1, {})
     for value in range(3):
         old.tell(old.ask(), value)
     with closing(RunStore(store.folder, "a")) as other:
@@ -105,7 +132,7 @@ def test_a_study_that_was_made_again_is_not_taken_for_the_old_one(store: RunStor
         assert seen is not None
         assert [t.value for t in scored(seen)] == [0, 1, 2]
         store.drop_study(1)
-        new = store.create_study(1, {"planned": True})
+        new = store.create_study(1, {})
         assert new._study_id == old._study_id
         new.tell(new.ask(), 7)
         again = other.study(1)
@@ -116,7 +143,7 @@ def test_a_study_that_was_made_again_is_not_taken_for_the_old_one(store: RunStor
 def test_finished_trials_are_read_from_the_database_once(
     store: RunStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    study = store.create_study(1, {"planned": True})
+    study = store.create_study(1, {})
     for value in range(3):
         study.tell(study.ask(), value)
     read: list[int] = []
@@ -197,7 +224,7 @@ def test_optuna_is_quiet_only_inside() -> None:
 def test_a_damaged_tail_of_the_log_is_recovered_and_a_damaged_database_is_named(tmp_path: Path) -> None:
     with quiet_optuna():
         store = RunStore(tmp_path / "r", "a", create=True)
-        study = store.create_study(1, {"planned": True})
+        study = store.create_study(1, {})
         for value in range(3):
             study.tell(study.ask(), value)
         copy = tmp_path / "copy"  # what is on the disk while the run is at work, log included
