@@ -171,10 +171,8 @@ class RunStore:
         """
         name = self._study_name(number)
         try:
-            made = self.storage.get_study_user_attrs(self.storage.get_study_id_from_name(name)).get(MADE)
-            return (
-                None if made is None else optuna.load_study(study_name=name, storage=self._view(name, made))
-            )
+            made = self.storage.get_study_user_attrs(self.storage.get_study_id_from_name(name))[MADE]
+            return optuna.load_study(study_name=name, storage=self._view(name, made))
         except KeyError:
             return None
 
