@@ -18,7 +18,6 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.nn import functional as summing
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parallel import DistributedDataParallel
 
@@ -149,19 +148,27 @@ def _synchronised(norm: _BatchNorm, x: Tensor) -> Tensor:
         wide = x.float()
         count = wide.new_tensor([wide.numel() / wide.shape[1]])
         dist.all_reduce(count)
-        average = _sum_with_gradient(wide.sum(dims)) / count
+        average = _Sum.apply(wide.sum(dims)) / count
         centred = wide - average.view(shape)
-        variance = _sum_with_gradient(centred.square().sum(dims)) / count
+        variance = _Sum.apply(centred.square().sum(dims)) / count
         out = centred * (variance.view(shape) + norm.eps).rsqrt()
         if norm.affine:
             out = out * norm.weight.view(shape) + norm.bias.view(shape)
         _remember(norm, average.detach(), variance.detach() * count / (count - 1))
-    return out.to(x.dtype)
+    joined: Tensor = out.to(x.dtype)
+    return joined
 
 
-def _sum_with_gradient(tensor: Tensor) -> Tensor:
-    summed: Tensor = summing.all_reduce(tensor)  # type: ignore[no-untyped-call]  # torch's gap
-    return summed
+class _Sum(torch.autograd.Function):
+    """The sum over all ranks. Each rank's part is in the loss of all: on the way back it is the same sum."""
+
+    @staticmethod
+    def forward(ctx: Any, tensor: Tensor) -> Tensor:
+        return sum_(tensor.clone())
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        return sum_(gradient.contiguous().clone())
 
 
 @torch.no_grad()
