@@ -123,7 +123,8 @@ def nncf_loop(task: Task) -> Made:
             part = min(1.0, task.epochs - spent)
             if part <= 1e-9:
                 break
-            _tune_(model, task, part, Schedule(lr=lr, decay="linear", final=0.99, warmup=0.0), int(spent) + 7)
+            schedule = Schedule(lr=lr, decay="linear", final=0.99, warmup=0.0)
+            _tune_(model, task, part, schedule, 1000 * task.seed + int(spent) + 7)
             spent += part
             held = evaluate(model, task.data.search).top1 >= floor
             if held and rate < goal:
@@ -133,7 +134,8 @@ def nncf_loop(task: Task) -> Made:
         if held and rate >= goal:
             left = task.epochs - spent
             if left > 1e-9:
-                _tune_(model, task, left, Schedule(lr=lr, decay="linear", final=0.99, warmup=0.0), 999)
+                schedule = Schedule(lr=lr, decay="linear", final=0.99, warmup=0.0)
+                _tune_(model, task, left, schedule, 1000 * task.seed + 999)
             return Made(model=model, share=share, epochs=task.epochs)
         if held != rising:
             step, lr, rising = step / 2, lr / 2, held
