@@ -15,7 +15,6 @@ import argparse
 import os
 import tempfile
 import time
-from collections.abc import Iterable
 from pathlib import Path
 from statistics import mean
 
@@ -27,12 +26,16 @@ from quality_rivals import RIVALS, Made, Task
 from rows import append_row, read_rows
 
 from autoprune import events as ev
-from autoprune.config import Budget, Finetune, Lock, Study
+from autoprune.config import Budget, Finetune, Lock, Search, Study
 from autoprune.evaluation import evaluate
 from autoprune.pipeline import run
 
 HERE = Path(__file__).resolve().parent
-OURS, HALF = "autoprune", "autoprune, half"
+OURS: dict[str, tuple[float, Search]] = {  # the share of the epochs, and how they are searched
+    "autoprune": (1.0, Search()),
+    "autoprune, half": (0.5, Search()),
+    "autoprune, one trial": (1.0, Search(trials=1)),  # a round: what is left of it without its search
+}
 FIELDS = (
     "cell",
     "epochs",
@@ -46,6 +49,7 @@ FIELDS = (
     "commit",
 )
 WEIGHT_DECAY = {"resnet20": 1e-4}
+NEAR = 1.05  # times the target's share of the multiply-adds: Torch-Pruning's steps are coarse
 MAX_DROP = 10.0  # percentage points: everyone shall get to the target
 
 
@@ -72,7 +76,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--cells", nargs="+", default=["resnet8:0.5", "resnet8:0.3"], help="NETWORK:SHARE")
     parser.add_argument("--epochs", type=float, default=12.0, help="of the train split, for each way")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1])
-    parser.add_argument("--methods", nargs="+", default=[*RIVALS, OURS, HALF])
+    parser.add_argument("--methods", nargs="+", default=[*RIVALS, *OURS])
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--cache", type=Path, default=Path(tempfile.gettempdir()) / "autoprune-bench")
     parser.add_argument("--out", default=str(HERE / "results" / "quality.csv"))
@@ -81,10 +85,11 @@ def _arguments() -> argparse.Namespace:
 
 def _row(cell: str, method: str, seed: int, args: argparse.Namespace) -> dict[str, str]:
     name, _, share = cell.partition(":")
+    part, search_settings = OURS.get(method, (1.0, Search()))
     case = load(name, Path(os.environ["AUTOPRUNE_DATA"]), args.cache)
     task = Task(
         model=case.model, data=case.data, share=float(share), seed=seed, max_drop=MAX_DROP,
-        weight_decay=WEIGHT_DECAY.get(name, 5e-4), epochs=args.epochs / (2 if method == HALF else 1),
+        weight_decay=WEIGHT_DECAY.get(name, 5e-4), epochs=part * args.epochs,
     )  # fmt: skip
     began = time.perf_counter()
     torch.manual_seed(seed)
@@ -92,7 +97,7 @@ def _row(cell: str, method: str, seed: int, args: argparse.Namespace) -> dict[st
         made = RIVALS[method](task)
         search, test = (evaluate(made.model, s).top1 for s in (task.data.search, task.data.test))
     else:
-        made, search, test = _ours(task)
+        made, search, test = _ours(task, search_settings)
     row = {
         "cell": cell, "epochs": f"{args.epochs:g}", "method": method, "seed": str(seed),
         "macs_share": f"{made.share:.4f}", "search_top1": f"{search:.4f}", "test_top1": f"{test:.4f}",
@@ -103,11 +108,11 @@ def _row(cell: str, method: str, seed: int, args: argparse.Namespace) -> dict[st
     return row
 
 
-def _ours(task: Task) -> tuple[Made, float, float]:
+def _ours(task: Task, search: Search) -> tuple[Made, float, float]:
     study = Study(
         name="quality", model=task.model, data=task.data, target=f"macs={task.share}", max_drop=task.max_drop,
         budget=f"epochs={task.epochs}", seed=task.seed, device="cpu", round_to=1,
-        finetune=Finetune(weight_decay=task.weight_decay),
+        finetune=Finetune(weight_decay=task.weight_decay), search=search,
     )  # fmt: skip
     assert Budget.parse(study.budget).epochs == task.epochs
     used = 0.0
@@ -139,28 +144,51 @@ def _key(row: dict[str, str]) -> tuple[str, str, str, str]:
 
 
 def _page(rows: list[dict[str, str]]) -> str:
-    """One table: a line per cell and way, means over seeds."""
+    """The means of all ways in all cells, and below them every row."""
+    cells = sorted({(r["cell"], r["epochs"]) for r in rows}, reverse=True)
+    ways = [m for m in (*OURS, *RIVALS) if any(r["method"] == m for r in rows)]
     lines = [
         "# Top-1 at equal multiply-adds, for equal training samples", "",
         headline("torch", "torch-pruning", "optuna"),
         "Made by `python benchmarks/bench_quality.py`, which its head explains; rows in the CSV beside it.",
-        "Top-1 in percent, means over seeds; the test split is read once a row. The commit is the row's.", "",
-        "| cell | epochs | way | MACs left | search top-1 | test top-1 | seeds (test top-1) | commit |",
-        "|---|---:|---|---:|---:|---:|---|---|",
+        "What to make of it: [log.md](../../docs/log.md). Test top-1 in percent, means over seeds; the test",
+        "split is read once a row. Where a way did not get to the target, what it left is told.", "",
+        f"| way | {' | '.join(f'{cell}, {epochs} epochs' for cell, epochs in cells)} |",
+        f"|---|{'---:|' * len(cells)}",
     ]  # fmt: skip
-    for cell, epochs, method in dict.fromkeys((r["cell"], r["epochs"], r["method"]) for r in rows):
-        mine = [r for r in rows if (r["cell"], r["epochs"], r["method"]) == (cell, epochs, method)]
-        commits = ", ".join(dict.fromkeys(r["commit"] for r in mine))
-        each = ", ".join(f"{100 * float(r['test_top1']):.2f}" for r in mine)
-        lines.append(
-            f"| {cell} | {epochs} | {method} | {_mean(mine, 'macs_share')} % | {_mean(mine, 'search_top1')} "
-            f"| {_mean(mine, 'test_top1')} | {len(mine)} ({each}) | {commits} |"
-        )
+    for way in ways:
+        lines.append(f"| {way} | {' | '.join(_cell(rows, cell, way) for cell in cells)} |")
+    lines += [
+        "", "| cell | epochs | way | seed | MACs left | search top-1 | test top-1 | minutes | commit |",
+        "|---|---:|---|---:|---:|---:|---:|---:|---|",
+    ]  # fmt: skip
+    for cell in cells:
+        for way in ways:
+            lines += [
+                f"| {r['cell']} | {r['epochs']} | {way} | {r['seed']} | {_percent(r, 'macs_share')} % "
+                f"| {_percent(r, 'search_top1')} | {_percent(r, 'test_top1')} "
+                f"| {float(r['seconds']) / 60:.1f} | {r['commit']} |"
+                for r in sorted(_of(rows, cell, way), key=lambda r: int(r["seed"]))
+            ]
     return "\n".join(lines) + "\n"
 
 
-def _mean(rows: Iterable[dict[str, str]], field: str) -> str:
-    return f"{100 * mean(float(r[field]) for r in rows):.2f}"
+def _of(rows: list[dict[str, str]], cell: tuple[str, str], way: str) -> list[dict[str, str]]:
+    return [r for r in rows if (r["cell"], r["epochs"], r["method"]) == (*cell, way)]
+
+
+def _cell(rows: list[dict[str, str]], cell: tuple[str, str], way: str) -> str:
+    found = _of(rows, cell, way)
+    if not found:
+        return ""
+    left, wanted = mean(float(r["macs_share"]) for r in found), float(cell[0].partition(":")[2])
+    seeds = "" if len(found) > 1 else ", one seed"
+    off = "" if left <= NEAR * wanted else f" at {100 * left:.0f} %"
+    return f"{100 * mean(float(r['test_top1']) for r in found):.2f}{off}{seeds}"
+
+
+def _percent(row: dict[str, str], field: str) -> str:
+    return f"{100 * float(row[field]):.2f}"
 
 
 if __name__ == "__main__":
