@@ -5,9 +5,15 @@ weights (`.pth` or `.safetensors`, a state dict of torchvision's `mobilenet_v2` 
 
 What to expect: inverted residuals leave less to remove than plain convolutions do, and their depthwise layers
 follow whatever feeds them, hence 60 % and not half. The widths stay multiples of 8, which phones and vector
-units like. A run of this study has not been measured: it depends on your photographs. `autoprune doctor
-studies/mobilenetv2_photos.py` measures what an epoch of yours takes here (a thousand of 224 x 224:
-1:43 minutes, 10 images a second, on one busy core of an AMD EPYC); give the run a hundred or more.
+units like. `autoprune doctor studies/mobilenetv2_photos.py` measures what an epoch of yours takes here (a
+thousand of 224 x 224: 1:43 minutes, 10 images a second, on one busy core of an AMD EPYC); give the run a
+hundred or more. AUTOPRUNE_PHOTOS may end with `,size=N` for other than 224 pixels.
+
+What it took: 31 minutes of one busy core for 8,000 small images of 64 x 64 (the airplanes, automobiles, ships
+and trucks of CIFAR-10, a network of ten epochs from scratch): 40.0 % fewer MACs, 66 % fewer parameters, 1.29
+times as fast, 84.80 -> 91.20 % (n = 1,000; so young a network has much to learn yet, and 23 epochs teach it).
+The target was reached after two minutes. With your photographs it has not been measured.
+
 `--target latency=0.7` asks for time on this machine, top-1 within the same point, instead of multiply-adds.
 """
 
