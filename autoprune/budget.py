@@ -89,9 +89,9 @@ class Meter:
         by_time = seconds / self.budget.seconds if self.budget.seconds is not None else 0.0
         return max(by_time, epochs / self.budget.epochs if self.budget.epochs is not None else 0.0)
 
-    def affords(self, trial_s: float, epochs: float) -> bool:
-        """Whether a trial of this length still fits before the final tuning."""
-        left = self.left(keep=FINAL_SHARE)
+    def affords(self, trial_s: float, epochs: float, *, keep: float = FINAL_SHARE) -> bool:
+        """Whether a trial of this length still fits before what is kept, the final tuning."""
+        left = self.left(keep=keep)
         return left.seconds >= trial_s and left.epochs >= epochs - 1e-9
 
 

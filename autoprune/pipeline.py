@@ -48,7 +48,7 @@ from autoprune.store import CHECKPOINT, FINAL, Place, RunStore, Seal, has_run, p
 from autoprune.trial import Ground, probe_speed
 
 WORTHWHILE = 0.5  # of the longest trials' epochs: shorter ones are not worth a round; a guess
-ANALYSIS_PART = 0.25  # of the time left: an analysis that takes more is not made again; a guess
+ANALYSIS_PART = 0.25  # of the time left: there an analysis is cut short, and not made again; a guess
 
 
 def run(  # noqa: PLR0913 - the whole product: each argument is a decision of its caller
@@ -176,7 +176,7 @@ def judge(work: Work, job: RoundJob, attempt: optuna.Study) -> Decision:
     study = work.setup.study
     epochs = study.search.epochs or _worthwhile_epochs(work)
     enough = work.meter.affords(job.speed.trial_s + epochs * job.speed.epoch_s, epochs)
-    enough = enough and not is_decided(job, attempt)
+    enough = enough and not is_decided(job, attempt) and bool(attempt.get_trials(deepcopy=False))
     outcome = RoundOutcome(trials=summaries(attempt), budget_left=enough)
     decision = decide(work.goal, study.control, job.state, outcome)
     if decision.promoted is not None:
@@ -290,6 +290,7 @@ def _sensitivity(work: Work, state: State, number: int, ground: Ground) -> Sensi
         ground.model, ground.graph, ground.data.search, ratios=analysis.ratios, share=analysis.share,
         exact=analysis.exact, calibration=ground.data.train, device=ground.device, loss=study.loss,
         score=study.evaluate, on_point=on_point, known=known,
+        seconds=ANALYSIS_PART * work.meter.left(keep=FINAL_SHARE).seconds,
     )  # fmt: skip
 
 

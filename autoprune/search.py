@@ -23,7 +23,7 @@ from optuna.exceptions import UpdateFinishedTrialError
 from autoprune import events as ev
 from autoprune import ranks
 from autoprune.advice import Past, Point, Space, advise, make_sampler, settled_points, suggest
-from autoprune.budget import Meter, Speed, ladder
+from autoprune.budget import FINAL_SHARE, Meter, Speed, ladder
 from autoprune.closing import is_hopeful, is_near
 from autoprune.config import Search
 from autoprune.controller import Goal, State, TrialSummary, has_recovered
@@ -352,7 +352,9 @@ def _affordable(job: RoundJob, study: optuna.Study) -> bool:
     estimate = job.plan.epochs * job.speed.epoch_s + job.speed.trial_s
     job.meter.epochs = max(job.meter.epochs, spent(job.store).epochs)
     reserved = job.plan.epochs * sum(t.user_attrs.get(OWNER) != job.owner for t in running(study))
-    return job.meter.affords(max(took) if took else estimate, job.plan.epochs + reserved)
+    is_first = job.plan.number == 1 and not study.get_trials(deepcopy=False)
+    keep = 0.0 if is_first else FINAL_SHARE  # without a trial there is nothing to tune
+    return job.meter.affords(max(took) if took else estimate, job.plan.epochs + reserved, keep=keep)
 
 
 def same_failure(study: optuna.Study) -> str | None:

@@ -186,7 +186,7 @@ def sensitivity(  # noqa: PLR0913 - one whole stage: each argument is a decision
     share: float = 1.0, criterion: str = "l2", calibration: Split | None = None,
     device: torch.device | str = "cpu", loss: Loss | None = None, score: Score | None = None,
     on_point: Callable[[SensitivityPoint], None] | None = None, exact: bool = False,
-    collapse_pp: float = COLLAPSE_PP, known: SensitivityTable | None = None,
+    collapse_pp: float = COLLAPSE_PP, known: SensitivityTable | None = None, seconds: float = math.inf,
 ) -> SensitivityTable:  # fmt: skip
     """Measure how much accuracy each group alone is worth.
 
@@ -212,6 +212,7 @@ def sensitivity(  # noqa: PLR0913 - one whole stage: each argument is a decision
         collapse_pp: drop of top-1, in percentage points, beyond which a curve is not followed.
         known: points that this very network was measured at before, to go on from; where they are all that
             is wanted and their table has a baseline, nothing is measured.
+        seconds: that it shall take: once each group has a point, further ones are measured only within them.
 
     Raises:
         UsageError: the share is less than half, a ratio is no ratio, or `known` is of something else.
@@ -236,14 +237,14 @@ def sensitivity(  # noqa: PLR0913 - one whole stage: each argument is a decision
     wave = survey.next_wave()
     if not wave and known is not None and math.isfinite(known.baseline.top1):
         return replace(known, points=survey.table_points())
-    probe, reason = choose_probe(bench)
-    while wave:
-        plans = [survey.plan(p) for p in wave]
+    (probe, reason), wave_s = choose_probe(bench), 0.0
+    while wave and (not survey.has_all() or time.perf_counter() - began + wave_s <= seconds):
+        wave_began, plans = time.perf_counter(), [survey.plan(p) for p in wave]
         for planned, found in zip(wave, probe.measure(plans), strict=True):
             point = survey.add(planned, found, probe.baseline)
             if on_point is not None:
                 on_point(point)
-        wave = survey.next_wave()
+        wave, wave_s = survey.next_wave(), time.perf_counter() - wave_began
     return SensitivityTable(
         points=survey.table_points(), baseline=probe.baseline, reason=reason,
         method="whole" if reason else "replay", miscounted=miscounted(bench, survey.furthest()),
@@ -338,6 +339,10 @@ class _Survey:
             following = next_counts(counts, drops, self.collapse_pp)
             wave += [PlannedPoint(group=group.name, num_removed=n) for n in following]
         return wave
+
+    def has_all(self) -> bool:
+        """Whether each group that can be pruned has a point."""
+        return {name for name, counts in self.ladders.items() if counts} <= {name for name, _ in self.points}
 
     def plan(self, planned: PlannedPoint) -> PruningPlan:
         width = self.graph.group(planned.group).num_units

@@ -185,6 +185,15 @@ def test_a_budget_that_is_too_small_stops_the_run_and_the_rest_is_encrypted(tmp_
     assert spent <= 4
 
 
+def test_a_round_for_which_no_time_was_left_says_nothing_about_the_ceiling(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("autoprune.search._affordable", lambda job, study: False)
+    result = run(tiny_study(), out=tmp_path / "r", lock=PLAIN)
+    assert result.stopped_by == "budget"
+    assert [(r.action, r.trials) for r in result.record.rounds] == [("stop", ())]
+
+
 def test_an_analysis_that_takes_too_much_of_the_time_is_used_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -28,6 +28,7 @@ from autoprune.search import (
     MAX_DEATHS,
     TELLING_EPOCHS,
     RoundJob,
+    _affordable,
     _earlier,
     _goes_on,
     _is_served,
@@ -156,6 +157,16 @@ def test_a_trial_that_was_killed_between_two_suggestions_is_tried_again_whole(wo
     again = take(study, 3, owner=8)
     assert again is not None
     assert (again.seat, again.deaths, again.again) == (taken.seat, 1, point)
+
+
+def test_a_run_without_any_trial_may_use_what_is_kept_for_the_final_tuning(work: Work) -> None:
+    job, study = first_round(work)
+    short = replace(job, meter=Meter(Budget(epochs=1.2 * job.plan.epochs)))
+    assert _affordable(short, study)
+    assert not _affordable(replace(short, meter=Meter(Budget(epochs=0.9 * job.plan.epochs))), study)
+    taken = take(study, job.plan.trials, owner=7)
+    assert taken is not None
+    assert not _affordable(short, study)
 
 
 def finished(number: int, share: float, *tops: float, recovered: bool) -> TrialRecord:

@@ -217,6 +217,16 @@ def test_known_points_are_not_measured_again(net: TinyNet, graph: ChannelGraph) 
     assert sensitivity(net, graph, split, known=whole).points == whole.points
 
 
+def test_when_time_is_short_each_group_has_a_point_and_no_more(net: TinyNet, graph: ChannelGraph) -> None:
+    split = tiny_split(200, 2)
+    whole, short = sensitivity(net, graph, split), sensitivity(net, graph, split, seconds=0.0)
+    assert sorted(p.group for p in short.points) == sorted({p.group for p in whole.points})
+    assert len(short.points) < len(whole.points)
+    assert set(short.points) <= set(whole.points)
+    assert short.loss_at("conv1", 0.9) > 0
+    assert sensitivity(net, graph, split, known=short).points == whole.points, "the rest can follow"
+
+
 class Moody(TinyNet):
     """A forward that looks at its values."""
 
