@@ -3,13 +3,13 @@
 Set AUTOPRUNE_DATA as for resnet20_cifar10, with `weights/resnet56-4bfd9763.th` in it. The network has seen
 the training set, so the search runs on half of the test images and the other half is the test.
 
-What to expect: its baseline has top-1 93.39 on the 10,000 test images. `autoprune doctor resnet56_cifar10` measures what an epoch takes on your machine: 6 minutes on one
-busy core of an AMD EPYC, so that 8 hours are some 80 epochs. `scripts/resnet56_gpu.sh` does it on a GPU, in
-pieces.
+What to expect: its baseline has top-1 93.39 on the 10,000 test images. `autoprune doctor resnet56_cifar10`
+measures what an epoch takes on your machine: 6 minutes on one busy core of an AMD EPYC, so that 8 hours are
+some 80 epochs. `scripts/resnet56_gpu.sh` does it on a GPU, in pieces.
 
-What it took: 24 minutes on one busy core (`--budget 24m`) were too few. Half of the MACs were gone after the first
-trial, at 92.64 on the search split, half a point below the floor of 93.14; the last chance did not close that,
-and the original was delivered. The 8 hours have not been run.
+What it took: 24 minutes on one busy core (`--budget 24m`) were too few. Half of the MACs were gone after the
+first trial, at 92.64 on the search split, half a point below the floor of 93.14; the last chance did not
+close that, and the original was delivered. The 8 hours have not been run.
 """
 
 from __future__ import annotations
