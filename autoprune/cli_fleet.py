@@ -19,7 +19,7 @@ from rich.table import Table
 
 from autoprune import completion
 from autoprune.cli_run import StoppedError, terminable
-from autoprune.config import Budget, Lock, Study, Target
+from autoprune.config import Budget, Lock, Study, Target, next_time
 from autoprune.errors import UsageError
 from autoprune.options import (
     AIM,
@@ -234,14 +234,17 @@ def _deadline(until: str | None, budget: str | None, used: float) -> float:
     """
     if until is not None and budget is not None:
         raise UsageError("--until and --budget are given", "give one of them")
-    if until is None and budget is None:
+    if until is not None:
+        try:
+            wanted = Budget(until=next_time(until, datetime.now()))
+        except ValueError:
+            hint = "write for example --until 07:00"
+            raise UsageError(f"--until {until} is no time of day", hint) from None
+    elif budget is not None:
+        wanted = Budget.parse(budget)
+    else:
         return math.inf
-    try:
-        seconds = Budget.parse(budget or f"until={until}").counted(used).seconds
-    except UsageError:
-        if until is None:
-            raise
-        raise UsageError(f"--until {until} is no time", "write for example --until 07:00") from None
+    seconds = wanted.counted(used).seconds
     if seconds is None:
         raise UsageError("the budget of a sweep is a time", "write for example --budget 8h")
     return time.monotonic() + seconds - used

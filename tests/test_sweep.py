@@ -102,7 +102,7 @@ def test_every_study_has_a_front_of_its_own(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("words", "told"),
     [
-        (["digits", "--until", "7", ], "no time"),
+        (["digits", "--until", "7", ], "no time of day"),
         (["digits", "--until", "07:00", "--budget", "1h"], "give one of them"),
         (["digits", "--budget", "epochs=3"], "--budget 8h"),
         (["no-such-study"], "no study"),
