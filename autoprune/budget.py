@@ -36,6 +36,10 @@ class Speed:
     trial_s: float
     analysis_s: float
 
+    def trial_of(self, epochs: float) -> float:
+        """Seconds of a trial of so many epochs."""
+        return epochs * self.epoch_s + self.trial_s
+
 
 @dataclass(frozen=True, kw_only=True)
 class Left:
@@ -133,7 +137,7 @@ def plan_round(  # noqa: PLR0913 - all that a round's size follows from
     epochs = part * left.epochs
     if search.epochs is not None:
         each = search.epochs * epochs_scale
-        fitting = min(workers * seconds / (each * speed.epoch_s + speed.trial_s), epochs / each)
+        fitting = min(workers * seconds / speed.trial_of(each), epochs / each)
         return Effort(trials=_clipped(fitting, workers), epochs=each)
 
     def affordable(trials: int) -> float:

@@ -175,7 +175,7 @@ def judge(work: Work, job: RoundJob, attempt: optuna.Study) -> Decision:
         )
     study = work.setup.study
     epochs = study.search.epochs or _worthwhile_epochs(work)
-    enough = work.meter.affords(job.speed.trial_s + epochs * job.speed.epoch_s, epochs)
+    enough = work.meter.affords(job.speed.trial_of(epochs), epochs)
     enough = enough and not is_decided(job, attempt) and bool(attempt.get_trials(deepcopy=False))
     outcome = RoundOutcome(trials=summaries(attempt), budget_left=enough)
     decision = decide(work.goal, study.control, job.state, outcome)

@@ -185,7 +185,7 @@ def _is_short(job: RoundJob) -> bool:
 
 def _share_of_a_trial(job: RoundJob, epochs: float) -> float:
     """What part of the whole budget a trial of so many epochs takes."""
-    return job.meter.share_of(epochs * job.speed.epoch_s + job.speed.trial_s, epochs)
+    return job.meter.share_of(job.speed.trial_of(epochs), epochs)
 
 
 def _reaches(record: TrialRecord, job: RoundJob) -> bool:
@@ -349,7 +349,7 @@ def _affordable(job: RoundJob, study: optuna.Study) -> bool:
     """
     planned = 1.01 * job.plan.epochs  # those that climbed beyond it took longer
     took = [t.seconds for t in read_trials(study) if t.epochs and t.epochs[-1].epoch <= planned]
-    estimate = job.plan.epochs * job.speed.epoch_s + job.speed.trial_s
+    estimate = job.speed.trial_of(job.plan.epochs)
     job.meter.epochs = max(job.meter.epochs, spent(job.store).epochs)
     reserved = job.plan.epochs * sum(t.user_attrs.get(OWNER) != job.owner for t in running(study))
     is_first = job.plan.number == 1 and not study.get_trials(deepcopy=False)
