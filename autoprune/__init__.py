@@ -20,21 +20,21 @@ if TYPE_CHECKING:
     from autoprune.config import Lock as Lock
     from autoprune.config import Search as Search
     from autoprune.config import Study as Study
-    from autoprune.cost import Cost as Cost
     from autoprune.data import Data as Data
     from autoprune.data import from_datasets as from_datasets
     from autoprune.data import load_data as load_data
-    from autoprune.densify import densify as densify
-    from autoprune.densify import masked as masked
     from autoprune.errors import AutopruneError as AutopruneError
     from autoprune.evaluation import evaluate as evaluate
-    from autoprune.graph import ChannelGraph as ChannelGraph
     from autoprune.pipeline import run as run
     from autoprune.plan import PruningPlan as PruningPlan
     from autoprune.record import RunResult as RunResult
     from autoprune.schedule import Schedule as Schedule
     from autoprune.sensitivity import sensitivity as sensitivity
-    from autoprune.tracing import trace as trace
+    from autoprune.structure.cost import Cost as Cost
+    from autoprune.structure.densify import densify as densify
+    from autoprune.structure.densify import masked as masked
+    from autoprune.structure.graph import ChannelGraph as ChannelGraph
+    from autoprune.structure.trace_model import trace as trace
     from autoprune.train import finetune_
     from autoprune.weights import load_weights_ as load_weights_
 
@@ -42,13 +42,32 @@ if TYPE_CHECKING:
 
 # Public name -> where it is: "module" or "module:name there".
 PUBLIC = {
-    "Analysis": "config", "AutopruneError": "errors", "Baseline": "config", "ChannelGraph": "graph",
-    "Control": "config", "Cost": "cost", "Data": "data", "Finetune": "config", "Lock": "config",
-    "PruningPlan": "plan", "RunResult": "record", "Schedule": "schedule", "Search": "config",
-    "Study": "config", "densify": "densify", "evaluate": "evaluation", "finetune": "train:finetune_",
-    "from_datasets": "data", "load": "artifact", "load_data": "data", "load_weights_": "weights",
-    "masked": "densify", "run": "pipeline", "sensitivity": "sensitivity", "trace": "tracing",
-}  # fmt: skip
+    "Analysis": "config",
+    "AutopruneError": "errors",
+    "Baseline": "config",
+    "ChannelGraph": "structure.graph",
+    "Control": "config",
+    "Cost": "structure.cost",
+    "Data": "data",
+    "Finetune": "config",
+    "Lock": "config",
+    "PruningPlan": "plan",
+    "RunResult": "record",
+    "Schedule": "schedule",
+    "Search": "config",
+    "Study": "config",
+    "densify": "structure.densify",
+    "evaluate": "evaluation",
+    "finetune": "train:finetune_",
+    "from_datasets": "data",
+    "load": "artifact",
+    "load_data": "data",
+    "load_weights_": "weights",
+    "masked": "structure.densify",
+    "run": "pipeline",
+    "sensitivity": "sensitivity",
+    "trace": "structure.trace_model",
+}
 __all__ = sorted(PUBLIC)
 
 

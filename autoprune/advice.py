@@ -20,7 +20,7 @@ from optuna.trial import FixedTrial, FrozenTrial, create_trial
 from torch import nn
 
 from autoprune.config import Decay, Search
-from autoprune.densify import densify
+from autoprune.structure.densify import densify
 from autoprune.trial import Ground, TrialParams
 
 STARTUP_TRIALS = 4  # measured on a surrogate of 8 to 32 trials: fewer random trials lose nothing

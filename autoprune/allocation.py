@@ -25,9 +25,9 @@ from numpy.typing import NDArray
 from autoprune.config import METRICS, Metric
 from autoprune.criteria import Scores
 from autoprune.errors import UnreachableError, UsageError
-from autoprune.graph import ChannelGraph, Group
 from autoprune.plan import PruningPlan
 from autoprune.sensitivity import SensitivityTable
+from autoprune.structure.graph import ChannelGraph, Group
 
 Strategy = Literal["uniform", "global", "isomorphic", "sensitivity"]
 STRATEGIES: tuple[Strategy, ...] = get_args(Strategy)

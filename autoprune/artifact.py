@@ -38,7 +38,7 @@ from autoprune.rebuild import answers_probe, read_weights, rebuild_dense
 from autoprune.signing import sign_manifest
 
 if TYPE_CHECKING:
-    from autoprune.graph import ChannelGraph
+    from autoprune.structure.graph import ChannelGraph
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -42,9 +42,9 @@ from autoprune.terminal import listener
 
 if TYPE_CHECKING:
     from autoprune.config import Study
-    from autoprune.graph import ChannelGraph
     from autoprune.outlook import Prospect
     from autoprune.sensitivity import SensitivityTable
+    from autoprune.structure.graph import ChannelGraph
 
 
 HOW = "How to measure"
@@ -141,8 +141,8 @@ def _bare_graph(model: str, size: str, *, round_to: int | None, **wishes: Any) -
     import torch
 
     from autoprune.preflight import DEFAULT_ROUND_TO
+    from autoprune.structure.trace_model import trace
     from autoprune.study_flags import build_network, find_factory
-    from autoprune.tracing import trace
 
     if not re.fullmatch(r"[1-9]\d*(x[1-9]\d*)*", size):
         raise UsageError(f"--input {size!r} is not a shape", "write for example 3x224x224")

@@ -22,8 +22,8 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from autoprune.errors import UsageError
 from autoprune.evaluation import Loss, borrowed, classification_loss
-from autoprune.graph import ChannelGraph, Group, Member
 from autoprune.splits import Split
+from autoprune.structure.graph import ChannelGraph, Group, Member
 
 Values = NDArray[np.float64]
 Scores = dict[str, Values]

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from autoprune.replay import BATCH_NORMS, Program, Step, aten, step
-from autoprune.tape import Ref
+from autoprune.structure.recorder import Ref
 
 CONVOLUTION = aten.convolution.default
 ACTIVATIONS: dict[Any, Callable[[Step], tuple[str, list[float]]]] = {

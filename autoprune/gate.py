@@ -28,10 +28,8 @@ from autoprune.allocation import allocate
 from autoprune.config import Metric
 from autoprune.criteria import Scores
 from autoprune.criteria import score as score_units
-from autoprune.densify import densify
 from autoprune.errors import UnreachableError
 from autoprune.evaluation import Loss, Score, recalibrate_
-from autoprune.graph import ChannelGraph
 from autoprune.kept_batches import kept
 from autoprune.metrics import Evaluation
 from autoprune.plan import PruningPlan
@@ -44,6 +42,8 @@ from autoprune.sensitivity import (
     sensitivity,
 )
 from autoprune.splits import Split
+from autoprune.structure.densify import densify
+from autoprune.structure.graph import ChannelGraph
 
 CRITERIA = ("l1", "l2", "taylor", "jacobian")
 STRATEGIES = ("sensitivity", "global")

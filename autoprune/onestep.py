@@ -14,13 +14,13 @@ from torch import nn
 
 from autoprune import gate
 from autoprune.criteria import score as score_units
-from autoprune.densify import densify
 from autoprune.errors import UnreachableError
 from autoprune.evaluation import Loss, Score, evaluate, recalibrate_
-from autoprune.graph import ChannelGraph
 from autoprune.outlook import Prospect, region
 from autoprune.sensitivity import SensitivityTable
 from autoprune.splits import Split
+from autoprune.structure.densify import densify
+from autoprune.structure.graph import ChannelGraph
 
 SHARES = (0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3, 0.2)
 RECALIBRATE_BATCHES = 10

@@ -24,7 +24,6 @@ from autoprune.closing import is_near
 from autoprune.config import Lock, Study
 from autoprune.controller import Decision, RoundOutcome, State, decide, floor_of_round, replay
 from autoprune.delivery import deliver
-from autoprune.densify import densify, verify
 from autoprune.errors import RunError
 from autoprune.history import (
     RoundPlan,
@@ -35,7 +34,6 @@ from autoprune.history import (
     read_trials,
     summaries,
 )
-from autoprune.latency import with_latency
 from autoprune.points import keep_point, kept_points
 from autoprune.preflight import Setup, fitting_threads, prepare, traced
 from autoprune.presence import Presence, joined, num_working
@@ -45,6 +43,8 @@ from autoprune.search import RoundJob, is_decided, same_failure, search_round
 from autoprune.sensitivity import SensitivityPoint, SensitivityTable, most_points, sensitivity
 from autoprune.splits import derive_seed
 from autoprune.store import CHECKPOINT, FINAL, Place, RunStore, Seal, has_run, put, quiet_optuna, scored
+from autoprune.structure.densify import densify, verify
+from autoprune.structure.latency import with_latency
 from autoprune.trial import Ground, probe_speed
 
 WORTHWHILE = 0.5  # of the longest trials' epochs: shorter ones are not worth a round; a guess

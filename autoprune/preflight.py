@@ -30,13 +30,13 @@ from autoprune.data import Data
 from autoprune.errors import AutopruneError, ConfigError, RunError, UnreachableError, UsageError
 from autoprune.evaluation import evaluate, resolve_device
 from autoprune.export import export_model
-from autoprune.graph import ChannelGraph
-from autoprune.latency import with_latency
 from autoprune.metrics import Evaluation, wilson_interval
 from autoprune.signing import sign_manifest
 from autoprune.store import Place, has_run
-from autoprune.timings import device_name
-from autoprune.tracing import trace
+from autoprune.structure.graph import ChannelGraph
+from autoprune.structure.latency import with_latency
+from autoprune.structure.timings import device_name
+from autoprune.structure.trace_model import trace
 from autoprune.wording import milliseconds
 
 SMALL_BATCH_MACS = 1_000_000_000  # a guess between 0.2 GMACs (see fitting_threads) and ResNet-20's 5

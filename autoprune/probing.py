@@ -24,7 +24,6 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 from torch.utils.flop_counter import FlopCounterMode
 
-from autoprune.densify import densify, masked, masked_tensors
 from autoprune.errors import AutopruneError, TraceError
 from autoprune.evaluation import (
     EVAL_BATCH,
@@ -37,12 +36,13 @@ from autoprune.evaluation import (
     recalibrate_,
 )
 from autoprune.fuse import channels_last, fused
-from autoprune.graph import ChannelGraph
 from autoprune.metrics import Evaluation
 from autoprune.plan import PruningPlan
 from autoprune.replay import NotReplayableError, Program, Replay, Suffix, Values, calibrating, program, suffix
 from autoprune.splits import Split
-from autoprune.tape import record
+from autoprune.structure.densify import densify, masked, masked_tensors
+from autoprune.structure.graph import ChannelGraph
+from autoprune.structure.recorder import record
 
 CHANGED = 1e-6  # relative; float32 rounding of another channel count stays below
 CHANGE_BATCH = 64

@@ -14,7 +14,7 @@ from autoprune.fuse import channels_last, fused
 from autoprune.metrics import Evaluation
 from autoprune.probing import CORE_BATCH, Bench, Tally, agree, in_a_row
 from autoprune.replay import NotReplayableError, Replay, program
-from autoprune.tape import record
+from autoprune.structure.recorder import record
 
 
 def evaluate_replayed(bench: Bench, model: nn.Module) -> Evaluation:

@@ -20,12 +20,12 @@ from safetensors import SafetensorError
 from safetensors.torch import load as load_safetensors
 from torch import Tensor, nn
 
-from autoprune.densify import densify
 from autoprune.errors import ArtifactError, AutopruneError
 from autoprune.export import probe_answer, probe_inputs
 from autoprune.manifest import Architecture, Manifest
 from autoprune.plan import PruningPlan
-from autoprune.tracing import trace
+from autoprune.structure.densify import densify
+from autoprune.structure.trace_model import trace
 
 MAX_SAFETENSORS_HEADER = 32 << 20
 PROBE_TOLERANCE = 1e-4  # a guess: far above the rounding of another machine, far below another network

@@ -26,18 +26,18 @@ from autoprune.budget import Speed
 from autoprune.config import Decay, Metric, Study
 from autoprune.criteria import Scores, score
 from autoprune.data import Data
-from autoprune.densify import densify
 from autoprune.errors import AutopruneError, RunError, TrialError, UnreachableError
 from autoprune.evaluation import evaluate, recalibrate_
 from autoprune.gate import bench, screen
-from autoprune.graph import ChannelGraph
-from autoprune.latency import measured_share
 from autoprune.metrics import Evaluation
 from autoprune.plan import PruningPlan
 from autoprune.record import EpochPoint, Rung, TrialRecord
 from autoprune.schedule import Schedule
 from autoprune.sensitivity import SensitivityTable
 from autoprune.splits import Split, derive_seed
+from autoprune.structure.densify import densify
+from autoprune.structure.graph import ChannelGraph
+from autoprune.structure.latency import measured_share
 from autoprune.train import EpochRecord, finetune_
 
 PROBE_BATCHES = 8

@@ -27,13 +27,13 @@ import torch
 from torch import nn
 from torchvision import models
 
-from autoprune import timings
-from autoprune.densify import densify
-from autoprune.graph import ChannelGraph
-from autoprune.latency import measured_share, with_latency
 from autoprune.plan import PruningPlan
-from autoprune.timings import Timings, device_name
-from autoprune.tracing import trace
+from autoprune.structure import timings
+from autoprune.structure.densify import densify
+from autoprune.structure.graph import ChannelGraph
+from autoprune.structure.latency import measured_share, with_latency
+from autoprune.structure.timings import Timings, device_name
+from autoprune.structure.trace_model import trace
 from studies.models import resnet20
 
 NETWORKS: dict[str, tuple[Callable[[], nn.Module], int]] = {

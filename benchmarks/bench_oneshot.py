@@ -34,16 +34,16 @@ from torch import nn
 
 from autoprune import gate
 from autoprune.allocation import allocate
-from autoprune.densify import densify
 from autoprune.errors import UnreachableError
 from autoprune.evaluation import recalibrate_
-from autoprune.graph import ChannelGraph
 from autoprune.plan import PruningPlan
 from autoprune.probing import Bench
 from autoprune.quick import evaluate_replayed
 from autoprune.sensitivity import SensitivityTable, sensitivity
 from autoprune.splits import Split
-from autoprune.tracing import trace
+from autoprune.structure.densify import densify
+from autoprune.structure.graph import ChannelGraph
+from autoprune.structure.trace_model import trace
 
 HERE = Path(__file__).resolve().parent
 SHARES = (0.7, 0.5, 0.3)  # of the multiply-adds that are kept

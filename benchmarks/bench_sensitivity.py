@@ -30,14 +30,14 @@ from torch import nn
 
 from autoprune.criteria import Scores, score
 from autoprune.data import load_data
-from autoprune.densify import masked
 from autoprune.evaluation import evaluate
-from autoprune.graph import ChannelGraph
 from autoprune.metrics import Evaluation
 from autoprune.plan import PruningPlan
 from autoprune.sensitivity import TENTHS, SensitivityTable, sensitivity
 from autoprune.splits import IMAGENET, Split
-from autoprune.tracing import trace
+from autoprune.structure.densify import masked
+from autoprune.structure.graph import ChannelGraph
+from autoprune.structure.trace_model import trace
 
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent / "studies"))

@@ -223,7 +223,7 @@ def strengthen_(model: nn.Module, x: Tensor, seed: int = 0) -> None:
 
 def _compare(model: nn.Module, graph: Any, plan: Any, x: Tensor, journal: Journal) -> float:
     """Dense against masked in float64, and whether the comparison could have seen a difference."""
-    from autoprune.densify import densify, difference, masked
+    from autoprune.structure.densify import densify, difference, masked
 
     strengthen_(model, x)
     model, x, notes = _in_float64(model, x)

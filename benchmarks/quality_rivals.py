@@ -27,10 +27,10 @@ from autoprune.allocation import allocate
 from autoprune.config import DECAYS, Decay, Finetune
 from autoprune.criteria import score
 from autoprune.data import Data
-from autoprune.densify import densify
 from autoprune.evaluation import evaluate, recalibrate_
 from autoprune.schedule import Schedule
-from autoprune.tracing import trace
+from autoprune.structure.densify import densify
+from autoprune.structure.trace_model import trace
 from autoprune.train import finetune_
 
 TRIALS = 8  # of `optuna`: as many as leave each its eighth of the samples

@@ -15,11 +15,11 @@ from torch import Tensor, nn
 
 from autoprune.artifact import write_artifact
 from autoprune.container import Container, container_chunks
-from autoprune.densify import densify
 from autoprune.manifest import Architecture, Manifest, Preprocessing, Provenance
 from autoprune.plan import PruningPlan
 from autoprune.rebuild import architecture_of
-from autoprune.tracing import trace
+from autoprune.structure.densify import densify
+from autoprune.structure.trace_model import trace
 
 
 class SmallNet(nn.Module):

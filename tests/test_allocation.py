@@ -12,15 +12,15 @@ from hypothesis import strategies as st
 
 from autoprune.allocation import STRATEGIES, TOLERANCE, allocate, rising
 from autoprune.config import Metric
-from autoprune.cost import Axis, CostModel, Term
 from autoprune.criteria import Scores
 from autoprune.errors import UnreachableError, UsageError
-from autoprune.graph import ChannelGraph, Group
-from autoprune.latency import LatencyModel
 from autoprune.metrics import Evaluation
 from autoprune.plan import PruningPlan
 from autoprune.sensitivity import SensitivityPoint, SensitivityTable
-from autoprune.tracing import trace
+from autoprune.structure.cost import Axis, CostModel, Term
+from autoprune.structure.graph import ChannelGraph, Group
+from autoprune.structure.latency import LatencyModel
+from autoprune.structure.trace_model import trace
 from studies.models import resnet20
 
 

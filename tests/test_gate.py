@@ -9,15 +9,15 @@ import torch
 from autoprune import gate
 from autoprune.config import Baseline
 from autoprune.criteria import score
-from autoprune.densify import densify
 from autoprune.errors import UnreachableError
 from autoprune.evaluation import evaluate
-from autoprune.graph import ChannelGraph
 from autoprune.plan import PruningPlan
 from autoprune.probing import Bench
 from autoprune.quick import evaluate_replayed
 from autoprune.sensitivity import SensitivityTable, sensitivity
-from autoprune.tracing import trace
+from autoprune.structure.densify import densify
+from autoprune.structure.graph import ChannelGraph
+from autoprune.structure.trace_model import trace
 from autoprune.train import train_baseline_
 from tests.tiny import TinyNet, tiny_data, tiny_net
 

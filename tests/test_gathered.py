@@ -7,12 +7,12 @@ import copy
 import pytest
 import torch
 
-from autoprune.densify import densify, difference, masked
 from autoprune.export import export_model, run_onnx
-from autoprune.gathered import GatheredModule
 from autoprune.plan import PruningPlan
 from autoprune.program import load_program
-from autoprune.tracing import trace
+from autoprune.structure.densify import densify, difference, masked
+from autoprune.structure.patches.channel_gather import GatheredModule
+from autoprune.structure.trace_model import trace
 from tests.patterns import PATTERNS
 from tests.test_structure import EXACT, strong
 

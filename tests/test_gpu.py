@@ -8,13 +8,13 @@ import pytest
 import torch
 
 from autoprune.config import Lock, Search
-from autoprune.densify import densify, masked
 from autoprune.evaluation import evaluate
 from autoprune.pipeline import run
 from autoprune.plan import PruningPlan
 from autoprune.schedule import Schedule
 from autoprune.sensitivity import sensitivity
-from autoprune.tracing import trace
+from autoprune.structure.densify import densify, masked
+from autoprune.structure.trace_model import trace
 from autoprune.train import finetune_, uses_bf16
 from tests.tiny import tiny_data, tiny_net, tiny_study
 

@@ -11,13 +11,13 @@ from hypothesis import strategies as st
 from torch import nn
 
 from autoprune.allocation import allocate
-from autoprune.densify import densify
 from autoprune.errors import UsageError
-from autoprune.graph import ChannelGraph
-from autoprune.latency import LatencyModel, kernel_of, measured_share, timed_products, with_latency
 from autoprune.plan import PruningPlan
-from autoprune.timings import Timings, in_turns
-from autoprune.tracing import trace
+from autoprune.structure.densify import densify
+from autoprune.structure.graph import ChannelGraph
+from autoprune.structure.latency import LatencyModel, kernel_of, measured_share, timed_products, with_latency
+from autoprune.structure.timings import Timings, in_turns
+from autoprune.structure.trace_model import trace
 from tests.patterns import PATTERNS
 from tests.tiny import tiny_net
 

@@ -4,7 +4,7 @@ import torch
 
 from autoprune.evaluation import evaluate
 from autoprune.measure import measure_latency, summarise, widths, with_latency
-from autoprune.tracing import trace
+from autoprune.structure.trace_model import trace
 from tests.tiny import tiny_data, tiny_net
 
 

@@ -15,7 +15,7 @@ from autoprune.errors import ConfigError, UsageError
 from autoprune.pipeline import run
 from autoprune.points import keep_point, kept_points
 from autoprune.sensitivity import SensitivityPoint, sensitivity
-from autoprune.tracing import trace
+from autoprune.structure.trace_model import trace
 from autoprune.train import train_baseline_
 from tests.tiny import TinyNet, tiny_data, tiny_net, tiny_split, tiny_study
 

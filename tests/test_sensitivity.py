@@ -9,12 +9,9 @@ import pytest
 import torch
 
 from autoprune.config import Baseline
-from autoprune.cost import CostModel, Term
 from autoprune.criteria import score
-from autoprune.densify import masked
 from autoprune.errors import ArtifactError, UsageError
 from autoprune.evaluation import evaluate
-from autoprune.graph import ChannelGraph
 from autoprune.metrics import Evaluation
 from autoprune.plan import PruningPlan
 from autoprune.sensitivity import (
@@ -24,7 +21,10 @@ from autoprune.sensitivity import (
     planned_points,
     sensitivity,
 )
-from autoprune.tracing import trace
+from autoprune.structure.cost import CostModel, Term
+from autoprune.structure.densify import masked
+from autoprune.structure.graph import ChannelGraph
+from autoprune.structure.trace_model import trace
 from autoprune.train import train_baseline_
 from tests.tiny import TinyNet, tiny_net, tiny_split
 

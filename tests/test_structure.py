@@ -10,11 +10,11 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
-from autoprune.densify import densify, difference, masked
 from autoprune.errors import TraceError, UsageError
-from autoprune.graph import ChannelGraph
 from autoprune.plan import PruningPlan
-from autoprune.tracing import trace
+from autoprune.structure.densify import densify, difference, masked
+from autoprune.structure.graph import ChannelGraph
+from autoprune.structure.trace_model import trace
 from tests.patterns import PATTERNS, Pattern
 
 EXACT = 1e-9

@@ -8,9 +8,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from autoprune.densify import densify, difference, masked
 from autoprune.plan import PruningPlan
-from autoprune.tracing import trace
+from autoprune.structure.densify import densify, difference, masked
+from autoprune.structure.trace_model import trace
 from tests.test_structure import EXACT, measured_macs, strong
 
 ACTIVATIONS = (nn.ReLU, nn.Sigmoid, nn.Hardswish, nn.GELU)

@@ -13,8 +13,8 @@ from autoprune.config import Study, check_study
 from autoprune.data import Data
 from autoprune.errors import DataError
 from autoprune.evaluation import evaluate
+from autoprune.structure.trace_model import trace
 from autoprune.study_file import built_in_studies, load_study
-from autoprune.tracing import trace
 
 NAMES = (
     "digits", "mobilenetv2_photos", "resnet20_cifar10", "resnet56_cifar10", "resnet8_fashionmnist",

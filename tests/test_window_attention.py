@@ -8,10 +8,10 @@ from torch import Tensor, nn
 from torchvision.models.maxvit import RelativePositionalMultiHeadAttention
 from torchvision.models.swin_transformer import ShiftedWindowAttention, ShiftedWindowAttentionV2
 
-from autoprune.densify import densify, difference, masked
 from autoprune.plan import PruningPlan
-from autoprune.tracing import trace
-from autoprune.window_attention import PRUNED
+from autoprune.structure.densify import densify, difference, masked
+from autoprune.structure.patches.window_attention import PRUNED
+from autoprune.structure.trace_model import trace
 from tests.test_structure import EXACT, strong
 
 

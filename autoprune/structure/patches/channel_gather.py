@@ -19,8 +19,8 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from autoprune.loose import RESHAPES, SPLITS, mix_in_
-from autoprune.tape import where
+from autoprune.structure.patches.reshape_patch import RESHAPES, SPLITS, mix_in_
+from autoprune.structure.recorder import where
 
 SHUFFLES = (torch.channel_shuffle, nn.functional.channel_shuffle)
 ALL_SPLITS = (*SPLITS, torch.chunk, Tensor.chunk)

@@ -12,10 +12,16 @@ from typing import Literal
 
 import numpy as np
 
-from autoprune.labels import LabelArray
-from autoprune.shuffles import RESHAPES, begins_ragged_shuffle, channel_shuffle, index_select, matched
-from autoprune.tape import Op, Ref
-from autoprune.walk import Axes, Handler, Site, Walk, fixed
+from autoprune.structure.channel_shuffle import (
+    RESHAPES,
+    begins_ragged_shuffle,
+    channel_shuffle,
+    index_select,
+    matched,
+)
+from autoprune.structure.labels import LabelArray
+from autoprune.structure.propagate import Axes, Handler, Site, Walk, fixed
+from autoprune.structure.recorder import Op, Ref
 
 
 def reshape(walk: Walk, op: Op) -> Axes:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from autoprune.tape import Op
-from autoprune.walk import Axes, Handler, Walk
+from autoprune.structure.propagate import Axes, Handler, Walk
+from autoprune.structure.recorder import Op
 
 
 def spatial(walk: Walk, op: Op) -> list[Axes]:

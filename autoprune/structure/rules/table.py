@@ -12,11 +12,11 @@ from __future__ import annotations
 import numpy as np
 from torch import nn
 
-from autoprune.labels import BEHIND_LAYER_NORM, LabelArray
-from autoprune.shape_ops import SHAPE_TABLE
-from autoprune.space_ops import SPACE_TABLE
-from autoprune.tape import Op, Ref
-from autoprune.walk import AttributeRule, Axes, Handler, Walk
+from autoprune.structure.labels import BEHIND_LAYER_NORM, LabelArray
+from autoprune.structure.propagate import AttributeRule, Axes, Handler, Walk
+from autoprune.structure.recorder import Op, Ref
+from autoprune.structure.rules.shape import SHAPE_TABLE
+from autoprune.structure.rules.space import SPACE_TABLE
 
 
 def unknown(walk: Walk, op: Op) -> list[Axes]:

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor, nn
 
 if TYPE_CHECKING:
-    from autoprune.graph import ChannelGraph
     from autoprune.plan import PruningPlan
+    from autoprune.structure.graph import ChannelGraph
 
 
 class Padded(nn.Module):

@@ -16,8 +16,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from autoprune.tape import Op, Ref
-from autoprune.walk import Axes, Order, Walk, fixed
+from autoprune.structure.propagate import Axes, Order, Walk, fixed
+from autoprune.structure.recorder import Op, Ref
 
 RESHAPES = frozenset(["view", "_unsafe_view", "reshape", "_reshape_alias", "flatten", "unflatten"])
 MOVES = frozenset({"permute", "transpose"})

@@ -21,18 +21,18 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
-from autoprune.agree import disagreement, exchanged, other_outputs
-from autoprune.copying import copied, named_modules
-from autoprune.densify import densify, densify_on_meta, largest_gap, masked, outputs
-from autoprune.gathered import GatheredModule
-from autoprune.graph import ChannelGraph, Group
-from autoprune.grouping import Wishes, build
-from autoprune.labels import LabelArray
-from autoprune.loose import LooseModule
 from autoprune.plan import PruningPlan
-from autoprune.shuffles import tied_too_far
-from autoprune.tape import Tape, record_on_meta
-from autoprune.walk import Walk
+from autoprune.structure.channel_shuffle import tied_too_far
+from autoprune.structure.copying import copied, named_modules
+from autoprune.structure.densify import densify, densify_on_meta, largest_gap, masked, outputs
+from autoprune.structure.graph import ChannelGraph, Group
+from autoprune.structure.grouping import Wishes, build
+from autoprune.structure.labels import LabelArray
+from autoprune.structure.patches.channel_gather import GatheredModule
+from autoprune.structure.patches.reshape_patch import LooseModule
+from autoprune.structure.program_match import disagreement, exchanged, other_outputs
+from autoprune.structure.propagate import Walk
+from autoprune.structure.recorder import Tape, record_on_meta
 
 CHEAP_MACS = 1_000_000_000  # below this the comparison in numbers takes about a tenth of a second
 SMALL_MACS, SMALL_PARAMS = 20_000_000, 1_000_000  # so small that it costs nothing, neither time nor memory

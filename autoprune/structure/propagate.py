@@ -24,9 +24,9 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import nn
 
-from autoprune.labels import FIXED, LabelArray, Labels, Role
-from autoprune.tape import Op, Ref, Tape
-from autoprune.zeros import is_above_zero, maskable, stays_zero
+from autoprune.structure.labels import FIXED, LabelArray, Labels, Role
+from autoprune.structure.recorder import Op, Ref, Tape
+from autoprune.structure.zero_channels import is_above_zero, maskable, stays_zero
 
 Axes = list[LabelArray | None]
 Handler = Callable[["Walk", Op], "Axes | list[Axes]"]

@@ -30,12 +30,15 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
-from autoprune.copying import named_modules, named_tensors
 from autoprune.errors import TraceError
-from autoprune.meta_results import Rule, rule
+from autoprune.structure.copying import named_modules, named_tensors
+from autoprune.structure.meta_shapes import Rule, rule
 
 TORCH_FOLDER = str(Path(torch.__file__).parent) + "/"
-PASSING = {str(Path(__file__).with_name(name)) for name in ("loose.py", "gathered.py", "rescaled.py")}
+PASSING = {
+    str(Path(__file__).parent / "patches" / name)
+    for name in ("reshape_patch.py", "channel_gather.py", "norm_patch.py")
+}
 META = torch.device("meta")
 UNSAFE_VIEW = torch.ops.aten._unsafe_view.default  # a view, though its schema does not say so
 

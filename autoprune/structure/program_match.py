@@ -18,15 +18,15 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import nn
 
-from autoprune.copying import named_modules
-from autoprune.gathered import GatheredModule
-from autoprune.graph import Group
-from autoprune.labels import LabelArray
-from autoprune.loose import LooseModule, Shape
 from autoprune.plan import PruningPlan
-from autoprune.rescaled import RescaledModule
-from autoprune.tape import Op, Ref, Tape
-from autoprune.walk import Walk
+from autoprune.structure.copying import named_modules
+from autoprune.structure.graph import Group
+from autoprune.structure.labels import LabelArray
+from autoprune.structure.patches.channel_gather import GatheredModule
+from autoprune.structure.patches.norm_patch import RescaledModule
+from autoprune.structure.patches.reshape_patch import LooseModule, Shape
+from autoprune.structure.propagate import Walk
+from autoprune.structure.recorder import Op, Ref, Tape
 
 SIZES: dict[str, frozenset[str]] = {
     **dict.fromkeys(

@@ -12,11 +12,10 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from autoprune.copying import named_modules, named_tensors
-from autoprune.cost import Axis, CostModel, Product, Term
-from autoprune.counters import counted
-from autoprune.gathered import GatheredModule
-from autoprune.graph import (
+from autoprune.structure.channel_shuffle import channel_shuffle
+from autoprune.structure.copying import named_modules, named_tensors
+from autoprune.structure.cost import Axis, CostModel, Product, Term
+from autoprune.structure.graph import (
     ChannelGraph,
     Frozen,
     Group,
@@ -26,12 +25,13 @@ from autoprune.graph import (
     Rearranged,
     Reshape,
 )
-from autoprune.labels import LabelArray, Slot
-from autoprune.ops import TABLE
-from autoprune.shape_ops import reshape, split
-from autoprune.shuffles import channel_shuffle
-from autoprune.tape import Op, Ref, Tape
-from autoprune.walk import Order, Walk
+from autoprune.structure.labels import LabelArray, Slot
+from autoprune.structure.patches.channel_gather import GatheredModule
+from autoprune.structure.patches.counters import counted
+from autoprune.structure.propagate import Order, Walk
+from autoprune.structure.recorder import Op, Ref, Tape
+from autoprune.structure.rules.shape import reshape, split
+from autoprune.structure.rules.table import TABLE
 
 
 @dataclass(frozen=True, kw_only=True)

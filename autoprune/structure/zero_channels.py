@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Container
 
-from autoprune.tape import Op, Tape
+from autoprune.structure.recorder import Op, Tape
 
 SHAPES = """
     expand view _unsafe_view unsqueeze squeeze slice select permute transpose t clone detach alias _to_copy

@@ -17,15 +17,15 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map_only
 
-from autoprune.attention import mend_attention
-from autoprune.copying import copied, named_modules, without_collector
 from autoprune.errors import UsageError, VerificationError
-from autoprune.gathered import Call, gather
-from autoprune.graph import ChannelGraph, Group, RaggedCall, Rearranged
-from autoprune.loose import Shape, loosen
-from autoprune.padding import mend_paddings
 from autoprune.plan import PruningPlan
-from autoprune.rescaled import rescale
+from autoprune.structure.copying import copied, named_modules, without_collector
+from autoprune.structure.graph import ChannelGraph, Group, RaggedCall, Rearranged
+from autoprune.structure.patches.attention import mend_attention
+from autoprune.structure.patches.channel_gather import Call, gather
+from autoprune.structure.patches.norm_patch import rescale
+from autoprune.structure.patches.padding import mend_paddings
+from autoprune.structure.patches.reshape_patch import Shape, loosen
 
 GATES = {"LSTM": 4, "GRU": 3, "RNN_TANH": 1, "RNN_RELU": 1}  # rows of a recurrent layer's weight a unit
 TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4}  # relative; measured: 1e-14 and 1e-6 on torchvision

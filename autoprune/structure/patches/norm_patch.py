@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from autoprune.loose import mix_in_
+from autoprune.structure.patches.reshape_patch import mix_in_
 
 
 class RescaledModule:

@@ -11,10 +11,10 @@ from collections.abc import Callable
 import numpy as np
 from torch import nn
 
-from autoprune.cost import Axis
-from autoprune.graph import Counted
-from autoprune.labels import LabelArray
-from autoprune.walk import Walk
+from autoprune.structure.cost import Axis
+from autoprune.structure.graph import Counted
+from autoprune.structure.labels import LabelArray
+from autoprune.structure.propagate import Walk
 
 PIECES: tuple[str, ...] = ("head", "group")
 PARTS = ("width", "split", "chunk")

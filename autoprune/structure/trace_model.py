@@ -17,12 +17,12 @@ from typing import Any
 from torch import Tensor, nn
 
 from autoprune.config import Norms
-from autoprune.copying import named_modules, without_collector
 from autoprune.errors import UsageError
-from autoprune.graph import ChannelGraph
-from autoprune.grouping import Wishes
-from autoprune.prove import proven
-from autoprune.tape import record
+from autoprune.structure.copying import named_modules, without_collector
+from autoprune.structure.graph import ChannelGraph
+from autoprune.structure.grouping import Wishes
+from autoprune.structure.recorder import record
+from autoprune.structure.verify import proven
 
 
 def trace(

@@ -16,12 +16,12 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from autoprune.cost import Axis, Cost, CostModel, Product
 from autoprune.errors import UsageError
-from autoprune.labels import Role
-from autoprune.loose import Fix, Place
 from autoprune.plan import PruningPlan
-from autoprune.tape import Tape
+from autoprune.structure.cost import Axis, Cost, CostModel, Product
+from autoprune.structure.labels import Role
+from autoprune.structure.patches.reshape_patch import Fix, Place
+from autoprune.structure.recorder import Tape
 
 
 @dataclass(frozen=True, kw_only=True)

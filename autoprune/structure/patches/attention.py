@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from autoprune.copying import named_modules
+from autoprune.structure.copying import named_modules
 
 
 class PrunedMultiheadAttention(nn.MultiheadAttention):
@@ -106,6 +106,6 @@ def mend_attention(model: nn.Module, changed: Iterable[str]) -> None:
         if isinstance(module, nn.MultiheadAttention):
             _mend_multihead(module)
         elif type(module).__module__.startswith("torchvision."):
-            from autoprune.window_attention import mend
+            from autoprune.structure.patches.window_attention import mend
 
             mend(module)

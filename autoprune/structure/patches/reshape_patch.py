@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from autoprune.tape import where
+from autoprune.structure.recorder import where
 
 RESHAPES = (Tensor.reshape, Tensor.view, torch.reshape)
 SPLITS = (Tensor.split, torch.split, Tensor.split_with_sizes, torch.split_with_sizes)

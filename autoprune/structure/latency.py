@@ -27,12 +27,12 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
-from autoprune.cost import CostModel, Product
-from autoprune.densify import densify
-from autoprune.graph import ChannelGraph, Group
 from autoprune.plan import PruningPlan
-from autoprune.tape import Op, Ref, Tape
-from autoprune.timings import Call, Seconds, Timings, in_turns
+from autoprune.structure.cost import CostModel, Product
+from autoprune.structure.densify import densify
+from autoprune.structure.graph import ChannelGraph, Group
+from autoprune.structure.recorder import Op, Ref, Tape
+from autoprune.structure.timings import Call, Seconds, Timings, in_turns
 
 Lengths = NDArray[np.int64]
 
