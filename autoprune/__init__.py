@@ -20,9 +20,10 @@ if TYPE_CHECKING:
     from autoprune.config import Lock as Lock
     from autoprune.config import Search as Search
     from autoprune.config import Study as Study
-    from autoprune.data import Data as Data
-    from autoprune.data import from_datasets as from_datasets
-    from autoprune.data import load_data as load_data
+    from autoprune.data.sources import Data as Data
+    from autoprune.data.sources import from_datasets as from_datasets
+    from autoprune.data.sources import load_data as load_data
+    from autoprune.data.weights import load_weights_ as load_weights_
     from autoprune.errors import AutopruneError as AutopruneError
     from autoprune.evaluation import evaluate as evaluate
     from autoprune.pipeline import run as run
@@ -36,7 +37,6 @@ if TYPE_CHECKING:
     from autoprune.structure.graph import ChannelGraph as ChannelGraph
     from autoprune.structure.trace_model import trace as trace
     from autoprune.train import finetune_
-    from autoprune.weights import load_weights_ as load_weights_
 
     finetune = finetune_
 
@@ -48,7 +48,7 @@ PUBLIC = {
     "ChannelGraph": "structure.graph",
     "Control": "config",
     "Cost": "structure.cost",
-    "Data": "data",
+    "Data": "data.sources",
     "Finetune": "config",
     "Lock": "config",
     "PruningPlan": "plan",
@@ -59,10 +59,10 @@ PUBLIC = {
     "densify": "structure.densify",
     "evaluate": "evaluation",
     "finetune": "train:finetune_",
-    "from_datasets": "data",
+    "from_datasets": "data.sources",
     "load": "artifact",
-    "load_data": "data",
-    "load_weights_": "weights",
+    "load_data": "data.sources",
+    "load_weights_": "data.weights",
     "masked": "structure.densify",
     "run": "pipeline",
     "sensitivity": "sensitivity",

@@ -16,6 +16,7 @@ from typing import Any
 from autoprune import events as ev
 from autoprune.budget import Meter
 from autoprune.controller import Goal
+from autoprune.data.splits import derive_seed
 from autoprune.errors import UsageError
 from autoprune.evaluation import evaluate
 from autoprune.history import checkpoint_of, pack, read_goal, spent
@@ -25,7 +26,6 @@ from autoprune.preflight import Setup, environment, measured_baseline, plain_set
 from autoprune.presence import Presence
 from autoprune.record import FrozenPart, SplitSummary
 from autoprune.search import tell_budget
-from autoprune.splits import derive_seed
 from autoprune.store import RunStore
 from autoprune.train import train_baseline_
 

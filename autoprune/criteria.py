@@ -20,9 +20,9 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from autoprune.data.splits import Split
 from autoprune.errors import UsageError
 from autoprune.evaluation import Loss, borrowed, classification_loss
-from autoprune.splits import Split
 from autoprune.structure.graph import ChannelGraph, Group, Member
 
 Values = NDArray[np.float64]

@@ -22,6 +22,7 @@ from autoprune.budget import MAX_EPOCHS, MIN_EPOCHS
 from autoprune.closing import final_rate, nearest_miss, saved
 from autoprune.config import Lock, Study
 from autoprune.controller import Promotion, State
+from autoprune.data.splits import derive_seed
 from autoprune.errors import TrialError
 from autoprune.evaluation import evaluate
 from autoprune.history import (
@@ -42,7 +43,6 @@ from autoprune.preflight import Setup
 from autoprune.record import Difference, ModelSummary, Outcome, RunRecord, RunResult, Tuning
 from autoprune.report import write_report
 from autoprune.search import tell_budget
-from autoprune.splits import derive_seed
 from autoprune.store import CHECKPOINT, FINAL, scored
 from autoprune.structure.densify import densify, verify
 from autoprune.train import EpochRecord, finetune_

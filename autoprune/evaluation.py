@@ -20,9 +20,9 @@ from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from autoprune import ranks
+from autoprune.data.splits import Batch, Split
 from autoprune.errors import UsageError
 from autoprune.metrics import Evaluation
-from autoprune.splits import Batch, Split
 
 Loss = Callable[[Any, Tensor], Tensor]
 Score = Callable[[nn.Module, Split, str], float]

@@ -28,9 +28,10 @@ from autoprune.allocation import allocate
 from autoprune.config import Metric
 from autoprune.criteria import Scores
 from autoprune.criteria import score as score_units
+from autoprune.data.cached_split import kept
+from autoprune.data.splits import Split
 from autoprune.errors import UnreachableError
 from autoprune.evaluation import Loss, Score, recalibrate_
-from autoprune.kept_batches import kept
 from autoprune.metrics import Evaluation
 from autoprune.plan import PruningPlan
 from autoprune.probing import Bench
@@ -41,7 +42,6 @@ from autoprune.sensitivity import (
     SensitivityTable,
     sensitivity,
 )
-from autoprune.splits import Split
 from autoprune.structure.densify import densify
 from autoprune.structure.graph import ChannelGraph
 

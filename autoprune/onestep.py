@@ -14,11 +14,11 @@ from torch import nn
 
 from autoprune import gate
 from autoprune.criteria import score as score_units
+from autoprune.data.splits import Split
 from autoprune.errors import UnreachableError
 from autoprune.evaluation import Loss, Score, evaluate, recalibrate_
 from autoprune.outlook import Prospect, region
 from autoprune.sensitivity import SensitivityTable
-from autoprune.splits import Split
 from autoprune.structure.densify import densify
 from autoprune.structure.graph import ChannelGraph
 

@@ -23,6 +23,7 @@ from autoprune.budget import FINAL_SHARE, MIN_EPOCHS, Effort, Speed, plan_round,
 from autoprune.closing import is_near
 from autoprune.config import Lock, Study
 from autoprune.controller import Decision, RoundOutcome, State, decide, floor_of_round, replay
+from autoprune.data.splits import derive_seed
 from autoprune.delivery import deliver
 from autoprune.errors import RunError
 from autoprune.history import (
@@ -41,7 +42,6 @@ from autoprune.record import RunResult, SensitivityCell
 from autoprune.sealing import run_seal
 from autoprune.search import RoundJob, is_decided, same_failure, search_round
 from autoprune.sensitivity import SensitivityPoint, SensitivityTable, most_points, sensitivity
-from autoprune.splits import derive_seed
 from autoprune.store import CHECKPOINT, FINAL, Place, RunStore, Seal, has_run, put, quiet_optuna, scored
 from autoprune.structure.densify import densify, verify
 from autoprune.structure.latency import with_latency

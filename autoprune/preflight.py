@@ -26,7 +26,7 @@ from autoprune.config import Budget, Lock, Metric, Study, Target, check_study
 from autoprune.controller import Goal, start
 from autoprune.criteria import CRITERIA
 from autoprune.crypto import check_lock
-from autoprune.data import Data
+from autoprune.data.sources import Data
 from autoprune.errors import AutopruneError, ConfigError, RunError, UnreachableError, UsageError
 from autoprune.evaluation import evaluate, resolve_device
 from autoprune.export import export_model

@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 from torch.utils.flop_counter import FlopCounterMode
 
+from autoprune.data.splits import Split
 from autoprune.errors import AutopruneError, TraceError
 from autoprune.evaluation import (
     EVAL_BATCH,
@@ -39,7 +40,6 @@ from autoprune.fuse import channels_last, fused
 from autoprune.metrics import Evaluation
 from autoprune.plan import PruningPlan
 from autoprune.replay import NotReplayableError, Program, Replay, Suffix, Values, calibrating, program, suffix
-from autoprune.splits import Split
 from autoprune.structure.densify import densify, masked, masked_tensors
 from autoprune.structure.graph import ChannelGraph
 from autoprune.structure.recorder import record

@@ -27,11 +27,11 @@ from autoprune.budget import FINAL_SHARE, Meter, Speed, ladder
 from autoprune.closing import is_hopeful, is_near
 from autoprune.config import Search
 from autoprune.controller import Goal, State, TrialSummary, has_recovered
+from autoprune.data.splits import derive_seed
 from autoprune.history import RESULT, RoundPlan, read_plan, read_trials, spent
 from autoprune.presence import POLL_S, Presence, Watch
 from autoprune.record import TrialRecord
 from autoprune.seats import NOBODY, OWNER, POINT, Taken, free_, running, sit, take, tell
-from autoprune.splits import derive_seed
 from autoprune.store import CHECKPOINT, RunStore, put, scored
 from autoprune.train import EpochRecord
 from autoprune.trial import Climb, Ground, TrialParams, TrialResult, failed_record, run_trial

@@ -30,12 +30,12 @@ from torch import nn
 
 from autoprune.criteria import Scores
 from autoprune.criteria import score as score_units
+from autoprune.data.splits import Split
 from autoprune.errors import ArtifactError, UsageError
 from autoprune.evaluation import Loss, Score
 from autoprune.metrics import Evaluation, difference_pp
 from autoprune.plan import PruningPlan
 from autoprune.probing import Bench, Measured, choose_probe, miscounted
-from autoprune.splits import Split
 from autoprune.structure.graph import ChannelGraph
 
 MIN_SHARE = 0.5

@@ -7,7 +7,7 @@ import time
 from dataclasses import dataclass
 
 from autoprune.config import Study
-from autoprune.data import Split
+from autoprune.data.sources import Split
 from autoprune.evaluation import evaluate, resolve_device
 from autoprune.preflight import Understood, understand
 from autoprune.trial import seconds_of_training

@@ -25,6 +25,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from autoprune import ranks
 from autoprune.config import Baseline, Finetune
+from autoprune.data.splits import Split, derive_seed
 from autoprune.errors import TrialError, UsageError
 from autoprune.evaluation import (
     Loss,
@@ -38,7 +39,6 @@ from autoprune.evaluation import (
 )
 from autoprune.optimizer import Stepper
 from autoprune.schedule import Schedule, make_scheduler
-from autoprune.splits import Split, derive_seed
 
 __all__ = [
     "EpochRecord", "Loss", "Score", "evaluate", "finetune_", "recalibrate_", "resolve_device",

@@ -25,7 +25,8 @@ from autoprune.allocation import allocate
 from autoprune.budget import Speed
 from autoprune.config import Decay, Metric, Study
 from autoprune.criteria import Scores, score
-from autoprune.data import Data
+from autoprune.data.sources import Data
+from autoprune.data.splits import Split, derive_seed
 from autoprune.errors import AutopruneError, RunError, TrialError, UnreachableError
 from autoprune.evaluation import evaluate, recalibrate_
 from autoprune.gate import bench, screen
@@ -34,7 +35,6 @@ from autoprune.plan import PruningPlan
 from autoprune.record import EpochPoint, Rung, TrialRecord
 from autoprune.schedule import Schedule
 from autoprune.sensitivity import SensitivityTable
-from autoprune.splits import Split, derive_seed
 from autoprune.structure.densify import densify
 from autoprune.structure.graph import ChannelGraph
 from autoprune.structure.latency import measured_share

@@ -30,9 +30,9 @@ from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms import v2
 
 from autoprune.config import Finetune
+from autoprune.data.splits import TensorSplit
 from autoprune.evaluation import evaluate
 from autoprune.schedule import Schedule
-from autoprune.splits import TensorSplit
 from autoprune.train import finetune_, uses_bf16
 
 HERE = Path(__file__).resolve().parent

@@ -34,13 +34,13 @@ from torch import nn
 
 from autoprune import gate
 from autoprune.allocation import allocate
+from autoprune.data.splits import Split
 from autoprune.errors import UnreachableError
 from autoprune.evaluation import recalibrate_
 from autoprune.plan import PruningPlan
 from autoprune.probing import Bench
 from autoprune.quick import evaluate_replayed
 from autoprune.sensitivity import SensitivityTable, sensitivity
-from autoprune.splits import Split
 from autoprune.structure.densify import densify
 from autoprune.structure.graph import ChannelGraph
 from autoprune.structure.trace_model import trace

@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from autoprune.config import Baseline
-from autoprune.data import Data, load_data
-from autoprune.splits import IMAGENET
+from autoprune.data.sources import Data, load_data
+from autoprune.data.splits import IMAGENET
 from autoprune.train import train_baseline_
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "studies"))

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
-from autoprune.splits import Split
+from autoprune.data.splits import Split
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")

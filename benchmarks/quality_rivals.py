@@ -26,7 +26,7 @@ from torch import nn
 from autoprune.allocation import allocate
 from autoprune.config import DECAYS, Decay, Finetune
 from autoprune.criteria import score
-from autoprune.data import Data
+from autoprune.data.sources import Data
 from autoprune.evaluation import evaluate, recalibrate_
 from autoprune.schedule import Schedule
 from autoprune.structure.densify import densify

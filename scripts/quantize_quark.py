@@ -26,7 +26,7 @@ from numpy.typing import NDArray
 
 from autoprune.container import write_chunks
 from autoprune.crypto import encrypt_chunks
-from autoprune.data import Data, Split, load_data
+from autoprune.data.sources import Data, Split, load_data
 from autoprune.errors import AutopruneError, UsageError
 from autoprune.export import silent_onnxruntime
 from autoprune.metrics import Evaluation, difference_pp

@@ -10,7 +10,7 @@ from __future__ import annotations
 from models import resnet8
 
 from autoprune.config import Baseline, Search, Study
-from autoprune.data import Data, load_data
+from autoprune.data.sources import Data, load_data
 
 
 def data() -> Data:

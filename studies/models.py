@@ -14,7 +14,7 @@ from pathlib import Path
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from autoprune.weights import load_weights_
+from autoprune.data.weights import load_weights_
 
 WIDTHS = (16, 32, 64)
 

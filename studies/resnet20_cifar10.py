@@ -16,9 +16,9 @@ from pathlib import Path
 from models import ResNet, resnet20
 
 from autoprune.config import Finetune, Study
-from autoprune.data import Data, load_data
+from autoprune.data.sources import Data, load_data
+from autoprune.data.splits import IMAGENET
 from autoprune.errors import DataError
-from autoprune.splits import IMAGENET
 
 WEIGHTS = "weights/resnet20-12fca82f.th"
 

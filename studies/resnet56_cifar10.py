@@ -18,8 +18,8 @@ from models import ResNet, resnet56
 from resnet20_cifar10 import data_folder
 
 from autoprune.config import Finetune, Study
-from autoprune.data import Data, load_data
-from autoprune.splits import IMAGENET
+from autoprune.data.sources import Data, load_data
+from autoprune.data.splits import IMAGENET
 
 WEIGHTS = "weights/resnet56-4bfd9763.th"
 

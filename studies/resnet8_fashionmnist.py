@@ -11,7 +11,7 @@ import os
 from models import resnet8
 
 from autoprune.config import Baseline, Study
-from autoprune.data import Data, load_data
+from autoprune.data.sources import Data, load_data
 from autoprune.errors import DataError
 
 

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset, Subset
 
-from autoprune.data import Data, LoaderSplit, TensorSplit, cut, from_datasets, load_data
+from autoprune.data.sources import Data, LoaderSplit, TensorSplit, cut, from_datasets, load_data
+from autoprune.data.splits import Augmentation, Normalization
 from autoprune.errors import DataError
-from autoprune.splits import Augmentation, Normalization
 
 GREY = Normalization(mean=(0.5,), std=(0.25,))
 

@@ -7,10 +7,10 @@ import pytest
 import torch
 from PIL import Image
 
-from autoprune.data import load_data
-from autoprune.data_spec import parse_data
+from autoprune.data.sources import load_data
+from autoprune.data.spec import parse_data
+from autoprune.data.splits import IMAGENET
 from autoprune.errors import DataError
-from autoprune.splits import IMAGENET
 
 
 def test_a_name_and_a_folder_are_enough() -> None:

@@ -13,11 +13,11 @@ from torch import Tensor, nn
 
 from autoprune import events as ev
 from autoprune.config import Control, Lock, Search, Study
-from autoprune.data import Data
+from autoprune.data.sources import Data
+from autoprune.data.splits import LoaderSplit, Split
 from autoprune.errors import RunError
 from autoprune.evaluation import evaluate
 from autoprune.pipeline import run
-from autoprune.splits import LoaderSplit, Split
 from tests.tiny import tiny_data, tiny_study, trained_net
 
 PLAIN = Lock(plain=True)

@@ -6,9 +6,9 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from autoprune import kept_batches
-from autoprune.kept_batches import KeptBatches, kept
-from autoprune.splits import LoaderSplit
+from autoprune.data import cached_split
+from autoprune.data.cached_split import KeptBatches, kept
+from autoprune.data.splits import LoaderSplit
 from tests.tiny import tiny_split
 
 
@@ -45,7 +45,7 @@ def test_samples_are_read_once_and_are_the_same() -> None:
 
 
 def test_memory_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(kept_batches, "MEMORY", 1)
+    monkeypatch.setattr(cached_split, "MEMORY", 1)
     dataset = Counted()
     split = kept(LoaderSplit(dataset))
     assert isinstance(split, KeptBatches)

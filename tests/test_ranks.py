@@ -14,9 +14,9 @@ import torch
 
 from autoprune import evaluation, train
 from autoprune.config import Finetune
+from autoprune.data.splits import LoaderSplit, Split, own_part
 from autoprune.evaluation import evaluate, recalibrate_
 from autoprune.schedule import Schedule
-from autoprune.splits import LoaderSplit, Split, own_part
 from autoprune.train import finetune_
 from tests.tiny import tiny_data, tiny_net
 

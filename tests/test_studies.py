@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from autoprune.config import Study, check_study
-from autoprune.data import Data
+from autoprune.data.sources import Data
 from autoprune.errors import DataError
 from autoprune.evaluation import evaluate
 from autoprune.structure.trace_model import trace

@@ -16,10 +16,10 @@ import numpy as np
 from numpy.typing import NDArray
 from torch.utils.data import Dataset
 
-from autoprune.data_spec import parse_data
-from autoprune.datasets import READERS, Source, read_imagefolder
+from autoprune.data.datasets import READERS, Source, read_imagefolder
+from autoprune.data.spec import parse_data
+from autoprune.data.splits import LoaderSplit, Normalization, Split, TensorSplit
 from autoprune.errors import DataError
-from autoprune.splits import LoaderSplit, Normalization, Split, TensorSplit
 
 __all__ = [
     "Cut",

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from autoprune.splits import WHOLE, Batch, Split, TensorSplit
+from autoprune.data.splits import WHOLE, Batch, Split, TensorSplit
 
 MEMORY = 2**30  # bytes of batches that are kept; beyond it they are loaded again
 

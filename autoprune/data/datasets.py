@@ -21,8 +21,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from autoprune.data.splits import IMAGENET, Augmentation, LoaderSplit, Normalization, Split, TensorSplit
 from autoprune.errors import DataError
-from autoprune.splits import IMAGENET, Augmentation, LoaderSplit, Normalization, Split, TensorSplit
 
 Bytes = NDArray[np.uint8]
 CIFAR10_CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")

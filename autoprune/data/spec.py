@@ -14,9 +14,9 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-from autoprune.datasets import CIFAR10, DIGITS, FASHION, READERS
+from autoprune.data.datasets import CIFAR10, DIGITS, FASHION, READERS
+from autoprune.data.splits import IMAGENET, Normalization
 from autoprune.errors import DataError
-from autoprune.splits import IMAGENET, Normalization
 
 NAMED = {
     "imagenet": IMAGENET, "cifar10": CIFAR10, "fashionmnist": FASHION, "digits": DIGITS,
