@@ -25,18 +25,18 @@ if TYPE_CHECKING:
     from autoprune.data.sources import load_data as load_data
     from autoprune.data.weights import load_weights_ as load_weights_
     from autoprune.errors import AutopruneError as AutopruneError
-    from autoprune.evaluation import evaluate as evaluate
     from autoprune.pipeline import run as run
     from autoprune.plan import PruningPlan as PruningPlan
     from autoprune.record import RunResult as RunResult
-    from autoprune.schedule import Schedule as Schedule
     from autoprune.sensitivity import sensitivity as sensitivity
     from autoprune.structure.cost import Cost as Cost
     from autoprune.structure.densify import densify as densify
     from autoprune.structure.densify import masked as masked
     from autoprune.structure.graph import ChannelGraph as ChannelGraph
     from autoprune.structure.trace_model import trace as trace
-    from autoprune.train import finetune_
+    from autoprune.training.evaluation import evaluate as evaluate
+    from autoprune.training.finetune import finetune_
+    from autoprune.training.schedule import Schedule as Schedule
 
     finetune = finetune_
 
@@ -53,12 +53,12 @@ PUBLIC = {
     "Lock": "config",
     "PruningPlan": "plan",
     "RunResult": "record",
-    "Schedule": "schedule",
+    "Schedule": "training.schedule",
     "Search": "config",
     "Study": "config",
     "densify": "structure.densify",
-    "evaluate": "evaluation",
-    "finetune": "train:finetune_",
+    "evaluate": "training.evaluation",
+    "finetune": "training.finetune:finetune_",
     "from_datasets": "data.sources",
     "load": "artifact",
     "load_data": "data.sources",

@@ -18,7 +18,6 @@ from autoprune.budget import Meter
 from autoprune.controller import Goal
 from autoprune.data.splits import derive_seed
 from autoprune.errors import UsageError
-from autoprune.evaluation import evaluate
 from autoprune.history import checkpoint_of, pack, read_goal, spent
 from autoprune.measure import summarise
 from autoprune.plan import PruningPlan
@@ -27,7 +26,8 @@ from autoprune.presence import Presence
 from autoprune.record import FrozenPart, SplitSummary
 from autoprune.search import tell_budget
 from autoprune.store import RunStore
-from autoprune.train import train_baseline_
+from autoprune.training.evaluation import evaluate
+from autoprune.training.finetune import train_baseline_
 
 NONE: Mapping[str, str] = MappingProxyType({})
 MAY_CHANGE = ("budget", "device", "data")  # the data are compared by their digests

@@ -234,11 +234,11 @@ def _write_analysis(folder: Path, document: str, table: SensitivityTable, found:
 
 def _measure(study: Study, on_event: OnEvent) -> tuple[SensitivityTable, tuple[Prospect, ...]]:
     from autoprune.data.splits import derive_seed
-    from autoprune.evaluation import resolve_device
     from autoprune.onestep import prospects
     from autoprune.preflight import understand
     from autoprune.sensitivity import most_points, sensitivity
-    from autoprune.train import train_baseline_
+    from autoprune.training.evaluation import resolve_device
+    from autoprune.training.finetune import train_baseline_
 
     check_study(study)
     known, device = understand(study), resolve_device(study.device)

@@ -22,8 +22,8 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from autoprune.data.splits import Split
 from autoprune.errors import UsageError
-from autoprune.evaluation import Loss, borrowed, classification_loss
 from autoprune.structure.graph import ChannelGraph, Group, Member
+from autoprune.training.evaluation import Loss, borrowed, classification_loss
 
 Values = NDArray[np.float64]
 Scores = dict[str, Values]

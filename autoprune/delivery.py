@@ -24,7 +24,6 @@ from autoprune.config import Lock, Study
 from autoprune.controller import Promotion, State
 from autoprune.data.splits import derive_seed
 from autoprune.errors import TrialError
-from autoprune.evaluation import evaluate
 from autoprune.history import (
     checkpoint_of,
     measured_speed,
@@ -45,7 +44,8 @@ from autoprune.report import write_report
 from autoprune.search import tell_budget
 from autoprune.store import CHECKPOINT, FINAL, scored
 from autoprune.structure.densify import densify, verify
-from autoprune.train import EpochRecord, finetune_
+from autoprune.training.evaluation import evaluate
+from autoprune.training.finetune import EpochRecord, finetune_
 from autoprune.trial import points
 from autoprune.wording import percent
 

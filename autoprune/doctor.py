@@ -69,7 +69,7 @@ def _packages() -> Finding:
 def _processor() -> Finding:
     import torch
 
-    from autoprune.train import uses_bf16
+    from autoprune.training.finetune import uses_bf16
 
     cores, threads = _cores(), torch.get_num_threads()
     trains = "trains in bf16" if uses_bf16(torch.device("cpu")) else "trains in fp32"

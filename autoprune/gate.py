@@ -31,7 +31,6 @@ from autoprune.criteria import score as score_units
 from autoprune.data.cached_split import kept
 from autoprune.data.splits import Split
 from autoprune.errors import UnreachableError
-from autoprune.evaluation import Loss, Score, recalibrate_
 from autoprune.metrics import Evaluation
 from autoprune.plan import PruningPlan
 from autoprune.probing import Bench
@@ -44,6 +43,7 @@ from autoprune.sensitivity import (
 )
 from autoprune.structure.densify import densify
 from autoprune.structure.graph import ChannelGraph
+from autoprune.training.evaluation import Loss, Score, recalibrate_
 
 CRITERIA = ("l1", "l2", "taylor", "jacobian")
 STRATEGIES = ("sensitivity", "global")

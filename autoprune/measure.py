@@ -15,10 +15,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
-from autoprune.evaluation import borrowed
 from autoprune.metrics import Evaluation
 from autoprune.record import ModelSummary
 from autoprune.structure.cost import Cost
+from autoprune.training.evaluation import borrowed
 
 WARM_UP = 5
 MIN_RUNS, MAX_RUNS = 15, 200

@@ -16,11 +16,11 @@ from autoprune import gate
 from autoprune.criteria import score as score_units
 from autoprune.data.splits import Split
 from autoprune.errors import UnreachableError
-from autoprune.evaluation import Loss, Score, evaluate, recalibrate_
 from autoprune.outlook import Prospect, region
 from autoprune.sensitivity import SensitivityTable
 from autoprune.structure.densify import densify
 from autoprune.structure.graph import ChannelGraph
+from autoprune.training.evaluation import Loss, Score, evaluate, recalibrate_
 
 SHARES = (0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3, 0.2)
 RECALIBRATE_BATCHES = 10

@@ -28,7 +28,6 @@ from autoprune.criteria import CRITERIA
 from autoprune.crypto import check_lock
 from autoprune.data.sources import Data
 from autoprune.errors import AutopruneError, ConfigError, RunError, UnreachableError, UsageError
-from autoprune.evaluation import evaluate, resolve_device
 from autoprune.export import export_model
 from autoprune.metrics import Evaluation, wilson_interval
 from autoprune.signing import sign_manifest
@@ -37,6 +36,7 @@ from autoprune.structure.graph import ChannelGraph
 from autoprune.structure.latency import with_latency
 from autoprune.structure.timings import device_name
 from autoprune.structure.trace_model import trace
+from autoprune.training.evaluation import evaluate, resolve_device
 from autoprune.wording import milliseconds
 
 SMALL_BATCH_MACS = 1_000_000_000  # a guess between 0.2 GMACs (see fitting_threads) and ResNet-20's 5

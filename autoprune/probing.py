@@ -26,7 +26,14 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from autoprune.data.splits import Split
 from autoprune.errors import AutopruneError, TraceError
-from autoprune.evaluation import (
+from autoprune.fuse import channels_last, fused
+from autoprune.metrics import Evaluation
+from autoprune.plan import PruningPlan
+from autoprune.replay import NotReplayableError, Program, Replay, Suffix, Values, calibrating, program, suffix
+from autoprune.structure.densify import densify, masked, masked_tensors
+from autoprune.structure.graph import ChannelGraph
+from autoprune.structure.recorder import record
+from autoprune.training.evaluation import (
     EVAL_BATCH,
     Loss,
     Score,
@@ -36,13 +43,6 @@ from autoprune.evaluation import (
     logits_of,
     recalibrate_,
 )
-from autoprune.fuse import channels_last, fused
-from autoprune.metrics import Evaluation
-from autoprune.plan import PruningPlan
-from autoprune.replay import NotReplayableError, Program, Replay, Suffix, Values, calibrating, program, suffix
-from autoprune.structure.densify import densify, masked, masked_tensors
-from autoprune.structure.graph import ChannelGraph
-from autoprune.structure.recorder import record
 
 CHANGED = 1e-6  # relative; float32 rounding of another channel count stays below
 CHANGE_BATCH = 64

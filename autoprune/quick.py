@@ -9,12 +9,12 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from autoprune.errors import TraceError
-from autoprune.evaluation import borrowed, classification_loss, evaluate
 from autoprune.fuse import channels_last, fused
 from autoprune.metrics import Evaluation
 from autoprune.probing import CORE_BATCH, Bench, Tally, agree, in_a_row
 from autoprune.replay import NotReplayableError, Replay, program
 from autoprune.structure.recorder import record
+from autoprune.training.evaluation import borrowed, classification_loss, evaluate
 
 
 def evaluate_replayed(bench: Bench, model: nn.Module) -> Evaluation:

@@ -21,7 +21,6 @@ import optuna
 from optuna.exceptions import UpdateFinishedTrialError
 
 from autoprune import events as ev
-from autoprune import ranks
 from autoprune.advice import Past, Point, Space, advise, make_sampler, settled_points, suggest
 from autoprune.budget import FINAL_SHARE, Meter, Speed, ladder
 from autoprune.closing import is_hopeful, is_near
@@ -33,7 +32,8 @@ from autoprune.presence import POLL_S, Presence, Watch
 from autoprune.record import TrialRecord
 from autoprune.seats import NOBODY, OWNER, POINT, Taken, free_, running, sit, take, tell
 from autoprune.store import CHECKPOINT, RunStore, put, scored
-from autoprune.train import EpochRecord
+from autoprune.training import distributed
+from autoprune.training.finetune import EpochRecord
 from autoprune.trial import Climb, Ground, TrialParams, TrialResult, failed_record, run_trial
 
 FAILED_VALUE = -1.0  # top-1 cannot fall short by more; NaN would teach the sampler nothing
@@ -259,8 +259,8 @@ def _one_trial(job: RoundJob, study: optuna.Study, taken: Taken, known: Sequence
 def _tried(job: RoundJob, trial: optuna.Trial, params: TrialParams, seat: int) -> TrialResult:
     epochs = ladder(job.plan.epochs, longer=job.search.epochs is None)
     seed = derive_seed(job.ground.seed, seat)
-    ranks.announce(Task(round=job.plan.number, params=params, epochs=epochs, seed=seed))
-    with ranks.together():
+    distributed.announce(Task(round=job.plan.number, params=params, epochs=epochs, seed=seed))
+    with distributed.together():
         return run_trial(
             job.ground, params, epochs=epochs, seed=seed, goes_on=lambda climb: _goes_on(job, climb),
             seconds_left=lambda: job.meter.left().seconds,

@@ -32,11 +32,11 @@ from autoprune.criteria import Scores
 from autoprune.criteria import score as score_units
 from autoprune.data.splits import Split
 from autoprune.errors import ArtifactError, UsageError
-from autoprune.evaluation import Loss, Score
 from autoprune.metrics import Evaluation, difference_pp
 from autoprune.plan import PruningPlan
 from autoprune.probing import Bench, Measured, choose_probe, miscounted
 from autoprune.structure.graph import ChannelGraph
+from autoprune.training.evaluation import Loss, Score
 
 MIN_SHARE = 0.5
 RECALIBRATE_BATCHES, RECALIBRATE_BATCH = 4, 128  # measured: 10 choose no better (docs/analysis.md)

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 
 from autoprune.config import Study
 from autoprune.data.sources import Split
-from autoprune.evaluation import evaluate, resolve_device
 from autoprune.preflight import Understood, understand
+from autoprune.training.evaluation import evaluate, resolve_device
 from autoprune.trial import seconds_of_training
 
 FEW_BATCHES = 2

@@ -20,7 +20,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from autoprune import ranks
 from autoprune.allocation import allocate
 from autoprune.budget import Speed
 from autoprune.config import Decay, Metric, Study
@@ -28,17 +27,18 @@ from autoprune.criteria import Scores, score
 from autoprune.data.sources import Data
 from autoprune.data.splits import Split, derive_seed
 from autoprune.errors import AutopruneError, RunError, TrialError, UnreachableError
-from autoprune.evaluation import evaluate, recalibrate_
 from autoprune.gate import bench, screen
 from autoprune.metrics import Evaluation
 from autoprune.plan import PruningPlan
 from autoprune.record import EpochPoint, Rung, TrialRecord
-from autoprune.schedule import Schedule
 from autoprune.sensitivity import SensitivityTable
 from autoprune.structure.densify import densify
 from autoprune.structure.graph import ChannelGraph
 from autoprune.structure.latency import measured_share
-from autoprune.train import EpochRecord, finetune_
+from autoprune.training import distributed
+from autoprune.training.evaluation import evaluate, recalibrate_
+from autoprune.training.finetune import EpochRecord, finetune_
+from autoprune.training.schedule import Schedule
 
 PROBE_BATCHES = 8
 TRIAL_EVALUATIONS = 3.0  # a trial evaluates twice and recalibrates; a guess until trials were timed
@@ -221,8 +221,8 @@ def run_trial(  # noqa: PLR0913 - one whole trial: each argument is a decision o
     except RunError:
         raise  # storage is away: that is not the trial's fault
     except Exception as error:
-        if ranks.size() > 1 and not isinstance(error, TrialError):
-            told = f"a trial failed on rank {ranks.part()[0]}: {_reason(error)}"
+        if distributed.size() > 1 and not isinstance(error, TrialError):
+            told = f"a trial failed on rank {distributed.part()[0]}: {_reason(error)}"
             raise RunError(told, "torchrun ends the other ranks; start them again") from error
         # whatever the user's loader, loss or evaluate raises fails this trial alone
         with suppress(RuntimeError):
@@ -255,7 +255,7 @@ class _Trial:
         self, ground: Ground, params: TrialParams, seed: int, on_epoch: Callable[[EpochRecord], None] | None
     ) -> None:
         self.ground, self.params, self.seed, self.on_epoch = ground, params, seed, on_epoch
-        self.plan = ranks.from_first(lambda: ground.choose(params))
+        self.plan = distributed.from_first(lambda: ground.choose(params))
         self.model = densify(ground.model, ground.graph, self.plan)
         self.curve: list[EpochRecord] = []
         self.rungs: list[Rung] = []
@@ -277,10 +277,10 @@ class _Trial:
                 tops = tuple(r.top1 for r in self.rungs)
                 done = self.rungs[-1].epochs
                 climb = Climb(prune_rate=rate, cost_share=share, tops=tops, done=done, next_epochs=part)
-                if not ranks.from_first(partial(goes_on, climb)):
+                if not distributed.from_first(partial(goes_on, climb)):
                     break
             tuning_began = time.perf_counter()
-            self._climb(part, ranks.from_first(seconds_left))
+            self._climb(part, distributed.from_first(seconds_left))
             tuning_seconds += time.perf_counter() - tuning_began
             tuned = measure(ground, self.model)
             self.rungs.append(Rung(epochs=self.curve[-1].epoch, top1=tuned.top1))
@@ -305,7 +305,7 @@ class _Trial:
 
         def tell(record: EpochRecord) -> None:
             self.curve.append(replace(record, epoch=done + record.epoch))
-            ranks.from_first(self._tell)
+            distributed.from_first(self._tell)
 
         finetune_(
             self.model, ground.data.train, schedule=self.params.schedule(study.finetune.warmup),

@@ -15,7 +15,6 @@ from typing import Any
 import optuna
 
 from autoprune import events as ev
-from autoprune import ranks
 from autoprune.baseline import Work, begin
 from autoprune.config import Lock, Study
 from autoprune.controller import State, replay
@@ -29,6 +28,7 @@ from autoprune.presence import BuriedError, Presence, joined, members
 from autoprune.sealing import run_seal
 from autoprune.search import RoundJob, search_round
 from autoprune.store import BASELINE, FINAL, RunStore, name_in, names_in, quiet_optuna
+from autoprune.training import distributed
 from autoprune.trial import run_trial
 
 LONELY_S = 2 * GRACE_S  # without a coordinator for this long, nothing will come any more
@@ -86,14 +86,14 @@ def work_on(
         UsageError: study, data or network are not those that the run was started with.
         RunError: the run has no coordinator any more.
     """
-    with ranks.joined_ranks() as rank:
+    with distributed.joined_ranks() as rank:
         if rank > 0:
             _follow(study, place, lock)
             return 0
         try:
             return _lead(study, place, lock, on_event)
         finally:
-            ranks.announce(None)
+            distributed.announce(None)
 
 
 def _lead(study: Study, place: Place, lock: Lock, on_event: ev.OnEvent) -> int:
@@ -120,12 +120,12 @@ def _follow(study: Study, place: Place, lock: Lock) -> None:
     ):  # fmt: skip
         store.guard_with(_forbidden)
         work = begin(setup, store, ev.silent, "")
-        while (task := ranks.next_task()) is not None:
+        while (task := distributed.next_task()) is not None:
             attempt = store.study(task.round)
             assert attempt is not None, "the first rank works on a round that is planned"
             job = ready.job(work, attempt)
             assert job is not None
-            with ranks.together():
+            with distributed.together():
                 run_trial(job.ground, task.params, epochs=task.epochs, seed=task.seed)
 
 

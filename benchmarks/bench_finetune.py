@@ -31,9 +31,9 @@ from torchvision.transforms import v2
 
 from autoprune.config import Finetune
 from autoprune.data.splits import TensorSplit
-from autoprune.evaluation import evaluate
-from autoprune.schedule import Schedule
-from autoprune.train import finetune_, uses_bf16
+from autoprune.training.evaluation import evaluate
+from autoprune.training.finetune import finetune_, uses_bf16
+from autoprune.training.schedule import Schedule
 
 HERE = Path(__file__).resolve().parent
 BATCH, LR, WEIGHT_DECAY = 128, 0.03, 5e-4

@@ -36,7 +36,6 @@ from autoprune import gate
 from autoprune.allocation import allocate
 from autoprune.data.splits import Split
 from autoprune.errors import UnreachableError
-from autoprune.evaluation import recalibrate_
 from autoprune.plan import PruningPlan
 from autoprune.probing import Bench
 from autoprune.quick import evaluate_replayed
@@ -44,6 +43,7 @@ from autoprune.sensitivity import SensitivityTable, sensitivity
 from autoprune.structure.densify import densify
 from autoprune.structure.graph import ChannelGraph
 from autoprune.structure.trace_model import trace
+from autoprune.training.evaluation import recalibrate_
 
 HERE = Path(__file__).resolve().parent
 SHARES = (0.7, 0.5, 0.3)  # of the multiply-adds that are kept

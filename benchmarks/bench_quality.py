@@ -27,8 +27,8 @@ from rows import append_row, read_rows
 
 from autoprune import events as ev
 from autoprune.config import Budget, Finetune, Lock, Search, Study
-from autoprune.evaluation import evaluate
 from autoprune.pipeline import run
+from autoprune.training.evaluation import evaluate
 
 HERE = Path(__file__).resolve().parent
 OURS: dict[str, tuple[float, Search]] = {  # the share of the epochs, and how they are searched

@@ -38,10 +38,10 @@ from torch import nn
 from autoprune.advice import Point, Space, first_points, params_of, settled_points, suggest
 from autoprune.config import Finetune, Optimizer, Study
 from autoprune.data.splits import derive_seed
-from autoprune.evaluation import recalibrate_
 from autoprune.plan import PruningPlan
 from autoprune.preflight import Setup, prepare, traced
 from autoprune.sensitivity import SensitivityTable, sensitivity
+from autoprune.training.evaluation import recalibrate_
 from autoprune.trial import Ground, measure, run_trial
 
 HERE = Path(__file__).resolve().parent

@@ -31,13 +31,13 @@ from torch import nn
 from autoprune.criteria import Scores, score
 from autoprune.data.sources import load_data
 from autoprune.data.splits import IMAGENET, Split
-from autoprune.evaluation import evaluate
 from autoprune.metrics import Evaluation
 from autoprune.plan import PruningPlan
 from autoprune.sensitivity import TENTHS, SensitivityTable, sensitivity
 from autoprune.structure.densify import masked
 from autoprune.structure.graph import ChannelGraph
 from autoprune.structure.trace_model import trace
+from autoprune.training.evaluation import evaluate
 
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent / "studies"))

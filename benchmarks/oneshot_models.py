@@ -18,7 +18,7 @@ from torch.nn import functional as F
 from autoprune.config import Baseline
 from autoprune.data.sources import Data, load_data
 from autoprune.data.splits import IMAGENET
-from autoprune.train import train_baseline_
+from autoprune.training.finetune import train_baseline_
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "studies"))
 from models import PadShortcut, resnet8, resnet20  # a study's file, not a package

@@ -27,11 +27,11 @@ from autoprune.allocation import allocate
 from autoprune.config import DECAYS, Decay, Finetune
 from autoprune.criteria import score
 from autoprune.data.sources import Data
-from autoprune.evaluation import evaluate, recalibrate_
-from autoprune.schedule import Schedule
 from autoprune.structure.densify import densify
 from autoprune.structure.trace_model import trace
-from autoprune.train import finetune_
+from autoprune.training.evaluation import evaluate, recalibrate_
+from autoprune.training.finetune import finetune_
+from autoprune.training.schedule import Schedule
 
 TRIALS = 8  # of `optuna`: as many as leave each its eighth of the samples
 STEPS = 5

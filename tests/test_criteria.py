@@ -7,9 +7,9 @@ from torch import Tensor, nn
 
 from autoprune.criteria import CRITERIA, NEEDS_SPLIT, fallback_groups, score
 from autoprune.errors import UsageError
-from autoprune.evaluation import evaluate
 from autoprune.structure.graph import ChannelGraph
 from autoprune.structure.trace_model import trace
+from autoprune.training.evaluation import evaluate
 from tests.tiny import TinyNet, tiny_net, tiny_split
 
 EXAMPLE = torch.zeros(1, 1, 8, 8)

@@ -10,7 +10,6 @@ from autoprune import gate
 from autoprune.config import Baseline
 from autoprune.criteria import score
 from autoprune.errors import UnreachableError
-from autoprune.evaluation import evaluate
 from autoprune.plan import PruningPlan
 from autoprune.probing import Bench
 from autoprune.quick import evaluate_replayed
@@ -18,7 +17,8 @@ from autoprune.sensitivity import SensitivityTable, sensitivity
 from autoprune.structure.densify import densify
 from autoprune.structure.graph import ChannelGraph
 from autoprune.structure.trace_model import trace
-from autoprune.train import train_baseline_
+from autoprune.training.evaluation import evaluate
+from autoprune.training.finetune import train_baseline_
 from tests.tiny import TinyNet, tiny_data, tiny_net
 
 DATA = tiny_data()

@@ -8,14 +8,14 @@ import pytest
 import torch
 
 from autoprune.config import Lock, Search
-from autoprune.evaluation import evaluate
 from autoprune.pipeline import run
 from autoprune.plan import PruningPlan
-from autoprune.schedule import Schedule
 from autoprune.sensitivity import sensitivity
 from autoprune.structure.densify import densify, masked
 from autoprune.structure.trace_model import trace
-from autoprune.train import finetune_, uses_bf16
+from autoprune.training.evaluation import evaluate
+from autoprune.training.finetune import finetune_, uses_bf16
+from autoprune.training.schedule import Schedule
 from tests.tiny import tiny_data, tiny_net, tiny_study
 
 pytestmark = [

@@ -2,9 +2,9 @@ from __future__ import annotations
 
 import torch
 
-from autoprune.evaluation import evaluate
 from autoprune.measure import measure_latency, summarise, widths, with_latency
 from autoprune.structure.trace_model import trace
+from autoprune.training.evaluation import evaluate
 from tests.tiny import tiny_data, tiny_net
 
 

@@ -9,7 +9,7 @@ from torch.nn.utils import parametrizations
 
 from autoprune.config import Finetune
 from autoprune.errors import UsageError
-from autoprune.optimizer import RELATIVE, Stepper, inner_weights
+from autoprune.training.optimizer import RELATIVE, Stepper, inner_weights
 
 MUON, SGD = Finetune(optimizer="muon"), Finetune(optimizer="sgd")
 LR = 0.02

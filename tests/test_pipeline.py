@@ -19,13 +19,13 @@ from autoprune.artifact import open_artifact
 from autoprune.config import Baseline, Control, Lock, Search
 from autoprune.delivery import is_slower, latency_share
 from autoprune.errors import ArtifactError, ConfigError, RunError, UnreachableError, UsageError
-from autoprune.evaluation import evaluate
 from autoprune.history import read_run
 from autoprune.pipeline import run
 from autoprune.preflight import make_plan, prepare
 from autoprune.record import RunResult
 from autoprune.store import ARTIFACTS, DATABASE, RunStore
-from autoprune.train import train_baseline_
+from autoprune.training.evaluation import evaluate
+from autoprune.training.finetune import train_baseline_
 from tests.tiny import TinyNet, tiny_data, tiny_net, tiny_study
 
 PLAIN = Lock(plain=True)

@@ -16,7 +16,7 @@ from autoprune.pipeline import run
 from autoprune.points import keep_point, kept_points
 from autoprune.sensitivity import SensitivityPoint, sensitivity
 from autoprune.structure.trace_model import trace
-from autoprune.train import train_baseline_
+from autoprune.training.finetune import train_baseline_
 from tests.tiny import TinyNet, tiny_data, tiny_net, tiny_split, tiny_study
 
 RATIOS = (0.25, 0.5, 0.75)

@@ -12,26 +12,26 @@ import numpy as np
 import pytest
 import torch
 
-from autoprune import evaluation, train
 from autoprune.config import Finetune
 from autoprune.data.splits import LoaderSplit, Split, own_part
-from autoprune.evaluation import evaluate, recalibrate_
-from autoprune.schedule import Schedule
-from autoprune.train import finetune_
+from autoprune.training import evaluation, finetune
+from autoprune.training.evaluation import evaluate, recalibrate_
+from autoprune.training.finetune import finetune_
+from autoprune.training.schedule import Schedule
 from tests.tiny import tiny_data, tiny_net
 
 ROOT = Path(__file__).resolve().parents[1]
 RANK = """
 import sys, torch
-from autoprune import ranks
+from autoprune.training import distributed
 from tests.test_ranks import one_trial
-with ranks.joined_ranks() as rank, ranks.together():
-    assert ranks.part() == (rank, 2)
+with distributed.joined_ranks() as rank, distributed.together():
+    assert distributed.part() == (rank, 2)
     found = one_trial(sys.argv[2])
     torch.save(found, f"{sys.argv[1]}/{rank}.pt")
     try:
-        ranks.from_first(lambda: (_ for _ in ()).throw(ranks.AutopruneError("stop", "now")))
-    except ranks.AutopruneError as error:
+        distributed.from_first(lambda: (_ for _ in ()).throw(distributed.AutopruneError("stop", "now")))
+    except distributed.AutopruneError as error:
         assert error.message == "stop"
 """
 
@@ -51,7 +51,7 @@ class Pairs(torch.utils.data.Dataset[Any]):
 
 def one_trial(kind: str) -> dict[str, Any]:
     """Fine-tune with a teacher, recalibrate and evaluate; the batch is not divisible by two."""
-    train.uses_bf16 = lambda device: False  # rounding would hide what is compared
+    finetune.uses_bf16 = lambda device: False  # rounding would hide what is compared
     data = tiny_data()
     split: Split = data.train if kind == "tensors" else LoaderSplit(Pairs())
     model, settings = tiny_net(), Finetune(batch_size=37)
@@ -73,7 +73,7 @@ def one_trial(kind: str) -> dict[str, Any]:
 def test_two_ranks_give_what_one_process_gives(
     kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(train, "uses_bf16", train.uses_bf16)
+    monkeypatch.setattr(finetune, "uses_bf16", finetune.uses_bf16)
     command = [
         sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2",
         "--no-python", sys.executable, "-c", RANK, str(tmp_path), kind,

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from autoprune.config import DECAYS
 from autoprune.errors import UsageError
-from autoprune.schedule import WARMUP_START, Schedule, make_scheduler
+from autoprune.training.schedule import WARMUP_START, Schedule, make_scheduler
 
 EXTRA: dict[str, dict[str, Any]] = {
     "cosine": {}, "linear": {}, "step": {"gamma": 0.1, "milestones": 2}, "exponential": {"gamma": 0.01},

@@ -11,7 +11,6 @@ import torch
 from autoprune.config import Baseline
 from autoprune.criteria import score
 from autoprune.errors import ArtifactError, UsageError
-from autoprune.evaluation import evaluate
 from autoprune.metrics import Evaluation
 from autoprune.plan import PruningPlan
 from autoprune.sensitivity import (
@@ -25,7 +24,8 @@ from autoprune.structure.cost import CostModel, Term
 from autoprune.structure.densify import masked
 from autoprune.structure.graph import ChannelGraph
 from autoprune.structure.trace_model import trace
-from autoprune.train import train_baseline_
+from autoprune.training.evaluation import evaluate
+from autoprune.training.finetune import train_baseline_
 from tests.tiny import TinyNet, tiny_net, tiny_split
 
 POINT = SensitivityPoint(

@@ -12,9 +12,9 @@ import torch
 from autoprune.config import Study, check_study
 from autoprune.data.sources import Data
 from autoprune.errors import DataError
-from autoprune.evaluation import evaluate
 from autoprune.structure.trace_model import trace
 from autoprune.study_file import built_in_studies, load_study
+from autoprune.training.evaluation import evaluate
 
 NAMES = (
     "digits", "mobilenetv2_photos", "resnet20_cifar10", "resnet56_cifar10", "resnet8_fashionmnist",

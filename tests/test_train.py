@@ -13,8 +13,7 @@ from torch.nn import functional as F
 
 from autoprune.config import Baseline, Finetune
 from autoprune.errors import TrialError, UsageError
-from autoprune.schedule import Schedule
-from autoprune.train import (
+from autoprune.training.finetune import (
     EpochRecord,
     distillation_loss,
     evaluate,
@@ -25,6 +24,7 @@ from autoprune.train import (
     train_baseline_,
     uses_bf16,
 )
+from autoprune.training.schedule import Schedule
 from tests.tiny import TinyNet, tiny_net, tiny_split
 
 SCHEDULE = Schedule(lr=0.05, decay="cosine")

@@ -8,13 +8,13 @@ import torch
 
 from autoprune.config import Baseline
 from autoprune.errors import TrialError
-from autoprune.evaluation import evaluate
 from autoprune.gate import bench, screen
 from autoprune.plan import PruningPlan
 from autoprune.sensitivity import sensitivity
 from autoprune.structure.densify import densify
 from autoprune.structure.trace_model import trace
-from autoprune.train import EpochRecord, train_baseline_
+from autoprune.training.evaluation import evaluate
+from autoprune.training.finetune import EpochRecord, train_baseline_
 from autoprune.trial import Climb, Ground, TrialParams, probe_speed, run_trial
 from tests.tiny import tiny_data, tiny_net, tiny_study
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from autoprune.config import Analysis, Baseline, Control, Finetune, Search, Study
 from autoprune.data.sources import Data
 from autoprune.data.splits import Normalization, TensorSplit
-from autoprune.train import train_baseline_
+from autoprune.training.finetune import train_baseline_
 
 NORMALIZATION = Normalization(mean=(0.5,), std=(0.25,))
 

@@ -19,10 +19,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from autoprune import ranks
 from autoprune.data.splits import Batch, Split
 from autoprune.errors import UsageError
 from autoprune.metrics import Evaluation
+from autoprune.training import distributed
 
 Loss = Callable[[Any, Tensor], Tensor]
 Score = Callable[[nn.Module, Split, str], float]
@@ -89,7 +89,7 @@ def evaluate(
     with borrowed(model, torch.device(device), training=False), torch.no_grad():
         if score is None:
             return _evaluate_top1(model, split, device, batch_size, loss or classification_loss)
-        value = ranks.from_first(lambda: float(score(model, split, str(device))))
+        value = distributed.from_first(lambda: float(score(model, split, str(device))))
         if not 0 <= value <= 1:
             raise UsageError(
                 f"the study's evaluate returned {value}", "return a score from 0 to 1, higher is better"
@@ -101,7 +101,7 @@ def evaluate(
 def _evaluate_top1(
     model: nn.Module, split: Split, device: torch.device | str, batch_size: int, loss: Loss
 ) -> Evaluation:
-    place, count = ranks.part(), -(-len(split) // batch_size)
+    place, count = distributed.part(), -(-len(split) // batch_size)
     hits, losses = torch.zeros(len(split), dtype=torch.int32), torch.zeros(count, dtype=torch.float64)
     for number, (inputs, targets) in zip(
         range(place[0], count, place[1]), _own_batches(split, batch_size, device), strict=True
@@ -109,7 +109,7 @@ def _evaluate_top1(
         output, start = model(inputs), number * batch_size
         losses[number] = float(loss(output, targets)) * len(inputs)
         hits[start : start + len(inputs)] = (logits_of(output).argmax(1) == targets).cpu()
-    correct, total = (ranks.sum_(t.to(device)).cpu().numpy() for t in (hits, losses))
+    correct, total = (distributed.sum_(t.to(device)).cpu().numpy() for t in (hits, losses))
     return Evaluation(
         top1=float(correct.mean()), loss=float(total.sum()) / len(split), num_samples=len(split),
         correct=correct.astype(np.bool_),
@@ -118,7 +118,7 @@ def _evaluate_top1(
 
 def _own_batches(split: Split, batch_size: int, device: torch.device | str) -> Iterator[Batch]:
     """Every n-th batch, where n ranks evaluate together; the last one may be small."""
-    rank, size = ranks.part()
+    rank, size = distributed.part()
     if size > 1:
         batch = np.arange(len(split)) // batch_size
         mine = np.flatnonzero(batch % size == rank).astype(np.int64)
@@ -156,13 +156,13 @@ def recalibrate_(
             norm.training = True
         try:
             batches = split.batches(batch_size, device=device, seed=seed, augment=True)
-            rank, size = ranks.part()
+            rank, size = distributed.part()
             mine = 0
             for number, (inputs, _) in zip(range(num_batches), batches, strict=False):
                 if number % size == rank:
                     model(inputs)
                     mine += 1
-            ranks.average_statistics_(norms, mine)
+            distributed.average_statistics_(norms, mine)
         finally:
             for norm, momentum in zip(norms, momenta, strict=True):
                 norm.momentum = momentum

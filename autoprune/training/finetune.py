@@ -23,11 +23,11 @@ from torch.nn import functional as F
 from torch.optim.lr_scheduler import LRScheduler
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-from autoprune import ranks
 from autoprune.config import Baseline, Finetune
 from autoprune.data.splits import Split, derive_seed
 from autoprune.errors import TrialError, UsageError
-from autoprune.evaluation import (
+from autoprune.training import distributed
+from autoprune.training.evaluation import (
     Loss,
     Score,
     borrowed,
@@ -37,8 +37,8 @@ from autoprune.evaluation import (
     recalibrate_,
     resolve_device,
 )
-from autoprune.optimizer import Stepper
-from autoprune.schedule import Schedule, make_scheduler
+from autoprune.training.optimizer import Stepper
+from autoprune.training.schedule import Schedule, make_scheduler
 
 __all__ = [
     "EpochRecord", "Loss", "Score", "evaluate", "finetune_", "recalibrate_", "resolve_device",
@@ -187,7 +187,7 @@ class _Pace:
 
     def advance(self) -> int:
         """The number of steps to take with this batch, at most all that are left."""
-        wanted = 1 if math.isinf(self._end) else ranks.from_first(self._wanted)
+        wanted = 1 if math.isinf(self._end) else distributed.from_first(self._wanted)
         steps = min(wanted, self.left)
         self.left -= steps
         return steps
@@ -240,7 +240,9 @@ def _objective(settings: Finetune, teacher: nn.Module | None, loss: Loss | None)
         with torch.no_grad():
             taught = teacher(inputs)
         own = task(output, targets)
-        weight = settings.distill * lead(*(ranks.mean(v, len(targets)) for v in (own, task(taught, targets))))
+        weight = settings.distill * lead(
+            *(distributed.mean(v, len(targets)) for v in (own, task(taught, targets)))
+        )
         distilled = distillation_loss(logits_of(output), logits_of(taught), settings.temperature)
         return (1 - weight) * own + weight * distilled
 
@@ -254,14 +256,14 @@ def _fit_(model: nn.Module, split: Split, plan: _Plan, objective: Objective) -> 
     with (
         torch.random.fork_rng(devices=list(cuda)),
         borrowed(model, plan.device, training=True, channels_last=True),
-        ranks.parallel(model) as forward,
+        distributed.parallel(model) as forward,
     ):
         torch.manual_seed(plan.seed)
         average = _Average(model, plan) if plan.averages else None
         while plan.pace.left:
             shuffle = derive_seed(plan.seed, len(records))
             batches = split.batches(
-                plan.batch_size, device=plan.device, seed=shuffle, augment=True, part=ranks.part()
+                plan.batch_size, device=plan.device, seed=shuffle, augment=True, part=distributed.part()
             )
             began = time.perf_counter()
             passed = _epoch_(batches, plan, partial(objective, forward), average)
@@ -320,15 +322,15 @@ def _epoch_(
         with torch.autocast(plan.device.type, torch.bfloat16, enabled=uses_bf16(plan.device)):
             loss = objective(inputs, targets)
         plan.stepper.zero_grad()
-        ranks.share_of_loss(loss, len(targets)).backward()  # type: ignore[no-untyped-call]  # torch's gap
+        distributed.share_of_loss(loss, len(targets)).backward()  # type: ignore[no-untyped-call]  # torch's gap
         lr = float(plan.stepper.sgd.param_groups[0]["lr"])
         plan.stepper.step()
         for _ in range(plan.pace.advance()):
             plan.scheduler.step()
         if average is not None:
             average.step()
-        total += ranks.mean(loss.detach(), len(targets))
-        samples, steps = samples + len(inputs) * ranks.size(), steps + 1
+        total += distributed.mean(loss.detach(), len(targets))
+        samples, steps = samples + len(inputs) * distributed.size(), steps + 1
         if steps % CHECK_EVERY == 1:
             _check_finite(total, lr)
         if not plan.pace.left:
