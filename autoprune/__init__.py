@@ -27,8 +27,8 @@ if TYPE_CHECKING:
     from autoprune.errors import AutopruneError as AutopruneError
     from autoprune.pipeline import run as run
     from autoprune.plan import PruningPlan as PruningPlan
+    from autoprune.pruning.sensitivity import sensitivity as sensitivity
     from autoprune.record import RunResult as RunResult
-    from autoprune.sensitivity import sensitivity as sensitivity
     from autoprune.structure.cost import Cost as Cost
     from autoprune.structure.densify import densify as densify
     from autoprune.structure.densify import masked as masked
@@ -65,7 +65,7 @@ PUBLIC = {
     "load_weights_": "data.weights",
     "masked": "structure.densify",
     "run": "pipeline",
-    "sensitivity": "sensitivity",
+    "sensitivity": "pruning.sensitivity",
     "trace": "structure.trace_model",
 }
 __all__ = sorted(PUBLIC)

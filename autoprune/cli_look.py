@@ -42,8 +42,8 @@ from autoprune.terminal import listener
 
 if TYPE_CHECKING:
     from autoprune.config import Study
-    from autoprune.outlook import Prospect
-    from autoprune.sensitivity import SensitivityTable
+    from autoprune.pruning.prunability import Prospect
+    from autoprune.pruning.sensitivity import SensitivityTable
     from autoprune.structure.graph import ChannelGraph
 
 
@@ -234,9 +234,9 @@ def _write_analysis(folder: Path, document: str, table: SensitivityTable, found:
 
 def _measure(study: Study, on_event: OnEvent) -> tuple[SensitivityTable, tuple[Prospect, ...]]:
     from autoprune.data.splits import derive_seed
-    from autoprune.onestep import prospects
     from autoprune.preflight import understand
-    from autoprune.sensitivity import most_points, sensitivity
+    from autoprune.pruning.one_shot import prospects
+    from autoprune.pruning.sensitivity import most_points, sensitivity
     from autoprune.training.evaluation import resolve_device
     from autoprune.training.finetune import train_baseline_
 

@@ -18,7 +18,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import NullLocator, StrMethodFormatter
 
-from autoprune.outlook import COLUMNS, Cell, Probed, Prospect, cells
+from autoprune.pruning.prunability import COLUMNS, Cell, Probed, Prospect, cells
 from autoprune.record import EpochPoint, RunRecord, TrialRecord
 from autoprune.wording import METRICS, delivered, percent, signed
 

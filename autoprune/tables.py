@@ -13,11 +13,11 @@ from autoprune.wording import ACTIONS, METRICS, Row, answer, caution, count, dur
 
 if TYPE_CHECKING:
     from autoprune.doctor import Finding
-    from autoprune.outlook import Cell, Prospect
     from autoprune.preflight import RunPlan
     from autoprune.presence import Process
+    from autoprune.pruning.prunability import Cell, Prospect
+    from autoprune.pruning.sensitivity import SensitivityTable
     from autoprune.record import RunRecord, TrialRecord
-    from autoprune.sensitivity import SensitivityTable
     from autoprune.standing import Standing
 
 GOOD, BAD, MUTED = "green", "yellow", "dim"
@@ -131,7 +131,7 @@ def findings_text(findings: Sequence[Finding]) -> RenderableType:
 
 def sensitivity_text(table: SensitivityTable, found: Sequence[Prospect] = ()) -> RenderableType:
     """How far the network can go; then the change of top-1 when one group alone loses some channels."""
-    from autoprune.outlook import COLUMNS, answer, cells, verdicts
+    from autoprune.pruning.prunability import COLUMNS, answer, cells, verdicts
 
     rows, base = cells(table.points), table.baseline
     used = [c for c in range(len(COLUMNS)) if any(row[c] is not None for row in rows.values())]

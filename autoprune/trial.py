@@ -20,18 +20,18 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from autoprune.allocation import allocate
 from autoprune.budget import Speed
 from autoprune.config import Decay, Metric, Study
-from autoprune.criteria import Scores, score
 from autoprune.data.sources import Data
 from autoprune.data.splits import Split, derive_seed
 from autoprune.errors import AutopruneError, RunError, TrialError, UnreachableError
-from autoprune.gate import bench, screen
 from autoprune.metrics import Evaluation
 from autoprune.plan import PruningPlan
+from autoprune.pruning.allocation import allocate
+from autoprune.pruning.criteria import Scores, score
+from autoprune.pruning.screening import bench, screen
+from autoprune.pruning.sensitivity import SensitivityTable
 from autoprune.record import EpochPoint, Rung, TrialRecord
-from autoprune.sensitivity import SensitivityTable
 from autoprune.structure.densify import densify
 from autoprune.structure.graph import ChannelGraph
 from autoprune.structure.latency import measured_share

@@ -1,6 +1,6 @@
 """Which units does autoprune remove, and which Torch-Pruning: top-1 without any fine-tuning, at equal MACs.
 
-For 30, 50 and 70 % of the multiply-adds removed: autoprune's decision (`gate.Descent`, whose parts stand in
+For 30, 50 and 70 % of the multiply-adds removed: autoprune's decision (`screening.Descent`, whose parts stand in
 further rows), and Torch-Pruning's {global, local} x {magnitude L2, L1, Taylor, Hessian}. Both sides see the
 same search and training images, and the test half is read only for the numbers of the page. Every variant of
 the rival is tried on the gate's samples first, and its best three a cell go on to the test, where the best of
@@ -32,14 +32,14 @@ from bench_sensitivity import cpu_info
 from oneshot_models import Case
 from torch import nn
 
-from autoprune import gate
-from autoprune.allocation import allocate
 from autoprune.data.splits import Split
 from autoprune.errors import UnreachableError
 from autoprune.plan import PruningPlan
-from autoprune.probing import Bench
-from autoprune.quick import evaluate_replayed
-from autoprune.sensitivity import SensitivityTable, sensitivity
+from autoprune.pruning import screening
+from autoprune.pruning.allocation import allocate
+from autoprune.pruning.fast_eval import evaluate_replayed
+from autoprune.pruning.probe import Bench
+from autoprune.pruning.sensitivity import SensitivityTable, sensitivity
 from autoprune.structure.densify import densify
 from autoprune.structure.graph import ChannelGraph
 from autoprune.structure.trace_model import trace
@@ -77,7 +77,7 @@ class Ground:
     graph: ChannelGraph
     bench: Bench
     table: SensitivityTable
-    descent: gate.Descent
+    descent: screening.Descent
     test: Split
 
     @property
@@ -117,8 +117,8 @@ def prepare(name: str, folder: Path, cache: Path, num_samples: int) -> Ground:
         fresh = sensitivity(case.model, graph, data.search, calibration=data.train)
         kept.write_text(fresh.to_json())
     table = SensitivityTable.from_json(kept.read_text())
-    bench = gate.bench(case.model, graph, data.search, calibration=data.train)
-    descent = gate.Descent(
+    bench = screening.bench(case.model, graph, data.search, calibration=data.train)
+    descent = screening.Descent(
         bench, lambda m: trace(m, case.example).bounded_like(graph), metric="macs", table=table,
         finals=data.search,
     )  # fmt: skip
@@ -183,7 +183,7 @@ def theirs(ground: Ground, share: float, limit: float) -> Iterator[Row]:
 def row(ground: Ground, share: float, way: str, made: tuple[nn.Module, float], seconds: float) -> Row:
     """Recalibrate and evaluate on the test, once a seed."""
     (model, macs), top1 = made, []
-    bench = gate.bench(
+    bench = screening.bench(
         ground.case.model, ground.graph, ground.test, calibration=None, num_samples=len(ground.test)
     )
     for seed in SEEDS:
@@ -198,7 +198,7 @@ def row(ground: Ground, share: float, way: str, made: tuple[nn.Module, float], s
 def page(ground: Ground, rows: list[Row], shares: Sequence[float]) -> str:
     """One network's table: a line a way, a column a cost, the rival's best of each cost in one line."""
     intact = evaluate_replayed(
-        gate.bench(
+        screening.bench(
             ground.case.model, ground.graph, ground.test, calibration=None, num_samples=len(ground.test)
         ),
         ground.case.model,

@@ -40,7 +40,7 @@ from autoprune.config import Finetune, Optimizer, Study
 from autoprune.data.splits import derive_seed
 from autoprune.plan import PruningPlan
 from autoprune.preflight import Setup, prepare, traced
-from autoprune.sensitivity import SensitivityTable, sensitivity
+from autoprune.pruning.sensitivity import SensitivityTable, sensitivity
 from autoprune.training.evaluation import recalibrate_
 from autoprune.trial import Ground, measure, run_trial
 

@@ -28,12 +28,12 @@ import numpy as np
 import torch
 from torch import nn
 
-from autoprune.criteria import Scores, score
 from autoprune.data.sources import load_data
 from autoprune.data.splits import IMAGENET, Split
 from autoprune.metrics import Evaluation
 from autoprune.plan import PruningPlan
-from autoprune.sensitivity import TENTHS, SensitivityTable, sensitivity
+from autoprune.pruning.criteria import Scores, score
+from autoprune.pruning.sensitivity import TENTHS, SensitivityTable, sensitivity
 from autoprune.structure.densify import masked
 from autoprune.structure.graph import ChannelGraph
 from autoprune.structure.trace_model import trace

@@ -23,10 +23,10 @@ import torch
 from oneshot_rival import Variant, macs, prunable, prune, variants
 from torch import nn
 
-from autoprune.allocation import allocate
 from autoprune.config import DECAYS, Decay, Finetune
-from autoprune.criteria import score
 from autoprune.data.sources import Data
+from autoprune.pruning.allocation import allocate
+from autoprune.pruning.criteria import score
 from autoprune.structure.densify import densify
 from autoprune.structure.trace_model import trace
 from autoprune.training.evaluation import evaluate, recalibrate_

@@ -10,13 +10,13 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from autoprune.allocation import STRATEGIES, TOLERANCE, allocate, rising
 from autoprune.config import Metric
-from autoprune.criteria import Scores
 from autoprune.errors import UnreachableError, UsageError
 from autoprune.metrics import Evaluation
 from autoprune.plan import PruningPlan
-from autoprune.sensitivity import SensitivityPoint, SensitivityTable
+from autoprune.pruning.allocation import STRATEGIES, TOLERANCE, allocate, rising
+from autoprune.pruning.criteria import Scores
+from autoprune.pruning.sensitivity import SensitivityPoint, SensitivityTable
 from autoprune.structure.cost import Axis, CostModel, Term
 from autoprune.structure.graph import ChannelGraph, Group
 from autoprune.structure.latency import LatencyModel

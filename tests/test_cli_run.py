@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from autoprune.cli import main
-from autoprune.sensitivity import SensitivityTable
+from autoprune.pruning.sensitivity import SensitivityTable
 
 STUDY = "from tests.tiny import tiny_study\n\nstudy = tiny_study()\n"
 ROOT = Path(__file__).resolve().parents[1]

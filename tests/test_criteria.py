@@ -5,8 +5,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from autoprune.criteria import CRITERIA, NEEDS_SPLIT, fallback_groups, score
 from autoprune.errors import UsageError
+from autoprune.pruning.criteria import CRITERIA, NEEDS_SPLIT, fallback_groups, score
 from autoprune.structure.graph import ChannelGraph
 from autoprune.structure.trace_model import trace
 from autoprune.training.evaluation import evaluate

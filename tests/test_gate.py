@@ -6,14 +6,14 @@ import numpy as np
 import pytest
 import torch
 
-from autoprune import gate
 from autoprune.config import Baseline
-from autoprune.criteria import score
 from autoprune.errors import UnreachableError
 from autoprune.plan import PruningPlan
-from autoprune.probing import Bench
-from autoprune.quick import evaluate_replayed
-from autoprune.sensitivity import SensitivityTable, sensitivity
+from autoprune.pruning import screening
+from autoprune.pruning.criteria import score
+from autoprune.pruning.fast_eval import evaluate_replayed
+from autoprune.pruning.probe import Bench
+from autoprune.pruning.sensitivity import SensitivityTable, sensitivity
 from autoprune.structure.densify import densify
 from autoprune.structure.graph import ChannelGraph
 from autoprune.structure.trace_model import trace
@@ -40,7 +40,7 @@ def graph(net: TinyNet) -> ChannelGraph:
 
 @pytest.fixture(scope="module")
 def bench(net: TinyNet, graph: ChannelGraph) -> Bench:
-    made = gate.bench(net, graph, DATA.search, calibration=DATA.train)
+    made = screening.bench(net, graph, DATA.search, calibration=DATA.train)
     return replace(made, batch_size=64)
 
 
@@ -50,13 +50,13 @@ def table(net: TinyNet, graph: ChannelGraph) -> SensitivityTable:
 
 
 def badness(bench: Bench, plan: PruningPlan) -> float:
-    return gate.screen(bench, [plan])[0].badness
+    return screening.screen(bench, [plan])[0].badness
 
 
 def test_plans_are_tried_and_ordered_and_the_model_is_left_alone(bench: Bench, graph: ChannelGraph) -> None:
     before = {n: t.clone() for n, t in bench.model.state_dict().items()}
     plans = [PruningPlan.random(graph, ratio, 0) for ratio in (0.8, 0.1, 0.5)]
-    found = gate.screen(bench, plans)
+    found = screening.screen(bench, plans)
     losses = [s.evaluation.loss for s in found]
     assert losses == sorted(losses)
     assert losses[0] < losses[-1]
@@ -78,7 +78,7 @@ def test_looking_further_never_ends_worse_and_keeps_to_the_cost(
     limit = 0.4 * graph.cost().macs
     badnesses = []
     for tries in (0, 6):
-        found = gate.refine(bench, rankings, metric="macs", limit=limit, table=table, tries=tries)
+        found = screening.refine(bench, rankings, metric="macs", limit=limit, table=table, tries=tries)
         assert 0.39 <= graph.cost(found.plan).macs / graph.cost().macs <= 0.4
         badnesses.append(found.badness)
         assert badness(bench, found.plan) == pytest.approx(found.badness, rel=1e-5)
@@ -89,7 +89,7 @@ def test_the_same_seed_finds_the_same(bench: Bench, graph: ChannelGraph, table: 
     rankings = {"l1": score(bench.model, graph, "l1")}
     limit = 0.4 * graph.cost().macs
     first, second = (
-        gate.refine(bench, rankings, metric="macs", limit=limit, table=table, tries=4, seed=3)
+        screening.refine(bench, rankings, metric="macs", limit=limit, table=table, tries=4, seed=3)
         for _ in range(2)
     )
     assert {n: k.tolist() for n, k in first.plan.keep.items()} == {
@@ -101,17 +101,17 @@ def test_a_descent_in_steps_gives_one_plan_of_the_first_network(
     bench: Bench, graph: ChannelGraph, table: SensitivityTable
 ) -> None:
     limit = 0.3 * graph.cost().macs
-    descent = gate.Descent(
+    descent = screening.Descent(
         bench, lambda m: trace(m, EXAMPLE).bounded_like(graph), metric="macs", table=table,
         criteria=("l1", "jacobian"),
     )  # fmt: skip
     found = descent.at(limit, tries=4)
-    assert len(descent.steps) == gate.num_steps(1, 0.3) == 5
+    assert len(descent.steps) == screening.num_steps(1, 0.3) == 5
     assert 0.28 <= graph.cost(found.plan).macs / graph.cost().macs <= 0.3
     assert found.plan.num_units == {g.name: g.num_units for g in graph.groups}
-    direct = gate.refine(
+    direct = screening.refine(
         bench, {c: score(bench.model, graph, c, split=DATA.train) for c in ("l1", "jacobian")},
-        metric="macs", limit=limit, table=table, strategies=gate.STRATEGIES, tries=0,
+        metric="macs", limit=limit, table=table, strategies=screening.STRATEGIES, tries=0,
     )  # fmt: skip
     assert found.badness <= direct.badness, "plans straight from the first network compete"
 
@@ -119,10 +119,10 @@ def test_a_descent_in_steps_gives_one_plan_of_the_first_network(
 def test_what_cannot_be_reached_is_said(bench: Bench, graph: ChannelGraph, table: SensitivityTable) -> None:
     rankings = {"l1": score(bench.model, graph, "l1")}
     with pytest.raises(UnreachableError):
-        gate.refine(bench, rankings, metric="macs", limit=1.0, table=table)
+        screening.refine(bench, rankings, metric="macs", limit=1.0, table=table)
 
 
 @pytest.mark.parametrize(("share", "steps"), [(0.95, 0), (0.8, 0), (0.7, 1), (0.5, 2), (0.3, 5)])
 def test_steps_end_before_the_limit(share: float, steps: int) -> None:
-    assert gate.num_steps(1000, 1000 * share) == steps
-    assert steps == 0 or share <= gate.NEAREST * gate.STEP**steps
+    assert screening.num_steps(1000, 1000 * share) == steps
+    assert steps == 0 or share <= screening.NEAREST * screening.STEP**steps

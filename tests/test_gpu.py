@@ -10,7 +10,7 @@ import torch
 from autoprune.config import Lock, Search
 from autoprune.pipeline import run
 from autoprune.plan import PruningPlan
-from autoprune.sensitivity import sensitivity
+from autoprune.pruning.sensitivity import sensitivity
 from autoprune.structure.densify import densify, masked
 from autoprune.structure.trace_model import trace
 from autoprune.training.evaluation import evaluate

@@ -10,9 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from autoprune.allocation import allocate
 from autoprune.errors import UsageError
 from autoprune.plan import PruningPlan
+from autoprune.pruning.allocation import allocate
 from autoprune.structure.densify import densify
 from autoprune.structure.graph import ChannelGraph
 from autoprune.structure.latency import LatencyModel, kernel_of, measured_share, timed_products, with_latency

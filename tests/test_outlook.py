@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 import pytest
 
-from autoprune.outlook import Prospect, Region, answer, cells, drop_at, region, verdicts
+from autoprune.pruning.prunability import Prospect, Region, answer, cells, drop_at, region, verdicts
 
 
 @dataclass(frozen=True)

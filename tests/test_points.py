@@ -14,7 +14,7 @@ from autoprune.config import Analysis, Baseline, Lock
 from autoprune.errors import ConfigError, UsageError
 from autoprune.pipeline import run
 from autoprune.points import keep_point, kept_points
-from autoprune.sensitivity import SensitivityPoint, sensitivity
+from autoprune.pruning.sensitivity import SensitivityPoint, sensitivity
 from autoprune.structure.trace_model import trace
 from autoprune.training.finetune import train_baseline_
 from tests.tiny import TinyNet, tiny_data, tiny_net, tiny_split, tiny_study

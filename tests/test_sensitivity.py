@@ -9,11 +9,11 @@ import pytest
 import torch
 
 from autoprune.config import Baseline
-from autoprune.criteria import score
 from autoprune.errors import ArtifactError, UsageError
 from autoprune.metrics import Evaluation
 from autoprune.plan import PruningPlan
-from autoprune.sensitivity import (
+from autoprune.pruning.criteria import score
+from autoprune.pruning.sensitivity import (
     SensitivityPoint,
     SensitivityTable,
     next_counts,

@@ -8,9 +8,9 @@ import torch
 
 from autoprune.config import Baseline
 from autoprune.errors import TrialError
-from autoprune.gate import bench, screen
 from autoprune.plan import PruningPlan
-from autoprune.sensitivity import sensitivity
+from autoprune.pruning.screening import bench, screen
+from autoprune.pruning.sensitivity import sensitivity
 from autoprune.structure.densify import densify
 from autoprune.structure.trace_model import trace
 from autoprune.training.evaluation import evaluate

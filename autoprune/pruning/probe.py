@@ -26,10 +26,19 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from autoprune.data.splits import Split
 from autoprune.errors import AutopruneError, TraceError
-from autoprune.fuse import channels_last, fused
 from autoprune.metrics import Evaluation
 from autoprune.plan import PruningPlan
-from autoprune.replay import NotReplayableError, Program, Replay, Suffix, Values, calibrating, program, suffix
+from autoprune.pruning.fuse import channels_last, fused
+from autoprune.pruning.replay import (
+    NotReplayableError,
+    Program,
+    Replay,
+    Suffix,
+    Values,
+    calibrating,
+    program,
+    suffix,
+)
 from autoprune.structure.densify import densify, masked, masked_tensors
 from autoprune.structure.graph import ChannelGraph
 from autoprune.structure.recorder import record

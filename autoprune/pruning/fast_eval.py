@@ -9,10 +9,10 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from autoprune.errors import TraceError
-from autoprune.fuse import channels_last, fused
 from autoprune.metrics import Evaluation
-from autoprune.probing import CORE_BATCH, Bench, Tally, agree, in_a_row
-from autoprune.replay import NotReplayableError, Replay, program
+from autoprune.pruning.fuse import channels_last, fused
+from autoprune.pruning.probe import CORE_BATCH, Bench, Tally, agree, in_a_row
+from autoprune.pruning.replay import NotReplayableError, Replay, program
 from autoprune.structure.recorder import record
 from autoprune.training.evaluation import borrowed, classification_loss, evaluate
 

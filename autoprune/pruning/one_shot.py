@@ -12,12 +12,12 @@ from collections.abc import Sequence
 import torch
 from torch import nn
 
-from autoprune import gate
-from autoprune.criteria import score as score_units
 from autoprune.data.splits import Split
 from autoprune.errors import UnreachableError
-from autoprune.outlook import Prospect, region
-from autoprune.sensitivity import SensitivityTable
+from autoprune.pruning import screening
+from autoprune.pruning.criteria import score as score_units
+from autoprune.pruning.prunability import Prospect, region
+from autoprune.pruning.sensitivity import SensitivityTable
 from autoprune.structure.densify import densify
 from autoprune.structure.graph import ChannelGraph
 from autoprune.training.evaluation import Loss, Score, evaluate, recalibrate_
@@ -28,18 +28,22 @@ RECALIBRATE_BATCHES = 10
 
 def prospects(  # noqa: PLR0913 - where and on what to measure are the caller's to say
     model: nn.Module, graph: ChannelGraph, split: Split, table: SensitivityTable, *,
-    calibration: Split, num_classes: int, criteria: Sequence[str] = gate.CRITERIA,
+    calibration: Split, num_classes: int, criteria: Sequence[str] = screening.CRITERIA,
     device: torch.device | str = "cpu", loss: Loss | None = None, score: Score | None = None,
 ) -> tuple[Prospect, ...]:  # fmt: skip
     """Prune to ever smaller shares of the multiply-adds and measure, until it is hopeless."""
     rankings = {
         c: score_units(model, graph, c, split=calibration, device=device, loss=loss) for c in criteria
     }
-    bench = gate.bench(model, graph, split, calibration=calibration, device=device, loss=loss, score=score)
+    bench = screening.bench(
+        model, graph, split, calibration=calibration, device=device, loss=loss, score=score
+    )
     whole, found = graph.cost().macs, list[Prospect]()
     for share in SHARES:
         try:
-            plan = gate.refine(bench, rankings, metric="macs", limit=share * whole, table=table, tries=0).plan
+            plan = screening.refine(
+                bench, rankings, metric="macs", limit=share * whole, table=table, tries=0
+            ).plan
         except UnreachableError:
             continue
         pruned = densify(model, graph, plan)

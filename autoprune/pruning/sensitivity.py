@@ -28,13 +28,13 @@ from numpy.typing import NDArray
 from scipy.interpolate import PchipInterpolator
 from torch import nn
 
-from autoprune.criteria import Scores
-from autoprune.criteria import score as score_units
 from autoprune.data.splits import Split
 from autoprune.errors import ArtifactError, UsageError
 from autoprune.metrics import Evaluation, difference_pp
 from autoprune.plan import PruningPlan
-from autoprune.probing import Bench, Measured, choose_probe, miscounted
+from autoprune.pruning.criteria import Scores
+from autoprune.pruning.criteria import score as score_units
+from autoprune.pruning.probe import Bench, Measured, choose_probe, miscounted
 from autoprune.structure.graph import ChannelGraph
 from autoprune.training.evaluation import Loss, Score
 

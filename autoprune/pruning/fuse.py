@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from autoprune.replay import BATCH_NORMS, Program, Step, aten, step
+from autoprune.pruning.replay import BATCH_NORMS, Program, Step, aten, step
 from autoprune.structure.recorder import Ref
 
 CONVOLUTION = aten.convolution.default

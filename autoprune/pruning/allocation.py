@@ -23,10 +23,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from autoprune.config import METRICS, Metric
-from autoprune.criteria import Scores
 from autoprune.errors import UnreachableError, UsageError
 from autoprune.plan import PruningPlan
-from autoprune.sensitivity import SensitivityTable
+from autoprune.pruning.criteria import Scores
+from autoprune.pruning.sensitivity import SensitivityTable
 from autoprune.structure.graph import ChannelGraph, Group
 
 Strategy = Literal["uniform", "global", "isomorphic", "sensitivity"]

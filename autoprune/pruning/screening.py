@@ -24,18 +24,18 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
-from autoprune.allocation import allocate
 from autoprune.config import Metric
-from autoprune.criteria import Scores
-from autoprune.criteria import score as score_units
 from autoprune.data.cached_split import kept
 from autoprune.data.splits import Split
 from autoprune.errors import UnreachableError
 from autoprune.metrics import Evaluation
 from autoprune.plan import PruningPlan
-from autoprune.probing import Bench
-from autoprune.quick import evaluate_replayed
-from autoprune.sensitivity import (
+from autoprune.pruning.allocation import allocate
+from autoprune.pruning.criteria import Scores
+from autoprune.pruning.criteria import score as score_units
+from autoprune.pruning.fast_eval import evaluate_replayed
+from autoprune.pruning.probe import Bench
+from autoprune.pruning.sensitivity import (
     RECALIBRATE_BATCH,
     RECALIBRATE_BATCHES,
     SensitivityTable,
