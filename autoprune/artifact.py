@@ -16,11 +16,12 @@ from safetensors.torch import save
 from torch import nn
 
 from autoprune.container import Buffer, container_chunks, write_chunks
-from autoprune.crypto import encrypt_chunks
+from autoprune.crypto.age import encrypt_chunks
+from autoprune.crypto.keys import KeySource
+from autoprune.crypto.signing import sign_manifest
 from autoprune.errors import ArtifactError
 from autoprune.expand import expand_weights, removed_indices
 from autoprune.export import ExampleInputs, Exported, export_model, inference_copy
-from autoprune.keys import KeySource
 from autoprune.manifest import InputSpec, Manifest, Probe
 from autoprune.opening import (
     MANIFEST,
@@ -35,7 +36,6 @@ from autoprune.opening import (
 )  # fmt: skip
 from autoprune.program import load_program
 from autoprune.rebuild import answers_probe, read_weights, rebuild_dense
-from autoprune.signing import sign_manifest
 
 if TYPE_CHECKING:
     from autoprune.structure.graph import ChannelGraph

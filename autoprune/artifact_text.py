@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from pathlib import Path
 
-from autoprune.crypto import AgeHeader
+from autoprune.crypto.age import AgeHeader
 from autoprune.errors import harmless
 from autoprune.manifest import Manifest
 from autoprune.record import ModelSummary

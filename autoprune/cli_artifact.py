@@ -20,7 +20,7 @@ from autoprune.cli_run import ask_secret, read_secret, refuse_secrets
 from autoprune.errors import ArtifactError, UsageError, VerificationError
 
 if TYPE_CHECKING:
-    from autoprune.crypto import AgeHeader
+    from autoprune.crypto.age import AgeHeader
     from autoprune.manifest import Manifest
 
 OPEN, LOCK = "How to open the file", "Who may open the new file"
@@ -109,7 +109,7 @@ class Opener:
 
 
 def _opener(file: Path, identity: list[str] | None, ask: bool, descriptor: int | None) -> Opener:
-    from autoprune.crypto import is_encrypted, open_file, read_header
+    from autoprune.crypto.age import is_encrypted, open_file, read_header
 
     if sum((bool(identity), ask, descriptor is not None)) > 1:
         raise UsageError("a file is opened by keys or by a passphrase, not both", "give one of the two")
@@ -132,8 +132,8 @@ class NewLock:
 
 
 def _new_lock(recipients: list[str] | None, ask: bool, descriptor: int | None) -> NewLock:
-    from autoprune.crypto import check_lock
-    from autoprune.keys import default_recipient
+    from autoprune.crypto.age import check_lock
+    from autoprune.crypto.keys import default_recipient
 
     if sum((bool(recipients), ask, descriptor is not None)) > 1:
         raise UsageError(
@@ -166,9 +166,9 @@ def keygen(
         "--signing", help="A key that signs (Ed25519), not one that opens.")] = False,
 ) -> None:  # fmt: skip
     """Make a key; its public half is printed, the secret stays in a file that only you can read."""
-    from autoprune.keys import default_identity_path
-    from autoprune.keys import keygen as make_identity
-    from autoprune.signing import signing_keygen
+    from autoprune.crypto.keys import default_identity_path
+    from autoprune.crypto.keys import keygen as make_identity
+    from autoprune.crypto.signing import signing_keygen
 
     path = file or default_identity_path()
     if signing:
@@ -187,7 +187,7 @@ def inspect(
     as_json: AsJson = False,
 ) -> None:
     """Show what a delivered file is: its recipients without a key, all of its manifest with one."""
-    from autoprune.crypto import is_encrypted, open_file, read_header
+    from autoprune.crypto.age import is_encrypted, open_file, read_header
     from autoprune.opening import open_artifact
 
     opener = _opener(file, identity, passphrase, passphrase_fd)
@@ -295,7 +295,7 @@ def encrypt(
         metavar="FILE", help="Sign it with this Ed25519 secret key (OpenSSH or PEM) first.")] = None,
 ) -> None:  # fmt: skip
     """Encrypt a plain delivered file, after checking it."""
-    from autoprune.crypto import encrypt_chunks
+    from autoprune.crypto.age import encrypt_chunks
     from autoprune.opening import member_chunks, open_artifact
 
     _check_new(out)
@@ -312,7 +312,7 @@ def decrypt(
     file: File, out: Out, identity: IdentityFile = None, passphrase: Ask = False, passphrase_fd: AskFd = None
 ) -> None:
     """Write the plain form of an encrypted file."""
-    from autoprune.crypto import decrypt_file
+    from autoprune.crypto.age import decrypt_file
 
     _check_new(out)
     opener = _opener(file, identity, passphrase, passphrase_fd)
@@ -333,7 +333,7 @@ def rewrap(
         metavar="N", rich_help_panel=LOCK, help="Read the new passphrase from file descriptor N.")] = None,
 ) -> None:  # fmt: skip
     """Encrypt an encrypted file for others, through memory; the old file stays."""
-    from autoprune.crypto import rewrap_file
+    from autoprune.crypto.age import rewrap_file
 
     _check_new(out)
     opener = _opener(file, identity, passphrase, passphrase_fd)

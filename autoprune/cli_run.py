@@ -242,7 +242,7 @@ def refuse_secrets(given: Iterable[str]) -> None:
     Raises:
         UsageError: there is one.
     """
-    from autoprune.keys import SECRET
+    from autoprune.crypto.keys import SECRET
 
     if any(text.strip().upper().startswith(SECRET) for text in given):
         raise UsageError(

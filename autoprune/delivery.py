@@ -22,6 +22,7 @@ from autoprune.budget import MAX_EPOCHS, MIN_EPOCHS
 from autoprune.closing import final_rate, nearest_miss, saved
 from autoprune.config import Lock, Study
 from autoprune.controller import Promotion, State
+from autoprune.crypto.keys import default_recipient
 from autoprune.data.splits import derive_seed
 from autoprune.errors import TrialError
 from autoprune.history import (
@@ -33,7 +34,6 @@ from autoprune.history import (
     read_trials,
     unpack,
 )
-from autoprune.keys import default_recipient
 from autoprune.manifest import Architecture, Preprocessing, manifest_of_run
 from autoprune.measure import measure_latency, summarise, with_latency
 from autoprune.metrics import Evaluation, difference_pp

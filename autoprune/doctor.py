@@ -189,7 +189,7 @@ def _write_and_read(folder: Path) -> None:
 
 
 def _key() -> Finding:
-    from autoprune.keys import default_identity_path
+    from autoprune.crypto.keys import default_identity_path
 
     path = default_identity_path()
     found = str(path) if path.exists() else f"none yet; {path} is made on first use"

@@ -15,12 +15,12 @@ from pathlib import Path
 from typing import BinaryIO
 
 from autoprune.container import Buffer, Container, container_chunks
-from autoprune.crypto import AgeHeader, decrypt_to_memory, is_encrypted, open_file, read_header
+from autoprune.crypto.age import AgeHeader, decrypt_to_memory, is_encrypted, open_file, read_header
+from autoprune.crypto.keys import KeySource
+from autoprune.crypto.signing import SIGNATURE_BYTES, check_signature, sign_manifest
 from autoprune.errors import ArtifactError
-from autoprune.keys import KeySource
 from autoprune.manifest import MAX_MANIFEST, Manifest, MemberDigest
 from autoprune.onnx_check import check_onnx
-from autoprune.signing import SIGNATURE_BYTES, check_signature, sign_manifest
 
 MANIFEST, SIGNATURE = "manifest.json", "manifest.sig"
 WEIGHTS, PROGRAM, ONNX = "model.safetensors", "model.pt2", "model.onnx"

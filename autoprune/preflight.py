@@ -23,14 +23,14 @@ from torch import Tensor, nn
 from autoprune.budget import forecast
 from autoprune.config import Budget, Lock, Metric, Study, Target, check_study
 from autoprune.controller import Goal, start
-from autoprune.crypto import check_lock
+from autoprune.crypto.age import check_lock
+from autoprune.crypto.signing import sign_manifest
 from autoprune.data.sources import Data
 from autoprune.errors import AutopruneError, ConfigError, RunError, UnreachableError, UsageError
 from autoprune.export import export_model
 from autoprune.metrics import Evaluation, wilson_interval
 from autoprune.pruning.allocation import STRATEGIES
 from autoprune.pruning.criteria import CRITERIA
-from autoprune.signing import sign_manifest
 from autoprune.store import Place, has_run
 from autoprune.structure.graph import ChannelGraph
 from autoprune.structure.latency import with_latency

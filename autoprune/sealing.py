@@ -12,8 +12,8 @@ from typing import Any
 import pyrage
 
 from autoprune.config import Lock
+from autoprune.crypto.keys import default_identity_path, read_identities, read_recipients
 from autoprune.errors import ArtifactError, UsageError
-from autoprune.keys import default_identity_path, read_identities, read_recipients
 from autoprune.store import Seal
 
 TRIED = b"can be read again"

@@ -27,8 +27,8 @@ from importlib.metadata import version
 from pathlib import Path
 
 from autoprune.container import container_chunks, write_chunks
-from autoprune.crypto import decrypt_file, decrypt_to_memory, encrypt_chunks, encrypt_file
-from autoprune.keys import keygen, recipients_of
+from autoprune.crypto.age import decrypt_file, decrypt_to_memory, encrypt_chunks, encrypt_file
+from autoprune.crypto.keys import keygen, recipients_of
 from autoprune.manifest import Architecture, Manifest, MemberDigest
 from autoprune.opening import open_artifact
 

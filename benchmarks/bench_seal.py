@@ -22,7 +22,7 @@ import torch
 import torchvision
 
 from autoprune.config import Lock
-from autoprune.keys import keygen
+from autoprune.crypto.keys import keygen
 from autoprune.plan import PruningPlan
 from autoprune.sealing import run_seal
 from autoprune.store import RunStore, quiet_optuna

@@ -25,7 +25,7 @@ import onnx
 from numpy.typing import NDArray
 
 from autoprune.container import write_chunks
-from autoprune.crypto import encrypt_chunks
+from autoprune.crypto.age import encrypt_chunks
 from autoprune.data.sources import Data, Split, load_data
 from autoprune.errors import AutopruneError, UsageError
 from autoprune.export import silent_onnxruntime

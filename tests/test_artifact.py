@@ -20,13 +20,13 @@ import torch
 
 from autoprune.artifact import Protection, load, sparse_weights, write_artifact
 from autoprune.audit import audit
+from autoprune.crypto.keys import keygen
+from autoprune.crypto.signing import sign_manifest, signing_keygen
 from autoprune.errors import ArtifactError, AutopruneError, UsageError
-from autoprune.keys import keygen
 from autoprune.opening import open_artifact
 from autoprune.plan import PruningPlan
 from autoprune.program import DeliveredProgram
 from autoprune.rebuild import architecture_of, build_original
-from autoprune.signing import sign_manifest, signing_keygen
 from autoprune.structure.densify import densify, masked
 from autoprune.structure.trace_model import trace
 from tests.delivered import (

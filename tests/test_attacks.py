@@ -15,9 +15,9 @@ import onnx
 import pytest
 import torch
 
-from autoprune import crypto
 from autoprune.artifact import load, sparse_weights
 from autoprune.cli import main
+from autoprune.crypto import age
 from autoprune.errors import ArtifactError, harmless
 from autoprune.onnx_check import check_onnx
 from autoprune.opening import open_artifact
@@ -161,7 +161,7 @@ def test_a_file_that_changes_after_it_was_checked_is_refused(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Between the check and the use, someone writes other weights, with the right checksum of the zip."""
-    monkeypatch.setattr(crypto, "BUFFER", 512)  # or all of this small file would be read at once, and kept
+    monkeypatch.setattr(age, "BUFFER", 512)  # or all of this small file would be read at once, and kept
     file = forged(tmp_path, sample().data)
     members = members_of(sample().data)
     other = container_of(members | {name: members[name][:-1] + bytes([members[name][-1] ^ 1])})

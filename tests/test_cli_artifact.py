@@ -17,9 +17,9 @@ import torch
 from safetensors.torch import load_file
 
 from autoprune.cli import main
+from autoprune.crypto.keys import keygen
+from autoprune.crypto.signing import signing_keygen
 from autoprune.export import relative_error, run_onnx
-from autoprune.keys import keygen
-from autoprune.signing import signing_keygen
 from tests.delivered import sample, small_net
 
 

@@ -18,7 +18,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from autoprune.crypto import (
+from autoprune.crypto.age import (
     check_lock,
     decrypt_file,
     decrypt_to_memory,
@@ -28,8 +28,8 @@ from autoprune.crypto import (
     read_header,
     rewrap_file,
 )
+from autoprune.crypto.keys import keygen
 from autoprune.errors import ArtifactError, AutopruneError, UsageError
-from autoprune.keys import keygen
 
 CHUNK = (64 << 10) + 16  # age: 64 KiB of plaintext and a tag
 PLAIN = bytes(i * 7 % 251 for i in range(200_000))  # four chunks
@@ -296,7 +296,7 @@ def test_a_full_disk_leaves_nothing(tmp_path: Path, key: tuple[Path, str]) -> No
     """A real failing write: the process may write no file above 100 kB."""
     code = (
         "import resource, signal, sys\nfrom pathlib import Path\n"
-        "from autoprune.crypto import encrypt_chunks\n"
+        "from autoprune.crypto.age import encrypt_chunks\n"
         "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
         "resource.setrlimit(resource.RLIMIT_FSIZE, (100_000,) * 2)\n"
         "encrypt_chunks(Path(sys.argv[1]), iter([bytes(1_000_000)]), recipients=[sys.argv[2]])"

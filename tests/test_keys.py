@@ -6,8 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from autoprune.errors import ArtifactError, UsageError
-from autoprune.keys import (
+from autoprune.crypto.keys import (
     default_identities,
     default_identity_path,
     default_recipient,
@@ -16,6 +15,7 @@ from autoprune.keys import (
     read_recipients,
     recipients_of,
 )
+from autoprune.errors import ArtifactError, UsageError
 
 
 def test_a_key_file_is_private_and_never_overwritten(tmp_path: Path) -> None:

@@ -17,7 +17,7 @@ import pytest
 import torch
 
 from autoprune.artifact import Protection, write_artifact
-from autoprune.keys import keygen, read_identities
+from autoprune.crypto.keys import keygen, read_identities
 from autoprune.manifest import Architecture, Manifest
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -14,8 +14,8 @@ import torch
 from PIL import Image
 
 import autoprune
-from autoprune.crypto import encrypt_file
-from autoprune.keys import keygen
+from autoprune.crypto.age import encrypt_file
+from autoprune.crypto.keys import keygen
 from tests.delivered import sample
 
 ROOT = Path(__file__).resolve().parents[1]

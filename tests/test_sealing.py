@@ -11,13 +11,13 @@ import pytest
 from safetensors.torch import load as load_safetensors
 
 from autoprune.config import Lock, Search
+from autoprune.crypto.keys import default_recipient, keygen, read_identities
+from autoprune.crypto.signing import signing_keygen
 from autoprune.errors import ArtifactError, UsageError
-from autoprune.keys import default_recipient, keygen, read_identities
 from autoprune.opening import open_artifact
 from autoprune.pipeline import run
 from autoprune.plan import PruningPlan
 from autoprune.sealing import run_seal
-from autoprune.signing import signing_keygen
 from autoprune.store import ARTIFACTS, RunStore, quiet_optuna
 from tests.tiny import tiny_net, tiny_study
 

@@ -12,8 +12,7 @@ from cryptography.exceptions import InvalidSignature
 from cryptography.hazmat.primitives import serialization as forms
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
 
-from autoprune.errors import ArtifactError, UsageError
-from autoprune.signing import (
+from autoprune.crypto.signing import (
     FIELD,
     WEAK_Y,
     _signed_text,
@@ -21,6 +20,7 @@ from autoprune.signing import (
     sign_manifest,
     signing_keygen,
 )
+from autoprune.errors import ArtifactError, UsageError
 
 TEXT = b'{"format_version":1}'
 

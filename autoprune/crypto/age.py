@@ -21,8 +21,8 @@ from typing import BinaryIO
 import pyrage
 
 from autoprune.container import BUFFER, Buffer, write_beside
+from autoprune.crypto.keys import KeySource, default_identities, read_identities, read_recipients
 from autoprune.errors import ArtifactError, UsageError
-from autoprune.keys import KeySource, default_identities, read_identities, read_recipients
 
 MAGIC = b"age-encryption.org/v1\n"
 ARMOUR = b"-----BEGIN AGE"

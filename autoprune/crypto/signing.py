@@ -14,8 +14,8 @@ from cryptography.exceptions import InvalidSignature, UnsupportedAlgorithm
 from cryptography.hazmat.primitives import serialization as forms
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
 
+from autoprune.crypto.keys import KeySource, read_key_file, write_secret
 from autoprune.errors import ArtifactError, UsageError
-from autoprune.keys import KeySource, read_key_file, write_secret
 
 CONTEXT = b"autoprune manifest v1\n\0"
 KEY_BYTES, SIGNATURE_BYTES = 32, 96
