@@ -22,10 +22,10 @@ from autoprune.history import checkpoint_of, pack, read_goal, spent
 from autoprune.measure import summarise
 from autoprune.plan import PruningPlan
 from autoprune.preflight import Setup, environment, measured_baseline, plain_settings
-from autoprune.presence import Presence
 from autoprune.record import FrozenPart, SplitSummary
 from autoprune.search import tell_budget
-from autoprune.store import RunStore
+from autoprune.storage.membership import Presence
+from autoprune.storage.run_store import RunStore
 from autoprune.training.evaluation import evaluate
 from autoprune.training.finetune import train_baseline_
 

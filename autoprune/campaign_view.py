@@ -20,7 +20,7 @@ from optuna_dashboard import _note as notes
 from autoprune import interactive, plots
 from autoprune.record import RoundRecord, RunRecord, TrialRecord
 from autoprune.report import fate
-from autoprune.store import CHECKPOINT
+from autoprune.storage.run_store import CHECKPOINT
 from autoprune.trial_table import trials_csv
 from autoprune.view_storage import StudyView
 from autoprune.wording import (

@@ -78,7 +78,7 @@ def worker(
 
     Network, data and settings have to be those that the run was started with, which is checked.
     """
-    from autoprune.place import find_run
+    from autoprune.storage.location import find_run
     from autoprune.worker import told_by, work_on
 
     told = told_by(find_run(run, artifacts))

@@ -53,8 +53,8 @@ from autoprune.wording import answer, caution, comparison
 
 if TYPE_CHECKING:
     from autoprune.config import Study
-    from autoprune.place import Place
     from autoprune.record import RunResult
+    from autoprune.storage.location import Place
 
 NOT_REACHED = 3
 
@@ -200,14 +200,14 @@ def _command(words: list[str]) -> str:
 
 
 def _place(folder: Path, storage: str | None, artifacts: str | None) -> Place:
-    from autoprune.place import Place, checked_artifacts, checked_database
+    from autoprune.storage.location import Place, checked_artifacts, checked_database
 
     database = None if storage is None else checked_database(storage)
     return Place(folder=folder, database=database, artifacts=checked_artifacts(artifacts))
 
 
 def _interrupted(place: Place, name: str, words: list[str]) -> StoppedError:
-    from autoprune.store import names_in
+    from autoprune.storage.run_store import names_in
 
     if name not in names_in(place):
         return StoppedError("interrupted; nothing was measured yet", f"start again: {_command(words)}")
@@ -288,7 +288,7 @@ def read_secret(descriptor: int) -> str:
 
 def _show_plan(study: Study, place: Place, lock: Lock, *, resume: bool, as_json: bool) -> int:
     from autoprune.preflight import make_plan, prepare
-    from autoprune.sealing import run_seal
+    from autoprune.storage.sealing import run_seal
 
     run_seal(lock)
     plan = make_plan(prepare(study, out=place, resume=resume, lock=lock))
@@ -327,9 +327,9 @@ def report(
 ) -> None:
     """Make a run's report again from its storage, also while it goes on."""
     from autoprune.history import read_run
-    from autoprune.place import find_run
     from autoprune.report import to_json, write_report
-    from autoprune.store import RunStore
+    from autoprune.storage.location import find_run
+    from autoprune.storage.run_store import RunStore
     from autoprune.worker import told_by
 
     told = told_by(find_run(run, artifacts))
@@ -344,9 +344,9 @@ def report(
 
 def status(run: RunPlace, artifacts: Artifacts = None, as_json: AsJson = False) -> None:
     """Say where a run stands: what it is at, rounds, trials, decisions, who works on it, time left."""
-    from autoprune.place import find_run
     from autoprune.report import to_json
     from autoprune.standing import standing
+    from autoprune.storage.location import find_run
 
     told = standing(find_run(run, artifacts))
     if as_json:

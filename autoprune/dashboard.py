@@ -23,8 +23,8 @@ import optuna
 from autoprune.campaign_view import Campaign, views
 from autoprune.errors import AutopruneError, UsageError
 from autoprune.history import read_run
-from autoprune.place import DATABASE, Place, Run, checked_database, find_run
-from autoprune.store import BASELINE, RunStore, like_run, quiet_optuna
+from autoprune.storage.location import DATABASE, Place, Run, checked_database, find_run
+from autoprune.storage.run_store import BASELINE, RunStore, like_run, quiet_optuna
 from autoprune.view_storage import StudyView, ViewArtifacts, ViewStorage
 from autoprune.worker import told_by
 
@@ -88,7 +88,7 @@ def _in_database(text: str) -> list[ShownRun]:
 
 def _names(place: Place) -> list[str]:
     """The runs in a storage; one that has not begun yet is none."""
-    from autoprune.patience import open_storage
+    from autoprune.storage.retry import open_storage
 
     with quiet_optuna(), suppress(AutopruneError):
         storage = open_storage(place)

@@ -42,7 +42,7 @@ from autoprune.preflight import Setup
 from autoprune.record import Difference, ModelSummary, Outcome, RunRecord, RunResult, Tuning
 from autoprune.report import write_report
 from autoprune.search import tell_budget
-from autoprune.store import CHECKPOINT, FINAL, scored
+from autoprune.storage.run_store import CHECKPOINT, FINAL, scored
 from autoprune.structure.densify import densify, verify
 from autoprune.training.evaluation import evaluate
 from autoprune.training.finetune import EpochRecord, finetune_

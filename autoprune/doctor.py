@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from autoprune.errors import AutopruneError
-from autoprune.place import Place
+from autoprune.storage.location import Place
 from autoprune.wording import plural
 
 if TYPE_CHECKING:
@@ -122,8 +122,8 @@ def _storage(place: Place) -> Finding:
 
 
 def _database(place: Place) -> Finding:
-    from autoprune.patience import open_storage
-    from autoprune.store import quiet_optuna
+    from autoprune.storage.retry import open_storage
+    from autoprune.storage.run_store import quiet_optuna
 
     try:
         with quiet_optuna():
@@ -137,7 +137,7 @@ def _database(place: Place) -> Finding:
 
 def _artifacts(place: Place) -> Finding:
     """Write a file where checkpoints would go, read it back, and take it away."""
-    from autoprune.patience import open_artifacts
+    from autoprune.storage.retry import open_artifacts
 
     try:
         with tempfile.TemporaryDirectory(dir=_parent(place.folder)) as folder:
@@ -182,7 +182,7 @@ def _parent(folder: Path) -> Path:
 def _write_and_read(folder: Path) -> None:
     from contextlib import closing
 
-    from autoprune.store import RunStore, quiet_optuna
+    from autoprune.storage.run_store import RunStore, quiet_optuna
 
     with quiet_optuna(), closing(RunStore(folder, "doctor", create=True)) as store:
         store.create_study(0, {})

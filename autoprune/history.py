@@ -33,8 +33,8 @@ from autoprune.record import (
     TrialRecord,
     Tuning,
 )
-from autoprune.seats import is_withdrawn
-from autoprune.store import CHECKPOINT, FINAL, RunStore, scored
+from autoprune.storage.run_store import CHECKPOINT, FINAL, RunStore, scored
+from autoprune.storage.trial_slots import is_withdrawn
 
 RESULT = "result"  # a trial's record, complete but for number, state and params
 STATES: dict[TrialState, Any] = {TrialState.COMPLETE: "complete", TrialState.RUNNING: "running"}

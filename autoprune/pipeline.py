@@ -37,12 +37,22 @@ from autoprune.history import (
 )
 from autoprune.points import keep_point, kept_points
 from autoprune.preflight import Setup, fitting_threads, prepare, traced
-from autoprune.presence import Presence, joined, num_working
 from autoprune.pruning.sensitivity import SensitivityPoint, SensitivityTable, most_points, sensitivity
 from autoprune.record import RunResult, SensitivityCell
-from autoprune.sealing import run_seal
 from autoprune.search import RoundJob, is_decided, same_failure, search_round
-from autoprune.store import CHECKPOINT, FINAL, Place, RunStore, Seal, has_run, put, quiet_optuna, scored
+from autoprune.storage.membership import Presence, joined, num_working
+from autoprune.storage.run_store import (
+    CHECKPOINT,
+    FINAL,
+    Place,
+    RunStore,
+    Seal,
+    has_run,
+    put,
+    quiet_optuna,
+    scored,
+)
+from autoprune.storage.sealing import run_seal
 from autoprune.structure.densify import densify, verify
 from autoprune.structure.latency import with_latency
 from autoprune.trial import Ground, probe_speed

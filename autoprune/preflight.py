@@ -31,7 +31,7 @@ from autoprune.export import export_model
 from autoprune.metrics import Evaluation, wilson_interval
 from autoprune.pruning.allocation import STRATEGIES
 from autoprune.pruning.criteria import CRITERIA
-from autoprune.store import Place, has_run
+from autoprune.storage.run_store import Place, has_run
 from autoprune.structure.graph import ChannelGraph
 from autoprune.structure.latency import with_latency
 from autoprune.structure.timings import device_name

@@ -28,10 +28,10 @@ from autoprune.config import Search
 from autoprune.controller import Goal, State, TrialSummary, has_recovered
 from autoprune.data.splits import derive_seed
 from autoprune.history import RESULT, RoundPlan, read_plan, read_trials, spent
-from autoprune.presence import POLL_S, Presence, Watch
 from autoprune.record import TrialRecord
-from autoprune.seats import NOBODY, OWNER, POINT, Taken, free_, running, sit, take, tell
-from autoprune.store import CHECKPOINT, RunStore, put, scored
+from autoprune.storage.membership import POLL_S, Presence, Watch
+from autoprune.storage.run_store import CHECKPOINT, RunStore, put, scored
+from autoprune.storage.trial_slots import NOBODY, OWNER, POINT, Taken, free_, running, sit, take, tell
 from autoprune.training import distributed
 from autoprune.training.finetune import EpochRecord
 from autoprune.trial import Climb, Ground, TrialParams, TrialResult, failed_record, run_trial

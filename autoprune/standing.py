@@ -17,11 +17,11 @@ from autoprune.baseline import is_measured
 from autoprune.config import Budget, Control
 from autoprune.controller import replay
 from autoprune.history import checkpoint_of, outcomes, read_goal, read_run, spent
-from autoprune.place import DATABASE, Place, Run
 from autoprune.points import kept_points
-from autoprune.presence import PROCESSES, Process, members
 from autoprune.record import RoundRecord, RunRecord
-from autoprune.store import RunStore, quiet_optuna, studies_in
+from autoprune.storage.location import DATABASE, Place, Run
+from autoprune.storage.membership import PROCESSES, Process, members
+from autoprune.storage.run_store import RunStore, quiet_optuna, studies_in
 from autoprune.wording import duration
 from autoprune.worker import told_by
 

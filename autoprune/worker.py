@@ -20,14 +20,14 @@ from autoprune.config import Lock, Study
 from autoprune.controller import State, replay
 from autoprune.errors import RunError, UsageError
 from autoprune.history import is_decided, outcomes
-from autoprune.patience import GRACE_S, open_storage
 from autoprune.pipeline import analyse, known_points, stand
-from autoprune.place import Place, Run
 from autoprune.preflight import fitting_threads, prepare
-from autoprune.presence import BuriedError, Presence, joined, members
-from autoprune.sealing import run_seal
 from autoprune.search import RoundJob, search_round
-from autoprune.store import BASELINE, FINAL, RunStore, name_in, names_in, quiet_optuna
+from autoprune.storage.location import Place, Run
+from autoprune.storage.membership import BuriedError, Presence, joined, members
+from autoprune.storage.retry import GRACE_S, open_storage
+from autoprune.storage.run_store import BASELINE, FINAL, RunStore, name_in, names_in, quiet_optuna
+from autoprune.storage.sealing import run_seal
 from autoprune.training import distributed
 from autoprune.trial import run_trial
 

@@ -31,11 +31,11 @@ import optuna
 
 from autoprune import events as ev
 from autoprune.history import RESULT, read_plan, read_trials
-from autoprune.patience import open_storage
-from autoprune.place import Place, checked_database
 from autoprune.record import EpochPoint, Rung, TrialRecord
-from autoprune.seats import sit, take, tell
-from autoprune.store import FINAL, RunStore, name_in, put, quiet_optuna, scored
+from autoprune.storage.location import Place, checked_database
+from autoprune.storage.retry import open_storage
+from autoprune.storage.run_store import FINAL, RunStore, name_in, put, quiet_optuna, scored
+from autoprune.storage.trial_slots import sit, take, tell
 
 ROOT = Path(__file__).resolve().parents[1]
 EPOCH = EpochPoint(epoch=1.0, lr=0.1, train_loss=1.0, images_per_s=100.0)

@@ -18,7 +18,7 @@ from scipy.stats import spearmanr
 
 from autoprune.history import read_run
 from autoprune.record import RoundRecord
-from autoprune.store import RunStore, name_in, quiet_optuna
+from autoprune.storage.run_store import RunStore, name_in, quiet_optuna
 
 FEW = 4  # pairs; fewer say nothing
 

@@ -26,8 +26,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from autoprune.history import read_plan, read_trials
-from autoprune.seats import OWNER
-from autoprune.store import RunStore, name_in, quiet_optuna, scored
+from autoprune.storage.run_store import RunStore, name_in, quiet_optuna, scored
+from autoprune.storage.trial_slots import OWNER
 
 WORKERS = (1, 2, 4, 8, 16, 32, 64)
 ROUNDS = 400

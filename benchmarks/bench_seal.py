@@ -24,8 +24,8 @@ import torchvision
 from autoprune.config import Lock
 from autoprune.crypto.keys import keygen
 from autoprune.plan import PruningPlan
-from autoprune.sealing import run_seal
-from autoprune.store import RunStore, quiet_optuna
+from autoprune.storage.run_store import RunStore, quiet_optuna
+from autoprune.storage.sealing import run_seal
 
 NETWORKS = ("mobilenet_v2", "resnet18", "resnet50")
 PLAN = PruningPlan(keep={}, num_units={})

@@ -19,7 +19,7 @@ from PIL import Image
 
 from autoprune import plots
 from autoprune.history import read_run
-from autoprune.store import RunStore, name_in, quiet_optuna
+from autoprune.storage.run_store import RunStore, name_in, quiet_optuna
 
 TARGET = Path(__file__).resolve().parents[1] / "docs" / "run.png"
 DPI = 110

@@ -18,7 +18,7 @@ from autoprune.advice import (
     suggest,
 )
 from autoprune.config import DECAYS, Search
-from autoprune.store import quiet_optuna
+from autoprune.storage.run_store import quiet_optuna
 from tests.test_trial import ground
 
 __all__ = ["ground"]  # the fixture

@@ -19,7 +19,7 @@ from sampler_worlds import FIELDS, RUNG, Trial, World, read_trials
 
 from autoprune.advice import Space, suggest
 from autoprune.config import Search
-from autoprune.store import quiet_optuna
+from autoprune.storage.run_store import quiet_optuna
 
 BEST_LR = 0.03
 

@@ -18,8 +18,8 @@ from autoprune.controller import replay
 from autoprune.errors import AutopruneError, RunError
 from autoprune.history import outcomes, read_goal, read_plan
 from autoprune.pipeline import run
-from autoprune.presence import HeldError
-from autoprune.store import DATABASE, RunStore, put, quiet_optuna, scored
+from autoprune.storage.membership import HeldError
+from autoprune.storage.run_store import DATABASE, RunStore, put, quiet_optuna, scored
 from tests.tiny import tiny_study
 
 LOG = f"{DATABASE}-wal"

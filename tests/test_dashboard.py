@@ -22,7 +22,7 @@ from autoprune.config import Lock, Search
 from autoprune.dashboard import Dashboard, find_runs, open_dashboard
 from autoprune.errors import UsageError
 from autoprune.pipeline import run
-from autoprune.store import DATABASE
+from autoprune.storage.run_store import DATABASE
 from tests.tiny import tiny_study
 
 PLAIN = Lock(plain=True)

@@ -27,7 +27,7 @@ from autoprune import events as ev
 from autoprune.config import Lock
 from autoprune.errors import AutopruneError
 from autoprune.pipeline import run
-from autoprune.place import Place
+from autoprune.storage.location import Place
 from autoprune.config import Search
 from tests.tiny import tiny_study, trained_net
 
@@ -70,8 +70,8 @@ READ_ONLY = """
 import io, subprocess, sys
 from pathlib import Path
 from autoprune.errors import AutopruneError
-from autoprune.patience import open_artifacts
-from autoprune.store import RunStore, quiet_optuna
+from autoprune.storage.retry import open_artifacts
+from autoprune.storage.run_store import RunStore, quiet_optuna
 
 disk = Path(sys.argv[1])
 with quiet_optuna():

@@ -21,8 +21,8 @@ from autoprune.cli import main
 from autoprune.controller import Decision, RoundOutcome, decide, start
 from autoprune.errors import UsageError
 from autoprune.history import CHECKPOINT, RESULT, read_goal, read_plan, read_run, summaries
-from autoprune.seats import SEAT
-from autoprune.store import RunStore, name_in, scored
+from autoprune.storage.run_store import RunStore, name_in, scored
+from autoprune.storage.trial_slots import SEAT
 from tests.tiny import tiny_study
 
 ROOT = Path(__file__).resolve().parents[1]

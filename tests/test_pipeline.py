@@ -23,7 +23,7 @@ from autoprune.history import read_run
 from autoprune.pipeline import run
 from autoprune.preflight import make_plan, prepare
 from autoprune.record import RunResult
-from autoprune.store import ARTIFACTS, DATABASE, RunStore
+from autoprune.storage.run_store import ARTIFACTS, DATABASE, RunStore
 from autoprune.training.evaluation import evaluate
 from autoprune.training.finetune import train_baseline_
 from tests.tiny import TinyNet, tiny_data, tiny_net, tiny_study

@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 
 from autoprune.errors import RunError, UsageError
-from autoprune.patience import open_artifacts, open_storage
-from autoprune.place import Place, checked_artifacts, checked_database, find_run
+from autoprune.storage.location import Place, checked_artifacts, checked_database, find_run
+from autoprune.storage.retry import open_artifacts, open_storage
 
 
 def test_a_folder_holds_all_of_a_run(tmp_path: Path) -> None:

@@ -13,18 +13,19 @@ from pathlib import Path
 import optuna
 import pytest
 
-from autoprune import patience, presence
 from autoprune.errors import RunError
-from autoprune.presence import BuriedError, HeldError, Watch, joined, members
-from autoprune.store import RunStore, quiet_optuna
+from autoprune.storage import membership, retry
+from autoprune.storage.membership import BuriedError, HeldError, Watch, joined, members
+from autoprune.storage.run_store import RunStore, quiet_optuna
 
 HOLDER = """
 import sys, time
 from pathlib import Path
-from autoprune import patience, presence
-from autoprune.store import RunStore
-presence.BEAT_S = float(sys.argv[3])
-with presence.joined(RunStore(Path(sys.argv[1]), "a"), sys.argv[2]) as me:
+from autoprune.storage import retry
+from autoprune.storage import membership
+from autoprune.storage.run_store import RunStore
+membership.BEAT_S = float(sys.argv[3])
+with membership.joined(RunStore(Path(sys.argv[1]), "a"), sys.argv[2]) as me:
     print("in", flush=True)
     sys.stdin.readline()
     me.check()
@@ -90,7 +91,7 @@ def test_who_could_not_say_goodbye_does_not_hold_the_run_against_itself(
 
 
 def test_a_sleeper_is_replaced_and_notices_it(store: RunStore, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(presence, "BEAT_S", 1)
+    monkeypatch.setattr(membership, "BEAT_S", 1)
     store.storage.grace_period = 3
     with other(store, beat=1) as sleeper:
         sleeper.send_signal(signal.SIGSTOP)
@@ -105,12 +106,12 @@ def test_a_sleeper_is_replaced_and_notices_it(store: RunStore, monkeypatch: pyte
 
 
 def test_a_jump_of_the_clock_buries_nobody(store: RunStore, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(presence, "BEAT_S", 0.5)
+    monkeypatch.setattr(membership, "BEAT_S", 0.5)
     with joined(store, "worker") as me:
         watch = Watch(store)
         store.storage.grace_period = -3600  # as if the database's clock had jumped an hour ahead
         assert [p.state for p in watch.look()] == ["silent"]
-        store.storage.grace_period = patience.GRACE_S
+        store.storage.grace_period = retry.GRACE_S
         time.sleep(1.1)
         assert [p.state for p in watch.look()] == ["working"]
         me.check()

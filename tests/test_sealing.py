@@ -17,8 +17,8 @@ from autoprune.errors import ArtifactError, UsageError
 from autoprune.opening import open_artifact
 from autoprune.pipeline import run
 from autoprune.plan import PruningPlan
-from autoprune.sealing import run_seal
-from autoprune.store import ARTIFACTS, RunStore, quiet_optuna
+from autoprune.storage.run_store import ARTIFACTS, RunStore, quiet_optuna
+from autoprune.storage.sealing import run_seal
 from tests.tiny import tiny_net, tiny_study
 
 PLAN = PruningPlan(keep={}, num_units={})

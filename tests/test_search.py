@@ -39,8 +39,8 @@ from autoprune.search import (
     search_round,
     value_of,
 )
-from autoprune.seats import SEAT, free_, sit, take, tell
-from autoprune.store import RunStore, put, quiet_optuna, scored
+from autoprune.storage.run_store import RunStore, put, quiet_optuna, scored
+from autoprune.storage.trial_slots import SEAT, free_, sit, take, tell
 from autoprune.trial import Climb, run_trial
 from tests.tiny import tiny_study
 
@@ -335,8 +335,8 @@ def test_a_seat_is_taken_once_and_given_back(work: Work) -> None:
 SITTER = """
 import sys
 from pathlib import Path
-from autoprune.seats import take
-from autoprune.store import RunStore
+from autoprune.storage.trial_slots import take
+from autoprune.storage.run_store import RunStore
 study = RunStore(Path(sys.argv[1]), "tiny").study(9)
 sys.stdin.readline()
 while (taken := take(study, 40, owner=int(sys.argv[2]))) is not None:

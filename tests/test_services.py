@@ -20,11 +20,11 @@ from autoprune.config import Lock, Search
 from autoprune.dashboard import Dashboard, find_runs, open_dashboard
 from autoprune.errors import ArtifactError, RunError, UsageError
 from autoprune.pipeline import run
-from autoprune.place import Place, checked_database
 from autoprune.plan import PruningPlan
-from autoprune.presence import HeldError, joined
-from autoprune.seats import OWNER
-from autoprune.store import RunStore, put, quiet_optuna, scored
+from autoprune.storage.location import Place, checked_database
+from autoprune.storage.membership import HeldError, joined
+from autoprune.storage.run_store import RunStore, put, quiet_optuna, scored
+from autoprune.storage.trial_slots import OWNER
 from tests.services import Postgres, Relay, postgres, postgres_programs, s3
 from tests.test_dashboard import CHROMIUM, Page, visit
 from tests.tiny import tiny_net, tiny_study

@@ -13,10 +13,10 @@ from autoprune.cli import main
 from autoprune.config import Lock, Search
 from autoprune.errors import UsageError
 from autoprune.pipeline import run
-from autoprune.place import find_run
-from autoprune.presence import joined
 from autoprune.standing import Standing, standing
-from autoprune.store import RunStore, quiet_optuna
+from autoprune.storage.location import find_run
+from autoprune.storage.membership import joined
+from autoprune.storage.run_store import RunStore, quiet_optuna
 from tests.tiny import tiny_study
 
 PLAIN = Lock(plain=True)

@@ -15,7 +15,7 @@ from optuna.exceptions import DuplicatedStudyError
 
 from autoprune.errors import ArtifactError, RunError, UsageError
 from autoprune.plan import PruningPlan
-from autoprune.store import (
+from autoprune.storage.run_store import (
     ARTIFACTS,
     DATABASE,
     RunStore,
@@ -33,7 +33,7 @@ ASKER = """
 import sys
 from pathlib import Path
 from typing import Any
-from autoprune.store import RunStore
+from autoprune.storage.run_store import RunStore
 study = RunStore(Path(sys.argv[1]), "a").study(1)
 for _ in range(8):
     trial = study.ask()

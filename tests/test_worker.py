@@ -22,11 +22,11 @@ from autoprune.controller import replay
 from autoprune.errors import UsageError
 from autoprune.history import outcomes, read_goal, read_plan, read_trials
 from autoprune.options import digests
-from autoprune.place import Place
-from autoprune.presence import members
 from autoprune.record import TrialRecord
-from autoprune.seats import OWNER
-from autoprune.store import DATABASE, RunStore
+from autoprune.storage.location import Place
+from autoprune.storage.membership import members
+from autoprune.storage.run_store import DATABASE, RunStore
+from autoprune.storage.trial_slots import OWNER
 from autoprune.study_file import load_study
 from autoprune.worker import Told
 from tests.tiny import tiny_study
@@ -57,9 +57,10 @@ study = tiny_study(
 # As `python -m autoprune`, but heartbeats are so frequent that a test can wait for one to be missed.
 QUICK = """
 import sys
-from autoprune import patience, presence
-patience.BEAT_S = presence.BEAT_S = 0.5
-patience.GRACE_S = presence.GRACE_S = 4
+from autoprune.storage import retry
+from autoprune.storage import membership
+retry.BEAT_S = membership.BEAT_S = 0.5
+retry.GRACE_S = membership.GRACE_S = 4
 from autoprune.cli import main
 sys.exit(main(sys.argv[1:]))
 """

@@ -14,7 +14,7 @@ import pyrage
 from autoprune.config import Lock
 from autoprune.crypto.keys import default_identity_path, read_identities, read_recipients
 from autoprune.errors import ArtifactError, UsageError
-from autoprune.store import Seal
+from autoprune.storage.run_store import Seal
 
 TRIED = b"can be read again"
 

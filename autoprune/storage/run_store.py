@@ -33,9 +33,9 @@ from safetensors.torch import save as save_safetensors
 from torch import Tensor, nn
 
 from autoprune.errors import ArtifactError, UsageError
-from autoprune.patience import open_artifacts, open_storage
-from autoprune.place import ARTIFACTS, DATABASE, Place
 from autoprune.plan import PruningPlan
+from autoprune.storage.location import ARTIFACTS, DATABASE, Place
+from autoprune.storage.retry import open_artifacts, open_storage
 
 __all__ = [
     "ARTIFACTS", "CHECKPOINT", "DATABASE", "FINAL", "Checkpoint", "Place", "RunStore", "Seal",

@@ -26,8 +26,8 @@ from optuna.exceptions import UpdateFinishedTrialError
 from optuna.trial import FrozenTrial, TrialState, create_trial
 
 from autoprune.errors import AutopruneError, RunError
-from autoprune.patience import BEAT_S, GRACE_S
-from autoprune.store import RunStore
+from autoprune.storage.retry import BEAT_S, GRACE_S
+from autoprune.storage.run_store import RunStore
 
 PROCESSES = "processes"
 Role = Literal["coordinator", "worker"]
