@@ -14,16 +14,16 @@ from types import MappingProxyType
 from typing import Any
 
 from autoprune import events as ev
-from autoprune.budget import Meter
-from autoprune.controller import Goal
 from autoprune.data.splits import derive_seed
 from autoprune.errors import UsageError
-from autoprune.history import checkpoint_of, pack, read_goal, spent
 from autoprune.measure import summarise
 from autoprune.plan import PruningPlan
 from autoprune.preflight import Setup, environment, measured_baseline, plain_settings
 from autoprune.record import FrozenPart, SplitSummary
-from autoprune.search import tell_budget
+from autoprune.search.budget import Meter
+from autoprune.search.controller import Goal
+from autoprune.search.history import checkpoint_of, pack, read_goal, spent
+from autoprune.search.round import tell_budget
 from autoprune.storage.membership import Presence
 from autoprune.storage.run_store import RunStore
 from autoprune.training.evaluation import evaluate

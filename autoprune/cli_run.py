@@ -326,8 +326,8 @@ def report(
     as_json: AsJson = False,
 ) -> None:
     """Make a run's report again from its storage, also while it goes on."""
-    from autoprune.history import read_run
     from autoprune.report import to_json, write_report
+    from autoprune.search.history import read_run
     from autoprune.storage.location import find_run
     from autoprune.storage.run_store import RunStore
     from autoprune.worker import told_by

@@ -22,7 +22,7 @@ import optuna
 
 from autoprune.campaign_view import Campaign, views
 from autoprune.errors import AutopruneError, UsageError
-from autoprune.history import read_run
+from autoprune.search.history import read_run
 from autoprune.storage.location import DATABASE, Place, Run, checked_database, find_run
 from autoprune.storage.run_store import BASELINE, RunStore, like_run, quiet_optuna
 from autoprune.view_storage import StudyView, ViewArtifacts, ViewStorage

@@ -15,17 +15,22 @@ from typing import Any
 from torch import nn
 
 from autoprune import events as ev
-from autoprune.advice import params_of
 from autoprune.artifact import Protection, write_artifact
 from autoprune.baseline import Work
-from autoprune.budget import MAX_EPOCHS, MIN_EPOCHS
-from autoprune.closing import final_rate, nearest_miss, saved
 from autoprune.config import Lock, Study
-from autoprune.controller import Promotion, State
 from autoprune.crypto.keys import default_recipient
 from autoprune.data.splits import derive_seed
 from autoprune.errors import TrialError
-from autoprune.history import (
+from autoprune.manifest import Architecture, Preprocessing, manifest_of_run
+from autoprune.measure import measure_latency, summarise, with_latency
+from autoprune.metrics import Evaluation, difference_pp
+from autoprune.plan import PruningPlan
+from autoprune.preflight import Setup
+from autoprune.record import Difference, ModelSummary, Outcome, RunRecord, RunResult, Tuning
+from autoprune.report import write_report
+from autoprune.search.budget import MAX_EPOCHS, MIN_EPOCHS
+from autoprune.search.controller import Promotion, State
+from autoprune.search.history import (
     checkpoint_of,
     measured_speed,
     read_plan,
@@ -34,19 +39,14 @@ from autoprune.history import (
     read_trials,
     unpack,
 )
-from autoprune.manifest import Architecture, Preprocessing, manifest_of_run
-from autoprune.measure import measure_latency, summarise, with_latency
-from autoprune.metrics import Evaluation, difference_pp
-from autoprune.plan import PruningPlan
-from autoprune.preflight import Setup
-from autoprune.record import Difference, ModelSummary, Outcome, RunRecord, RunResult, Tuning
-from autoprune.report import write_report
-from autoprune.search import tell_budget
+from autoprune.search.near_miss import final_rate, nearest_miss, saved
+from autoprune.search.proposals import params_of
+from autoprune.search.round import tell_budget
+from autoprune.search.trial import points
 from autoprune.storage.run_store import CHECKPOINT, FINAL, scored
 from autoprune.structure.densify import densify, verify
 from autoprune.training.evaluation import evaluate
 from autoprune.training.finetune import EpochRecord, finetune_
-from autoprune.trial import points
 from autoprune.wording import percent
 
 SAFETY = 0.95  # of the seconds left: epochs are planned from a mean

@@ -17,16 +17,18 @@ from pathlib import Path
 import optuna
 
 from autoprune import events as ev
-from autoprune.advice import Point, first_points, next_points
 from autoprune.baseline import NONE, Work, begin, is_measured
-from autoprune.budget import FINAL_SHARE, MIN_EPOCHS, Effort, Speed, plan_round, rounds_ahead
-from autoprune.closing import is_near
 from autoprune.config import Lock, Study
-from autoprune.controller import Decision, RoundOutcome, State, decide, floor_of_round, replay
 from autoprune.data.splits import derive_seed
 from autoprune.delivery import deliver
 from autoprune.errors import RunError
-from autoprune.history import (
+from autoprune.preflight import Setup, fitting_threads, prepare, traced
+from autoprune.pruning.sensitivity import SensitivityPoint, SensitivityTable, most_points, sensitivity
+from autoprune.record import RunResult, SensitivityCell
+from autoprune.search.analysis_cache import keep_point, kept_points
+from autoprune.search.budget import FINAL_SHARE, MIN_EPOCHS, Effort, Speed, plan_round, rounds_ahead
+from autoprune.search.controller import Decision, RoundOutcome, State, decide, floor_of_round, replay
+from autoprune.search.history import (
     RoundPlan,
     checkpoint_of,
     measured_speed,
@@ -35,11 +37,10 @@ from autoprune.history import (
     read_trials,
     summaries,
 )
-from autoprune.points import keep_point, kept_points
-from autoprune.preflight import Setup, fitting_threads, prepare, traced
-from autoprune.pruning.sensitivity import SensitivityPoint, SensitivityTable, most_points, sensitivity
-from autoprune.record import RunResult, SensitivityCell
-from autoprune.search import RoundJob, is_decided, same_failure, search_round
+from autoprune.search.near_miss import is_near
+from autoprune.search.proposals import Point, first_points, next_points
+from autoprune.search.round import RoundJob, is_decided, same_failure, search_round
+from autoprune.search.trial import Ground, probe_speed
 from autoprune.storage.membership import Presence, joined, num_working
 from autoprune.storage.run_store import (
     CHECKPOINT,
@@ -55,7 +56,6 @@ from autoprune.storage.run_store import (
 from autoprune.storage.sealing import run_seal
 from autoprune.structure.densify import densify, verify
 from autoprune.structure.latency import with_latency
-from autoprune.trial import Ground, probe_speed
 
 WORTHWHILE = 0.5  # of the longest trials' epochs: shorter ones are not worth a round; a guess
 ANALYSIS_PART = 0.25  # of the time left: there an analysis is cut short, and not made again; a guess

@@ -20,9 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from autoprune.budget import forecast
 from autoprune.config import Budget, Lock, Metric, Study, Target, check_study
-from autoprune.controller import Goal, start
 from autoprune.crypto.age import check_lock
 from autoprune.crypto.signing import sign_manifest
 from autoprune.data.sources import Data
@@ -31,6 +29,8 @@ from autoprune.export import export_model
 from autoprune.metrics import Evaluation, wilson_interval
 from autoprune.pruning.allocation import STRATEGIES
 from autoprune.pruning.criteria import CRITERIA
+from autoprune.search.budget import forecast
+from autoprune.search.controller import Goal, start
 from autoprune.storage.run_store import Place, has_run
 from autoprune.structure.graph import ChannelGraph
 from autoprune.structure.latency import with_latency

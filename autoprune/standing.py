@@ -15,10 +15,10 @@ from optuna.trial import TrialState
 
 from autoprune.baseline import is_measured
 from autoprune.config import Budget, Control
-from autoprune.controller import replay
-from autoprune.history import checkpoint_of, outcomes, read_goal, read_run, spent
-from autoprune.points import kept_points
 from autoprune.record import RoundRecord, RunRecord
+from autoprune.search.analysis_cache import kept_points
+from autoprune.search.controller import replay
+from autoprune.search.history import checkpoint_of, outcomes, read_goal, read_run, spent
 from autoprune.storage.location import DATABASE, Place, Run
 from autoprune.storage.membership import PROCESSES, Process, members
 from autoprune.storage.run_store import RunStore, quiet_optuna, studies_in

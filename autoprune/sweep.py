@@ -21,8 +21,8 @@ from pathlib import Path
 from typing import IO, Literal
 
 from autoprune.errors import AutopruneError
-from autoprune.history import read_run
 from autoprune.record import RunRecord
+from autoprune.search.history import read_run
 from autoprune.storage.run_store import RunStore, name_in
 
 OVERHEAD = 0.1  # of a job's time: export and report come on top of a budget; a guess

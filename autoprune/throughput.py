@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from autoprune.config import Study
 from autoprune.data.sources import Split
 from autoprune.preflight import Understood, understand
+from autoprune.search.trial import seconds_of_training
 from autoprune.training.evaluation import evaluate, resolve_device
-from autoprune.trial import seconds_of_training
 
 FEW_BATCHES = 2
 PART = 0.4  # of the seconds, for training and for evaluating each

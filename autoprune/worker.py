@@ -17,19 +17,19 @@ import optuna
 from autoprune import events as ev
 from autoprune.baseline import Work, begin
 from autoprune.config import Lock, Study
-from autoprune.controller import State, replay
 from autoprune.errors import RunError, UsageError
-from autoprune.history import is_decided, outcomes
 from autoprune.pipeline import analyse, known_points, stand
 from autoprune.preflight import fitting_threads, prepare
-from autoprune.search import RoundJob, search_round
+from autoprune.search.controller import State, replay
+from autoprune.search.history import is_decided, outcomes
+from autoprune.search.round import RoundJob, search_round
+from autoprune.search.trial import run_trial
 from autoprune.storage.location import Place, Run
 from autoprune.storage.membership import BuriedError, Presence, joined, members
 from autoprune.storage.retry import GRACE_S, open_storage
 from autoprune.storage.run_store import BASELINE, FINAL, RunStore, name_in, names_in, quiet_optuna
 from autoprune.storage.sealing import run_seal
 from autoprune.training import distributed
-from autoprune.trial import run_trial
 
 LONELY_S = 2 * GRACE_S  # without a coordinator for this long, nothing will come any more
 POLL_S = 2.0

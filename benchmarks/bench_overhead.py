@@ -30,8 +30,8 @@ from unittest.mock import patch
 import optuna
 
 from autoprune import events as ev
-from autoprune.history import RESULT, read_plan, read_trials
 from autoprune.record import EpochPoint, Rung, TrialRecord
+from autoprune.search.history import RESULT, read_plan, read_trials
 from autoprune.storage.location import Place, checked_database
 from autoprune.storage.retry import open_storage
 from autoprune.storage.run_store import FINAL, RunStore, name_in, put, quiet_optuna, scored
@@ -172,7 +172,7 @@ def seats_alone(folder: str, trials: int) -> list[tuple[float, float]]:
 
 def untrained(ground: object, params: object, *, goes_on: Callable[[Any], bool], **_: object) -> Any:
     """In place of a trial: asks whether to climb, as a trial does, and gives a record of ten epochs."""
-    from autoprune.trial import Climb, TrialResult
+    from autoprune.search.trial import Climb, TrialResult
 
     climb = Climb(tops=(0.4,), done=0.5, next_epochs=0.5, prune_rate=0.3, cost_share=0.7)
     goes_on(climb)
@@ -189,10 +189,10 @@ def whole_round(folder: Path, args: argparse.Namespace) -> list[tuple[float, flo
     sys.path.insert(0, str(ROOT))
     from autoprune.baseline import begin
     from autoprune.config import Lock, Search
-    from autoprune.controller import start
     from autoprune.pipeline import analyse, known_points, stand
     from autoprune.preflight import prepare
-    from autoprune.search import search_round
+    from autoprune.search.controller import start
+    from autoprune.search.round import search_round
     from tests.tiny import tiny_study
 
     study = tiny_study(
@@ -211,7 +211,7 @@ def whole_round(folder: Path, args: argparse.Namespace) -> list[tuple[float, flo
                 ends.append(now_ms())
 
         ends.append(now_ms())
-        with patch("autoprune.search.run_trial", untrained):
+        with patch("autoprune.search.round.run_trial", untrained):
             search_round(replace(job, on_event=listen), attempt, known)
     return between(ends)
 

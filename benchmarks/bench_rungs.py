@@ -16,8 +16,8 @@ from statistics import mean
 
 from scipy.stats import spearmanr
 
-from autoprune.history import read_run
 from autoprune.record import RoundRecord
+from autoprune.search.history import read_run
 from autoprune.storage.run_store import RunStore, name_in, quiet_optuna
 
 FEW = 4  # pairs; fewer say nothing

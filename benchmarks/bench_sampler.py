@@ -35,14 +35,14 @@ from sampler_page import write_page
 from sampler_worlds import FIELDS, RUNG, Key, Trial, read_trials
 from torch import nn
 
-from autoprune.advice import Point, Space, first_points, params_of, settled_points, suggest
 from autoprune.config import Finetune, Optimizer, Study
 from autoprune.data.splits import derive_seed
 from autoprune.plan import PruningPlan
 from autoprune.preflight import Setup, prepare, traced
 from autoprune.pruning.sensitivity import SensitivityTable, sensitivity
+from autoprune.search.proposals import Point, Space, first_points, params_of, settled_points, suggest
+from autoprune.search.trial import Ground, measure, run_trial
 from autoprune.training.evaluation import recalibrate_
-from autoprune.trial import Ground, measure, run_trial
 
 HERE = Path(__file__).resolve().parent
 RESULTS = HERE / "results"

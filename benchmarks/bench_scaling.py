@@ -25,7 +25,7 @@ from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 
-from autoprune.history import read_plan, read_trials
+from autoprune.search.history import read_plan, read_trials
 from autoprune.storage.run_store import RunStore, name_in, quiet_optuna, scored
 from autoprune.storage.trial_slots import OWNER
 

@@ -23,7 +23,9 @@ import optuna
 from sampler_worlds import World
 from scipy.stats import rankdata
 
-from autoprune.advice import (
+from autoprune.config import Decay
+from autoprune.search.controller import TIE
+from autoprune.search.proposals import (
     Past,
     Point,
     Space,
@@ -33,9 +35,7 @@ from autoprune.advice import (
     params_of,
     settled_points,
 )
-from autoprune.config import Decay
-from autoprune.controller import TIE
-from autoprune.search import FAILED_VALUE, TIE_WEIGHT
+from autoprune.search.round import FAILED_VALUE, TIE_WEIGHT
 
 Goal = Literal["deepest", "ceiling", "settled"]
 GOALS: tuple[Goal, ...] = ("deepest", "ceiling", "settled")

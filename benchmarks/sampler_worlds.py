@@ -32,8 +32,8 @@ from sklearn.neighbors import KNeighborsRegressor
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
-from autoprune.advice import Point, Space, params_of, suggest
 from autoprune.config import DECAYS, Search
+from autoprune.search.proposals import Point, Space, params_of, suggest
 
 Array = NDArray[np.float64]
 FOLDS = 10

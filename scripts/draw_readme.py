@@ -18,7 +18,7 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 from autoprune import plots
-from autoprune.history import read_run
+from autoprune.search.history import read_run
 from autoprune.storage.run_store import RunStore, name_in, quiet_optuna
 
 TARGET = Path(__file__).resolve().parents[1] / "docs" / "run.png"

@@ -5,7 +5,8 @@ from typing import Any
 import optuna
 import pytest
 
-from autoprune.advice import (
+from autoprune.config import DECAYS, Search
+from autoprune.search.proposals import (
     SHALLOW,
     Past,
     Point,
@@ -17,7 +18,6 @@ from autoprune.advice import (
     settled_points,
     suggest,
 )
-from autoprune.config import DECAYS, Search
 from autoprune.storage.run_store import quiet_optuna
 from tests.test_trial import ground
 

@@ -17,8 +17,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "benchmarks"))
 from sampler_replay import PRODUCT, WAYS, Round, play, second
 from sampler_worlds import FIELDS, RUNG, Trial, World, read_trials
 
-from autoprune.advice import Space, suggest
 from autoprune.config import Search
+from autoprune.search.proposals import Space, suggest
 from autoprune.storage.run_store import quiet_optuna
 
 BEST_LR = 0.03

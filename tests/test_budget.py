@@ -6,7 +6,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from autoprune.budget import (
+from autoprune.config import Budget, Control, Search
+from autoprune.search.budget import (
     ENOUGH_EPOCHS,
     FINAL_SHARE,
     MAX_TRIALS,
@@ -20,8 +21,7 @@ from autoprune.budget import (
     plan_round,
     rounds_ahead,
 )
-from autoprune.config import Budget, Control, Search
-from autoprune.controller import Goal, start
+from autoprune.search.controller import Goal, start
 
 SPEED = Speed(epoch_s=2.0, trial_s=1.0, analysis_s=5.0)
 GOAL = Goal(baseline_top1=0.9, max_drop_pp=1.0, target_share=0.5)

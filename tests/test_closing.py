@@ -6,11 +6,11 @@ from pathlib import Path
 import pytest
 
 from autoprune import events as ev
-from autoprune.closing import NEAR, final_rate, is_hopeful, is_near, nearest_miss, saved
 from autoprune.config import Control, Finetune, Lock, Search
-from autoprune.controller import Goal, Promotion, State, start
 from autoprune.pipeline import run
 from autoprune.record import RoundRecord, Rung, TrialRecord
+from autoprune.search.controller import Goal, Promotion, State, start
+from autoprune.search.near_miss import NEAR, final_rate, is_hopeful, is_near, nearest_miss, saved
 from tests.tiny import tiny_study
 
 GOAL = Goal(baseline_top1=0.92, max_drop_pp=1.0, target_share=0.5)

@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from autoprune.config import Control
-from autoprune.controller import (
+from autoprune.search.controller import (
     EXACT,
     Decision,
     Goal,

@@ -14,10 +14,10 @@ import pytest
 from autoprune import events as ev
 from autoprune.cli import main
 from autoprune.config import Lock
-from autoprune.controller import replay
 from autoprune.errors import AutopruneError, RunError
-from autoprune.history import outcomes, read_goal, read_plan
 from autoprune.pipeline import run
+from autoprune.search.controller import replay
+from autoprune.search.history import outcomes, read_goal, read_plan
 from autoprune.storage.membership import HeldError
 from autoprune.storage.run_store import DATABASE, RunStore, put, quiet_optuna, scored
 from tests.tiny import tiny_study

@@ -18,9 +18,9 @@ from typing import Any
 import pytest
 
 from autoprune.cli import main
-from autoprune.controller import Decision, RoundOutcome, decide, start
 from autoprune.errors import UsageError
-from autoprune.history import CHECKPOINT, RESULT, read_goal, read_plan, read_run, summaries
+from autoprune.search.controller import Decision, RoundOutcome, decide, start
+from autoprune.search.history import CHECKPOINT, RESULT, read_goal, read_plan, read_run, summaries
 from autoprune.storage.run_store import RunStore, name_in, scored
 from autoprune.storage.trial_slots import SEAT
 from tests.tiny import tiny_study

@@ -19,10 +19,10 @@ from autoprune.artifact import open_artifact
 from autoprune.config import Baseline, Control, Lock, Search
 from autoprune.delivery import is_slower, latency_share
 from autoprune.errors import ArtifactError, ConfigError, RunError, UnreachableError, UsageError
-from autoprune.history import read_run
 from autoprune.pipeline import run
 from autoprune.preflight import make_plan, prepare
 from autoprune.record import RunResult
+from autoprune.search.history import read_run
 from autoprune.storage.run_store import ARTIFACTS, DATABASE, RunStore
 from autoprune.training.evaluation import evaluate
 from autoprune.training.finetune import train_baseline_
@@ -188,7 +188,7 @@ def test_a_budget_that_is_too_small_stops_the_run_and_the_rest_is_encrypted(tmp_
 def test_a_round_for_which_no_time_was_left_says_nothing_about_the_ceiling(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("autoprune.search._affordable", lambda job, study: False)
+    monkeypatch.setattr("autoprune.search.round._affordable", lambda job, study: False)
     result = run(tiny_study(), out=tmp_path / "r", lock=PLAIN)
     assert result.stopped_by == "budget"
     assert [(r.action, r.trials) for r in result.record.rounds] == [("stop", ())]

@@ -13,8 +13,8 @@ from autoprune import events as ev
 from autoprune.config import Analysis, Baseline, Lock
 from autoprune.errors import ConfigError, UsageError
 from autoprune.pipeline import run
-from autoprune.points import keep_point, kept_points
 from autoprune.pruning.sensitivity import SensitivityPoint, sensitivity
+from autoprune.search.analysis_cache import keep_point, kept_points
 from autoprune.structure.trace_model import trace
 from autoprune.training.finetune import train_baseline_
 from tests.tiny import TinyNet, tiny_data, tiny_net, tiny_split, tiny_study

@@ -13,17 +13,17 @@ import torch
 from optuna.exceptions import UpdateFinishedTrialError
 
 from autoprune import events as ev
-from autoprune.advice import SHALLOW, Point, params_of, suggest
 from autoprune.baseline import Work, begin
-from autoprune.budget import FINAL_SHARE, Meter, ladder
 from autoprune.config import Budget, Lock, Search
-from autoprune.controller import start
 from autoprune.errors import RunError
-from autoprune.history import CHECKPOINT, RESULT, read_trials
 from autoprune.pipeline import analyse, known_points, stand
 from autoprune.preflight import prepare
 from autoprune.record import Rung, TrialRecord
-from autoprune.search import (
+from autoprune.search.budget import FINAL_SHARE, Meter, ladder
+from autoprune.search.controller import start
+from autoprune.search.history import CHECKPOINT, RESULT, read_trials
+from autoprune.search.proposals import SHALLOW, Point, params_of, suggest
+from autoprune.search.round import (
     FAILED_VALUE,
     MAX_DEATHS,
     TELLING_EPOCHS,
@@ -39,9 +39,9 @@ from autoprune.search import (
     search_round,
     value_of,
 )
+from autoprune.search.trial import Climb, run_trial
 from autoprune.storage.run_store import RunStore, put, quiet_optuna, scored
 from autoprune.storage.trial_slots import SEAT, free_, sit, take, tell
-from autoprune.trial import Climb, run_trial
 from tests.tiny import tiny_study
 
 

@@ -11,11 +11,11 @@ from autoprune.errors import TrialError
 from autoprune.plan import PruningPlan
 from autoprune.pruning.screening import bench, screen
 from autoprune.pruning.sensitivity import sensitivity
+from autoprune.search.trial import Climb, Ground, TrialParams, probe_speed, run_trial
 from autoprune.structure.densify import densify
 from autoprune.structure.trace_model import trace
 from autoprune.training.evaluation import evaluate
 from autoprune.training.finetune import EpochRecord, train_baseline_
-from autoprune.trial import Climb, Ground, TrialParams, probe_speed, run_trial
 from tests.tiny import tiny_data, tiny_net, tiny_study
 
 PARAMS = TrialParams(prune_rate=0.3, lr=0.05, decay="cosine", criterion="l2", strategy="sensitivity")

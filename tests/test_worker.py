@@ -18,11 +18,11 @@ import pytest
 
 from autoprune.cli import main
 from autoprune.cli_fleet import _given
-from autoprune.controller import replay
 from autoprune.errors import UsageError
-from autoprune.history import outcomes, read_goal, read_plan, read_trials
 from autoprune.options import digests
 from autoprune.record import TrialRecord
+from autoprune.search.controller import replay
+from autoprune.search.history import outcomes, read_goal, read_plan, read_trials
 from autoprune.storage.location import Place
 from autoprune.storage.membership import members
 from autoprune.storage.run_store import DATABASE, RunStore

@@ -20,8 +20,8 @@ from optuna.trial import FixedTrial, FrozenTrial, create_trial
 from torch import nn
 
 from autoprune.config import Decay, Search
+from autoprune.search.trial import Ground, TrialParams
 from autoprune.structure.densify import densify
-from autoprune.trial import Ground, TrialParams
 
 STARTUP_TRIALS = 4  # measured on a surrogate of 8 to 32 trials: fewer random trials lose nothing
 MOST_PAST = 200  # trials that a sampler hears of; a guess

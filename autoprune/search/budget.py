@@ -13,7 +13,7 @@ import time
 from dataclasses import dataclass
 
 from autoprune.config import Budget, Control, Search
-from autoprune.controller import State
+from autoprune.search.controller import State
 
 FINAL_SHARE = 0.4  # of the whole budget, for the final tuning at least; a guess
 FIRST_RUNG = 0.2  # of a trial's epochs, as a complete schedule before the rest: what is lost if it goes on

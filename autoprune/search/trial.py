@@ -20,7 +20,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from autoprune.budget import Speed
 from autoprune.config import Decay, Metric, Study
 from autoprune.data.sources import Data
 from autoprune.data.splits import Split, derive_seed
@@ -32,6 +31,7 @@ from autoprune.pruning.criteria import Scores, score
 from autoprune.pruning.screening import bench, screen
 from autoprune.pruning.sensitivity import SensitivityTable
 from autoprune.record import EpochPoint, Rung, TrialRecord
+from autoprune.search.budget import Speed
 from autoprune.structure.densify import densify
 from autoprune.structure.graph import ChannelGraph
 from autoprune.structure.latency import measured_share

@@ -13,8 +13,8 @@ import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
-from autoprune.controller import EXACT, Goal, Promotion, State
 from autoprune.record import RoundRecord, Rung, TrialRecord
+from autoprune.search.controller import EXACT, Goal, Promotion, State
 
 NEAR = 0.015  # of top-1 below the floor: models further off are not kept; a guess
 DEEPER = 0.97  # of the best model's cost: a smaller gain is not worth the risk; a guess

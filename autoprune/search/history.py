@@ -16,8 +16,6 @@ import optuna
 from numpy.typing import NDArray
 from optuna.trial import FrozenTrial, TrialState
 
-from autoprune.budget import Speed
-from autoprune.controller import Goal, RoundOutcome, TrialSummary
 from autoprune.record import (
     Difference,
     EpochPoint,
@@ -33,6 +31,8 @@ from autoprune.record import (
     TrialRecord,
     Tuning,
 )
+from autoprune.search.budget import Speed
+from autoprune.search.controller import Goal, RoundOutcome, TrialSummary
 from autoprune.storage.run_store import CHECKPOINT, FINAL, RunStore, scored
 from autoprune.storage.trial_slots import is_withdrawn
 

@@ -21,20 +21,20 @@ import optuna
 from optuna.exceptions import UpdateFinishedTrialError
 
 from autoprune import events as ev
-from autoprune.advice import Past, Point, Space, advise, make_sampler, settled_points, suggest
-from autoprune.budget import FINAL_SHARE, Meter, Speed, ladder
-from autoprune.closing import is_hopeful, is_near
 from autoprune.config import Search
-from autoprune.controller import Goal, State, TrialSummary, has_recovered
 from autoprune.data.splits import derive_seed
-from autoprune.history import RESULT, RoundPlan, read_plan, read_trials, spent
 from autoprune.record import TrialRecord
+from autoprune.search.budget import FINAL_SHARE, Meter, Speed, ladder
+from autoprune.search.controller import Goal, State, TrialSummary, has_recovered
+from autoprune.search.history import RESULT, RoundPlan, read_plan, read_trials, spent
+from autoprune.search.near_miss import is_hopeful, is_near
+from autoprune.search.proposals import Past, Point, Space, advise, make_sampler, settled_points, suggest
+from autoprune.search.trial import Climb, Ground, TrialParams, TrialResult, failed_record, run_trial
 from autoprune.storage.membership import POLL_S, Presence, Watch
 from autoprune.storage.run_store import CHECKPOINT, RunStore, put, scored
 from autoprune.storage.trial_slots import NOBODY, OWNER, POINT, Taken, free_, running, sit, take, tell
 from autoprune.training import distributed
 from autoprune.training.finetune import EpochRecord
-from autoprune.trial import Climb, Ground, TrialParams, TrialResult, failed_record, run_trial
 
 FAILED_VALUE = -1.0  # top-1 cannot fall short by more; NaN would teach the sampler nothing
 TIE_WEIGHT = 1e-3  # of top-1 beside the rate
