@@ -12,7 +12,7 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from autoprune.artifact import load as load
+    from autoprune.artifact.writer import load as load
     from autoprune.config import Analysis as Analysis
     from autoprune.config import Baseline as Baseline
     from autoprune.config import Control as Control
@@ -60,7 +60,7 @@ PUBLIC = {
     "evaluate": "training.evaluation",
     "finetune": "training.finetune:finetune_",
     "from_datasets": "data.sources",
-    "load": "artifact",
+    "load": "artifact.writer",
     "load_data": "data.sources",
     "load_weights_": "data.weights",
     "masked": "structure.densify",

@@ -20,8 +20,8 @@ from autoprune.cli_run import ask_secret, read_secret, refuse_secrets
 from autoprune.errors import ArtifactError, UsageError, VerificationError
 
 if TYPE_CHECKING:
+    from autoprune.artifact.manifest import Manifest
     from autoprune.crypto.age import AgeHeader
-    from autoprune.manifest import Manifest
 
 OPEN, LOCK = "How to open the file", "Who may open the new file"
 File = Annotated[Path, typer.Argument(metavar="ARTIFACT", help="A delivered file, encrypted or plain.")]
@@ -187,8 +187,8 @@ def inspect(
     as_json: AsJson = False,
 ) -> None:
     """Show what a delivered file is: its recipients without a key, all of its manifest with one."""
+    from autoprune.artifact.reader import open_artifact
     from autoprune.crypto.age import is_encrypted, open_file, read_header
-    from autoprune.opening import open_artifact
 
     opener = _opener(file, identity, passphrase, passphrase_fd)
     with open_file(file) as stream:
@@ -218,7 +218,7 @@ def _show(
         }
         sys.stdout.write(json.dumps(document, indent=1) + "\n")
         return
-    from autoprune.artifact_text import artifact_text
+    from autoprune.artifact.summary import artifact_text
 
     sys.stdout.write(artifact_text(file, header, manifest, signer))
 
@@ -235,13 +235,13 @@ def verify(
 
     Where the original's class can be imported, the network is also built again from original and plan.
     """
-    from autoprune.opening import open_artifact
+    from autoprune.artifact.reader import open_artifact
 
     opener = _opener(file, identity, passphrase, passphrase_fd)
     with open_artifact(
         file, identity=opener.identity, passphrase=opener.passphrase, require_signature=require_signature
     ) as artifact:
-        from autoprune.audit import audit
+        from autoprune.artifact.verify_artifact import audit
 
         checks = audit(artifact)
     if as_json:
@@ -265,8 +265,8 @@ def export(
     require_signature: Required = None,
 ) -> None:  # fmt: skip
     """Take one form of the network out of a delivered file, in plaintext."""
-    from autoprune.container import write_chunks
-    from autoprune.opening import open_artifact
+    from autoprune.artifact.container import write_chunks
+    from autoprune.artifact.reader import open_artifact
 
     _check_new(out)
     opener = _opener(file, identity, passphrase, passphrase_fd)
@@ -274,7 +274,7 @@ def export(
         file, identity=opener.identity, passphrase=opener.passphrase, require_signature=require_signature
     ) as artifact:
         if to is Form.sparse:
-            from autoprune.artifact import sparse_weights
+            from autoprune.artifact.writer import sparse_weights
 
             data = sparse_weights(artifact)
         else:
@@ -295,8 +295,8 @@ def encrypt(
         metavar="FILE", help="Sign it with this Ed25519 secret key (OpenSSH or PEM) first.")] = None,
 ) -> None:  # fmt: skip
     """Encrypt a plain delivered file, after checking it."""
+    from autoprune.artifact.reader import member_chunks, open_artifact
     from autoprune.crypto.age import encrypt_chunks
-    from autoprune.opening import member_chunks, open_artifact
 
     _check_new(out)
     with open_artifact(file) as artifact:

@@ -15,13 +15,13 @@ from typing import Any
 from torch import nn
 
 from autoprune import events as ev
-from autoprune.artifact import Protection, write_artifact
+from autoprune.artifact.manifest import Architecture, Preprocessing, manifest_of_run
+from autoprune.artifact.writer import Protection, write_artifact
 from autoprune.baseline import Work
 from autoprune.config import Lock, Study
 from autoprune.crypto.keys import default_recipient
 from autoprune.data.splits import derive_seed
 from autoprune.errors import TrialError
-from autoprune.manifest import Architecture, Preprocessing, manifest_of_run
 from autoprune.measure import measure_latency, summarise, with_latency
 from autoprune.metrics import Evaluation, difference_pp
 from autoprune.plan import PruningPlan

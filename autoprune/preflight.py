@@ -20,12 +20,12 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from autoprune.artifact.export import export_model
 from autoprune.config import Budget, Lock, Metric, Study, Target, check_study
 from autoprune.crypto.age import check_lock
 from autoprune.crypto.signing import sign_manifest
 from autoprune.data.sources import Data
 from autoprune.errors import AutopruneError, ConfigError, RunError, UnreachableError, UsageError
-from autoprune.export import export_model
 from autoprune.metrics import Evaluation, wilson_interval
 from autoprune.pruning.allocation import STRATEGIES
 from autoprune.pruning.criteria import CRITERIA

@@ -13,11 +13,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from autoprune.artifact import write_artifact
-from autoprune.container import Container, container_chunks
-from autoprune.manifest import Architecture, Manifest, Preprocessing, Provenance
+from autoprune.artifact.container import Container, container_chunks
+from autoprune.artifact.manifest import Architecture, Manifest, Preprocessing, Provenance
+from autoprune.artifact.rebuild import architecture_of
+from autoprune.artifact.writer import write_artifact
 from autoprune.plan import PruningPlan
-from autoprune.rebuild import architecture_of
 from autoprune.structure.densify import densify
 from autoprune.structure.trace_model import trace
 

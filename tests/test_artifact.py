@@ -18,15 +18,15 @@ import pyrage
 import pytest
 import torch
 
-from autoprune.artifact import Protection, load, sparse_weights, write_artifact
-from autoprune.audit import audit
+from autoprune.artifact.program import DeliveredProgram
+from autoprune.artifact.reader import open_artifact
+from autoprune.artifact.rebuild import architecture_of, build_original
+from autoprune.artifact.verify_artifact import audit
+from autoprune.artifact.writer import Protection, load, sparse_weights, write_artifact
 from autoprune.crypto.keys import keygen
 from autoprune.crypto.signing import sign_manifest, signing_keygen
 from autoprune.errors import ArtifactError, AutopruneError, UsageError
-from autoprune.opening import open_artifact
 from autoprune.plan import PruningPlan
-from autoprune.program import DeliveredProgram
-from autoprune.rebuild import architecture_of, build_original
 from autoprune.structure.densify import densify, masked
 from autoprune.structure.trace_model import trace
 from tests.delivered import (
@@ -341,9 +341,9 @@ import resource, signal, sys
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 resource.setrlimit(resource.RLIMIT_FSIZE, (8, 8))
 import torch
-from autoprune.artifact import load
-from autoprune.export import run_onnx
-from autoprune.opening import open_artifact
+from autoprune.artifact.writer import load
+from autoprune.artifact.export import run_onnx
+from autoprune.artifact.reader import open_artifact
 from autoprune.plan import PruningPlan
 file, key = sys.argv[1:]
 module = load(file, identity=key)

@@ -15,15 +15,15 @@ import onnx
 import pytest
 import torch
 
-from autoprune.artifact import load, sparse_weights
+from autoprune.artifact.onnx_check import check_onnx
+from autoprune.artifact.program import load_program
+from autoprune.artifact.program_check import WEIGHTS_CONFIG
+from autoprune.artifact.reader import open_artifact
+from autoprune.artifact.rebuild import read_weights
+from autoprune.artifact.writer import load, sparse_weights
 from autoprune.cli import main
 from autoprune.crypto import age
 from autoprune.errors import ArtifactError, harmless
-from autoprune.onnx_check import check_onnx
-from autoprune.opening import open_artifact
-from autoprune.program import load_program
-from autoprune.program_check import WEIGHTS_CONFIG
-from autoprune.rebuild import read_weights
 from tests.delivered import changed_json, container_of, members_of, sample, with_honest_digests
 
 Members = dict[str, bytes]

@@ -16,10 +16,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from autoprune.artifact.export import relative_error, run_onnx
 from autoprune.cli import main
 from autoprune.crypto.keys import keygen
 from autoprune.crypto.signing import signing_keygen
-from autoprune.export import relative_error, run_onnx
 from tests.delivered import sample, small_net
 
 

@@ -14,7 +14,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from autoprune.container import (
+from autoprune.artifact.container import (
     TAIL_BYTES,
     Container,
     check_name,

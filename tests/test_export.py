@@ -16,9 +16,9 @@ import torch
 from safetensors.torch import load as load_safetensors
 from torch import Tensor, nn
 
+from autoprune.artifact.export import export_model, flat_tensors, probe_inputs, relative_error, run_onnx
+from autoprune.artifact.program import load_program
 from autoprune.errors import ArtifactError
-from autoprune.export import export_model, flat_tensors, probe_inputs, relative_error, run_onnx
-from autoprune.program import load_program
 from tests.delivered import members_of, sample
 
 

@@ -7,9 +7,9 @@ import copy
 import pytest
 import torch
 
-from autoprune.export import export_model, run_onnx
+from autoprune.artifact.export import export_model, run_onnx
+from autoprune.artifact.program import load_program
 from autoprune.plan import PruningPlan
-from autoprune.program import load_program
 from autoprune.structure.densify import densify, difference, masked
 from autoprune.structure.patches.channel_gather import GatheredModule
 from autoprune.structure.trace_model import trace

@@ -13,8 +13,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from autoprune.errors import ArtifactError
-from autoprune.manifest import (
+from autoprune.artifact.manifest import (
     Architecture,
     InputSpec,
     Manifest,
@@ -23,6 +22,7 @@ from autoprune.manifest import (
     Provenance,
     manifest_of_run,
 )
+from autoprune.errors import ArtifactError
 from autoprune.plan import PruningPlan
 from tests.example_record import REACHED
 

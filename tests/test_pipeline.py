@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from autoprune import events as ev
-from autoprune.artifact import open_artifact
+from autoprune.artifact.writer import open_artifact
 from autoprune.config import Baseline, Control, Lock, Search
 from autoprune.delivery import is_slower, latency_share
 from autoprune.errors import ArtifactError, ConfigError, RunError, UnreachableError, UsageError

@@ -12,9 +12,9 @@ from typing import Any
 import pytest
 import torch
 
+from autoprune.artifact.program import load_program
+from autoprune.artifact.program_check import MODEL, SAMPLES, WEIGHTS_CONFIG, check_program
 from autoprune.errors import ArtifactError, UsageError
-from autoprune.program import load_program
-from autoprune.program_check import MODEL, SAMPLES, WEIGHTS_CONFIG, check_program
 from tests.delivered import changed_json, container_of, members_of, sample
 
 Members = dict[str, bytes]

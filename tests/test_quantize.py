@@ -16,9 +16,9 @@ import pyrage
 import pytest
 import torch
 
-from autoprune.artifact import Protection, write_artifact
+from autoprune.artifact.manifest import Architecture, Manifest
+from autoprune.artifact.writer import Protection, write_artifact
 from autoprune.crypto.keys import keygen, read_identities
-from autoprune.manifest import Architecture, Manifest
 
 ROOT = Path(__file__).resolve().parents[1]
 

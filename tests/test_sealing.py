@@ -10,11 +10,11 @@ import pyrage
 import pytest
 from safetensors.torch import load as load_safetensors
 
+from autoprune.artifact.reader import open_artifact
 from autoprune.config import Lock, Search
 from autoprune.crypto.keys import default_recipient, keygen, read_identities
 from autoprune.crypto.signing import signing_keygen
 from autoprune.errors import ArtifactError, UsageError
-from autoprune.opening import open_artifact
 from autoprune.pipeline import run
 from autoprune.plan import PruningPlan
 from autoprune.storage.run_store import ARTIFACTS, RunStore, quiet_optuna

@@ -20,7 +20,7 @@ from typing import BinaryIO
 
 import pyrage
 
-from autoprune.container import BUFFER, Buffer, write_beside
+from autoprune.artifact.container import BUFFER, Buffer, write_beside
 from autoprune.crypto.keys import KeySource, default_identities, read_identities, read_recipients
 from autoprune.errors import ArtifactError, UsageError
 

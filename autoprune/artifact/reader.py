@@ -14,13 +14,13 @@ from itertools import chain
 from pathlib import Path
 from typing import BinaryIO
 
-from autoprune.container import Buffer, Container, container_chunks
+from autoprune.artifact.container import Buffer, Container, container_chunks
+from autoprune.artifact.manifest import MAX_MANIFEST, Manifest, MemberDigest
+from autoprune.artifact.onnx_check import check_onnx
 from autoprune.crypto.age import AgeHeader, decrypt_to_memory, is_encrypted, open_file, read_header
 from autoprune.crypto.keys import KeySource
 from autoprune.crypto.signing import SIGNATURE_BYTES, check_signature, sign_manifest
 from autoprune.errors import ArtifactError
-from autoprune.manifest import MAX_MANIFEST, Manifest, MemberDigest
-from autoprune.onnx_check import check_onnx
 
 MANIFEST, SIGNATURE = "manifest.json", "manifest.sig"
 WEIGHTS, PROGRAM, ONNX = "model.safetensors", "model.pt2", "model.onnx"

@@ -16,9 +16,9 @@ from typing import Any
 
 import torch
 
-from autoprune.container import Container
+from autoprune.artifact.container import Container
+from autoprune.artifact.strict_json import StrictJsonError, parse
 from autoprune.errors import ArtifactError
-from autoprune.strict_json import StrictJsonError, parse
 
 ROOT = "archive/"
 MODEL = ROOT + "models/model.json"

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 from pathlib import Path
 
+from autoprune.artifact.manifest import Manifest
 from autoprune.crypto.age import AgeHeader
 from autoprune.errors import harmless
-from autoprune.manifest import Manifest
 from autoprune.record import ModelSummary
 from autoprune.wording import count, milliseconds, percent, size
 

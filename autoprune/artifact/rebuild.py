@@ -20,9 +20,9 @@ from safetensors import SafetensorError
 from safetensors.torch import load as load_safetensors
 from torch import Tensor, nn
 
+from autoprune.artifact.export import probe_answer, probe_inputs
+from autoprune.artifact.manifest import Architecture, Manifest
 from autoprune.errors import ArtifactError, AutopruneError
-from autoprune.export import probe_answer, probe_inputs
-from autoprune.manifest import Architecture, Manifest
 from autoprune.plan import PruningPlan
 from autoprune.structure.densify import densify
 from autoprune.structure.trace_model import trace

@@ -22,9 +22,9 @@ from safetensors.torch import save
 from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 
+from autoprune.artifact.onnx_check import check_onnx
+from autoprune.artifact.program import write_program
 from autoprune.errors import ArtifactError, VerificationError
-from autoprune.onnx_check import check_onnx
-from autoprune.program import write_program
 
 OPSET = 18  # what torch's exporter writes exactly; asked for 17 it leaves 18
 ONNX_LIMIT = (2 << 30) - (16 << 20)  # protobuf's 2 GiB, less room for everything but weights

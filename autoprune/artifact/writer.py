@@ -15,15 +15,11 @@ from typing import TYPE_CHECKING
 from safetensors.torch import save
 from torch import nn
 
-from autoprune.container import Buffer, container_chunks, write_chunks
-from autoprune.crypto.age import encrypt_chunks
-from autoprune.crypto.keys import KeySource
-from autoprune.crypto.signing import sign_manifest
-from autoprune.errors import ArtifactError
-from autoprune.expand import expand_weights, removed_indices
-from autoprune.export import ExampleInputs, Exported, export_model, inference_copy
-from autoprune.manifest import InputSpec, Manifest, Probe
-from autoprune.opening import (
+from autoprune.artifact.container import Buffer, container_chunks, write_chunks
+from autoprune.artifact.export import ExampleInputs, Exported, export_model, inference_copy
+from autoprune.artifact.manifest import InputSpec, Manifest, Probe
+from autoprune.artifact.program import load_program
+from autoprune.artifact.reader import (
     MANIFEST,
     ONNX,
     PROGRAM,
@@ -34,8 +30,12 @@ from autoprune.opening import (
     digest_of,
     open_artifact,
 )  # fmt: skip
-from autoprune.program import load_program
-from autoprune.rebuild import answers_probe, read_weights, rebuild_dense
+from autoprune.artifact.rebuild import answers_probe, read_weights, rebuild_dense
+from autoprune.artifact.sparse import expand_weights, removed_indices
+from autoprune.crypto.age import encrypt_chunks
+from autoprune.crypto.keys import KeySource
+from autoprune.crypto.signing import sign_manifest
+from autoprune.errors import ArtifactError
 
 if TYPE_CHECKING:
     from autoprune.structure.graph import ChannelGraph

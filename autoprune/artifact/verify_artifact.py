@@ -13,12 +13,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from autoprune.errors import AutopruneError
-from autoprune.expand import expand_weights
-from autoprune.export import ONNX_TOLERANCE, flat_tensors, probe_inputs, relative_error, run_onnx
-from autoprune.opening import ONNX, PROGRAM, WEIGHTS, Artifact
-from autoprune.program import load_program
-from autoprune.rebuild import (
+from autoprune.artifact.export import ONNX_TOLERANCE, flat_tensors, probe_inputs, relative_error, run_onnx
+from autoprune.artifact.program import load_program
+from autoprune.artifact.reader import ONNX, PROGRAM, WEIGHTS, Artifact
+from autoprune.artifact.rebuild import (
     answers_probe,
     build_original,
     input_signature,
@@ -26,6 +24,8 @@ from autoprune.rebuild import (
     read_weights,
     rebuild_dense,
 )
+from autoprune.artifact.sparse import expand_weights
+from autoprune.errors import AutopruneError
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -13,10 +13,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from autoprune.artifact.strict_json import StrictJsonError, decode, parse, plain
 from autoprune.errors import ArtifactError, AutopruneError
 from autoprune.plan import PruningPlan
 from autoprune.record import ModelSummary, RunRecord
-from autoprune.strict_json import StrictJsonError, decode, parse, plain
 
 FORMAT_VERSION = 1
 MAX_MANIFEST = 32 << 20

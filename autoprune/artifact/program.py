@@ -16,9 +16,9 @@ import torch
 from torch import nn
 from torch.export import ExportedProgram
 
-from autoprune.container import container_chunks
+from autoprune.artifact.container import container_chunks
+from autoprune.artifact.program_check import MODEL, SAMPLES, check_program
 from autoprune.errors import ArtifactError, UsageError
-from autoprune.program_check import MODEL, SAMPLES, check_program
 
 
 def write_program(program: ExportedProgram) -> bytes:
