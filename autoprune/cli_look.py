@@ -223,7 +223,7 @@ def _analysis_document(table: SensitivityTable, found: Sequence[Prospect]) -> st
 
 
 def _write_analysis(folder: Path, document: str, table: SensitivityTable, found: Sequence[Prospect]) -> None:
-    from autoprune import plots
+    from autoprune.report import plots
 
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "analysis.json").write_text(document + "\n", encoding="utf-8")

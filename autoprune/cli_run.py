@@ -326,7 +326,7 @@ def report(
     as_json: AsJson = False,
 ) -> None:
     """Make a run's report again from its storage, also while it goes on."""
-    from autoprune.report import to_json, write_report
+    from autoprune.report.page import to_json, write_report
     from autoprune.search.history import read_run
     from autoprune.storage.location import find_run
     from autoprune.storage.run_store import RunStore
@@ -344,7 +344,7 @@ def report(
 
 def status(run: RunPlace, artifacts: Artifacts = None, as_json: AsJson = False) -> None:
     """Say where a run stands: what it is at, rounds, trials, decisions, who works on it, time left."""
-    from autoprune.report import to_json
+    from autoprune.report.page import to_json
     from autoprune.standing import standing
     from autoprune.storage.location import find_run
 

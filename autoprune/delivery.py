@@ -27,7 +27,7 @@ from autoprune.metrics import Evaluation, difference_pp
 from autoprune.plan import PruningPlan
 from autoprune.preflight import Setup
 from autoprune.record import Difference, ModelSummary, Outcome, RunRecord, RunResult, Tuning
-from autoprune.report import write_report
+from autoprune.report.page import write_report
 from autoprune.search.budget import MAX_EPOCHS, MIN_EPOCHS
 from autoprune.search.controller import Promotion, State
 from autoprune.search.history import (

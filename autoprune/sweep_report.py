@@ -14,9 +14,10 @@ from jinja2 import Environment, StrictUndefined
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from autoprune import plots, wording
+from autoprune import wording
 from autoprune.record import ModelSummary
-from autoprune.report import packaged, unbroken
+from autoprune.report import plots
+from autoprune.report.page import packaged, unbroken
 from autoprune.sweep import Row
 
 HEADS = ("study", "target", "seed", "fate", "top-1 before", "top-1 after", "change, pp", "MACs left",

@@ -17,7 +17,7 @@ from pathlib import Path
 from matplotlib.figure import Figure
 from PIL import Image
 
-from autoprune import plots
+from autoprune.report import plots
 from autoprune.search.history import read_run
 from autoprune.storage.run_store import RunStore, name_in, quiet_optuna
 

@@ -8,8 +8,8 @@ from xml.etree import ElementTree
 import matplotlib as mpl
 import pytest
 
-from autoprune import plots
 from autoprune.record import RunRecord
+from autoprune.report import plots
 from tests.example_record import REACHED, UNFINISHED
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from autoprune.record import RunRecord
-from autoprune.report import to_json, write_report
+from autoprune.report.page import to_json, write_report
 from tests.example_record import FELL_SHORT, REACHED, UNFINISHED
 
 VOID = {"meta", "br", "img", "use", "path"}

@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import pandas as pd
 
-from autoprune.trial_table import importances, trial_frame, trials_csv
+from autoprune.report.trial_table import importances, trial_frame, trials_csv
 from tests.example_record import REACHED, UNFINISHED, one_round, trial
 
 

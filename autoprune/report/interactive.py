@@ -11,8 +11,8 @@ from typing import Any
 
 import plotly.graph_objects as go
 
-from autoprune.plots import COLOURS
 from autoprune.record import RoundRecord, RunRecord, TrialRecord
+from autoprune.report.plots import COLOURS
 from autoprune.wording import METRICS, delivered, percent, setting
 
 LAYOUT: dict[str, Any] = {

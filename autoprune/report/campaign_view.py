@@ -17,12 +17,12 @@ from optuna.trial import FrozenTrial
 from optuna_dashboard import _custom_plot_data as plot_data
 from optuna_dashboard import _note as notes
 
-from autoprune import interactive, plots
 from autoprune.record import RoundRecord, RunRecord, TrialRecord
-from autoprune.report import fate
+from autoprune.report import interactive, plots
+from autoprune.report.page import fate
+from autoprune.report.trial_table import trials_csv
+from autoprune.report.view_storage import StudyView
 from autoprune.storage.run_store import CHECKPOINT
-from autoprune.trial_table import trials_csv
-from autoprune.view_storage import StudyView
 from autoprune.wording import (
     ACTIONS,
     answer,

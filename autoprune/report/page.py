@@ -18,10 +18,11 @@ from typing import Any
 
 from jinja2 import Environment, StrictUndefined
 
-from autoprune import plots, wording
+from autoprune import wording
 from autoprune.config import DECAYS
 from autoprune.record import RoundRecord, RunRecord, TrialRecord
-from autoprune.trial_table import importances, trials_csv
+from autoprune.report import plots
+from autoprune.report.trial_table import importances, trials_csv
 
 CHOSEN = ("lr", "decay", "criterion")
 DELIVERED = {
