@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from autoprune.data.sources import load_data as load_data
     from autoprune.data.weights import load_weights_ as load_weights_
     from autoprune.errors import AutopruneError as AutopruneError
-    from autoprune.pipeline import run as run
+    from autoprune.pipeline.run import run as run
     from autoprune.plan import PruningPlan as PruningPlan
     from autoprune.pruning.sensitivity import sensitivity as sensitivity
     from autoprune.record import RunResult as RunResult
@@ -64,7 +64,7 @@ PUBLIC = {
     "load_data": "data.sources",
     "load_weights_": "data.weights",
     "masked": "structure.densify",
-    "run": "pipeline",
+    "run": "pipeline.run",
     "sensitivity": "pruning.sensitivity",
     "trace": "structure.trace_model",
 }

@@ -38,8 +38,8 @@ from autoprune.options import (
 from autoprune.terminal import listener
 
 if TYPE_CHECKING:
-    from autoprune.sweep import Row
-    from autoprune.worker import Told
+    from autoprune.pipeline.sweep import Row
+    from autoprune.pipeline.worker import Told
 
 PARTLY = 1
 
@@ -78,8 +78,8 @@ def worker(
 
     Network, data and settings have to be those that the run was started with, which is checked.
     """
+    from autoprune.pipeline.worker import told_by, work_on
     from autoprune.storage.location import find_run
-    from autoprune.worker import told_by, work_on
 
     told = told_by(find_run(run, artifacts))
     with terminable(), listener(quiet=quiet) as on_event:
@@ -175,10 +175,10 @@ def sweep(
     The time is divided among the runs that are left. A run that fails does not stop the others. The same
     command goes on where a sweep was stopped. Exit code 1: some runs are not done.
     """
+    from autoprune.pipeline.sweep import Clock, Job, jobs_of, look, used_seconds
+    from autoprune.pipeline.sweep import sweep as run_all
+    from autoprune.pipeline.sweep_report import write_summary
     from autoprune.study_file import find_study
-    from autoprune.sweep import Clock, Job, jobs_of, look, used_seconds
-    from autoprune.sweep import sweep as run_all
-    from autoprune.sweep_report import write_summary
 
     for study in studies:
         find_study(study)
@@ -251,7 +251,7 @@ def _deadline(until: str | None, budget: str | None, used: float) -> float:
 
 
 def _show(rows: Sequence[Row], files: tuple[Path, ...], *, as_json: bool) -> None:
-    from autoprune.sweep_report import SHORT, TEXT, answer, numbers_of, ranges, table_of
+    from autoprune.pipeline.sweep_report import SHORT, TEXT, answer, numbers_of, ranges, table_of
 
     if as_json:
         sys.stdout.write(json.dumps([numbers_of(row) for row in rows], indent=1) + "\n")

@@ -126,7 +126,7 @@ def groups(
     else:
         if size is not None:
             raise UsageError("--input is given beside data", "the data's own shape is used; leave it out")
-        from autoprune.preflight import understand
+        from autoprune.pipeline.preflight import understand
 
         chosen = choose_study(study, model, weights, data)
         graph = understand(changed(chosen, exclude, only, norms=norms, round_to=round_to)).graph
@@ -140,7 +140,7 @@ def _bare_graph(model: str, size: str, *, round_to: int | None, **wishes: Any) -
     """The graph of a network of random weights."""
     import torch
 
-    from autoprune.preflight import DEFAULT_ROUND_TO
+    from autoprune.pipeline.preflight import DEFAULT_ROUND_TO
     from autoprune.structure.trace_model import trace
     from autoprune.study_flags import build_network, find_factory
 
@@ -234,7 +234,7 @@ def _write_analysis(folder: Path, document: str, table: SensitivityTable, found:
 
 def _measure(study: Study, on_event: OnEvent) -> tuple[SensitivityTable, tuple[Prospect, ...]]:
     from autoprune.data.splits import derive_seed
-    from autoprune.preflight import understand
+    from autoprune.pipeline.preflight import understand
     from autoprune.pruning.one_shot import prospects
     from autoprune.pruning.sensitivity import most_points, sensitivity
     from autoprune.training.evaluation import resolve_device

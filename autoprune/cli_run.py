@@ -181,12 +181,12 @@ def run(
         on_event(
             StageStarted(stage="check", round=0, detail="data, network, keys, and that it can be delivered")
         )
-        from autoprune import pipeline
-        from autoprune.local_workers import local_workers
+        from autoprune.pipeline import run
+        from autoprune.pipeline.local_workers import local_workers
 
         try:
             with local_workers(place, chosen.name, workers, on_event) as told:
-                result = pipeline.run(
+                result = run.run(
                     chosen, out=place, resume=resume, lock=lock, on_event=told, command=_command(words),
                     sources=digests(study, model),
                 )  # fmt: skip
@@ -287,7 +287,7 @@ def read_secret(descriptor: int) -> str:
 
 
 def _show_plan(study: Study, place: Place, lock: Lock, *, resume: bool, as_json: bool) -> int:
-    from autoprune.preflight import make_plan, prepare
+    from autoprune.pipeline.preflight import make_plan, prepare
     from autoprune.storage.sealing import run_seal
 
     run_seal(lock)
@@ -326,11 +326,11 @@ def report(
     as_json: AsJson = False,
 ) -> None:
     """Make a run's report again from its storage, also while it goes on."""
+    from autoprune.pipeline.worker import told_by
     from autoprune.report.page import to_json, write_report
     from autoprune.search.history import read_run
     from autoprune.storage.location import find_run
     from autoprune.storage.run_store import RunStore
-    from autoprune.worker import told_by
 
     told = told_by(find_run(run, artifacts))
     with closing(RunStore(told.place, told.name)) as store:
@@ -344,8 +344,8 @@ def report(
 
 def status(run: RunPlace, artifacts: Artifacts = None, as_json: AsJson = False) -> None:
     """Say where a run stands: what it is at, rounds, trials, decisions, who works on it, time left."""
+    from autoprune.pipeline.status import standing
     from autoprune.report.page import to_json
-    from autoprune.standing import standing
     from autoprune.storage.location import find_run
 
     told = standing(find_run(run, artifacts))

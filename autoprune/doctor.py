@@ -157,7 +157,7 @@ def _artifacts(place: Place) -> Finding:
 def _speed(study: Callable[[], Study]) -> Finding:
     """A study's own throughput, and what its budget buys."""
     from autoprune.config import Budget
-    from autoprune.throughput import throughput
+    from autoprune.pipeline.throughput import throughput
     from autoprune.wording import duration
 
     try:

@@ -13,11 +13,11 @@ from autoprune.wording import ACTIONS, METRICS, Row, answer, caution, count, dur
 
 if TYPE_CHECKING:
     from autoprune.doctor import Finding
-    from autoprune.preflight import RunPlan
+    from autoprune.pipeline.preflight import RunPlan
+    from autoprune.pipeline.status import Standing
     from autoprune.pruning.prunability import Cell, Prospect
     from autoprune.pruning.sensitivity import SensitivityTable
     from autoprune.record import RunRecord, TrialRecord
-    from autoprune.standing import Standing
     from autoprune.storage.membership import Process
 
 GOOD, BAD, MUTED = "green", "yellow", "dim"

@@ -26,7 +26,7 @@ from oneshot_models import load
 from rows import append_row, read_rows
 
 from autoprune.config import Control, Finetune, Lock, Study
-from autoprune.pipeline import run
+from autoprune.pipeline.run import run
 
 HERE = Path(__file__).resolve().parent
 TARGET, MAX_DROP = "macs=0.08", 1.0

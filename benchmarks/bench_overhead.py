@@ -187,10 +187,10 @@ def untrained(ground: object, params: object, *, goes_on: Callable[[Any], bool],
 def whole_round(folder: Path, args: argparse.Namespace) -> list[tuple[float, float]]:
     """Milliseconds between two finished trials of a round that trains nothing."""
     sys.path.insert(0, str(ROOT))
-    from autoprune.baseline import begin
     from autoprune.config import Lock, Search
-    from autoprune.pipeline import analyse, known_points, stand
-    from autoprune.preflight import prepare
+    from autoprune.pipeline.baseline import begin
+    from autoprune.pipeline.preflight import prepare
+    from autoprune.pipeline.run import analyse, known_points, stand
     from autoprune.search.controller import start
     from autoprune.search.round import search_round
     from tests.tiny import tiny_study

@@ -27,7 +27,7 @@ from rows import append_row, read_rows
 
 from autoprune import events as ev
 from autoprune.config import Budget, Finetune, Lock, Search, Study
-from autoprune.pipeline import run
+from autoprune.pipeline.run import run
 from autoprune.training.evaluation import evaluate
 
 HERE = Path(__file__).resolve().parent

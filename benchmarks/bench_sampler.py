@@ -37,8 +37,8 @@ from torch import nn
 
 from autoprune.config import Finetune, Optimizer, Study
 from autoprune.data.splits import derive_seed
+from autoprune.pipeline.preflight import Setup, prepare, traced
 from autoprune.plan import PruningPlan
-from autoprune.preflight import Setup, prepare, traced
 from autoprune.pruning.sensitivity import SensitivityTable, sensitivity
 from autoprune.search.proposals import Point, Space, first_points, params_of, settled_points, suggest
 from autoprune.search.trial import Ground, measure, run_trial

@@ -7,7 +7,7 @@ import pytest
 
 from autoprune import events as ev
 from autoprune.config import Control, Finetune, Lock, Search
-from autoprune.pipeline import run
+from autoprune.pipeline.run import run
 from autoprune.record import RoundRecord, Rung, TrialRecord
 from autoprune.search.controller import Goal, Promotion, State, start
 from autoprune.search.near_miss import NEAR, final_rate, is_hopeful, is_near, nearest_miss, saved

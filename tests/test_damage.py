@@ -15,7 +15,7 @@ from autoprune import events as ev
 from autoprune.cli import main
 from autoprune.config import Lock
 from autoprune.errors import AutopruneError, RunError
-from autoprune.pipeline import run
+from autoprune.pipeline.run import run
 from autoprune.search.controller import replay
 from autoprune.search.history import outcomes, read_goal, read_plan
 from autoprune.storage.membership import HeldError

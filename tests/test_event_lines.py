@@ -11,7 +11,7 @@ from typing import get_args
 from autoprune import events as ev
 from autoprune.config import Lock, Search
 from autoprune.event_lines import event_writer
-from autoprune.pipeline import run
+from autoprune.pipeline.run import run
 from tests.tiny import tiny_study
 
 ROOT = Path(__file__).resolve().parents[1]

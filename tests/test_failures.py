@@ -16,7 +16,7 @@ from autoprune.config import Control, Lock, Search, Study
 from autoprune.data.sources import Data
 from autoprune.data.splits import LoaderSplit, Split
 from autoprune.errors import RunError
-from autoprune.pipeline import run
+from autoprune.pipeline.run import run
 from autoprune.training.evaluation import evaluate
 from tests.tiny import tiny_data, tiny_study, trained_net
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from autoprune.config import Lock, Search
-from autoprune.pipeline import run
+from autoprune.pipeline.run import run
 from autoprune.plan import PruningPlan
 from autoprune.pruning.sensitivity import sensitivity
 from autoprune.structure.densify import densify, masked

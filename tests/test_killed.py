@@ -60,7 +60,7 @@ if kind in ("commit", "begin"):
     from sqlalchemy.engine import Engine
     event.listen(Engine, kind, nth())
 from autoprune.cli import main
-import autoprune.pipeline
+import autoprune.pipeline.run
 if kind == "time":
     threading.Timer(number, die).start()
 sys.exit(main(sys.argv[3:]))

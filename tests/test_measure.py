@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import torch
 
-from autoprune.measure import measure_latency, summarise, widths, with_latency
+from autoprune.pipeline.measurement import measure_latency, summarise, widths, with_latency
 from autoprune.structure.trace_model import trace
 from autoprune.training.evaluation import evaluate
 from tests.tiny import tiny_data, tiny_net

@@ -17,10 +17,10 @@ from torch import nn
 from autoprune import events as ev
 from autoprune.artifact.writer import open_artifact
 from autoprune.config import Baseline, Control, Lock, Search
-from autoprune.delivery import is_slower, latency_share
 from autoprune.errors import ArtifactError, ConfigError, RunError, UnreachableError, UsageError
-from autoprune.pipeline import run
-from autoprune.preflight import make_plan, prepare
+from autoprune.pipeline.delivery import is_slower, latency_share
+from autoprune.pipeline.preflight import make_plan, prepare
+from autoprune.pipeline.run import run
 from autoprune.record import RunResult
 from autoprune.search.history import read_run
 from autoprune.storage.run_store import ARTIFACTS, DATABASE, RunStore
@@ -197,7 +197,7 @@ def test_a_round_for_which_no_time_was_left_says_nothing_about_the_ceiling(
 def test_an_analysis_that_takes_too_much_of_the_time_is_used_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("autoprune.pipeline.ANALYSIS_PART", 1e-9)
+    monkeypatch.setattr("autoprune.pipeline.run.ANALYSIS_PART", 1e-9)
     events: list[ev.Event] = []
     study = tiny_study(budget="30s", search=Search(trials=1, epochs=2), max_drop=5.0)
     rounds = run(study, out=tmp_path / "r", lock=PLAIN, on_event=events.append).record.rounds

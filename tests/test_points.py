@@ -12,7 +12,7 @@ import torch
 from autoprune import events as ev
 from autoprune.config import Analysis, Baseline, Lock
 from autoprune.errors import ConfigError, UsageError
-from autoprune.pipeline import run
+from autoprune.pipeline.run import run
 from autoprune.pruning.sensitivity import SensitivityPoint, sensitivity
 from autoprune.search.analysis_cache import keep_point, kept_points
 from autoprune.structure.trace_model import trace

@@ -15,7 +15,7 @@ from autoprune.config import Lock, Search
 from autoprune.crypto.keys import default_recipient, keygen, read_identities
 from autoprune.crypto.signing import signing_keygen
 from autoprune.errors import ArtifactError, UsageError
-from autoprune.pipeline import run
+from autoprune.pipeline.run import run
 from autoprune.plan import PruningPlan
 from autoprune.storage.run_store import ARTIFACTS, RunStore, quiet_optuna
 from autoprune.storage.sealing import run_seal

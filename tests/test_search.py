@@ -13,11 +13,11 @@ import torch
 from optuna.exceptions import UpdateFinishedTrialError
 
 from autoprune import events as ev
-from autoprune.baseline import Work, begin
 from autoprune.config import Budget, Lock, Search
 from autoprune.errors import RunError
-from autoprune.pipeline import analyse, known_points, stand
-from autoprune.preflight import prepare
+from autoprune.pipeline.baseline import Work, begin
+from autoprune.pipeline.preflight import prepare
+from autoprune.pipeline.run import analyse, known_points, stand
 from autoprune.record import Rung, TrialRecord
 from autoprune.search.budget import FINAL_SHARE, Meter, ladder
 from autoprune.search.controller import start

@@ -18,7 +18,7 @@ import pytest
 from autoprune import events as ev
 from autoprune.config import Lock, Search
 from autoprune.errors import ArtifactError, RunError, UsageError
-from autoprune.pipeline import run
+from autoprune.pipeline.run import run
 from autoprune.plan import PruningPlan
 from autoprune.report.dashboard import Dashboard, find_runs, open_dashboard
 from autoprune.storage.location import Place, checked_database

@@ -10,8 +10,8 @@ from safetensors.torch import save_file
 from torch import nn
 
 from autoprune.data.weights import load_weights_, read_weights
-from autoprune.delivery import architecture
 from autoprune.errors import UsageError
+from autoprune.pipeline.delivery import architecture
 from autoprune.study_file import built_in_studies, find_study, load_study
 from autoprune.study_flags import find_factory, study_of_flags
 

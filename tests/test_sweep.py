@@ -14,8 +14,8 @@ from pathlib import Path
 import pytest
 
 from autoprune.cli import main
-from autoprune.sweep import Clock, Job, Row, jobs_of, look
-from autoprune.sweep_report import Point, cells, front, pareto, ranges, table_of, write_summary
+from autoprune.pipeline.sweep import Clock, Job, Row, jobs_of, look
+from autoprune.pipeline.sweep_report import Point, cells, front, pareto, ranges, table_of, write_summary
 from tests.example_record import REACHED, model
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -20,6 +20,7 @@ from autoprune.cli import main
 from autoprune.cli_fleet import _given
 from autoprune.errors import UsageError
 from autoprune.options import digests
+from autoprune.pipeline.worker import Told
 from autoprune.record import TrialRecord
 from autoprune.search.controller import replay
 from autoprune.search.history import outcomes, read_goal, read_plan, read_trials
@@ -28,7 +29,6 @@ from autoprune.storage.membership import members
 from autoprune.storage.run_store import DATABASE, RunStore
 from autoprune.storage.trial_slots import OWNER
 from autoprune.study_file import load_study
-from autoprune.worker import Told
 from tests.tiny import tiny_study
 
 ROOT = Path(__file__).resolve().parents[1]

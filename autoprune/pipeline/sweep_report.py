@@ -15,10 +15,10 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from autoprune import wording
+from autoprune.pipeline.sweep import Row
 from autoprune.record import ModelSummary
 from autoprune.report import plots
 from autoprune.report.page import packaged, unbroken
-from autoprune.sweep import Row
 
 HEADS = ("study", "target", "seed", "fate", "top-1 before", "top-1 after", "change, pp", "MACs left",
          "parameters left", "latency left", "time")  # fmt: skip

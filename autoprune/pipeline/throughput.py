@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from autoprune.config import Study
 from autoprune.data.sources import Split
-from autoprune.preflight import Understood, understand
+from autoprune.pipeline.preflight import Understood, understand
 from autoprune.search.trial import seconds_of_training
 from autoprune.training.evaluation import evaluate, resolve_device
 

@@ -13,8 +13,9 @@ from datetime import datetime
 import optuna
 from optuna.trial import TrialState
 
-from autoprune.baseline import is_measured
 from autoprune.config import Budget, Control
+from autoprune.pipeline.baseline import is_measured
+from autoprune.pipeline.worker import told_by
 from autoprune.record import RoundRecord, RunRecord
 from autoprune.search.analysis_cache import kept_points
 from autoprune.search.controller import replay
@@ -23,7 +24,6 @@ from autoprune.storage.location import DATABASE, Place, Run
 from autoprune.storage.membership import PROCESSES, Process, members
 from autoprune.storage.run_store import RunStore, quiet_optuna, studies_in
 from autoprune.wording import duration
-from autoprune.worker import told_by
 
 
 @dataclass(frozen=True, kw_only=True)

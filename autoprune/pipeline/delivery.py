@@ -17,15 +17,15 @@ from torch import nn
 from autoprune import events as ev
 from autoprune.artifact.manifest import Architecture, Preprocessing, manifest_of_run
 from autoprune.artifact.writer import Protection, write_artifact
-from autoprune.baseline import Work
 from autoprune.config import Lock, Study
 from autoprune.crypto.keys import default_recipient
 from autoprune.data.splits import derive_seed
 from autoprune.errors import TrialError
-from autoprune.measure import measure_latency, summarise, with_latency
 from autoprune.metrics import Evaluation, difference_pp
+from autoprune.pipeline.baseline import Work
+from autoprune.pipeline.measurement import measure_latency, summarise, with_latency
+from autoprune.pipeline.preflight import Setup
 from autoprune.plan import PruningPlan
-from autoprune.preflight import Setup
 from autoprune.record import Difference, ModelSummary, Outcome, RunRecord, RunResult, Tuning
 from autoprune.report.page import write_report
 from autoprune.search.budget import MAX_EPOCHS, MIN_EPOCHS

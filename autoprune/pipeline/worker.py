@@ -15,11 +15,11 @@ from typing import Any
 import optuna
 
 from autoprune import events as ev
-from autoprune.baseline import Work, begin
 from autoprune.config import Lock, Study
 from autoprune.errors import RunError, UsageError
-from autoprune.pipeline import analyse, known_points, stand
-from autoprune.preflight import fitting_threads, prepare
+from autoprune.pipeline.baseline import Work, begin
+from autoprune.pipeline.preflight import fitting_threads, prepare
+from autoprune.pipeline.run import analyse, known_points, stand
 from autoprune.search.controller import State, replay
 from autoprune.search.history import is_decided, outcomes
 from autoprune.search.round import RoundJob, search_round

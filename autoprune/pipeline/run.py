@@ -17,12 +17,12 @@ from pathlib import Path
 import optuna
 
 from autoprune import events as ev
-from autoprune.baseline import NONE, Work, begin, is_measured
 from autoprune.config import Lock, Study
 from autoprune.data.splits import derive_seed
-from autoprune.delivery import deliver
 from autoprune.errors import RunError
-from autoprune.preflight import Setup, fitting_threads, prepare, traced
+from autoprune.pipeline.baseline import NONE, Work, begin, is_measured
+from autoprune.pipeline.delivery import deliver
+from autoprune.pipeline.preflight import Setup, fitting_threads, prepare, traced
 from autoprune.pruning.sensitivity import SensitivityPoint, SensitivityTable, most_points, sensitivity
 from autoprune.record import RunResult, SensitivityCell
 from autoprune.search.analysis_cache import keep_point, kept_points

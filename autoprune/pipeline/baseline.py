@@ -16,9 +16,9 @@ from typing import Any
 from autoprune import events as ev
 from autoprune.data.splits import derive_seed
 from autoprune.errors import UsageError
-from autoprune.measure import summarise
+from autoprune.pipeline.measurement import summarise
+from autoprune.pipeline.preflight import Setup, environment, measured_baseline, plain_settings
 from autoprune.plan import PruningPlan
-from autoprune.preflight import Setup, environment, measured_baseline, plain_settings
 from autoprune.record import FrozenPart, SplitSummary
 from autoprune.search.budget import Meter
 from autoprune.search.controller import Goal
