@@ -35,7 +35,7 @@ STUDY = """
 from dataclasses import replace
 
 from autoprune.config import Control, Search
-from autoprune.study_file import load_study
+from autoprune.cli.study_file import load_study
 
 study = replace(
     load_study("digits"), name="scaling", target="macs=0.15", max_drop=0.0, budget="epochs={epochs}",

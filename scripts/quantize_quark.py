@@ -27,11 +27,11 @@ from numpy.typing import NDArray
 from autoprune.artifact.container import write_chunks
 from autoprune.artifact.export import silent_onnxruntime
 from autoprune.artifact.reader import ONNX, Artifact, open_artifact
+from autoprune.cli.study_file import load_study
 from autoprune.crypto.age import encrypt_chunks
 from autoprune.data.sources import Data, Split, load_data
 from autoprune.errors import AutopruneError, UsageError
 from autoprune.metrics import Evaluation, difference_pp
-from autoprune.study_file import load_study
 
 BATCH = 32
 Images = NDArray[np.float32]

@@ -21,7 +21,7 @@ from autoprune.artifact.program_check import WEIGHTS_CONFIG
 from autoprune.artifact.reader import open_artifact
 from autoprune.artifact.rebuild import read_weights
 from autoprune.artifact.writer import load, sparse_weights
-from autoprune.cli import main
+from autoprune.cli.main import main
 from autoprune.crypto import age
 from autoprune.errors import ArtifactError, harmless
 from tests.delivered import changed_json, container_of, members_of, sample, with_honest_digests

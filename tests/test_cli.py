@@ -14,7 +14,7 @@ import pytest
 import torch
 from torch import nn
 
-from autoprune.cli import main
+from autoprune.cli.main import main
 
 
 def autoprune(*args: str, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:

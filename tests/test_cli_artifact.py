@@ -17,7 +17,7 @@ import torch
 from safetensors.torch import load_file
 
 from autoprune.artifact.export import relative_error, run_onnx
-from autoprune.cli import main
+from autoprune.cli.main import main
 from autoprune.crypto.keys import keygen
 from autoprune.crypto.signing import signing_keygen
 from tests.delivered import sample, small_net
@@ -238,7 +238,7 @@ def test_without_a_terminal_a_passphrase_is_not_asked_for(shell: Shell) -> None:
 
 def test_inspect_does_not_load_torch(shell: Shell) -> None:
     code = (
-        "import sys; from autoprune.cli import main\n"
+        "import sys; from autoprune.cli.main import main\n"
         "main(['inspect', 'model.autoprune']); sys.exit('torch' in sys.modules)"
     )
     environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[1])}

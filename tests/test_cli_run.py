@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from autoprune.cli import main
+from autoprune.cli.main import main
 from autoprune.pruning.sensitivity import SensitivityTable
 
 STUDY = "from tests.tiny import tiny_study\n\nstudy = tiny_study()\n"

@@ -13,7 +13,7 @@ import pytest
 import yaml
 from typer.main import get_command
 
-from autoprune.cli import app
+from autoprune.cli.main import app
 
 ROOT = Path(__file__).resolve().parents[1]
 COMMANDS: dict[str, Any] = get_command(app).commands  # type: ignore[attr-defined]  # the app is a group

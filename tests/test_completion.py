@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from autoprune import completion
-from autoprune.study_file import built_in_studies
+from autoprune.cli import completion
+from autoprune.cli.study_file import built_in_studies
 
 
 @pytest.fixture

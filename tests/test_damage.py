@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from autoprune import events as ev
-from autoprune.cli import main
+from autoprune.cli.main import main
 from autoprune.config import Lock
 from autoprune.errors import AutopruneError, RunError
 from autoprune.pipeline.run import run

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from autoprune.cli import main
+from autoprune.cli.main import main
 
 ROOT = Path(__file__).resolve().parents[1]
 PRIVATE = ["unshare", "--map-root-user", "--mount"]

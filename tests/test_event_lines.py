@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import get_args
 
 from autoprune import events as ev
+from autoprune.cli.event_lines import event_writer
 from autoprune.config import Lock, Search
-from autoprune.event_lines import event_writer
 from autoprune.pipeline.run import run
 from tests.tiny import tiny_study
 

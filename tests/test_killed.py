@@ -17,7 +17,7 @@ from typing import Any
 
 import pytest
 
-from autoprune.cli import main
+from autoprune.cli.main import main
 from autoprune.errors import UsageError
 from autoprune.search.controller import Decision, RoundOutcome, decide, start
 from autoprune.search.history import CHECKPOINT, RESULT, read_goal, read_plan, read_run, summaries
@@ -59,7 +59,7 @@ if kind in ("commit", "begin"):
     from sqlalchemy import event
     from sqlalchemy.engine import Engine
     event.listen(Engine, kind, nth())
-from autoprune.cli import main
+from autoprune.cli.main import main
 import autoprune.pipeline.run
 if kind == "time":
     threading.Timer(number, die).start()

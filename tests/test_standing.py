@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from autoprune import events as ev
-from autoprune.cli import main
+from autoprune.cli.main import main
 from autoprune.config import Lock, Search
 from autoprune.errors import UsageError
 from autoprune.pipeline.run import run

@@ -9,11 +9,11 @@ from pathlib import Path
 import pytest
 import torch
 
+from autoprune.cli.study_file import built_in_studies, load_study
 from autoprune.config import Study, check_study
 from autoprune.data.sources import Data
 from autoprune.errors import DataError
 from autoprune.structure.trace_model import trace
-from autoprune.study_file import built_in_studies, load_study
 from autoprune.training.evaluation import evaluate
 
 NAMES = (

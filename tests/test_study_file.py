@@ -9,11 +9,11 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
+from autoprune.cli.study_file import built_in_studies, find_study, load_study
+from autoprune.cli.study_flags import find_factory, study_of_flags
 from autoprune.data.weights import load_weights_, read_weights
 from autoprune.errors import UsageError
 from autoprune.pipeline.delivery import architecture
-from autoprune.study_file import built_in_studies, find_study, load_study
-from autoprune.study_flags import find_factory, study_of_flags
 
 STUDY = "from autoprune import Study\nimport torch\n"
 VALUE = "mine = Study(name='mine', model=torch.nn.Linear(2, 2), data=lambda: None)\n"

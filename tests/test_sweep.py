@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from autoprune.cli import main
+from autoprune.cli.main import main
 from autoprune.pipeline.sweep import Clock, Job, Row, jobs_of, look
 from autoprune.pipeline.sweep_report import Point, cells, front, pareto, ranges, table_of, write_summary
 from tests.example_record import REACHED, model

@@ -8,8 +8,8 @@ import pytest
 from rich.console import Console
 
 from autoprune import events as ev
-from autoprune.tables import comparison_table
-from autoprune.terminal import listener
+from autoprune.cli.live_view import listener
+from autoprune.cli.tables import comparison_table
 from autoprune.wording import comparison
 from tests.example_record import REACHED, ROUNDS
 

@@ -16,10 +16,11 @@ from pathlib import Path
 
 import pytest
 
-from autoprune.cli import main
-from autoprune.cli_fleet import _given
+from autoprune.cli.fleet import _given
+from autoprune.cli.main import main
+from autoprune.cli.options import digests
+from autoprune.cli.study_file import load_study
 from autoprune.errors import UsageError
-from autoprune.options import digests
 from autoprune.pipeline.worker import Told
 from autoprune.record import TrialRecord
 from autoprune.search.controller import replay
@@ -28,7 +29,6 @@ from autoprune.storage.location import Place
 from autoprune.storage.membership import members
 from autoprune.storage.run_store import DATABASE, RunStore
 from autoprune.storage.trial_slots import OWNER
-from autoprune.study_file import load_study
 from tests.tiny import tiny_study
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -61,7 +61,7 @@ from autoprune.storage import retry
 from autoprune.storage import membership
 retry.BEAT_S = membership.BEAT_S = 0.5
 retry.GRACE_S = membership.GRACE_S = 4
-from autoprune.cli import main
+from autoprune.cli.main import main
 sys.exit(main(sys.argv[1:]))
 """
 

@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from autoprune import completion
-from autoprune.cli_run import ask_secret, read_secret, refuse_secrets
+from autoprune.cli import completion
+from autoprune.cli.run import ask_secret, read_secret, refuse_secrets
 from autoprune.errors import ArtifactError, UsageError, VerificationError
 
 if TYPE_CHECKING:

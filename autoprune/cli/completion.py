@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from autoprune.study_file import built_in_studies
+from autoprune.cli.study_file import built_in_studies
 
 DEVICES = ("auto", "cpu", "cuda", "mps")
 RUNS = ("*", "runs/*", "runs/*/*")  # where runs lie, from the folder that one is in

@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from autoprune import completion
+from autoprune.cli import completion
 
 
 def register(app: typer.Typer) -> None:

@@ -12,7 +12,7 @@ from rich.text import Text
 from autoprune.wording import ACTIONS, METRICS, Row, answer, caution, count, duration, percent, signed
 
 if TYPE_CHECKING:
-    from autoprune.doctor import Finding
+    from autoprune.cli.doctor import Finding
     from autoprune.pipeline.preflight import RunPlan
     from autoprune.pipeline.status import Standing
     from autoprune.pruning.prunability import Cell, Prospect

@@ -14,12 +14,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.console import Console
 
-from autoprune import completion
-from autoprune.config import check_study
-from autoprune.errors import UsageError
-from autoprune.events import OnEvent, StageProgress, StageStarted
-from autoprune.groups_view import graph_document, groups_tree
-from autoprune.options import (
+from autoprune.cli import completion
+from autoprune.cli.groups_view import graph_document, groups_tree
+from autoprune.cli.live_view import listener
+from autoprune.cli.options import (
     DATA,
     SHOW,
     WHERE,
@@ -37,8 +35,10 @@ from autoprune.options import (
     changed,
     choose_study,
 )
-from autoprune.tables import findings_text, sensitivity_text
-from autoprune.terminal import listener
+from autoprune.cli.tables import findings_text, sensitivity_text
+from autoprune.config import check_study
+from autoprune.errors import UsageError
+from autoprune.events import OnEvent, StageProgress, StageStarted
 
 if TYPE_CHECKING:
     from autoprune.config import Study
@@ -88,7 +88,7 @@ def doctor(
 
     With a study, half a minute of its own training and evaluation is measured, too.
     """
-    from autoprune.doctor import examine
+    from autoprune.cli.doctor import examine
     from autoprune.storage.location import Place, checked_artifacts, checked_database
 
     database = None if storage is None else checked_database(storage)
@@ -140,9 +140,9 @@ def _bare_graph(model: str, size: str, *, round_to: int | None, **wishes: Any) -
     """The graph of a network of random weights."""
     import torch
 
+    from autoprune.cli.study_flags import build_network, find_factory
     from autoprune.pipeline.preflight import DEFAULT_ROUND_TO
     from autoprune.structure.trace_model import trace
-    from autoprune.study_flags import build_network, find_factory
 
     if not re.fullmatch(r"[1-9]\d*(x[1-9]\d*)*", size):
         raise UsageError(f"--input {size!r} is not a shape", "write for example 3x224x224")

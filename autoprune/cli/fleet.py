@@ -17,11 +17,9 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from autoprune import completion
-from autoprune.cli_run import StoppedError, terminable
-from autoprune.config import Budget, Lock, Study, Target, next_time
-from autoprune.errors import UsageError
-from autoprune.options import (
+from autoprune.cli import completion
+from autoprune.cli.live_view import listener
+from autoprune.cli.options import (
     AIM,
     DATA,
     KEYS,
@@ -35,7 +33,9 @@ from autoprune.options import (
     choose_study,
     digests,
 )
-from autoprune.terminal import listener
+from autoprune.cli.run import StoppedError, terminable
+from autoprune.config import Budget, Lock, Study, Target, next_time
+from autoprune.errors import UsageError
 
 if TYPE_CHECKING:
     from autoprune.pipeline.sweep import Row
@@ -133,10 +133,10 @@ def _given(told: Told, study: str | None) -> _Given:
 
 
 def _app() -> typer.Typer:
-    from autoprune import cli_run
+    from autoprune.cli import run
 
     app = typer.Typer()
-    cli_run.register(app)
+    run.register(app)
     return app
 
 
@@ -175,10 +175,10 @@ def sweep(
     The time is divided among the runs that are left. A run that fails does not stop the others. The same
     command goes on where a sweep was stopped. Exit code 1: some runs are not done.
     """
+    from autoprune.cli.study_file import find_study
     from autoprune.pipeline.sweep import Clock, Job, jobs_of, look, used_seconds
     from autoprune.pipeline.sweep import sweep as run_all
     from autoprune.pipeline.sweep_report import write_summary
-    from autoprune.study_file import find_study
 
     for study in studies:
         find_study(study)

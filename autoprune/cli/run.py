@@ -19,12 +19,10 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.console import Console
 
-from autoprune import completion
-from autoprune.config import Lock
-from autoprune.errors import AutopruneError, UsageError
-from autoprune.event_lines import event_writer, write_line
-from autoprune.events import StageStarted
-from autoprune.options import (
+from autoprune.cli import completion
+from autoprune.cli.event_lines import event_writer, write_line
+from autoprune.cli.live_view import listener
+from autoprune.cli.options import (
     AIM,
     KEYS,
     SHOW,
@@ -47,8 +45,10 @@ from autoprune.options import (
     choose_study,
     digests,
 )
-from autoprune.tables import comparison_table, plan_text, status_text
-from autoprune.terminal import listener
+from autoprune.cli.tables import comparison_table, plan_text, status_text
+from autoprune.config import Lock
+from autoprune.errors import AutopruneError, UsageError
+from autoprune.events import StageStarted
 from autoprune.wording import answer, caution, comparison
 
 if TYPE_CHECKING:

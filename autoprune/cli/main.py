@@ -16,7 +16,7 @@ from typing import Annotated, Any
 
 import typer
 
-from autoprune import cli_artifact, cli_dashboard, cli_fleet, cli_look, cli_run, completion
+from autoprune.cli import analyze, artifact, completion, dashboard, fleet, run
 from autoprune.errors import AutopruneError
 
 app = typer.Typer(
@@ -45,11 +45,11 @@ def _options(
         raise typer.Exit
 
 
-cli_run.register(app)
-cli_fleet.register(app)
-cli_look.register(app)
-cli_dashboard.register(app)
-cli_artifact.register(app)
+run.register(app)
+fleet.register(app)
+analyze.register(app)
+dashboard.register(app)
+artifact.register(app)
 
 
 def main(args: Sequence[str] | None = None) -> int:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from autoprune import completion
+from autoprune.cli import completion
 from autoprune.config import Norms
 from autoprune.errors import UsageError
 
@@ -126,7 +126,7 @@ def choose_study(name: str | None, model: str | None, weights: str | None, data:
             raise UsageError(
                 f"both the study {name!r} and {used[0]} are given", "a study brings its own network and data"
             )
-        from autoprune.study_file import load_study
+        from autoprune.cli.study_file import load_study
 
         return load_study(name)
     if model is None or weights is None or data is None:
@@ -135,14 +135,14 @@ def choose_study(name: str | None, model: str | None, weights: str | None, data:
             "no study is given" if not used else f"{used[0]} is given without {' and '.join(missing)}",
             "autoprune run digits, or --model SOURCE:NAME --weights FILE --data NAME:DIR",
         )
-    from autoprune.study_flags import study_of_flags
+    from autoprune.cli.study_flags import study_of_flags
 
     return study_of_flags(model, weights, data)
 
 
 def digests(study: str | None, model: str | None) -> dict[str, str]:
     """SHA-256 of the file that defines a study or a network, by the name that was given."""
-    from autoprune.study_file import find_study
+    from autoprune.cli.study_file import find_study
 
     files = {study: find_study(study)} if study else {}
     source = (model or "").rpartition(":")[0]

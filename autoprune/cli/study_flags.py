@@ -15,9 +15,9 @@ from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from autoprune.cli.study_file import import_file, nearest, nearest_file
 from autoprune.config import Study
 from autoprune.errors import AutopruneError, UsageError
-from autoprune.study_file import import_file, nearest, nearest_file
 
 if TYPE_CHECKING:
     from torch import nn

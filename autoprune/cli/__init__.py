@@ -1,0 +1,1 @@
+"""Rooms are described once all of them stand."""
