@@ -10,7 +10,7 @@ from rich.console import Console
 from autoprune import events as ev
 from autoprune.cli.live_view import listener
 from autoprune.cli.tables import comparison_table
-from autoprune.wording import comparison
+from autoprune.formatting import comparison
 from tests.example_record import REACHED, ROUNDS
 
 

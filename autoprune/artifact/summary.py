@@ -8,8 +8,8 @@ from pathlib import Path
 from autoprune.artifact.manifest import Manifest
 from autoprune.crypto.age import AgeHeader
 from autoprune.errors import harmless
+from autoprune.formatting import count, milliseconds, percent, size
 from autoprune.record import ModelSummary
-from autoprune.wording import count, milliseconds, percent, size
 
 LABEL_WIDTH = 19
 MAX_NAMES = 12

@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from autoprune.errors import AutopruneError
+from autoprune.formatting import plural
 from autoprune.storage.location import Place
-from autoprune.wording import plural
 
 if TYPE_CHECKING:
     from autoprune.config import Study
@@ -157,8 +157,8 @@ def _artifacts(place: Place) -> Finding:
 def _speed(study: Callable[[], Study]) -> Finding:
     """A study's own throughput, and what its budget buys."""
     from autoprune.config import Budget
+    from autoprune.formatting import duration
     from autoprune.pipeline.throughput import throughput
-    from autoprune.wording import duration
 
     try:
         chosen = study()

@@ -11,7 +11,7 @@ from rich.console import RenderableType
 from rich.text import Text
 from rich.tree import Tree
 
-from autoprune.wording import count, percent
+from autoprune.formatting import count, percent
 
 if TYPE_CHECKING:
     from autoprune.structure.graph import ChannelGraph, Frozen, Group, Member

@@ -25,7 +25,7 @@ from rich.text import Text
 
 from autoprune import events as ev
 from autoprune.events import Event, OnEvent
-from autoprune.wording import ACTIONS, METRICS, clock, count, duration, percent, plural, setting, signed
+from autoprune.formatting import ACTIONS, METRICS, clock, count, duration, percent, plural, setting, signed
 
 VERBS = ACTIONS | {"finish": "done"}  # its reason says that the target is reached
 PANEL = 74  # columns, where there is room: a window that is made narrower has less to fold

@@ -49,7 +49,7 @@ from autoprune.cli.tables import comparison_table, plan_text, status_text
 from autoprune.config import Lock
 from autoprune.errors import AutopruneError, UsageError
 from autoprune.events import StageStarted
-from autoprune.wording import answer, caution, comparison
+from autoprune.formatting import answer, caution, comparison
 
 if TYPE_CHECKING:
     from autoprune.config import Study

@@ -9,7 +9,7 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from autoprune.wording import ACTIONS, METRICS, Row, answer, caution, count, duration, percent, signed
+from autoprune.formatting import ACTIONS, METRICS, Row, answer, caution, count, duration, percent, signed
 
 if TYPE_CHECKING:
     from autoprune.cli.doctor import Finding

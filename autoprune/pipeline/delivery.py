@@ -21,6 +21,7 @@ from autoprune.config import Lock, Study
 from autoprune.crypto.keys import default_recipient
 from autoprune.data.splits import derive_seed
 from autoprune.errors import TrialError
+from autoprune.formatting import percent
 from autoprune.metrics import Evaluation, difference_pp
 from autoprune.pipeline.baseline import Work
 from autoprune.pipeline.measurement import measure_latency, summarise, with_latency
@@ -47,7 +48,6 @@ from autoprune.storage.run_store import CHECKPOINT, FINAL, scored
 from autoprune.structure.densify import densify, verify
 from autoprune.training.evaluation import evaluate
 from autoprune.training.finetune import EpochRecord, finetune_
-from autoprune.wording import percent
 
 SAFETY = 0.95  # of the seconds left: epochs are planned from a mean
 FINAL_SEED = 1 << 20  # far from any round's number

@@ -26,6 +26,7 @@ from autoprune.crypto.age import check_lock
 from autoprune.crypto.signing import sign_manifest
 from autoprune.data.sources import Data
 from autoprune.errors import AutopruneError, ConfigError, RunError, UnreachableError, UsageError
+from autoprune.formatting import milliseconds
 from autoprune.metrics import Evaluation, wilson_interval
 from autoprune.pruning.allocation import STRATEGIES
 from autoprune.pruning.criteria import CRITERIA
@@ -37,7 +38,6 @@ from autoprune.structure.latency import with_latency
 from autoprune.structure.timings import device_name
 from autoprune.structure.trace_model import trace
 from autoprune.training.evaluation import evaluate, resolve_device
-from autoprune.wording import milliseconds
 
 SMALL_BATCH_MACS = 1_000_000_000  # a guess between 0.2 GMACs (see fitting_threads) and ResNet-20's 5
 DEFAULT_ROUND_TO = 8  # widths that vector units fill: 8 floats in AVX2, 16-byte rows of halves on a GPU

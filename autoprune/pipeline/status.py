@@ -14,6 +14,7 @@ import optuna
 from optuna.trial import TrialState
 
 from autoprune.config import Budget, Control
+from autoprune.formatting import duration
 from autoprune.pipeline.baseline import is_measured
 from autoprune.pipeline.worker import told_by
 from autoprune.record import RoundRecord, RunRecord
@@ -23,7 +24,6 @@ from autoprune.search.history import checkpoint_of, outcomes, read_goal, read_ru
 from autoprune.storage.location import DATABASE, Place, Run
 from autoprune.storage.membership import PROCESSES, Process, members
 from autoprune.storage.run_store import RunStore, quiet_optuna, studies_in
-from autoprune.wording import duration
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -14,7 +14,7 @@ from jinja2 import Environment, StrictUndefined
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from autoprune import wording
+from autoprune import formatting
 from autoprune.pipeline.sweep import Row
 from autoprune.record import ModelSummary
 from autoprune.report import plots
@@ -66,7 +66,7 @@ def write_summary(rows: Sequence[Row], out: Path) -> tuple[Path, ...]:
 
 def _render(rows: Sequence[Row], figure: Figure | None) -> str:
     page = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    page.filters |= {"duration": wording.duration, "unbroken": unbroken}
+    page.filters |= {"duration": formatting.duration, "unbroken": unbroken}
     heads, shown = table_of(rows)
     return page.from_string(packaged("sweep.html.j2")).render(
         css=packaged("page.css"), answer=answer(rows), ranges=ranges(rows), heads=heads, text=TEXT,
@@ -79,7 +79,7 @@ def _render(rows: Sequence[Row], figure: Figure | None) -> str:
 def answer(rows: Sequence[Row]) -> str:
     """What came of the sweep, in one sentence."""
     fates = Counter[str](row.fate for row in rows)
-    runs = wording.plural(len(rows), "run")
+    runs = formatting.plural(len(rows), "run")
     words = {"not reached": "fell short", "failed": "failed", "stopped": "stopped", "waiting": "to be done"}
     others = [f"{fates[fate]} {word}" for fate, word in words.items() if fates[fate]]
     return ", ".join([f"{fates['reached']} of {runs} reached the target", *others]) + "."
@@ -99,8 +99,8 @@ def ranges(rows: Sequence[Row]) -> list[str]:
 
 
 def _place(point: Point) -> str:
-    change = f"{wording.signed(point.delta_pp, 2)} pp of top-1"
-    return f"{wording.percent(point.macs_share)} of the MACs at {change}"
+    change = f"{formatting.signed(point.delta_pp, 2)} pp of top-1"
+    return f"{formatting.percent(point.macs_share)} of the MACs at {change}"
 
 
 def table_of(
@@ -109,28 +109,28 @@ def table_of(
     """The named columns for people; one in which nothing stands is left out."""
     full = [cells(row) for row in rows]
     places = [n for n, head in enumerate(HEADS) if head in names]
-    used = [n for n in places if any(line[n] != wording.MISSING for line in full)]
+    used = [n for n in places if any(line[n] != formatting.MISSING for line in full)]
     return tuple(names[HEADS[n]] for n in used), [tuple(line[n] for n in used) for line in full]
 
 
 def cells(row: Row) -> tuple[str, ...]:
     """A row for people, in the order of `HEADS`."""
     record, job = row.record, row.job
-    target = job.target or (record.target if record else wording.MISSING)
+    target = job.target or (record.target if record else formatting.MISSING)
     seed = job.seed if job.seed is not None else (record.study.get("seed") if record else None)
-    first = (Path(job.study).stem, target, wording.MISSING if seed is None else str(seed), row.fate)
+    first = (Path(job.study).stem, target, formatting.MISSING if seed is None else str(seed), row.fate)
     if record is None or record.after is None:
-        known = wording.percent(record.before.top1, 2) if record else wording.MISSING
-        return (*first, known, *[wording.MISSING] * (len(HEADS) - 5))
+        known = formatting.percent(record.before.top1, 2) if record else formatting.MISSING
+        return (*first, known, *[formatting.MISSING] * (len(HEADS) - 5))
     before, after = record.before, record.after
     latency = (
         after.latency_ms / before.latency_ms if before.latency_ms and after.latency_ms is not None else None
     )
     return (
-        *first, wording.percent(before.top1, 2), wording.percent(after.top1, 2),
-        wording.signed(100 * (after.top1 - before.top1), 2), wording.percent(after.macs / before.macs),
-        wording.percent(after.params / before.params), wording.percent(latency),
-        wording.duration(record.seconds),
+        *first, formatting.percent(before.top1, 2), formatting.percent(after.top1, 2),
+        formatting.signed(100 * (after.top1 - before.top1), 2), formatting.percent(after.macs / before.macs),
+        formatting.percent(after.params / before.params), formatting.percent(latency),
+        formatting.duration(record.seconds),
     )  # fmt: skip
 
 

@@ -17,13 +17,7 @@ from optuna.trial import FrozenTrial
 from optuna_dashboard import _custom_plot_data as plot_data
 from optuna_dashboard import _note as notes
 
-from autoprune.record import RoundRecord, RunRecord, TrialRecord
-from autoprune.report import interactive, plots
-from autoprune.report.page import fate
-from autoprune.report.trial_table import trials_csv
-from autoprune.report.view_storage import StudyView
-from autoprune.storage.run_store import CHECKPOINT
-from autoprune.wording import (
+from autoprune.formatting import (
     ACTIONS,
     answer,
     caution,
@@ -35,6 +29,12 @@ from autoprune.wording import (
     setting,
     signed,
 )
+from autoprune.record import RoundRecord, RunRecord, TrialRecord
+from autoprune.report import interactive, plots
+from autoprune.report.page import fate
+from autoprune.report.trial_table import trials_csv
+from autoprune.report.view_storage import StudyView
+from autoprune.storage.run_store import CHECKPOINT
 
 SCORE = "removed (negative: short of the floor)"
 TOP1 = "top-1 on the search split"

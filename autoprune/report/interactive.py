@@ -11,9 +11,9 @@ from typing import Any
 
 import plotly.graph_objects as go
 
+from autoprune.formatting import METRICS, delivered, percent, setting
 from autoprune.record import RoundRecord, RunRecord, TrialRecord
 from autoprune.report.plots import COLOURS
-from autoprune.wording import METRICS, delivered, percent, setting
 
 LAYOUT: dict[str, Any] = {
     "template": "none", "font": {"size": 13}, "margin": {"l": 60, "r": 20, "t": 50, "b": 50},

@@ -18,7 +18,7 @@ from typing import Any
 
 from jinja2 import Environment, StrictUndefined
 
-from autoprune import wording
+from autoprune import formatting
 from autoprune.config import DECAYS
 from autoprune.record import RoundRecord, RunRecord, TrialRecord
 from autoprune.report import plots
@@ -82,11 +82,13 @@ def _replace(path: Path, text: str) -> None:
 def to_json(record: RunRecord) -> str:
     """Every number of the page: the answer, the derived differences, and the record itself."""
     document = {
-        "answer": wording.answer(record),
-        "caution": wording.caution(record),
-        "ending": wording.ending(record),
+        "answer": formatting.answer(record),
+        "caution": formatting.caution(record),
+        "ending": formatting.ending(record),
         "derived": derived(record),
-        "comparison": [asdict(r) for r in wording.comparison(record.before, record.after, record.difference)],
+        "comparison": [
+            asdict(r) for r in formatting.comparison(record.before, record.after, record.difference)
+        ],
         "importances": asdict(found) if (found := importances(record)) else None,
         "record": asdict(record),
     }
@@ -121,8 +123,8 @@ def _finite(value: Any) -> Any:
 def _render(record: RunRecord, out: Path, svgs: Mapping[str, str]) -> str:
     page = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     page.filters |= {
-        "percent": wording.percent, "duration": wording.duration, "size": wording.size,
-        "setting": wording.setting, "plural": wording.plural, "when": _when, "fate": fate,
+        "percent": formatting.percent, "duration": formatting.duration, "size": formatting.size,
+        "setting": formatting.setting, "plural": formatting.plural, "when": _when, "fate": fate,
         "unbroken": unbroken, "sentence": _sentence, "shown": _shown,
     }  # fmt: skip
     template = page.from_string(packaged("report.html.j2"))
@@ -130,12 +132,12 @@ def _render(record: RunRecord, out: Path, svgs: Mapping[str, str]) -> str:
         css=packaged("page.css"),
         record=record,
         out=out,
-        answer=wording.answer(record),
-        rows=wording.comparison(record.before, record.after, record.difference),
+        answer=formatting.answer(record),
+        rows=formatting.comparison(record.before, record.after, record.difference),
         plots={name: svgs.get(name) for name in plots.PLOTS},
-        actions=wording.ACTIONS,
-        ending=wording.ending(record),
-        caution=wording.caution(record),
+        actions=formatting.ACTIONS,
+        ending=formatting.ending(record),
+        caution=formatting.caution(record),
         winners=list(_winners(record)),
         params=_columns(record),
         mattered=importances(record),
@@ -152,7 +154,7 @@ def packaged(name: str) -> str:
 
 
 def _winners(record: RunRecord) -> Iterator[tuple[RoundRecord, TrialRecord]]:
-    made = wording.delivered(record)
+    made = formatting.delivered(record)
     for one in record.rounds:
         yield from ((one, t) for t in one.trials if t.promoted or (one, t) == made)
 
@@ -172,8 +174,10 @@ def _shown(trial: TrialRecord) -> dict[str, str]:
     """A trial's parameters for a table: those that belong to its decay stand with the decay."""
     decay = str(trial.params.get("decay", ""))
     own = {k.removeprefix(f"{decay}_"): v for k, v in trial.params.items() if _is_of(k, decay)}
-    extra = "".join(f", {name} {wording.setting(value)}" for name, value in own.items())
-    plain = {k: wording.setting(v) for k, v in trial.params.items() if not any(_is_of(k, d) for d in DECAYS)}
+    extra = "".join(f", {name} {formatting.setting(value)}" for name, value in own.items())
+    plain = {
+        k: formatting.setting(v) for k, v in trial.params.items() if not any(_is_of(k, d) for d in DECAYS)
+    }
     return plain | ({"decay": decay + extra} if decay else {})
 
 
