@@ -1,6 +1,6 @@
 """Which units does autoprune remove, and which Torch-Pruning: top-1 without any fine-tuning, at equal MACs.
 
-For 30, 50 and 70 % of the multiply-adds removed: autoprune's decision (`screening.Descent`, whose parts stand in
+For 30, 50 and 70 % of the multiply-adds removed: autoprune's decision (`screening.Descent`, its parts in
 further rows), and Torch-Pruning's {global, local} x {magnitude L2, L1, Taylor, Hessian}. Both sides see the
 same search and training images, and the test half is read only for the numbers of the page. Every variant of
 the rival is tried on the gate's samples first, and its best three a cell go on to the test, where the best of

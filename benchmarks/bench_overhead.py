@@ -30,9 +30,9 @@ from unittest.mock import patch
 import optuna
 
 from autoprune import events as ev
+from autoprune.location import Place, checked_database
 from autoprune.record import EpochPoint, Rung, TrialRecord
 from autoprune.search.history import RESULT, read_plan, read_trials
-from autoprune.storage.location import Place, checked_database
 from autoprune.storage.retry import open_storage
 from autoprune.storage.run_store import FINAL, RunStore, name_in, put, quiet_optuna, scored
 from autoprune.storage.trial_slots import sit, take, tell

@@ -27,7 +27,7 @@ from autoprune import events as ev
 from autoprune.config import Lock
 from autoprune.errors import AutopruneError
 from autoprune.pipeline.run import run
-from autoprune.storage.location import Place
+from autoprune.location import Place
 from autoprune.config import Search
 from tests.tiny import tiny_study, trained_net
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from autoprune.errors import RunError, UsageError
-from autoprune.storage.location import Place, checked_artifacts, checked_database, find_run
+from autoprune.location import Place, checked_artifacts, checked_database, find_run
 from autoprune.storage.retry import open_artifacts, open_storage
 
 

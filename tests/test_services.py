@@ -18,10 +18,10 @@ import pytest
 from autoprune import events as ev
 from autoprune.config import Lock, Search
 from autoprune.errors import ArtifactError, RunError, UsageError
+from autoprune.location import Place, checked_database
 from autoprune.pipeline.run import run
 from autoprune.plan import PruningPlan
 from autoprune.report.dashboard import Dashboard, find_runs, open_dashboard
-from autoprune.storage.location import Place, checked_database
 from autoprune.storage.membership import HeldError, joined
 from autoprune.storage.run_store import RunStore, put, quiet_optuna, scored
 from autoprune.storage.trial_slots import OWNER

@@ -12,9 +12,9 @@ from autoprune import events as ev
 from autoprune.cli.main import main
 from autoprune.config import Lock, Search
 from autoprune.errors import UsageError
+from autoprune.location import find_run
 from autoprune.pipeline.run import run
 from autoprune.pipeline.status import Standing, standing
-from autoprune.storage.location import find_run
 from autoprune.storage.membership import joined
 from autoprune.storage.run_store import RunStore, quiet_optuna
 from tests.tiny import tiny_study

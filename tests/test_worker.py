@@ -21,11 +21,11 @@ from autoprune.cli.main import main
 from autoprune.cli.options import digests
 from autoprune.cli.study_file import load_study
 from autoprune.errors import UsageError
+from autoprune.location import Place
 from autoprune.pipeline.worker import Told
 from autoprune.record import TrialRecord
 from autoprune.search.controller import replay
 from autoprune.search.history import outcomes, read_goal, read_plan, read_trials
-from autoprune.storage.location import Place
 from autoprune.storage.membership import members
 from autoprune.storage.run_store import DATABASE, RunStore
 from autoprune.storage.trial_slots import OWNER

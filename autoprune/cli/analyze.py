@@ -89,7 +89,7 @@ def doctor(
     With a study, half a minute of its own training and evaluation is measured, too.
     """
     from autoprune.cli.doctor import examine
-    from autoprune.storage.location import Place, checked_artifacts, checked_database
+    from autoprune.location import Place, checked_artifacts, checked_database
 
     database = None if storage is None else checked_database(storage)
     place = Place(folder=out, database=database, artifacts=checked_artifacts(artifacts))

@@ -21,7 +21,7 @@ def studies(incomplete: str) -> list[str]:
 
 def runs(incomplete: str) -> list[str]:
     """Folders that hold a run."""
-    from autoprune.storage.location import DATABASE
+    from autoprune.location import DATABASE
 
     found = sorted({path.parent for pattern in RUNS for path in Path().glob(f"{pattern}/{DATABASE}")})
     return [str(path) for path in found if str(path).startswith(incomplete)]

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 from autoprune.errors import AutopruneError
 from autoprune.formatting import plural
-from autoprune.storage.location import Place
+from autoprune.location import Place
 
 if TYPE_CHECKING:
     from autoprune.config import Study

@@ -78,8 +78,8 @@ def worker(
 
     Network, data and settings have to be those that the run was started with, which is checked.
     """
+    from autoprune.location import find_run
     from autoprune.pipeline.worker import told_by, work_on
-    from autoprune.storage.location import find_run
 
     told = told_by(find_run(run, artifacts))
     with terminable(), listener(quiet=quiet) as on_event:

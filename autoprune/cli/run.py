@@ -53,8 +53,8 @@ from autoprune.formatting import answer, caution, comparison
 
 if TYPE_CHECKING:
     from autoprune.config import Study
+    from autoprune.location import Place
     from autoprune.record import RunResult
-    from autoprune.storage.location import Place
 
 NOT_REACHED = 3
 
@@ -200,7 +200,7 @@ def _command(words: list[str]) -> str:
 
 
 def _place(folder: Path, storage: str | None, artifacts: str | None) -> Place:
-    from autoprune.storage.location import Place, checked_artifacts, checked_database
+    from autoprune.location import Place, checked_artifacts, checked_database
 
     database = None if storage is None else checked_database(storage)
     return Place(folder=folder, database=database, artifacts=checked_artifacts(artifacts))
@@ -326,10 +326,10 @@ def report(
     as_json: AsJson = False,
 ) -> None:
     """Make a run's report again from its storage, also while it goes on."""
+    from autoprune.location import find_run
     from autoprune.pipeline.worker import told_by
     from autoprune.report.page import to_json, write_report
     from autoprune.search.history import read_run
-    from autoprune.storage.location import find_run
     from autoprune.storage.run_store import RunStore
 
     told = told_by(find_run(run, artifacts))
@@ -344,9 +344,9 @@ def report(
 
 def status(run: RunPlace, artifacts: Artifacts = None, as_json: AsJson = False) -> None:
     """Say where a run stands: what it is at, rounds, trials, decisions, who works on it, time left."""
+    from autoprune.location import find_run
     from autoprune.pipeline.status import standing
     from autoprune.report.page import to_json
-    from autoprune.storage.location import find_run
 
     told = standing(find_run(run, artifacts))
     if as_json:

@@ -18,7 +18,7 @@ from types import ModuleType
 from autoprune.config import Study
 from autoprune.errors import AutopruneError, UsageError
 
-PACKAGE = Path(__file__).resolve().parent
+PACKAGE = Path(__file__).resolve().parents[1]
 FOLDERS = (PACKAGE / "studies", PACKAGE.parent / "studies")  # in an installed wheel, in a checkout
 
 

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 
 from autoprune import events as ev
-from autoprune.storage.location import Place
+from autoprune.location import Place
 
 END_S = 30  # what a worker may take to end
 

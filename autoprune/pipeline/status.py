@@ -15,13 +15,13 @@ from optuna.trial import TrialState
 
 from autoprune.config import Budget, Control
 from autoprune.formatting import duration
+from autoprune.location import DATABASE, Place, Run
 from autoprune.pipeline.baseline import is_measured
 from autoprune.pipeline.worker import told_by
 from autoprune.record import RoundRecord, RunRecord
 from autoprune.search.analysis_cache import kept_points
 from autoprune.search.controller import replay
 from autoprune.search.history import checkpoint_of, outcomes, read_goal, read_run, spent
-from autoprune.storage.location import DATABASE, Place, Run
 from autoprune.storage.membership import PROCESSES, Process, members
 from autoprune.storage.run_store import RunStore, quiet_optuna, studies_in
 

@@ -17,6 +17,7 @@ import optuna
 from autoprune import events as ev
 from autoprune.config import Lock, Study
 from autoprune.errors import RunError, UsageError
+from autoprune.location import Place, Run
 from autoprune.pipeline.baseline import Work, begin
 from autoprune.pipeline.preflight import fitting_threads, prepare
 from autoprune.pipeline.run import analyse, known_points, stand
@@ -24,7 +25,6 @@ from autoprune.search.controller import State, replay
 from autoprune.search.history import is_decided, outcomes
 from autoprune.search.round import RoundJob, search_round
 from autoprune.search.trial import run_trial
-from autoprune.storage.location import Place, Run
 from autoprune.storage.membership import BuriedError, Presence, joined, members
 from autoprune.storage.retry import GRACE_S, open_storage
 from autoprune.storage.run_store import BASELINE, FINAL, RunStore, name_in, names_in, quiet_optuna

@@ -21,11 +21,11 @@ from wsgiref.simple_server import WSGIRequestHandler, WSGIServer, make_server
 import optuna
 
 from autoprune.errors import AutopruneError, UsageError
+from autoprune.location import DATABASE, Place, Run, checked_database, find_run
 from autoprune.pipeline.worker import told_by
 from autoprune.report.campaign_view import Campaign, views
 from autoprune.report.view_storage import StudyView, ViewArtifacts, ViewStorage
 from autoprune.search.history import read_run
-from autoprune.storage.location import DATABASE, Place, Run, checked_database, find_run
 from autoprune.storage.run_store import BASELINE, RunStore, like_run, quiet_optuna
 
 if TYPE_CHECKING:

@@ -150,7 +150,7 @@ def _render(record: RunRecord, out: Path, svgs: Mapping[str, str]) -> str:
 
 def packaged(name: str) -> str:
     """The text of a file that lies beside this module."""
-    return (files("autoprune") / name).read_text(encoding="utf-8")
+    return (files("autoprune.report") / name).read_text(encoding="utf-8")
 
 
 def _winners(record: RunRecord) -> Iterator[tuple[RoundRecord, TrialRecord]]:

@@ -31,7 +31,7 @@ from sqlalchemy import Connection, event
 from sqlalchemy.exc import DatabaseError, DBAPIError, IntegrityError, OperationalError, ProgrammingError
 
 from autoprune.errors import AutopruneError, RunError, UsageError
-from autoprune.storage.location import DATABASE, Place
+from autoprune.location import DATABASE, Place
 
 BUSY_TIMEOUT_S = 60
 PATIENCE_S = 900  # how long a run waits for its storage; a guess at a database's maintenance

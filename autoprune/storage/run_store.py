@@ -33,8 +33,8 @@ from safetensors.torch import save as save_safetensors
 from torch import Tensor, nn
 
 from autoprune.errors import ArtifactError, UsageError
+from autoprune.location import ARTIFACTS, DATABASE, Place
 from autoprune.plan import PruningPlan
-from autoprune.storage.location import ARTIFACTS, DATABASE, Place
 from autoprune.storage.retry import open_artifacts, open_storage
 
 __all__ = [
