@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 
-from autoprune.cli.main import main
+from autoprune.cli import main
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -17,7 +17,7 @@ from autoprune.errors import AutopruneError, ConfigError, UsageError
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
-    from autoprune.data.sources import Data, Split
+    from autoprune.data import Data, Split
 
 Decay = Literal["cosine", "linear", "step", "exponential", "onecycle"]
 DECAYS: tuple[Decay, ...] = get_args(Decay)

@@ -26,11 +26,12 @@ from datetime import date
 from importlib.metadata import version
 from pathlib import Path
 
-from autoprune.artifact.container import container_chunks, write_chunks
+from autoprune.artifact.container import container_chunks
 from autoprune.artifact.manifest import Architecture, Manifest, MemberDigest
 from autoprune.artifact.reader import open_artifact
 from autoprune.crypto.age import decrypt_file, decrypt_to_memory, encrypt_chunks, encrypt_file
 from autoprune.crypto.keys import keygen, recipients_of
+from autoprune.files import write_chunks
 
 WORD = "a passphrase"
 MB = 1_000_000

@@ -39,7 +39,7 @@ from autoprune.search.round import FAILED_VALUE, TIE_WEIGHT
 
 Goal = Literal["deepest", "ceiling", "settled"]
 GOALS: tuple[Goal, ...] = ("deepest", "ceiling", "settled")
-Told = Callable[[Sequence["Seen"], Sequence[Past]], list[Past]]
+RunHeader = Callable[[Sequence["Seen"], Sequence[Past]], list[Past]]
 DEEP, NEAR, TOP = 0.8, 0.02, 0.95  # of the ceiling; rates this near; quantile of what they score
 FEW = 0.9  # quantile of what is scored at the ceiling
 DECIMALS = 6
@@ -89,7 +89,7 @@ class Way:
     name: str
     sampler: Callable[[int], optuna.samplers.BaseSampler]
     begins: bool = True
-    told: Told = as_valued
+    told: RunHeader = as_valued
     decays: tuple[Decay, ...] | None = None
     line: int = 0
     most: int = 16

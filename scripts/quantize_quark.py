@@ -24,13 +24,13 @@ import numpy as np
 import onnx
 from numpy.typing import NDArray
 
-from autoprune.artifact.container import write_chunks
 from autoprune.artifact.export import silent_onnxruntime
 from autoprune.artifact.reader import ONNX, Artifact, open_artifact
 from autoprune.cli.study_file import load_study
 from autoprune.crypto.age import encrypt_chunks
 from autoprune.data.sources import Data, Split, load_data
 from autoprune.errors import AutopruneError, UsageError
+from autoprune.files import write_chunks
 from autoprune.metrics import Evaluation, difference_pp
 
 BATCH = 32

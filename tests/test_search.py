@@ -33,10 +33,10 @@ from autoprune.search.round import (
     _goes_on,
     _is_served,
     _under_way,
-    is_decided,
     next_point,
     same_failure,
     search_round,
+    should_tune_near_miss,
     value_of,
 )
 from autoprune.search.trial import Climb, run_trial
@@ -196,11 +196,13 @@ def test_a_short_budget_goes_to_a_near_miss_at_the_target_once_something_is_safe
         suggest(trial, short.space)
         put(trial, **{RESULT: record})
         tell(study, trial, 0.1)
-        decided.append((is_decided(short, study), _is_served(short, study)))
+        decided.append((should_tune_near_miss(short, study), _is_served(short, study)))
     assert decided == [(False, False), (True, True)]
-    assert not is_decided(replace(short, meter=Meter(Budget(epochs=200.0))), study), "the search goes on"
+    assert not should_tune_near_miss(replace(short, meter=Meter(Budget(epochs=200.0))), study), (
+        "the search goes on"
+    )
     asked = replace(free, search=Search(trials=4))
-    assert not is_decided(replace(short, ground=replace(short.ground, study=asked)), study)
+    assert not should_tune_near_miss(replace(short, ground=replace(short.ground, study=asked)), study)
     near = climb(0.88, 0.905, share=0.5)
     assert not _goes_on(short, near), "the final tuning has more epochs than a third rung"
     assert _goes_on(replace(short, meter=Meter(Budget(epochs=200.0))), near)

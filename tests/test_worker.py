@@ -22,11 +22,11 @@ from autoprune.cli.options import digests
 from autoprune.cli.study_file import load_study
 from autoprune.errors import UsageError
 from autoprune.location import Place
-from autoprune.pipeline.worker import Told
 from autoprune.record import TrialRecord
 from autoprune.search.controller import replay
 from autoprune.search.history import outcomes, read_goal, read_plan, read_trials
 from autoprune.storage.membership import members
+from autoprune.storage.run_header import RunHeader
 from autoprune.storage.run_store import DATABASE, RunStore
 from autoprune.storage.trial_slots import OWNER
 from tests.tiny import tiny_study
@@ -225,7 +225,7 @@ def test_a_second_coordinator_and_a_worker_with_another_study_are_refused(
 def test_a_worker_takes_every_option_of_the_runs_command() -> None:
     words = "digits --exclude conv1 --only 'layer*' --norms rescale --round-to 4 --target macs=0.4 "
     words += "--max-drop 2 --budget 5m --seed 3 --device cpu"
-    told = Told(
+    told = RunHeader(
         place=Place(folder=Path("runs/digits")), name="digits", command=f"autoprune run {words}",
         sources=digests("digits", None),
     )  # fmt: skip

@@ -11,17 +11,13 @@ from __future__ import annotations
 import os
 import re
 import struct
-import tempfile
 import zlib
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 from typing import BinaryIO
 
 from autoprune.errors import ArtifactError
-
-Buffer = bytes | bytearray | memoryview
+from autoprune.files import Buffer
 
 VERSION = 45  # zip64
 DATE = 0x21  # 1980-01-01, the zero of zip's calendar
@@ -37,7 +33,6 @@ TAIL_BYTES = END64.size + LOCATOR.size + END.size
 MAX_NAME = 200
 NAME = re.compile(r"[A-Za-z0-9_.]+(/[A-Za-z0-9_.]+)*", re.ASCII)
 CHUNK = 1 << 20
-BUFFER = 1 << 17  # of streams: age comes in pieces of 8 KiB; a tenth more speed (measured: docs/log.md)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -204,42 +199,3 @@ def _parse_directory(data: bytes, count: int) -> Iterator[Entry]:
             position = start + name_len + CENTRAL_EXTRA.size
     except (struct.error, UnicodeDecodeError):
         raise _damaged("its directory cannot be read") from None
-
-
-@contextmanager
-def write_beside(path: Path) -> Iterator[BinaryIO]:
-    """A stream that becomes the file `path` when the block ends well, and leaves nothing otherwise.
-
-    It is written next to `path` under another name, flushed and renamed; only its owner can read it.
-
-    Raises:
-        ArtifactError: the folder cannot be written.
-    """
-    try:
-        handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".part", dir=path.parent)
-    except OSError as error:
-        raise ArtifactError(
-            f"cannot write {path}: {error.strerror}", "choose a folder you can write"
-        ) from None
-    part = Path(name)
-    try:
-        with os.fdopen(handle, "wb", buffering=BUFFER) as stream:
-            yield stream
-            stream.flush()
-            os.fsync(stream.fileno())
-        part.replace(path)
-    except OSError as error:
-        part.unlink(missing_ok=True)
-        raise ArtifactError(
-            f"cannot write {path}: {error.strerror}", "free some space or choose another place"
-        ) from None
-    except BaseException:
-        part.unlink(missing_ok=True)
-        raise
-
-
-def write_chunks(path: Path, chunks: Iterable[Buffer]) -> None:
-    """Write a file whole or not at all."""
-    with write_beside(path) as stream:
-        for chunk in chunks:
-            stream.write(chunk)

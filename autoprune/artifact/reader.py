@@ -14,13 +14,22 @@ from itertools import chain
 from pathlib import Path
 from typing import BinaryIO
 
-from autoprune.artifact.container import Buffer, Container, container_chunks
+from autoprune.artifact.container import Container, container_chunks
 from autoprune.artifact.manifest import MAX_MANIFEST, Manifest, MemberDigest
 from autoprune.artifact.onnx_check import check_onnx
-from autoprune.crypto.age import AgeHeader, decrypt_to_memory, is_encrypted, open_file, read_header
-from autoprune.crypto.keys import KeySource
-from autoprune.crypto.signing import SIGNATURE_BYTES, check_signature, sign_manifest
+from autoprune.crypto import (
+    SIGNATURE_BYTES,
+    AgeHeader,
+    KeySource,
+    check_signature,
+    decrypt_to_memory,
+    is_encrypted,
+    open_file,
+    read_header,
+    sign_manifest,
+)
 from autoprune.errors import ArtifactError
+from autoprune.files import Buffer
 
 MANIFEST, SIGNATURE = "manifest.json", "manifest.sig"
 WEIGHTS, PROGRAM, ONNX = "model.safetensors", "model.pt2", "model.onnx"

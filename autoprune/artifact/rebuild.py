@@ -24,8 +24,7 @@ from autoprune.artifact.export import probe_answer, probe_inputs
 from autoprune.artifact.manifest import Architecture, Manifest
 from autoprune.errors import ArtifactError, AutopruneError
 from autoprune.plan import PruningPlan
-from autoprune.structure.densify import densify
-from autoprune.structure.trace_model import trace
+from autoprune.structure import densify, trace
 
 MAX_SAFETENSORS_HEADER = 32 << 20
 PROBE_TOLERANCE = 1e-4  # a guess: far above the rounding of another machine, far below another network

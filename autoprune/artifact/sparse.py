@@ -16,7 +16,7 @@ from autoprune.errors import ArtifactError
 from autoprune.plan import PruningPlan
 
 if TYPE_CHECKING:
-    from autoprune.structure.graph import ChannelGraph
+    from autoprune.structure import ChannelGraph
 
 Removed = dict[str, dict[str, tuple[int, ...]]]
 MAX_GROWTH = 1000  # times the delivered weights, and at least a mebibyte; a guess, far above any pruning

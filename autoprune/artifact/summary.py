@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from autoprune.artifact.manifest import Manifest
-from autoprune.crypto.age import AgeHeader
+from autoprune.crypto import AgeHeader
 from autoprune.errors import harmless
 from autoprune.formatting import count, milliseconds, percent, size
 from autoprune.record import ModelSummary

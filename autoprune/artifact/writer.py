@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 from safetensors.torch import save
 from torch import nn
 
-from autoprune.artifact.container import Buffer, container_chunks, write_chunks
+from autoprune.artifact.container import container_chunks
 from autoprune.artifact.export import ExampleInputs, Exported, export_model, inference_copy
 from autoprune.artifact.manifest import InputSpec, Manifest, Probe
 from autoprune.artifact.program import load_program
@@ -32,13 +32,12 @@ from autoprune.artifact.reader import (
 )  # fmt: skip
 from autoprune.artifact.rebuild import answers_probe, read_weights, rebuild_dense
 from autoprune.artifact.sparse import expand_weights, removed_indices
-from autoprune.crypto.age import encrypt_chunks
-from autoprune.crypto.keys import KeySource
-from autoprune.crypto.signing import sign_manifest
+from autoprune.crypto import KeySource, encrypt_chunks, sign_manifest
 from autoprune.errors import ArtifactError
+from autoprune.files import Buffer, write_chunks
 
 if TYPE_CHECKING:
-    from autoprune.structure.graph import ChannelGraph
+    from autoprune.structure import ChannelGraph
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -42,9 +42,8 @@ from autoprune.events import OnEvent, StageProgress, StageStarted
 
 if TYPE_CHECKING:
     from autoprune.config import Study
-    from autoprune.pruning.prunability import Prospect
-    from autoprune.pruning.sensitivity import SensitivityTable
-    from autoprune.structure.graph import ChannelGraph
+    from autoprune.pruning import Prospect, SensitivityTable
+    from autoprune.structure import ChannelGraph
 
 
 HOW = "How to measure"
@@ -126,7 +125,7 @@ def groups(
     else:
         if size is not None:
             raise UsageError("--input is given beside data", "the data's own shape is used; leave it out")
-        from autoprune.pipeline.preflight import understand
+        from autoprune.pipeline import understand
 
         chosen = choose_study(study, model, weights, data)
         graph = understand(changed(chosen, exclude, only, norms=norms, round_to=round_to)).graph
@@ -141,8 +140,8 @@ def _bare_graph(model: str, size: str, *, round_to: int | None, **wishes: Any) -
     import torch
 
     from autoprune.cli.study_flags import build_network, find_factory
-    from autoprune.pipeline.preflight import DEFAULT_ROUND_TO
-    from autoprune.structure.trace_model import trace
+    from autoprune.pipeline import DEFAULT_ROUND_TO
+    from autoprune.structure import trace
 
     if not re.fullmatch(r"[1-9]\d*(x[1-9]\d*)*", size):
         raise UsageError(f"--input {size!r} is not a shape", "write for example 3x224x224")
@@ -233,12 +232,10 @@ def _write_analysis(folder: Path, document: str, table: SensitivityTable, found:
 
 
 def _measure(study: Study, on_event: OnEvent) -> tuple[SensitivityTable, tuple[Prospect, ...]]:
-    from autoprune.data.splits import derive_seed
-    from autoprune.pipeline.preflight import understand
-    from autoprune.pruning.one_shot import prospects
-    from autoprune.pruning.sensitivity import most_points, sensitivity
-    from autoprune.training.evaluation import resolve_device
-    from autoprune.training.finetune import train_baseline_
+    from autoprune.data import derive_seed
+    from autoprune.pipeline import understand
+    from autoprune.pruning import most_points, prospects, sensitivity
+    from autoprune.training import resolve_device, train_baseline_
 
     check_study(study)
     known, device = understand(study), resolve_device(study.device)

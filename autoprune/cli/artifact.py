@@ -20,8 +20,8 @@ from autoprune.cli.run import ask_secret, read_secret, refuse_secrets
 from autoprune.errors import ArtifactError, UsageError, VerificationError
 
 if TYPE_CHECKING:
-    from autoprune.artifact.manifest import Manifest
-    from autoprune.crypto.age import AgeHeader
+    from autoprune.artifact import Manifest
+    from autoprune.crypto import AgeHeader
 
 OPEN, LOCK = "How to open the file", "Who may open the new file"
 File = Annotated[Path, typer.Argument(metavar="ARTIFACT", help="A delivered file, encrypted or plain.")]
@@ -109,7 +109,7 @@ class Opener:
 
 
 def _opener(file: Path, identity: list[str] | None, ask: bool, descriptor: int | None) -> Opener:
-    from autoprune.crypto.age import is_encrypted, open_file, read_header
+    from autoprune.crypto import is_encrypted, open_file, read_header
 
     if sum((bool(identity), ask, descriptor is not None)) > 1:
         raise UsageError("a file is opened by keys or by a passphrase, not both", "give one of the two")
@@ -132,8 +132,7 @@ class NewLock:
 
 
 def _new_lock(recipients: list[str] | None, ask: bool, descriptor: int | None) -> NewLock:
-    from autoprune.crypto.age import check_lock
-    from autoprune.crypto.keys import default_recipient
+    from autoprune.crypto import check_lock, default_recipient
 
     if sum((bool(recipients), ask, descriptor is not None)) > 1:
         raise UsageError(
@@ -166,9 +165,8 @@ def keygen(
         "--signing", help="A key that signs (Ed25519), not one that opens.")] = False,
 ) -> None:  # fmt: skip
     """Make a key; its public half is printed, the secret stays in a file that only you can read."""
-    from autoprune.crypto.keys import default_identity_path
-    from autoprune.crypto.keys import keygen as make_identity
-    from autoprune.crypto.signing import signing_keygen
+    from autoprune.crypto import default_identity_path, signing_keygen
+    from autoprune.crypto import keygen as make_identity
 
     path = file or default_identity_path()
     if signing:
@@ -187,8 +185,8 @@ def inspect(
     as_json: AsJson = False,
 ) -> None:
     """Show what a delivered file is: its recipients without a key, all of its manifest with one."""
-    from autoprune.artifact.reader import open_artifact
-    from autoprune.crypto.age import is_encrypted, open_file, read_header
+    from autoprune.artifact import open_artifact
+    from autoprune.crypto import is_encrypted, open_file, read_header
 
     opener = _opener(file, identity, passphrase, passphrase_fd)
     with open_file(file) as stream:
@@ -218,7 +216,7 @@ def _show(
         }
         sys.stdout.write(json.dumps(document, indent=1) + "\n")
         return
-    from autoprune.artifact.summary import artifact_text
+    from autoprune.artifact import artifact_text
 
     sys.stdout.write(artifact_text(file, header, manifest, signer))
 
@@ -235,13 +233,13 @@ def verify(
 
     Where the original's class can be imported, the network is also built again from original and plan.
     """
-    from autoprune.artifact.reader import open_artifact
+    from autoprune.artifact import open_artifact
 
     opener = _opener(file, identity, passphrase, passphrase_fd)
     with open_artifact(
         file, identity=opener.identity, passphrase=opener.passphrase, require_signature=require_signature
     ) as artifact:
-        from autoprune.artifact.verify_artifact import audit
+        from autoprune.artifact import audit
 
         checks = audit(artifact)
     if as_json:
@@ -265,8 +263,8 @@ def export(
     require_signature: Required = None,
 ) -> None:  # fmt: skip
     """Take one form of the network out of a delivered file, in plaintext."""
-    from autoprune.artifact.container import write_chunks
-    from autoprune.artifact.reader import open_artifact
+    from autoprune.artifact import open_artifact
+    from autoprune.files import write_chunks
 
     _check_new(out)
     opener = _opener(file, identity, passphrase, passphrase_fd)
@@ -274,7 +272,7 @@ def export(
         file, identity=opener.identity, passphrase=opener.passphrase, require_signature=require_signature
     ) as artifact:
         if to is Form.sparse:
-            from autoprune.artifact.writer import sparse_weights
+            from autoprune.artifact import sparse_weights
 
             data = sparse_weights(artifact)
         else:
@@ -295,8 +293,8 @@ def encrypt(
         metavar="FILE", help="Sign it with this Ed25519 secret key (OpenSSH or PEM) first.")] = None,
 ) -> None:  # fmt: skip
     """Encrypt a plain delivered file, after checking it."""
-    from autoprune.artifact.reader import member_chunks, open_artifact
-    from autoprune.crypto.age import encrypt_chunks
+    from autoprune.artifact import member_chunks, open_artifact
+    from autoprune.crypto import encrypt_chunks
 
     _check_new(out)
     with open_artifact(file) as artifact:
@@ -312,7 +310,7 @@ def decrypt(
     file: File, out: Out, identity: IdentityFile = None, passphrase: Ask = False, passphrase_fd: AskFd = None
 ) -> None:
     """Write the plain form of an encrypted file."""
-    from autoprune.crypto.age import decrypt_file
+    from autoprune.crypto import decrypt_file
 
     _check_new(out)
     opener = _opener(file, identity, passphrase, passphrase_fd)
@@ -333,7 +331,7 @@ def rewrap(
         metavar="N", rich_help_panel=LOCK, help="Read the new passphrase from file descriptor N.")] = None,
 ) -> None:  # fmt: skip
     """Encrypt an encrypted file for others, through memory; the old file stays."""
-    from autoprune.crypto.age import rewrap_file
+    from autoprune.crypto import rewrap_file
 
     _check_new(out)
     opener = _opener(file, identity, passphrase, passphrase_fd)

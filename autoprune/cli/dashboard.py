@@ -36,7 +36,7 @@ def dashboard(
 
     It is optuna-dashboard over a view of the runs: nothing that is clicked there changes a run.
     """
-    from autoprune.report.dashboard import open_dashboard
+    from autoprune.report import open_dashboard
 
     shown = open_dashboard(runs, port)
     names = ", ".join(dict.fromkeys(run.label for run in shown.runs))

@@ -69,7 +69,7 @@ def _packages() -> Finding:
 def _processor() -> Finding:
     import torch
 
-    from autoprune.training.finetune import uses_bf16
+    from autoprune.training import uses_bf16
 
     cores, threads = _cores(), torch.get_num_threads()
     trains = "trains in bf16" if uses_bf16(torch.device("cpu")) else "trains in fp32"
@@ -122,8 +122,7 @@ def _storage(place: Place) -> Finding:
 
 
 def _database(place: Place) -> Finding:
-    from autoprune.storage.retry import open_storage
-    from autoprune.storage.run_store import quiet_optuna
+    from autoprune.storage import open_storage, quiet_optuna
 
     try:
         with quiet_optuna():
@@ -137,7 +136,7 @@ def _database(place: Place) -> Finding:
 
 def _artifacts(place: Place) -> Finding:
     """Write a file where checkpoints would go, read it back, and take it away."""
-    from autoprune.storage.retry import open_artifacts
+    from autoprune.storage import open_artifacts
 
     try:
         with tempfile.TemporaryDirectory(dir=_parent(place.folder)) as folder:
@@ -158,7 +157,7 @@ def _speed(study: Callable[[], Study]) -> Finding:
     """A study's own throughput, and what its budget buys."""
     from autoprune.config import Budget
     from autoprune.formatting import duration
-    from autoprune.pipeline.throughput import throughput
+    from autoprune.pipeline import throughput
 
     try:
         chosen = study()
@@ -182,14 +181,14 @@ def _parent(folder: Path) -> Path:
 def _write_and_read(folder: Path) -> None:
     from contextlib import closing
 
-    from autoprune.storage.run_store import RunStore, quiet_optuna
+    from autoprune.storage import RunStore, quiet_optuna
 
     with quiet_optuna(), closing(RunStore(folder, "doctor", create=True)) as store:
         store.create_study(0, {})
 
 
 def _key() -> Finding:
-    from autoprune.crypto.keys import default_identity_path
+    from autoprune.crypto import default_identity_path
 
     path = default_identity_path()
     found = str(path) if path.exists() else f"none yet; {path} is made on first use"

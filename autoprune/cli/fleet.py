@@ -38,8 +38,8 @@ from autoprune.config import Budget, Lock, Study, Target, next_time
 from autoprune.errors import UsageError
 
 if TYPE_CHECKING:
-    from autoprune.pipeline.sweep import Row
-    from autoprune.pipeline.worker import Told
+    from autoprune.pipeline import Row
+    from autoprune.storage import RunHeader
 
 PARTLY = 1
 
@@ -79,9 +79,10 @@ def worker(
     Network, data and settings have to be those that the run was started with, which is checked.
     """
     from autoprune.location import find_run
-    from autoprune.pipeline.worker import told_by, work_on
+    from autoprune.pipeline import work_on
+    from autoprune.storage import read_run_header
 
-    told = told_by(find_run(run, artifacts))
+    told = read_run_header(find_run(run, artifacts))
     with terminable(), listener(quiet=quiet) as on_event:
         given = _given(told, study)
         chosen = given.study if device is None else replace(given.study, device=device)
@@ -103,7 +104,7 @@ class _Given:
     lock: Lock
 
 
-def _given(told: Told, study: str | None) -> _Given:
+def _given(told: RunHeader, study: str | None) -> _Given:
     """The study as the run's own command describes it.
 
     Raises:
@@ -176,9 +177,8 @@ def sweep(
     command goes on where a sweep was stopped. Exit code 1: some runs are not done.
     """
     from autoprune.cli.study_file import find_study
-    from autoprune.pipeline.sweep import Clock, Job, jobs_of, look, used_seconds
-    from autoprune.pipeline.sweep import sweep as run_all
-    from autoprune.pipeline.sweep_report import write_summary
+    from autoprune.pipeline import Clock, Job, jobs_of, look, used_seconds, write_summary
+    from autoprune.pipeline import sweep as run_all
 
     for study in studies:
         find_study(study)
@@ -251,7 +251,7 @@ def _deadline(until: str | None, budget: str | None, used: float) -> float:
 
 
 def _show(rows: Sequence[Row], files: tuple[Path, ...], *, as_json: bool) -> None:
-    from autoprune.pipeline.sweep_report import SHORT, TEXT, answer, numbers_of, ranges, table_of
+    from autoprune.pipeline import SHORT, TEXT, answer, numbers_of, ranges, table_of
 
     if as_json:
         sys.stdout.write(json.dumps([numbers_of(row) for row in rows], indent=1) + "\n")

@@ -14,7 +14,7 @@ from rich.tree import Tree
 from autoprune.formatting import count, percent
 
 if TYPE_CHECKING:
-    from autoprune.structure.graph import ChannelGraph, Frozen, Group, Member
+    from autoprune.structure import ChannelGraph, Frozen, Group, Member
 
 ROLES = {"out": "made by", "affine": "scaled by", "in": "read by"}
 SHOWN = 4  # parameters named for one reason; the rest is counted
@@ -22,7 +22,7 @@ SHOWN = 4  # parameters named for one reason; the rest is counted
 
 def groups_tree(graph: ChannelGraph) -> RenderableType:
     """One branch for every group, then one for every reason to stay."""
-    from autoprune.structure.labels import BEHIND_LAYER_NORM
+    from autoprune.structure import BEHIND_LAYER_NORM
 
     cost = graph.cost()
     title = f"{count(cost.macs)} MACs, {count(cost.params)} parameters, {len(graph.groups)} groups"

@@ -181,12 +181,12 @@ def run(
         on_event(
             StageStarted(stage="check", round=0, detail="data, network, keys, and that it can be delivered")
         )
-        from autoprune.pipeline import run
-        from autoprune.pipeline.local_workers import local_workers
+        from autoprune.pipeline import local_workers
+        from autoprune.pipeline import run as run_study
 
         try:
             with local_workers(place, chosen.name, workers, on_event) as told:
-                result = run.run(
+                result = run_study(
                     chosen, out=place, resume=resume, lock=lock, on_event=told, command=_command(words),
                     sources=digests(study, model),
                 )  # fmt: skip
@@ -207,7 +207,7 @@ def _place(folder: Path, storage: str | None, artifacts: str | None) -> Place:
 
 
 def _interrupted(place: Place, name: str, words: list[str]) -> StoppedError:
-    from autoprune.storage.run_store import names_in
+    from autoprune.storage import names_in
 
     if name not in names_in(place):
         return StoppedError("interrupted; nothing was measured yet", f"start again: {_command(words)}")
@@ -242,7 +242,7 @@ def refuse_secrets(given: Iterable[str]) -> None:
     Raises:
         UsageError: there is one.
     """
-    from autoprune.crypto.keys import SECRET
+    from autoprune.crypto import SECRET
 
     if any(text.strip().upper().startswith(SECRET) for text in given):
         raise UsageError(
@@ -287,8 +287,8 @@ def read_secret(descriptor: int) -> str:
 
 
 def _show_plan(study: Study, place: Place, lock: Lock, *, resume: bool, as_json: bool) -> int:
-    from autoprune.pipeline.preflight import make_plan, prepare
-    from autoprune.storage.sealing import run_seal
+    from autoprune.pipeline import make_plan, prepare
+    from autoprune.storage import run_seal
 
     run_seal(lock)
     plan = make_plan(prepare(study, out=place, resume=resume, lock=lock))
@@ -327,12 +327,11 @@ def report(
 ) -> None:
     """Make a run's report again from its storage, also while it goes on."""
     from autoprune.location import find_run
-    from autoprune.pipeline.worker import told_by
-    from autoprune.report.page import to_json, write_report
-    from autoprune.search.history import read_run
-    from autoprune.storage.run_store import RunStore
+    from autoprune.report import to_json, write_report
+    from autoprune.search import read_run
+    from autoprune.storage import RunStore, read_run_header
 
-    told = told_by(find_run(run, artifacts))
+    told = read_run_header(find_run(run, artifacts))
     with closing(RunStore(told.place, told.name)) as store:
         record = read_run(store)
     told.place.folder.mkdir(parents=True, exist_ok=True)
@@ -345,8 +344,8 @@ def report(
 def status(run: RunPlace, artifacts: Artifacts = None, as_json: AsJson = False) -> None:
     """Say where a run stands: what it is at, rounds, trials, decisions, who works on it, time left."""
     from autoprune.location import find_run
-    from autoprune.pipeline.status import standing
-    from autoprune.report.page import to_json
+    from autoprune.pipeline import standing
+    from autoprune.report import to_json
 
     told = standing(find_run(run, artifacts))
     if as_json:

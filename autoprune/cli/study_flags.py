@@ -22,7 +22,7 @@ from autoprune.errors import AutopruneError, UsageError
 if TYPE_CHECKING:
     from torch import nn
 
-    from autoprune.data.sources import Data
+    from autoprune.data import Data
 
 WEIGHTS = (".safetensors", ".pt", ".pth", ".th")
 FORMS = "write --model torchvision:resnet18, or --model FILE.py:CLASS_OR_FUNCTION"
@@ -41,7 +41,7 @@ def study_of_flags(model: str, weights: str, data: str) -> Study:
 
     @cache
     def load() -> Data:
-        from autoprune.data.sources import load_data
+        from autoprune.data import load_data
 
         return load_data(data, search_from="test")
 
@@ -103,7 +103,7 @@ def _torchvision(name: str) -> Callable[..., Any]:
 
 
 def _with_weights(factory: Callable[..., Any], num_classes: int, weights: str) -> nn.Module:
-    from autoprune.data.weights import load_weights_
+    from autoprune.data import load_weights_
 
     model = build_network(factory, num_classes)
     load_weights_(model, weights)

@@ -13,12 +13,10 @@ from autoprune.formatting import ACTIONS, METRICS, Row, answer, caution, count, 
 
 if TYPE_CHECKING:
     from autoprune.cli.doctor import Finding
-    from autoprune.pipeline.preflight import RunPlan
-    from autoprune.pipeline.status import Standing
-    from autoprune.pruning.prunability import Cell, Prospect
-    from autoprune.pruning.sensitivity import SensitivityTable
+    from autoprune.pipeline import RunPlan, Standing
+    from autoprune.pruning import Cell, Prospect, SensitivityTable
     from autoprune.record import RunRecord, TrialRecord
-    from autoprune.storage.membership import Process
+    from autoprune.storage import Process
 
 GOOD, BAD, MUTED = "green", "yellow", "dim"
 
@@ -131,7 +129,7 @@ def findings_text(findings: Sequence[Finding]) -> RenderableType:
 
 def sensitivity_text(table: SensitivityTable, found: Sequence[Prospect] = ()) -> RenderableType:
     """How far the network can go; then the change of top-1 when one group alone loses some channels."""
-    from autoprune.pruning.prunability import COLUMNS, answer, cells, verdicts
+    from autoprune.pruning import COLUMNS, answer, cells, verdicts
 
     rows, base = cells(table.points), table.baseline
     used = [c for c in range(len(COLUMNS)) if any(row[c] is not None for row in rows.values())]

@@ -20,9 +20,9 @@ from typing import BinaryIO
 
 import pyrage
 
-from autoprune.artifact.container import BUFFER, Buffer, write_beside
 from autoprune.crypto.keys import KeySource, default_identities, read_identities, read_recipients
 from autoprune.errors import ArtifactError, UsageError
+from autoprune.files import BUFFER, Buffer, write_beside
 
 MAGIC = b"age-encryption.org/v1\n"
 ARMOUR = b"-----BEGIN AGE"

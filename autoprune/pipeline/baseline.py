@@ -14,20 +14,15 @@ from types import MappingProxyType
 from typing import Any
 
 from autoprune import events as ev
-from autoprune.data.splits import derive_seed
+from autoprune.data import derive_seed
 from autoprune.errors import UsageError
 from autoprune.pipeline.measurement import summarise
 from autoprune.pipeline.preflight import Setup, environment, measured_baseline, plain_settings
 from autoprune.plan import PruningPlan
 from autoprune.record import FrozenPart, SplitSummary
-from autoprune.search.budget import Meter
-from autoprune.search.controller import Goal
-from autoprune.search.history import checkpoint_of, pack, read_goal, spent
-from autoprune.search.round import tell_budget
-from autoprune.storage.membership import Presence
-from autoprune.storage.run_store import RunStore
-from autoprune.training.evaluation import evaluate
-from autoprune.training.finetune import train_baseline_
+from autoprune.search import Goal, Meter, checkpoint_of, pack, read_goal, spent, tell_budget
+from autoprune.storage import Presence, RunStore
+from autoprune.training import evaluate, train_baseline_
 
 NONE: Mapping[str, str] = MappingProxyType({})
 MAY_CHANGE = ("budget", "device", "data")  # the data are compared by their digests

@@ -15,11 +15,10 @@ from typing import Any
 from torch import nn
 
 from autoprune import events as ev
-from autoprune.artifact.manifest import Architecture, Preprocessing, manifest_of_run
-from autoprune.artifact.writer import Protection, write_artifact
+from autoprune.artifact import Architecture, Preprocessing, Protection, manifest_of_run, write_artifact
 from autoprune.config import Lock, Study
-from autoprune.crypto.keys import default_recipient
-from autoprune.data.splits import derive_seed
+from autoprune.crypto import default_recipient
+from autoprune.data import derive_seed
 from autoprune.errors import TrialError
 from autoprune.formatting import percent
 from autoprune.metrics import Evaluation, difference_pp
@@ -28,26 +27,29 @@ from autoprune.pipeline.measurement import measure_latency, summarise, with_late
 from autoprune.pipeline.preflight import Setup
 from autoprune.plan import PruningPlan
 from autoprune.record import Difference, ModelSummary, Outcome, RunRecord, RunResult, Tuning
-from autoprune.report.page import write_report
-from autoprune.search.budget import MAX_EPOCHS, MIN_EPOCHS
-from autoprune.search.controller import Promotion, State
-from autoprune.search.history import (
+from autoprune.report import write_report
+from autoprune.search import (
+    MAX_EPOCHS,
+    MIN_EPOCHS,
+    Promotion,
+    State,
     checkpoint_of,
+    final_rate,
     measured_speed,
+    nearest_miss,
+    params_of,
+    points,
     read_plan,
     read_round,
     read_run,
     read_trials,
+    saved,
+    tell_budget,
     unpack,
 )
-from autoprune.search.near_miss import final_rate, nearest_miss, saved
-from autoprune.search.proposals import params_of
-from autoprune.search.round import tell_budget
-from autoprune.search.trial import points
-from autoprune.storage.run_store import CHECKPOINT, FINAL, scored
-from autoprune.structure.densify import densify, verify
-from autoprune.training.evaluation import evaluate
-from autoprune.training.finetune import EpochRecord, finetune_
+from autoprune.storage import CHECKPOINT, FINAL, scored
+from autoprune.structure import densify, verify
+from autoprune.training import EpochRecord, evaluate, finetune_
 
 SAFETY = 0.95  # of the seconds left: epochs are planned from a mean
 FINAL_SEED = 1 << 20  # far from any round's number

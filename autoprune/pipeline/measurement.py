@@ -17,8 +17,8 @@ from torch.nn.modules.conv import _ConvNd
 
 from autoprune.metrics import Evaluation
 from autoprune.record import ModelSummary
-from autoprune.structure.cost import Cost
-from autoprune.training.evaluation import borrowed
+from autoprune.structure import Cost
+from autoprune.training import borrowed
 
 WARM_UP = 5
 MIN_RUNS, MAX_RUNS = 15, 200

@@ -20,24 +20,19 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from autoprune.artifact.export import export_model
+from autoprune.artifact import export_model
 from autoprune.config import Budget, Lock, Metric, Study, Target, check_study
-from autoprune.crypto.age import check_lock
-from autoprune.crypto.signing import sign_manifest
-from autoprune.data.sources import Data
+from autoprune.crypto import check_lock, sign_manifest
+from autoprune.data import Data
 from autoprune.errors import AutopruneError, ConfigError, RunError, UnreachableError, UsageError
 from autoprune.formatting import milliseconds
+from autoprune.location import Place
 from autoprune.metrics import Evaluation, wilson_interval
-from autoprune.pruning.allocation import STRATEGIES
-from autoprune.pruning.criteria import CRITERIA
-from autoprune.search.budget import forecast
-from autoprune.search.controller import Goal, start
-from autoprune.storage.run_store import Place, has_run
-from autoprune.structure.graph import ChannelGraph
-from autoprune.structure.latency import with_latency
-from autoprune.structure.timings import device_name
-from autoprune.structure.trace_model import trace
-from autoprune.training.evaluation import evaluate, resolve_device
+from autoprune.pruning import CRITERIA, STRATEGIES
+from autoprune.search import Goal, forecast, start
+from autoprune.storage import has_run
+from autoprune.structure import ChannelGraph, device_name, trace, with_latency
+from autoprune.training import evaluate, resolve_device
 
 SMALL_BATCH_MACS = 1_000_000_000  # a guess between 0.2 GMACs (see fitting_threads) and ResNet-20's 5
 DEFAULT_ROUND_TO = 8  # widths that vector units fill: 8 floats in AVX2, 16-byte rows of halves on a GPU

@@ -18,44 +18,62 @@ import optuna
 
 from autoprune import events as ev
 from autoprune.config import Lock, Study
-from autoprune.data.splits import derive_seed
+from autoprune.data import derive_seed
 from autoprune.errors import RunError
+from autoprune.location import Place
 from autoprune.pipeline.baseline import NONE, Work, begin, is_measured
 from autoprune.pipeline.delivery import deliver
 from autoprune.pipeline.preflight import Setup, fitting_threads, prepare, traced
-from autoprune.pruning.sensitivity import SensitivityPoint, SensitivityTable, most_points, sensitivity
+from autoprune.pruning import SensitivityPoint, SensitivityTable, most_points, sensitivity
 from autoprune.record import RunResult, SensitivityCell
-from autoprune.search.analysis_cache import keep_point, kept_points
-from autoprune.search.budget import FINAL_SHARE, MIN_EPOCHS, Effort, Speed, plan_round, rounds_ahead
-from autoprune.search.controller import Decision, RoundOutcome, State, decide, floor_of_round, replay
-from autoprune.search.history import (
+from autoprune.search import (
+    FINAL_SHARE,
+    MIN_EPOCHS,
+    Decision,
+    Effort,
+    Ground,
+    Point,
+    RoundJob,
+    RoundOutcome,
     RoundPlan,
+    Speed,
+    State,
     checkpoint_of,
+    decide,
+    first_points,
+    floor_of_round,
+    is_near,
+    keep_point,
+    kept_points,
     measured_speed,
+    next_points,
     outcomes,
+    plan_round,
+    probe_speed,
     read_plan,
     read_trials,
+    replay,
+    rounds_ahead,
+    same_failure,
+    search_round,
+    should_tune_near_miss,
     summaries,
 )
-from autoprune.search.near_miss import is_near
-from autoprune.search.proposals import Point, first_points, next_points
-from autoprune.search.round import RoundJob, is_decided, same_failure, search_round
-from autoprune.search.trial import Ground, probe_speed
-from autoprune.storage.membership import Presence, joined, num_working
-from autoprune.storage.run_store import (
+from autoprune.storage import (
     CHECKPOINT,
     FINAL,
-    Place,
+    Presence,
     RunStore,
     Seal,
     has_run,
+    joined,
+    num_working,
     put,
     quiet_optuna,
+    run_seal,
     scored,
 )
-from autoprune.storage.sealing import run_seal
-from autoprune.structure.densify import densify, verify
-from autoprune.structure.latency import with_latency
+from autoprune.structure import densify, verify, with_latency
 
 WORTHWHILE = 0.5  # of the longest trials' epochs: shorter ones are not worth a round; a guess
 ANALYSIS_PART = 0.25  # of the time left: there an analysis is cut short, and not made again; a guess
@@ -186,7 +204,7 @@ def judge(work: Work, job: RoundJob, attempt: optuna.Study) -> Decision:
     study = work.setup.study
     epochs = study.search.epochs or _worthwhile_epochs(work)
     enough = work.meter.affords(job.speed.trial_of(epochs), epochs)
-    enough = enough and not is_decided(job, attempt) and bool(attempt.get_trials(deepcopy=False))
+    enough = enough and not should_tune_near_miss(job, attempt) and bool(attempt.get_trials(deepcopy=False))
     outcome = RoundOutcome(trials=summaries(attempt), budget_left=enough)
     decision = decide(work.goal, study.control, job.state, outcome)
     if decision.promoted is not None:

@@ -17,13 +17,9 @@ from autoprune.config import Budget, Control
 from autoprune.formatting import duration
 from autoprune.location import DATABASE, Place, Run
 from autoprune.pipeline.baseline import is_measured
-from autoprune.pipeline.worker import told_by
 from autoprune.record import RoundRecord, RunRecord
-from autoprune.search.analysis_cache import kept_points
-from autoprune.search.controller import replay
-from autoprune.search.history import checkpoint_of, outcomes, read_goal, read_run, spent
-from autoprune.storage.membership import PROCESSES, Process, members
-from autoprune.storage.run_store import RunStore, quiet_optuna, studies_in
+from autoprune.search import checkpoint_of, kept_points, outcomes, read_goal, read_run, replay, spent
+from autoprune.storage import PROCESSES, Process, RunStore, members, quiet_optuna, read_run_header, studies_in
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,7 +49,7 @@ def standing(run: Run) -> Standing:
     beginning = _beginning(run)
     if beginning is not None:
         return beginning
-    told = told_by(run)
+    told = read_run_header(run)
     with quiet_optuna(), closing(RunStore(told.place, told.name)) as store:
         record, processes = read_run(store), members(store)
         used = spent(store).seconds

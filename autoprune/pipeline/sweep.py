@@ -22,8 +22,8 @@ from typing import IO, Literal
 
 from autoprune.errors import AutopruneError
 from autoprune.record import RunRecord
-from autoprune.search.history import read_run
-from autoprune.storage.run_store import RunStore, name_in
+from autoprune.search import read_run
+from autoprune.storage import RunStore, name_in
 
 OVERHEAD = 0.1  # of a job's time: export and report come on top of a budget; a guess
 LATE = 1.5  # times its part of the time: then a job hangs, and is ended

@@ -17,8 +17,7 @@ from matplotlib.figure import Figure
 from autoprune import formatting
 from autoprune.pipeline.sweep import Row
 from autoprune.record import ModelSummary
-from autoprune.report import plots
-from autoprune.report.page import packaged, unbroken
+from autoprune.report import packaged, plots, unbroken
 
 HEADS = ("study", "target", "seed", "fate", "top-1 before", "top-1 after", "change, pp", "MACs left",
          "parameters left", "latency left", "time")  # fmt: skip

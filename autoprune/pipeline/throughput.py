@@ -7,10 +7,10 @@ import time
 from dataclasses import dataclass
 
 from autoprune.config import Study
-from autoprune.data.sources import Split
+from autoprune.data import Split
 from autoprune.pipeline.preflight import Understood, understand
-from autoprune.search.trial import seconds_of_training
-from autoprune.training.evaluation import evaluate, resolve_device
+from autoprune.search import seconds_of_training
+from autoprune.training import evaluate, resolve_device
 
 FEW_BATCHES = 2
 PART = 0.4  # of the seconds, for training and for evaluating each

@@ -9,68 +9,34 @@ from __future__ import annotations
 
 import time
 from contextlib import closing, suppress
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import optuna
 
 from autoprune import events as ev
 from autoprune.config import Lock, Study
-from autoprune.errors import RunError, UsageError
-from autoprune.location import Place, Run
+from autoprune.errors import RunError
+from autoprune.location import Place
 from autoprune.pipeline.baseline import Work, begin
 from autoprune.pipeline.preflight import fitting_threads, prepare
 from autoprune.pipeline.run import analyse, known_points, stand
-from autoprune.search.controller import State, replay
-from autoprune.search.history import is_decided, outcomes
-from autoprune.search.round import RoundJob, search_round
-from autoprune.search.trial import run_trial
-from autoprune.storage.membership import BuriedError, Presence, joined, members
-from autoprune.storage.retry import GRACE_S, open_storage
-from autoprune.storage.run_store import BASELINE, FINAL, RunStore, name_in, names_in, quiet_optuna
-from autoprune.storage.sealing import run_seal
+from autoprune.search import RoundJob, State, is_decided, outcomes, replay, run_trial, search_round
+from autoprune.storage import (
+    FINAL,
+    GRACE_S,
+    BuriedError,
+    Presence,
+    RunStore,
+    joined,
+    members,
+    quiet_optuna,
+    run_seal,
+)
 from autoprune.training import distributed
 
 LONELY_S = 2 * GRACE_S  # without a coordinator for this long, nothing will come any more
 POLL_S = 2.0
-
-
-@dataclass(frozen=True, kw_only=True)
-class Told:
-    """How a run was started, as its baseline tells it.
-
-    Attributes:
-        place: where the run is, with the artifact store that it was started with unless another was given.
-        sources: SHA-256 of the files that the command names.
-    """
-
-    place: Place
-    name: str
-    command: str
-    sources: dict[str, str]
-
-
-def told_by(run: Run) -> Told:
-    """Read how a run was started.
-
-    Raises:
-        UsageError: there is no such run, or its original is not measured yet.
-    """
-    name = run.name or name_in(run.place)
-    if name not in names_in(run.place):
-        raise UsageError(
-            f"{run.place} holds no run {name!r} that has measured its baseline", "start it, or wait for it"
-        )
-    storage = open_storage(run.place)
-    try:
-        known = storage.get_study_user_attrs(storage.get_study_id_from_name(f"{name}{BASELINE}"))
-    finally:
-        storage.remove_session()
-        storage.engine.dispose()
-    return Told(
-        place=replace(run.place, artifacts=run.place.artifacts or known.get("artifacts")), name=name,
-        command=known["command"], sources=known.get("sources", {}),
-    )  # fmt: skip
 
 
 def work_on(

@@ -27,7 +27,7 @@ from autoprune.errors import UnreachableError, UsageError
 from autoprune.plan import PruningPlan
 from autoprune.pruning.criteria import Scores
 from autoprune.pruning.sensitivity import SensitivityTable
-from autoprune.structure.graph import ChannelGraph, Group
+from autoprune.structure import ChannelGraph, Group
 
 Strategy = Literal["uniform", "global", "isomorphic", "sensitivity"]
 STRATEGIES: tuple[Strategy, ...] = get_args(Strategy)

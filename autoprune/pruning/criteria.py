@@ -20,10 +20,10 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from autoprune.data.splits import Split
+from autoprune.data import Split
 from autoprune.errors import UsageError
-from autoprune.structure.graph import ChannelGraph, Group, Member
-from autoprune.training.evaluation import Loss, borrowed, classification_loss
+from autoprune.structure import ChannelGraph, Group, Member
+from autoprune.training import Loss, borrowed, classification_loss
 
 Values = NDArray[np.float64]
 Scores = dict[str, Values]

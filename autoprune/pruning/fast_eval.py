@@ -13,8 +13,8 @@ from autoprune.metrics import Evaluation
 from autoprune.pruning.fuse import channels_last, fused
 from autoprune.pruning.probe import CORE_BATCH, Bench, Tally, agree, in_a_row
 from autoprune.pruning.replay import NotReplayableError, Replay, program
-from autoprune.structure.recorder import record
-from autoprune.training.evaluation import borrowed, classification_loss, evaluate
+from autoprune.structure import record
+from autoprune.training import borrowed, classification_loss, evaluate
 
 
 def evaluate_replayed(bench: Bench, model: nn.Module) -> Evaluation:

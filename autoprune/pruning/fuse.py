@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from autoprune.pruning.replay import BATCH_NORMS, Program, Step, aten, step
-from autoprune.structure.recorder import Ref
+from autoprune.structure import Ref
 
 CONVOLUTION = aten.convolution.default
 ACTIVATIONS: dict[Any, Callable[[Step], tuple[str, list[float]]]] = {

@@ -12,15 +12,14 @@ from collections.abc import Sequence
 import torch
 from torch import nn
 
-from autoprune.data.splits import Split
+from autoprune.data import Split
 from autoprune.errors import UnreachableError
 from autoprune.pruning import screening
 from autoprune.pruning.criteria import score as score_units
 from autoprune.pruning.prunability import Prospect, region
 from autoprune.pruning.sensitivity import SensitivityTable
-from autoprune.structure.densify import densify
-from autoprune.structure.graph import ChannelGraph
-from autoprune.training.evaluation import Loss, Score, evaluate, recalibrate_
+from autoprune.structure import ChannelGraph, densify
+from autoprune.training import Loss, Score, evaluate, recalibrate_
 
 SHARES = (0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3, 0.2)
 RECALIBRATE_BATCHES = 10

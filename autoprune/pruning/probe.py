@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 from torch.utils.flop_counter import FlopCounterMode
 
-from autoprune.data.splits import Split
+from autoprune.data import Split
 from autoprune.errors import AutopruneError, TraceError
 from autoprune.metrics import Evaluation
 from autoprune.plan import PruningPlan
@@ -39,10 +39,8 @@ from autoprune.pruning.replay import (
     program,
     suffix,
 )
-from autoprune.structure.densify import densify, masked, masked_tensors
-from autoprune.structure.graph import ChannelGraph
-from autoprune.structure.recorder import record
-from autoprune.training.evaluation import (
+from autoprune.structure import ChannelGraph, densify, masked, masked_tensors, record
+from autoprune.training import (
     EVAL_BATCH,
     Loss,
     Score,

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from autoprune.structure.recorder import Op, Ref, Tape
+from autoprune.structure import Op, Ref, Tape
 
 aten = torch.ops.aten
 Values = dict[int, Tensor]

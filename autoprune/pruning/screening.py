@@ -25,8 +25,7 @@ from numpy.typing import NDArray
 from torch import nn
 
 from autoprune.config import Metric
-from autoprune.data.cached_split import kept
-from autoprune.data.splits import Split
+from autoprune.data import Split, kept
 from autoprune.errors import UnreachableError
 from autoprune.metrics import Evaluation
 from autoprune.plan import PruningPlan
@@ -41,9 +40,8 @@ from autoprune.pruning.sensitivity import (
     SensitivityTable,
     sensitivity,
 )
-from autoprune.structure.densify import densify
-from autoprune.structure.graph import ChannelGraph
-from autoprune.training.evaluation import Loss, Score, recalibrate_
+from autoprune.structure import ChannelGraph, densify
+from autoprune.training import Loss, Score, recalibrate_
 
 CRITERIA = ("l1", "l2", "taylor", "jacobian")
 STRATEGIES = ("sensitivity", "global")

@@ -28,15 +28,15 @@ from numpy.typing import NDArray
 from scipy.interpolate import PchipInterpolator
 from torch import nn
 
-from autoprune.data.splits import Split
+from autoprune.data import Split
 from autoprune.errors import ArtifactError, UsageError
 from autoprune.metrics import Evaluation, difference_pp
 from autoprune.plan import PruningPlan
 from autoprune.pruning.criteria import Scores
 from autoprune.pruning.criteria import score as score_units
 from autoprune.pruning.probe import Bench, Measured, choose_probe, miscounted
-from autoprune.structure.graph import ChannelGraph
-from autoprune.training.evaluation import Loss, Score
+from autoprune.structure import ChannelGraph
+from autoprune.training import Loss, Score
 
 MIN_SHARE = 0.5
 RECALIBRATE_BATCHES, RECALIBRATE_BATCH = 4, 128  # measured: 10 choose no better (docs/analysis.md)

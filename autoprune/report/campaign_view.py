@@ -34,7 +34,7 @@ from autoprune.report import interactive, plots
 from autoprune.report.page import fate
 from autoprune.report.trial_table import trials_csv
 from autoprune.report.view_storage import StudyView
-from autoprune.storage.run_store import CHECKPOINT
+from autoprune.storage import CHECKPOINT
 
 SCORE = "removed (negative: short of the floor)"
 TOP1 = "top-1 on the search split"

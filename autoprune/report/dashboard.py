@@ -22,11 +22,10 @@ import optuna
 
 from autoprune.errors import AutopruneError, UsageError
 from autoprune.location import DATABASE, Place, Run, checked_database, find_run
-from autoprune.pipeline.worker import told_by
 from autoprune.report.campaign_view import Campaign, views
 from autoprune.report.view_storage import StudyView, ViewArtifacts, ViewStorage
-from autoprune.search.history import read_run
-from autoprune.storage.run_store import BASELINE, RunStore, like_run, quiet_optuna
+from autoprune.search import read_run
+from autoprune.storage import BASELINE, RunStore, like_run, quiet_optuna, read_run_header
 
 if TYPE_CHECKING:
     from wsgiref.types import StartResponse, WSGIApplication, WSGIEnvironment
@@ -88,7 +87,7 @@ def _in_database(text: str) -> list[ShownRun]:
 
 def _names(place: Place) -> list[str]:
     """The runs in a storage; one that has not begun yet is none."""
-    from autoprune.storage.retry import open_storage
+    from autoprune.storage import open_storage
 
     with quiet_optuna(), suppress(AutopruneError):
         storage = open_storage(place)
@@ -145,7 +144,9 @@ def read_views(run: ShownRun, link: Callable[[str], str]) -> list[StudyView]:
 
 def _plan(run: ShownRun, artifact: str) -> bytes:
     try:
-        place = told_by(Run(place=run.place, name=run.name)).place  # it knows where the checkpoints are
+        place = read_run_header(
+            Run(place=run.place, name=run.name)
+        ).place  # it knows where the checkpoints are
         with quiet_optuna(), closing(RunStore(place, run.name)) as store:
             return store.load(artifact).plan.to_json().encode()
     except AutopruneError as error:  # encrypted, away, or forgotten after the decision

@@ -19,7 +19,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import NullLocator, StrMethodFormatter
 
 from autoprune.formatting import METRICS, delivered, percent, signed
-from autoprune.pruning.prunability import COLUMNS, Cell, Probed, Prospect, cells
+from autoprune.pruning import COLUMNS, Cell, Probed, Prospect, cells
 from autoprune.record import EpochPoint, RunRecord, TrialRecord
 
 # Name of the CSS variable -> its colour on white. All differ, since the SVG is searched for them.

@@ -10,7 +10,7 @@ import optuna
 import pandas as pd
 
 from autoprune.record import RoundRecord, RunRecord, TrialRecord
-from autoprune.storage.run_store import quiet_optuna
+from autoprune.storage import quiet_optuna
 
 MIN_TRIALS = 6  # below it an importance is noise; a guess
 COLUMNS = (

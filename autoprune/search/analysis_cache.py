@@ -11,7 +11,7 @@ import math
 import optuna
 
 from autoprune.metrics import Evaluation
-from autoprune.pruning.sensitivity import SensitivityPoint, SensitivityTable, point_of, values_of
+from autoprune.pruning import SensitivityPoint, SensitivityTable, point_of, values_of
 
 KIND = "point"
 

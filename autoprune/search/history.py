@@ -33,8 +33,7 @@ from autoprune.record import (
 )
 from autoprune.search.budget import Speed
 from autoprune.search.controller import Goal, RoundOutcome, TrialSummary
-from autoprune.storage.run_store import CHECKPOINT, FINAL, RunStore, scored
-from autoprune.storage.trial_slots import is_withdrawn
+from autoprune.storage import CHECKPOINT, FINAL, RunStore, is_withdrawn, scored
 
 RESULT = "result"  # a trial's record, complete but for number, state and params
 STATES: dict[TrialState, Any] = {TrialState.COMPLETE: "complete", TrialState.RUNNING: "running"}

@@ -21,7 +21,7 @@ from torch import nn
 
 from autoprune.config import Decay, Search
 from autoprune.search.trial import Ground, TrialParams
-from autoprune.structure.densify import densify
+from autoprune.structure import densify
 
 STARTUP_TRIALS = 4  # measured on a surrogate of 8 to 32 trials: fewer random trials lose nothing
 MOST_PAST = 200  # trials that a sampler hears of; a guess

@@ -22,7 +22,7 @@ from optuna.exceptions import UpdateFinishedTrialError
 
 from autoprune import events as ev
 from autoprune.config import Search
-from autoprune.data.splits import derive_seed
+from autoprune.data import derive_seed
 from autoprune.record import TrialRecord
 from autoprune.search.budget import FINAL_SHARE, Meter, Speed, ladder
 from autoprune.search.controller import Goal, State, TrialSummary, has_recovered
@@ -30,11 +30,25 @@ from autoprune.search.history import RESULT, RoundPlan, read_plan, read_trials, 
 from autoprune.search.near_miss import is_hopeful, is_near
 from autoprune.search.proposals import Past, Point, Space, advise, make_sampler, settled_points, suggest
 from autoprune.search.trial import Climb, Ground, TrialParams, TrialResult, failed_record, run_trial
-from autoprune.storage.membership import POLL_S, Presence, Watch
-from autoprune.storage.run_store import CHECKPOINT, RunStore, put, scored
-from autoprune.storage.trial_slots import NOBODY, OWNER, POINT, Taken, free_, running, sit, take, tell
-from autoprune.training import distributed
-from autoprune.training.finetune import EpochRecord
+from autoprune.storage import (
+    CHECKPOINT,
+    NOBODY,
+    OWNER,
+    POINT,
+    POLL_S,
+    Presence,
+    RunStore,
+    Taken,
+    Watch,
+    free_,
+    put,
+    running,
+    scored,
+    sit,
+    take,
+    tell,
+)
+from autoprune.training import EpochRecord, distributed
 
 FAILED_VALUE = -1.0  # top-1 cannot fall short by more; NaN would teach the sampler nothing
 TIE_WEIGHT = 1e-3  # of top-1 beside the rate
@@ -157,12 +171,12 @@ def _is_served(job: RoundJob, study: optuna.Study) -> bool:
     """
     reached = sum(_reaches(t, job) for t in read_trials(study))
     if job.search.trials is not None or not reached:
-        return is_decided(job, study)
+        return should_tune_near_miss(job, study)
     epochs = ladder(job.plan.epochs, longer=False)[0]
     return epochs < TELLING_EPOCHS or reached * _share_of_a_trial(job, epochs) > TELLING_SHARE
 
 
-def is_decided(job: RoundJob, study: optuna.Study) -> bool:
+def should_tune_near_miss(job: RoundJob, study: optuna.Study) -> bool:
     """Whether the rest of a short budget belongs to a trial at the target that missed the floor by little.
 
     Something has to be inside the floor already, so that there is a result if it does not come back.

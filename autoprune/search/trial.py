@@ -21,24 +21,15 @@ import torch
 from torch import Tensor, nn
 
 from autoprune.config import Decay, Metric, Study
-from autoprune.data.sources import Data
-from autoprune.data.splits import Split, derive_seed
+from autoprune.data import Data, Split, derive_seed
 from autoprune.errors import AutopruneError, RunError, TrialError, UnreachableError
 from autoprune.metrics import Evaluation
 from autoprune.plan import PruningPlan
-from autoprune.pruning.allocation import allocate
-from autoprune.pruning.criteria import Scores, score
-from autoprune.pruning.screening import bench, screen
-from autoprune.pruning.sensitivity import SensitivityTable
+from autoprune.pruning import Scores, SensitivityTable, allocate, bench, score, screen
 from autoprune.record import EpochPoint, Rung, TrialRecord
 from autoprune.search.budget import Speed
-from autoprune.structure.densify import densify
-from autoprune.structure.graph import ChannelGraph
-from autoprune.structure.latency import measured_share
-from autoprune.training import distributed
-from autoprune.training.evaluation import evaluate, recalibrate_
-from autoprune.training.finetune import EpochRecord, finetune_
-from autoprune.training.schedule import Schedule
+from autoprune.structure import ChannelGraph, densify, measured_share
+from autoprune.training import EpochRecord, Schedule, distributed, evaluate, finetune_, recalibrate_
 
 PROBE_BATCHES = 8
 TRIAL_EVALUATIONS = 3.0  # a trial evaluates twice and recalibrates; a guess until trials were timed

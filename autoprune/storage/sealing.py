@@ -12,7 +12,7 @@ from typing import Any
 import pyrage
 
 from autoprune.config import Lock
-from autoprune.crypto.keys import default_identity_path, read_identities, read_recipients
+from autoprune.crypto import default_identity_path, read_identities, read_recipients
 from autoprune.errors import ArtifactError, UsageError
 from autoprune.storage.run_store import Seal
 

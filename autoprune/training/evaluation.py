@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from autoprune.data.splits import Batch, Split
+from autoprune.data import Batch, Split
 from autoprune.errors import UsageError
 from autoprune.metrics import Evaluation
 from autoprune.training import distributed

@@ -24,7 +24,7 @@ from torch.optim.lr_scheduler import LRScheduler
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from autoprune.config import Baseline, Finetune
-from autoprune.data.splits import Split, derive_seed
+from autoprune.data import Split, derive_seed
 from autoprune.errors import TrialError, UsageError
 from autoprune.training import distributed
 from autoprune.training.evaluation import (
