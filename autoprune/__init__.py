@@ -6,8 +6,9 @@ takes seconds and reading a help text should not. Everything else in the package
 
 from __future__ import annotations
 
-from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+import lazy_loader
 
 if TYPE_CHECKING:
     from autoprune.artifact import load as load
@@ -34,50 +35,20 @@ if TYPE_CHECKING:
     from autoprune.structure import trace as trace
     from autoprune.training import Schedule as Schedule
     from autoprune.training import evaluate as evaluate
-    from autoprune.training import finetune_
+    from autoprune.training import finetune as finetune
 
-    finetune = finetune_
-
-# Public name -> the room that exports it: "room", or "room:its name there".
-PUBLIC = {
-    "Analysis": "config",
-    "AutopruneError": "errors",
-    "Baseline": "config",
-    "ChannelGraph": "structure",
-    "Control": "config",
-    "Cost": "structure",
-    "Data": "data",
-    "Finetune": "config",
-    "Lock": "config",
-    "PruningPlan": "plan",
-    "RunResult": "record",
-    "Schedule": "training",
-    "Search": "config",
-    "Study": "config",
-    "densify": "structure",
-    "evaluate": "training",
-    "finetune": "training:finetune_",
-    "from_datasets": "data",
-    "load": "artifact",
-    "load_data": "data",
-    "load_weights_": "data",
-    "masked": "structure",
-    "run": "pipeline",
-    "sensitivity": "pruning",
-    "trace": "structure",
-}
-__all__ = sorted(PUBLIC)
-
-
-def __getattr__(name: str) -> Any:
-    source = PUBLIC.get(name)
-    if source is None:
-        raise AttributeError(f"module 'autoprune' has no attribute {name!r}")
-    room, _, inner = source.partition(":")
-    value = getattr(import_module(f"autoprune.{room}"), inner or name)
-    globals()[name] = value
-    return value
-
-
-def __dir__() -> list[str]:
-    return __all__
+__getattr__, __dir__, __all__ = lazy_loader.attach(
+    __name__,
+    submod_attrs={
+        "artifact": ["load"],
+        "config": ["Analysis", "Baseline", "Control", "Finetune", "Lock", "Search", "Study"],
+        "data": ["Data", "from_datasets", "load_data", "load_weights_"],
+        "errors": ["AutopruneError"],
+        "pipeline": ["run"],
+        "plan": ["PruningPlan"],
+        "pruning": ["sensitivity"],
+        "record": ["RunResult"],
+        "structure": ["ChannelGraph", "Cost", "densify", "masked", "trace"],
+        "training": ["Schedule", "evaluate", "finetune"],
+    },
+)

@@ -25,8 +25,8 @@ from autoprune.report.dashboard import Dashboard, find_runs, open_dashboard
 from autoprune.storage.membership import HeldError, joined
 from autoprune.storage.run_store import RunStore, put, quiet_optuna, scored
 from autoprune.storage.trial_slots import OWNER
+from tests.report.test_dashboard import CHROMIUM, Page, visit
 from tests.services import Postgres, Relay, postgres, postgres_programs, s3
-from tests.test_dashboard import CHROMIUM, Page, visit
 from tests.tiny import tiny_net, tiny_study
 
 pytestmark = [

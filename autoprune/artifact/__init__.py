@@ -1,24 +1,33 @@
 """Rooms are described once all of them stand."""
 
-from autoprune.artifact.export import export_model
-from autoprune.artifact.manifest import Architecture, Manifest, Preprocessing, manifest_of_run
-from autoprune.artifact.reader import member_chunks, open_artifact
-from autoprune.artifact.summary import artifact_text
-from autoprune.artifact.verify_artifact import audit
-from autoprune.artifact.writer import Protection, load, sparse_weights, write_artifact
+from typing import TYPE_CHECKING
 
-__all__ = [
-    "Architecture",
-    "Manifest",
-    "Preprocessing",
-    "Protection",
-    "artifact_text",
-    "audit",
-    "export_model",
-    "load",
-    "manifest_of_run",
-    "member_chunks",
-    "open_artifact",
-    "sparse_weights",
-    "write_artifact",
-]
+import lazy_loader
+
+if TYPE_CHECKING:
+    from autoprune.artifact.export import export_model as export_model
+    from autoprune.artifact.manifest import Architecture as Architecture
+    from autoprune.artifact.manifest import Manifest as Manifest
+    from autoprune.artifact.manifest import Preprocessing as Preprocessing
+    from autoprune.artifact.manifest import manifest_of_run as manifest_of_run
+    from autoprune.artifact.reader import member_chunks as member_chunks
+    from autoprune.artifact.reader import open_artifact as open_artifact
+    from autoprune.artifact.summary import artifact_text as artifact_text
+    from autoprune.artifact.verify_artifact import audit as audit
+    from autoprune.artifact.writer import Protection as Protection
+    from autoprune.artifact.writer import load as load
+    from autoprune.artifact.writer import sparse_weights as sparse_weights
+    from autoprune.artifact.writer import write_artifact as write_artifact
+
+# A look into a delivered file needs no torch, whose import takes seconds: a name is imported on its first use.
+__getattr__, __dir__, __all__ = lazy_loader.attach(
+    __name__,
+    submod_attrs={
+        "export": ["export_model"],
+        "manifest": ["Architecture", "Manifest", "Preprocessing", "manifest_of_run"],
+        "reader": ["member_chunks", "open_artifact"],
+        "summary": ["artifact_text"],
+        "verify_artifact": ["audit"],
+        "writer": ["Protection", "load", "sparse_weights", "write_artifact"],
+    },
+)

@@ -22,7 +22,7 @@ from autoprune.structure.copying import named_modules, without_collector
 from autoprune.structure.graph import ChannelGraph
 from autoprune.structure.grouping import Wishes
 from autoprune.structure.recorder import record
-from autoprune.structure.verify import proven
+from autoprune.structure.verification import proven
 
 
 def trace(

@@ -14,6 +14,8 @@ from autoprune.training.evaluation import (
 from autoprune.training.finetune import EpochRecord, finetune_, train_baseline_, uses_bf16
 from autoprune.training.schedule import Schedule
 
+finetune = finetune_  # the public name
+
 __all__ = [
     "EVAL_BATCH",
     "EpochRecord",
@@ -23,6 +25,7 @@ __all__ = [
     "borrowed",
     "classification_loss",
     "evaluate",
+    "finetune",
     "finetune_",
     "logits_of",
     "recalibrate_",

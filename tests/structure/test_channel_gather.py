@@ -14,7 +14,7 @@ from autoprune.structure.densify import densify, difference, masked
 from autoprune.structure.patches.channel_gather import GatheredModule
 from autoprune.structure.trace_model import trace
 from tests.patterns import PATTERNS
-from tests.test_structure import EXACT, strong
+from tests.structure.test_engine import EXACT, strong
 
 TRUNKS = ("shuffled_trunk", "shuffled_trunk_by_module")
 

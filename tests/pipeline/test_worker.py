@@ -31,7 +31,7 @@ from autoprune.storage.run_store import DATABASE, RunStore
 from autoprune.storage.trial_slots import OWNER
 from tests.tiny import tiny_study
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 STUDY = """
 import time
 from pathlib import Path

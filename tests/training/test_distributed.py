@@ -20,11 +20,11 @@ from autoprune.training.finetune import finetune_
 from autoprune.training.schedule import Schedule
 from tests.tiny import tiny_data, tiny_net
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 RANK = """
 import sys, torch
 from autoprune.training import distributed
-from tests.test_ranks import one_trial
+from tests.training.test_distributed import one_trial
 with distributed.joined_ranks() as rank, distributed.together():
     assert distributed.part() == (rank, 2)
     found = one_trial(sys.argv[2])

@@ -17,7 +17,7 @@ from autoprune.cli.main import main
 from autoprune.pruning.sensitivity import SensitivityTable
 
 STUDY = "from tests.tiny import tiny_study\n\nstudy = tiny_study()\n"
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 COMMAND = [sys.executable, "-m", "autoprune"]
 
 
@@ -137,5 +137,5 @@ def test_ctrl_c_keeps_what_is_finished_and_says_how_to_go_on(tmp_path: Path, fin
     assert "Traceback" not in told
     hint = told.partition("go on with: ")[2].split()
     assert hint == ["autoprune", *words, "--resume"]
-    again = autoprune(*hint[1:], "--dry-run")  # tests/test_pipeline.py resumes in earnest
+    again = autoprune(*hint[1:], "--dry-run")  # tests/pipeline/test_run.py resumes in earnest
     assert again.returncode == 0, again.stderr

@@ -19,7 +19,7 @@ from autoprune.search.proposals import (
     suggest,
 )
 from autoprune.storage.run_store import quiet_optuna
-from tests.test_trial import ground
+from tests.search.test_trial import ground
 
 __all__ = ["ground"]  # the fixture
 

@@ -12,7 +12,7 @@ from autoprune.plan import PruningPlan
 from autoprune.structure.densify import densify, difference, masked
 from autoprune.structure.patches.window_attention import PRUNED
 from autoprune.structure.trace_model import trace
-from tests.test_structure import EXACT, strong
+from tests.structure.test_engine import EXACT, strong
 
 
 class Swin(nn.Module):

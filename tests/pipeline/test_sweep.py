@@ -18,7 +18,7 @@ from autoprune.pipeline.sweep import Clock, Job, Row, jobs_of, look
 from autoprune.pipeline.sweep_report import Point, cells, front, pareto, ranges, table_of, write_summary
 from tests.example_record import REACHED, model
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 TINY = "from tests.tiny import tiny_study\n\nstudy = tiny_study()\n"
 BROKEN = (
     "from tests.tiny import tiny_study\n\n\ndef data():\n    raise OSError('the disk is gone')\n\n\n"

@@ -205,7 +205,7 @@ def test_a_passphrase_is_asked_for_twice_on_the_terminal(shell: Shell) -> None:
     pid, terminal = pty.fork()
     if pid == 0:
         command = [sys.executable, "-m", "autoprune", "encrypt", "model.autoprune", "-o", "x", "--passphrase"]
-        os.environ["PYTHONPATH"] = str(Path(__file__).parents[1])
+        os.environ["PYTHONPATH"] = str(Path(__file__).parents[2])
         os.execv(sys.executable, command)  # noqa: S606 - the command under test, no shell
     shown, answers = b"", [b"one\n", b"two\n"]
     while b"do not match" not in shown and select.select([terminal], [], [], 30)[0]:
@@ -220,7 +220,7 @@ def test_a_passphrase_is_asked_for_twice_on_the_terminal(shell: Shell) -> None:
 
 
 def test_without_a_terminal_a_passphrase_is_not_asked_for(shell: Shell) -> None:
-    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[1])}
+    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[2])}
     for words in (
         ["encrypt", "model.autoprune", "-o", "x", "--passphrase"],
         ["inspect", "model.autoprune", "--passphrase"],
@@ -241,6 +241,6 @@ def test_inspect_does_not_load_torch(shell: Shell) -> None:
         "import sys; from autoprune.cli.main import main\n"
         "main(['inspect', 'model.autoprune']); sys.exit('torch' in sys.modules)"
     )
-    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[1])}
+    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[2])}
     done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, check=False)
     assert done.returncode == 0

@@ -14,7 +14,7 @@ from autoprune.config import Lock, Search
 from autoprune.pipeline.run import run
 from tests.tiny import tiny_study
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 
 
 def test_a_whole_run_is_told_line_by_line(tmp_path: Path) -> None:

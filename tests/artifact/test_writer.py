@@ -39,7 +39,7 @@ from tests.delivered import (
     with_honest_digests,
     without_source,
 )
-from tests.test_structure import Trunk
+from tests.structure.test_engine import Trunk
 
 Members = dict[str, bytes]
 
@@ -364,7 +364,7 @@ def test_no_plaintext_touches_the_disk_when_loading(tmp_path: Path, kind: str) -
     recipient = pyrage.x25519.Recipient.from_str(keygen(key))
     file.write_bytes(pyrage.encrypt(sample().data if kind == "SmallNet" else sourceless(), [recipient]))
     tmp.mkdir()
-    root = str(Path(__file__).parents[1])
+    root = str(Path(__file__).parents[2])
     environment = {"TMPDIR": str(tmp), "PYTHONPATH": root, "PYTHONDONTWRITEBYTECODE": "1", "HOME": str(tmp)}
     command = [sys.executable, "-c", UNABLE_TO_WRITE, file, key]
     done = subprocess.run(command, env=environment, cwd=tmp, capture_output=True, text=True, check=False)
