@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from autoprune.artifact.writer import sparse_weights as sparse_weights
     from autoprune.artifact.writer import write_artifact as write_artifact
 
-# A look into a delivered file needs no torch, whose import takes seconds: a name is imported on its first use.
+# A look into a delivered file needs no torch, whose import takes seconds: names are imported on first use.
 __getattr__, __dir__, __all__ = lazy_loader.attach(
     __name__,
     submod_attrs={
