@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from autoprune.config import Baseline as Baseline
     from autoprune.config import Control as Control
     from autoprune.config import Finetune as Finetune
-    from autoprune.config import Lock as Lock
+    from autoprune.config import Protection as Protection
     from autoprune.config import Search as Search
     from autoprune.config import Study as Study
     from autoprune.data import Data as Data
@@ -41,7 +41,7 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(
     __name__,
     submod_attrs={
         "artifact": ["load"],
-        "config": ["Analysis", "Baseline", "Control", "Finetune", "Lock", "Search", "Study"],
+        "config": ["Analysis", "Baseline", "Control", "Finetune", "Protection", "Search", "Study"],
         "data": ["Data", "from_datasets", "load_data", "load_weights_"],
         "errors": ["AutopruneError"],
         "pipeline": ["run"],

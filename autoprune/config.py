@@ -10,6 +10,7 @@ import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime, timedelta
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from autoprune.errors import AutopruneError, ConfigError, UsageError
@@ -306,23 +307,26 @@ class Study:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Lock:
-    """Who can open the delivered file: whoever has a key, whoever knows the passphrase, or everyone.
+class Protection:
+    """Who can open the delivered file, and who vouches for it.
+
+    With neither recipients nor a passphrase, and unless it is `plain`, the file is encrypted to the key of
+    the default identity, which is made on first use.
 
     Attributes:
-        recipients: age public keys (`age1...`, `ssh-...`) or files with one a line. None of them and no
-            passphrase: the default identity's key, which is made on first use.
+        recipients: age public keys (`age1...`, `ssh-...`) or files with one a line.
         passphrase: instead of recipients.
-        plain: not encrypted at all.
+        plain: the file is not encrypted at all.
         signing_key: file with an Ed25519 secret key that signs the delivered file.
         run_recipients: who may open the run's checkpoints; none leaves them unencrypted.
-        run_identities: files with a key that does, for the run itself; none is the default identity.
+        run_identities: files with a key that opens the checkpoints, for the run itself; none is the default
+            identity.
     """
 
-    recipients: tuple[str, ...] = ()
+    recipients: tuple[str | Path, ...] = ()
     passphrase: str | None = field(default=None, repr=False)
     plain: bool = False
-    signing_key: str | None = None
+    signing_key: str | Path | None = None
     run_recipients: tuple[str, ...] = ()
     run_identities: tuple[str, ...] = ()
 

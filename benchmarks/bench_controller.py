@@ -25,7 +25,7 @@ from machine import headline
 from oneshot_models import load
 from rows import append_row, read_rows
 
-from autoprune.config import Control, Finetune, Lock, Study
+from autoprune.config import Control, Finetune, Protection, Study
 from autoprune.pipeline.run import run
 
 HERE = Path(__file__).resolve().parent
@@ -80,7 +80,7 @@ def _row(pair: str, setting: str, seed: int, cache: Path) -> dict[str, str]:
     began = time.perf_counter()
     torch.manual_seed(seed)
     with tempfile.TemporaryDirectory() as folder:
-        result = run(study, out=Path(folder) / "run", lock=Lock(plain=True))
+        result = run(study, out=Path(folder) / "run", protection=Protection(plain=True))
     rounds = result.record.rounds
     row = {
         "pair": pair, "setting": setting, "seed": str(seed),

@@ -187,7 +187,7 @@ def untrained(ground: object, params: object, *, goes_on: Callable[[Any], bool],
 def whole_round(folder: Path, args: argparse.Namespace) -> list[tuple[float, float]]:
     """Milliseconds between two finished trials of a round that trains nothing."""
     sys.path.insert(0, str(ROOT))
-    from autoprune.config import Lock, Search
+    from autoprune.config import Protection, Search
     from autoprune.pipeline.baseline import begin
     from autoprune.pipeline.preflight import prepare
     from autoprune.pipeline.run import analyse, known_points, stand
@@ -201,7 +201,7 @@ def whole_round(folder: Path, args: argparse.Namespace) -> list[tuple[float, flo
     )
     ends = []
     with closing(RunStore(folder, "tiny", create=True)) as store:
-        work = begin(prepare(study, lock=Lock(plain=True)), store, ev.silent, "")
+        work = begin(prepare(study, protection=Protection(plain=True)), store, ev.silent, "")
         state = start(work.goal, study.control)
         job, attempt = analyse(work, state, stand(work, state))
         known = known_points(job)

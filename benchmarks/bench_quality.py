@@ -26,7 +26,7 @@ from quality_rivals import RIVALS, Made, Task
 from rows import append_row, read_rows
 
 from autoprune import events as ev
-from autoprune.config import Budget, Finetune, Lock, Search, Study
+from autoprune.config import Budget, Finetune, Protection, Search, Study
 from autoprune.pipeline.run import run
 from autoprune.training.evaluation import evaluate
 
@@ -125,7 +125,7 @@ def _ours(task: Task, search: Search) -> tuple[Made, float, float]:
             print("   ", _short(event), flush=True)
 
     with tempfile.TemporaryDirectory() as folder:
-        result = run(study, out=Path(folder) / "run", lock=Lock(plain=True), on_event=listen)
+        result = run(study, out=Path(folder) / "run", protection=Protection(plain=True), on_event=listen)
     share = result.after.macs / result.before.macs
     made = Made(model=task.model, share=share, epochs=used)
     return made, result.after.search_top1, result.after.top1

@@ -21,7 +21,7 @@ from pathlib import Path
 import torch
 import torchvision
 
-from autoprune.config import Lock
+from autoprune.config import Protection
 from autoprune.crypto.keys import keygen
 from autoprune.plan import PruningPlan
 from autoprune.storage.run_store import RunStore, quiet_optuna
@@ -65,9 +65,9 @@ def main() -> None:
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder, quiet_optuna():
         key = Path(folder) / "key"
-        lock = Lock(run_recipients=(keygen(key),), run_identities=(str(key),))
+        protection = Protection(run_recipients=(keygen(key),), run_identities=(str(key),))
         plain = RunStore(Path(folder) / "plain", "a", create=True)
-        sealed = RunStore(Path(folder) / "sealed", "a", create=True, seal=run_seal(lock))
+        sealed = RunStore(Path(folder) / "sealed", "a", create=True, seal=run_seal(protection))
         rows = [row(name, plain, sealed, arguments.repeat) for name in NETWORKS]
         plain.close()
         sealed.close()

@@ -45,6 +45,19 @@ def small_net(width: int = 8) -> SmallNet:
     return SmallNet(width)
 
 
+class SmallNetOf:
+    """A factory that says itself how it is called."""
+
+    def __init__(self, arguments: dict[str, Any]) -> None:
+        self.arguments = arguments
+
+    def __call__(self) -> nn.Module:
+        return small_net(**self.arguments)
+
+    def source(self) -> tuple[str, dict[str, Any]]:
+        return "tests.delivered:small_net", self.arguments
+
+
 @dataclass(frozen=True, kw_only=True)
 class Sample:
     """A pruned network with what is needed to deliver it, and its delivered file's bytes."""
@@ -76,7 +89,7 @@ def sample() -> Sample:
     dense = densify(original, graph, plan).eval()
     manifest = Manifest(
         name="small",
-        architecture=architecture_of(original, small_net, width=8),
+        architecture=architecture_of(original, SmallNetOf({"width": 8})),
         plan=plan,
         preprocessing=Preprocessing(mean=(0.5,), std=(0.25,)),
         class_names=("a", "b", "c", "d", "e"),

@@ -13,7 +13,7 @@ import pytest
 
 from autoprune import events as ev
 from autoprune.cli.main import main
-from autoprune.config import Lock
+from autoprune.config import Protection
 from autoprune.errors import AutopruneError, RunError
 from autoprune.pipeline.run import run
 from autoprune.search.controller import replay
@@ -142,11 +142,11 @@ def test_a_run_goes_on_from_the_last_good_commit_of_a_damaged_log(seed: int, tmp
         if finished == 3 and not copy.exists():
             shutil.copytree(work, copy)
 
-    result = run(tiny_study(), out=work, lock=Lock(plain=True), on_event=snapshot)
+    result = run(tiny_study(), out=work, protection=Protection(plain=True), on_event=snapshot)
     log = copy / LOG
     log.write_bytes(DAMAGES[seed % 4](log.read_bytes(), dice))
     try:
-        again = run(tiny_study(), out=copy, resume=True, lock=Lock(plain=True))
+        again = run(tiny_study(), out=copy, resume=True, protection=Protection(plain=True))
     except HeldError:
         raise  # that is no damage, and would end this test at once
     except AutopruneError:

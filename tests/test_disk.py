@@ -24,7 +24,7 @@ FILLED = """
 import json, os, shutil, sys
 from pathlib import Path
 from autoprune import events as ev
-from autoprune.config import Lock
+from autoprune.config import Protection
 from autoprune.errors import AutopruneError
 from autoprune.pipeline.run import run
 from autoprune.location import Place
@@ -52,7 +52,7 @@ def fill(event):
 
 if os.fork() == 0:  # a process that dies of it, as a user's does
     try:
-        run(study, out=places[kind], lock=Lock(plain=True), on_event=fill)
+        run(study, out=places[kind], protection=Protection(plain=True), on_event=fill)
     except AutopruneError as error:
         (out / "told").write_text(json.dumps([error.message, error.hint]))
     os._exit(0)
@@ -61,7 +61,7 @@ assert filler.exists()
 half = [p.name for p in (out / "artifacts", disk / "artifacts") if p.is_dir()
         for p in p.iterdir() if p.name.endswith(".part")]
 filler.unlink()
-result = run(study, out=places[kind], resume=True, lock=Lock(plain=True))
+result = run(study, out=places[kind], resume=True, protection=Protection(plain=True))
 print(json.dumps({"told": json.loads((out / "told").read_text()), "half": half, "reached": result.reached,
                   "trials": [t.state for r in result.record.rounds for t in r.trials]}))
 shutil.copy(result.model_file, out / "model.autoprune")

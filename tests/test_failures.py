@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from autoprune import events as ev
-from autoprune.config import Control, Lock, Search, Study
+from autoprune.config import Control, Protection, Search, Study
 from autoprune.data.sources import Data
 from autoprune.data.splits import LoaderSplit, Split
 from autoprune.errors import RunError
@@ -20,7 +20,7 @@ from autoprune.pipeline.run import run
 from autoprune.training.evaluation import evaluate
 from tests.tiny import tiny_data, tiny_study, trained_net
 
-PLAIN = Lock(plain=True)
+PLAIN = Protection(plain=True)
 WAYS = {
     "no number": "diverged",
     "too much memory": "out of memory",
@@ -91,7 +91,7 @@ def test_a_round_goes_on_after_every_kind_of_failure(tmp_path: Path) -> None:
     trouble = Trouble()
     study = trouble.study(search=Search(trials=6, epochs=0.3, criteria=("l1",)), budget="epochs=8")
     with during_trials(trouble, [*WAYS, ""]) as listen:
-        result = run(study, out=tmp_path / "r", lock=PLAIN, on_event=listen)
+        result = run(study, out=tmp_path / "r", protection=PLAIN, on_event=listen)
     trials = result.record.rounds[0].trials
     assert [t.state for t in trials] == ["failed"] * 4 + ["complete"] * 2
     for trial, words in zip(trials, WAYS.values(), strict=False):
@@ -111,10 +111,10 @@ def test_a_round_whose_trials_all_fail_alike_stops_the_run_and_is_tried_again(
         during_trials(trouble, [way]) as listen,
         pytest.raises(RunError, match="all trials of round 1 failed in the same way") as caught,
     ):
-        run(study, out=tmp_path / "r", lock=PLAIN, on_event=listen)
+        run(study, out=tmp_path / "r", protection=PLAIN, on_event=listen)
     assert WAYS[way] in caught.value.message
     assert "--resume" in caught.value.hint
     assert not list((tmp_path / "r").glob("model*"))
-    again = run(study, out=tmp_path / "r", lock=PLAIN, resume=True)
+    again = run(study, out=tmp_path / "r", protection=PLAIN, resume=True)
     assert again.reached
     assert all(not t.failure for t in again.record.rounds[0].trials), "the round in vain is forgotten"

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from autoprune.config import Lock, Search
+from autoprune.config import Protection, Search
 from autoprune.pipeline.run import run
 from autoprune.plan import PruningPlan
 from autoprune.pruning.sensitivity import sensitivity
@@ -80,7 +80,7 @@ def test_sensitivity_on_the_gpu_is_that_of_the_cpu() -> None:
 
 def test_a_whole_run_on_the_gpu(tmp_path: Path) -> None:
     study = tiny_study(device="cuda", search=Search(trials=2, epochs=2))
-    result = run(study, out=tmp_path / "run", lock=Lock(plain=True))
+    result = run(study, out=tmp_path / "run", protection=Protection(plain=True))
     assert result.reached
     assert result.after.macs <= result.before.macs / 2
     assert result.after.latency_ms is not None

@@ -17,7 +17,8 @@ import pytest
 import torch
 
 from autoprune.artifact.manifest import Architecture, Manifest
-from autoprune.artifact.writer import Protection, write_artifact
+from autoprune.artifact.writer import write_artifact
+from autoprune.config import Protection
 from autoprune.crypto.keys import keygen, read_identities
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -41,7 +42,7 @@ def test_an_encrypted_file_is_quantized_and_measured(tmp_path: Path) -> None:
     write_artifact(
         file, model=model, example_inputs=torch.zeros(2, 1, 16, 16),
         manifest=Manifest(name="tiny", architecture=Architecture(class_name="x")),
-        protection=Protection(recipients=[recipient]),
+        protection=Protection(recipients=(recipient,)),
     )  # fmt: skip
     command = [sys.executable, str(ROOT / "scripts/quantize_quark.py"), str(file), "-i", str(key)]
     command += ["--data", "digits", "--config", "ORT", "--calibration", "64", "-r", recipient, "-o", "q.age"]

@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 
 from autoprune import events as ev
-from autoprune.config import Lock, Search
+from autoprune.config import Protection, Search
 from autoprune.errors import ArtifactError, RunError, UsageError
 from autoprune.location import Place, checked_database
 from autoprune.pipeline.run import run
@@ -193,7 +193,7 @@ def test_a_run_goes_on_after_a_minute_without_database_and_one_without_store(
             threads.append(while_away(database if finished == 1 else bucket, 60))
 
     study = tiny_study(name=f"away{time.time_ns()}", search=Search(trials=3, epochs=0.3), max_drop=20.0)
-    result = run(study, out=place, lock=Lock(plain=True), on_event=take_away)
+    result = run(study, out=place, protection=Protection(plain=True), on_event=take_away)
     for thread in threads:
         thread.join()
     assert result.reached
@@ -202,10 +202,10 @@ def test_a_run_goes_on_after_a_minute_without_database_and_one_without_store(
     assert all(not t.failure for r in result.record.rounds for t in r.trials)
     with closing(RunStore(place, study.name)) as kept:
         assert len(kept.artifacts.names()) <= 2 + len(result.record.rounds)
-    again = run(study, out=place, lock=Lock(plain=True), resume=True)
+    again = run(study, out=place, protection=Protection(plain=True), resume=True)
     assert again.after == result.after
     with pytest.raises(UsageError, match="never overwritten"):
-        run(study, out=place, lock=Lock(plain=True))
+        run(study, out=place, protection=Protection(plain=True))
 
 
 def test_a_worker_joins_a_run_in_a_database_by_its_name_alone(place: Place, tmp_path: Path) -> None:
@@ -256,7 +256,13 @@ def test_the_dashboard_shows_the_runs_of_a_database(
         where = Place(
             folder=tmp_path / name, database=checked_database(database.url), artifacts="s3://models/x"
         )
-        run(study, out=where, lock=Lock(plain=True), on_event=ev.silent if seen else look, command="tiny")
+        run(
+            study,
+            out=where,
+            protection=Protection(plain=True),
+            on_event=ev.silent if seen else look,
+            command="tiny",
+        )
     assert any(name.startswith("shown-first/round-01  running: 1 of 2") for name in seen[0])
     time.sleep(3)  # a view may be a little old
     page = Page(opened[0])

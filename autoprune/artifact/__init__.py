@@ -12,9 +12,9 @@ if TYPE_CHECKING:
     from autoprune.artifact.manifest import manifest_of_run as manifest_of_run
     from autoprune.artifact.reader import member_chunks as member_chunks
     from autoprune.artifact.reader import open_artifact as open_artifact
+    from autoprune.artifact.rebuild import architecture_of as architecture_of
     from autoprune.artifact.summary import artifact_text as artifact_text
     from autoprune.artifact.verify_artifact import audit as audit
-    from autoprune.artifact.writer import Protection as Protection
     from autoprune.artifact.writer import load as load
     from autoprune.artifact.writer import sparse_weights as sparse_weights
     from autoprune.artifact.writer import write_artifact as write_artifact
@@ -26,8 +26,9 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(
         "export": ["export_model"],
         "manifest": ["Architecture", "Manifest", "Preprocessing", "manifest_of_run"],
         "reader": ["member_chunks", "open_artifact"],
+        "rebuild": ["architecture_of"],
         "summary": ["artifact_text"],
         "verify_artifact": ["audit"],
-        "writer": ["Protection", "load", "sparse_weights", "write_artifact"],
+        "writer": ["load", "sparse_weights", "write_artifact"],
     },
 )

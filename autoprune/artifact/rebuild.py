@@ -32,28 +32,33 @@ FACTORY = re.compile(r"[A-Za-z_][A-Za-z0-9_.]*:[A-Za-z_][A-Za-z0-9_.]*", re.ASCI
 WORD = re.compile(r"[A-Za-z0-9_.-]{1,64}", re.ASCII)  # no path, no address
 
 
-def architecture_of(model: nn.Module, source: object = None, **arguments: Any) -> Architecture:
-    """The architecture source of a network: its factory where that can be imported again, or its class.
+def architecture_of(model: nn.Module, factory: object = None) -> Architecture:
+    """What the manifest says about the original: its class, and what builds it again where that is possible.
+
+    A factory is named if it can be imported under its own name and called with plain arguments. One that has
+    a method `source()`, which gives `module:qualname` and the keyword arguments, speaks for itself; any other
+    is taken to need no arguments.
 
     Args:
         model: the original.
-        source: the function or class that built it; None for the model's class, if it takes no arguments.
-        arguments: what the factory was called with.
+        factory: the function or class that built it, or an object that is called like one. A network is no
+            factory: how it was built is not known.
     """
-    class_name = f"{type(model).__module__}.{type(model).__qualname__}"
-    factory = source if source is not None and callable(source) else type(model)
-    name = f"{getattr(factory, '__module__', '')}:{getattr(factory, '__qualname__', '')}"
-    if not FACTORY.fullmatch(name) or not _can_call(factory, arguments) or name.startswith("__main__:"):
+    class_name = type(model).__qualname__
+    if not callable(factory) or isinstance(factory, nn.Module) or inspect.ismethod(factory):
         return Architecture(class_name=class_name)
-    return Architecture(class_name=class_name, factory=name, arguments=dict(arguments))
-
-
-def _can_call(factory: Callable[..., Any], arguments: Mapping[str, Any]) -> bool:
-    try:
-        inspect.signature(factory).bind(**arguments)
-    except (TypeError, ValueError):
-        return False
-    return all(_is_plain(value) for value in arguments.values())
+    arguments: dict[str, Any] = {}
+    if (source := getattr(factory, "source", None)) is not None:
+        name, arguments = source()
+    else:
+        name = f"{getattr(factory, '__module__', '')}:{getattr(factory, '__qualname__', '')}"
+    if (
+        not FACTORY.fullmatch(name)
+        or name.startswith("__main__:")  # another process has another main module
+        or not all(map(_is_plain, arguments.values()))
+    ):
+        return Architecture(class_name=class_name)
+    return Architecture(class_name=class_name, factory=name, arguments=arguments)
 
 
 def _is_plain(value: object) -> bool:

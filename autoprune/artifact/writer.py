@@ -7,8 +7,8 @@ opened and checked by `opening` before any tensor is built.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -32,27 +32,15 @@ from autoprune.artifact.reader import (
 )  # fmt: skip
 from autoprune.artifact.rebuild import answers_probe, read_weights, rebuild_dense
 from autoprune.artifact.sparse import expand_weights, removed_indices
-from autoprune.crypto import KeySource, encrypt_chunks, sign_manifest
+from autoprune.config import Protection
+from autoprune.crypto import KeySource, default_recipient, encrypt_chunks, sign_manifest
 from autoprune.errors import ArtifactError
 from autoprune.files import Buffer, write_chunks
 
 if TYPE_CHECKING:
     from autoprune.structure import ChannelGraph
 
-
-@dataclass(frozen=True, kw_only=True)
-class Protection:
-    """Who may open a file, and who vouches for it.
-
-    Attributes:
-        recipients: public keys (`age1...`, `ssh-...`, or files of them); none means no encryption by key.
-        passphrase: instead of recipients.
-        signing_key: file with an Ed25519 secret key.
-    """
-
-    recipients: Sequence[KeySource] = ()
-    passphrase: str | None = field(default=None, repr=False)
-    signing_key: KeySource | None = None
+PLAIN = Protection(plain=True)
 
 
 def write_artifact(
@@ -62,24 +50,24 @@ def write_artifact(
     example_inputs: ExampleInputs,
     manifest: Manifest,
     graph: ChannelGraph | None = None,
-    protection: Protection | None = None,
+    protection: Protection = PLAIN,
 ) -> Manifest:
     """Export a network and write it as one delivered file; returns the manifest as written.
 
-    With recipients or a passphrase in `protection` the file is encrypted, and no plaintext touches the disk.
+    No plaintext of an encrypted file touches the disk.
 
     Args:
         model: the dense network; left as it is.
         example_inputs: one tensor or a tuple; only shapes and types are used.
         manifest: what the run knows; inputs, probe, removed indices and digests are filled in here.
         graph: of the original, for which `manifest.plan` was made; needed for the sparse export.
+        protection: who may open the file, and who signs it.
 
     Raises:
         ArtifactError: the network cannot be exported, or the file not written; nothing is left of it.
         VerificationError: the exported forms compute something else.
         UsageError: a key cannot be used.
     """
-    protection = protection or Protection()
     exported = export_model(model, example_inputs)
     members = {WEIGHTS: exported.safetensors, PROGRAM: exported.pt2}
     if exported.onnx is not None:
@@ -106,10 +94,13 @@ def _filled(manifest: Manifest, exported: Exported, members: Mapping[str, bytes]
 
 
 def _write(path: Path, chunks: Iterator[Buffer], protection: Protection) -> None:
-    if protection.recipients or protection.passphrase is not None:
-        encrypt_chunks(path, chunks, recipients=protection.recipients, passphrase=protection.passphrase)
-    else:
+    if protection.plain:
         write_chunks(path, chunks)
+        return
+    recipients = protection.recipients
+    if not recipients and protection.passphrase is None:
+        recipients = (default_recipient(),)
+    encrypt_chunks(path, chunks, recipients=recipients, passphrase=protection.passphrase)
 
 
 def load(

@@ -17,13 +17,14 @@ import typer
 
 from autoprune.cli import completion
 from autoprune.cli.run import ask_secret, read_secret, refuse_secrets
+from autoprune.config import Protection
 from autoprune.errors import ArtifactError, UsageError, VerificationError
 
 if TYPE_CHECKING:
     from autoprune.artifact import Manifest
     from autoprune.crypto import AgeHeader
 
-OPEN, LOCK = "How to open the file", "Who may open the new file"
+OPEN, PROTECT = "How to open the file", "Who may open the new file"
 File = Annotated[Path, typer.Argument(metavar="ARTIFACT", help="A delivered file, encrypted or plain.")]
 Out = Annotated[Path, typer.Option("--out", "-o", metavar="FILE", help="The new file.")]
 AsJson = Annotated[bool, typer.Option("--json", help="The result as JSON on stdout.")]
@@ -53,7 +54,7 @@ Required = Annotated[
 Recipients = Annotated[
     list[str] | None,
     typer.Option(
-        "--recipient", "-r", metavar="KEY|FILE", rich_help_panel=LOCK, show_default=False,
+        "--recipient", "-r", metavar="KEY|FILE", rich_help_panel=PROTECT, show_default=False,
         help="An age or SSH public key, or a file of them; repeatable.  [default: your own key]",
     ),
 ]  # fmt: skip
@@ -123,16 +124,8 @@ def _opener(file: Path, identity: list[str] | None, ask: bool, descriptor: int |
     return Opener(identity=identity or None, passphrase=secret)
 
 
-@dataclass(frozen=True, kw_only=True)
-class NewLock:
-    """Who may open a new file."""
-
-    recipients: tuple[str, ...]
-    passphrase: str | None
-
-
-def _new_lock(recipients: list[str] | None, ask: bool, descriptor: int | None) -> NewLock:
-    from autoprune.crypto import check_lock, default_recipient
+def _new_protection(recipients: list[str] | None, ask: bool, descriptor: int | None) -> Protection:
+    from autoprune.crypto import check_protection, default_recipient
 
     if sum((bool(recipients), ask, descriptor is not None)) > 1:
         raise UsageError(
@@ -144,8 +137,8 @@ def _new_lock(recipients: list[str] | None, ask: bool, descriptor: int | None) -
     elif ask:
         secret = ask_secret("New passphrase", twice=True)
     keys = tuple(recipients or ()) if recipients or secret is not None else (default_recipient(),)
-    check_lock(keys, secret)
-    return NewLock(recipients=keys, passphrase=secret)
+    check_protection(keys, secret)
+    return Protection(recipients=keys, passphrase=secret)
 
 
 def _check_new(file: Path) -> None:
@@ -286,9 +279,9 @@ def encrypt(
     out: Out,
     recipient: Recipients = None,
     passphrase: Annotated[bool, typer.Option(
-        "--passphrase", rich_help_panel=LOCK, help="Ask for a passphrase, twice.")] = False,
+        "--passphrase", rich_help_panel=PROTECT, help="Ask for a passphrase, twice.")] = False,
     passphrase_fd: Annotated[int | None, typer.Option(
-        metavar="N", rich_help_panel=LOCK, help="Read the passphrase from file descriptor N.")] = None,
+        metavar="N", rich_help_panel=PROTECT, help="Read the passphrase from file descriptor N.")] = None,
     sign: Annotated[Path | None, typer.Option(
         metavar="FILE", help="Sign it with this Ed25519 secret key (OpenSSH or PEM) first.")] = None,
 ) -> None:  # fmt: skip
@@ -300,9 +293,9 @@ def encrypt(
     with open_artifact(file) as artifact:
         if artifact.header is not None:
             raise UsageError(f"{file} is encrypted already", "autoprune rewrap changes who may open it")
-        lock = _new_lock(recipient, passphrase, passphrase_fd)
+        protection = _new_protection(recipient, passphrase, passphrase_fd)
         chunks = member_chunks(artifact, signing_key=sign)
-        encrypt_chunks(out, chunks, recipients=lock.recipients, passphrase=lock.passphrase)
+        encrypt_chunks(out, chunks, recipients=protection.recipients, passphrase=protection.passphrase)
     _say(f"{out}: encrypted")
 
 
@@ -326,18 +319,18 @@ def rewrap(
     passphrase_fd: AskFd = None,
     recipient: Recipients = None,
     new_passphrase: Annotated[bool, typer.Option(
-        "--new-passphrase", rich_help_panel=LOCK, help="Ask for the new passphrase, twice.")] = False,
+        "--new-passphrase", rich_help_panel=PROTECT, help="Ask for the new passphrase, twice.")] = False,
     new_passphrase_fd: Annotated[int | None, typer.Option(
-        metavar="N", rich_help_panel=LOCK, help="Read the new passphrase from file descriptor N.")] = None,
+        metavar="N", rich_help_panel=PROTECT, help="Read the new passphrase from file descriptor N.")] = None,
 ) -> None:  # fmt: skip
     """Encrypt an encrypted file for others, through memory; the old file stays."""
     from autoprune.crypto import rewrap_file
 
     _check_new(out)
     opener = _opener(file, identity, passphrase, passphrase_fd)
-    lock = _new_lock(recipient, new_passphrase, new_passphrase_fd)
+    protection = _new_protection(recipient, new_passphrase, new_passphrase_fd)
     rewrap_file(
-        file, out, recipients=lock.recipients, new_passphrase=lock.passphrase,
+        file, out, recipients=protection.recipients, new_passphrase=protection.passphrase,
         identity=opener.identity, passphrase=opener.passphrase,
     )  # fmt: skip
     _say(f"{out}: encrypted anew; whoever could open {file} still can open that one")

@@ -34,7 +34,7 @@ from autoprune.cli.options import (
     digests,
 )
 from autoprune.cli.run import StoppedError, terminable
-from autoprune.config import Budget, Lock, Study, Target, next_time
+from autoprune.config import Budget, Protection, Study, Target, next_time
 from autoprune.errors import UsageError
 
 if TYPE_CHECKING:
@@ -86,9 +86,11 @@ def worker(
     with terminable(), listener(quiet=quiet) as on_event:
         given = _given(told, study)
         chosen = given.study if device is None else replace(given.study, device=device)
-        lock = replace(given.lock, run_identities=tuple(run_identity or given.lock.run_identities))
+        protection = given.protection
+        if run_identity:
+            protection = replace(protection, run_identities=tuple(run_identity))
         try:
-            number = work_on(chosen, told.place, lock=lock, on_event=on_event)
+            number = work_on(chosen, told.place, protection=protection, on_event=on_event)
         except KeyboardInterrupt:
             raise StoppedError(
                 "interrupted; the run goes on without this worker", "the same command joins again"
@@ -101,7 +103,7 @@ def worker(
 @dataclass(frozen=True, kw_only=True)
 class _Given:
     study: Study
-    lock: Lock
+    protection: Protection
 
 
 def _given(told: RunHeader, study: str | None) -> _Given:
@@ -127,10 +129,10 @@ def _given(told: RunHeader, study: str | None) -> _Given:
         )
     named = ("exclude", "only", "target", "max_drop", "budget", "seed", "device", "norms", "round_to")
     chosen = choose_study(params["study"], params["model"], params["weights"], params["data"])
-    lock = Lock(
+    protection = Protection(
         run_recipients=tuple(params["encrypt_run"] or ()), run_identities=tuple(params["run_identity"] or ())
     )
-    return _Given(study=changed(chosen, **{name: params[name] for name in named}), lock=lock)
+    return _Given(study=changed(chosen, **{name: params[name] for name in named}), protection=protection)
 
 
 def _app() -> typer.Typer:

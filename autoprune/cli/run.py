@@ -46,7 +46,7 @@ from autoprune.cli.options import (
     digests,
 )
 from autoprune.cli.tables import comparison_table, plan_text, status_text
-from autoprune.config import Lock
+from autoprune.config import Protection
 from autoprune.errors import AutopruneError, UsageError
 from autoprune.events import StageStarted
 from autoprune.formatting import answer, caution, comparison
@@ -160,8 +160,8 @@ def run(
     model inside the floor is delivered.
     """
     refuse_secrets([*(recipient or ()), *(encrypt_run or ()), *(run_identity or ())])
-    lock = replace(
-        _lock(tuple(recipient or ()), passphrase, passphrase_fd, plain=plain),
+    protection = replace(
+        _protection(tuple(recipient or ()), passphrase, passphrase_fd, plain=plain),
         signing_key=None if sign is None else str(sign),
         run_recipients=tuple(encrypt_run or ()), run_identities=tuple(run_identity or ()),
     )  # fmt: skip
@@ -177,7 +177,7 @@ def run(
         chosen = changed(choose_study(study, model, weights, data), exclude, only, **given)
         place = _place(out or Path("runs") / chosen.name, storage, artifacts)
         if dry_run:
-            return _show_plan(chosen, place, lock, resume=resume, as_json=as_json)
+            return _show_plan(chosen, place, protection, resume=resume, as_json=as_json)
         on_event(
             StageStarted(stage="check", round=0, detail="data, network, keys, and that it can be delivered")
         )
@@ -187,8 +187,8 @@ def run(
         try:
             with local_workers(place, chosen.name, workers, on_event) as told:
                 result = run_study(
-                    chosen, out=place, resume=resume, lock=lock, on_event=told, command=_command(words),
-                    sources=digests(study, model),
+                    chosen, out=place, resume=resume, protection=protection, on_event=told,
+                    command=_command(words), sources=digests(study, model),
                 )  # fmt: skip
         except KeyboardInterrupt:
             raise _interrupted(place, chosen.name, words) from None
@@ -217,7 +217,7 @@ def _interrupted(place: Place, name: str, words: list[str]) -> StoppedError:
     )
 
 
-def _lock(recipients: tuple[str, ...], ask: bool, descriptor: int | None, *, plain: bool) -> Lock:
+def _protection(recipients: tuple[str, ...], ask: bool, descriptor: int | None, *, plain: bool) -> Protection:
     """Who may open the result.
 
     Raises:
@@ -233,7 +233,7 @@ def _lock(recipients: tuple[str, ...], ask: bool, descriptor: int | None, *, pla
         secret = read_secret(descriptor)
     elif ask:
         secret = ask_secret("Passphrase", twice=True)
-    return Lock(recipients=recipients, passphrase=secret, plain=plain)
+    return Protection(recipients=recipients, passphrase=secret, plain=plain)
 
 
 def refuse_secrets(given: Iterable[str]) -> None:
@@ -286,12 +286,12 @@ def read_secret(descriptor: int) -> str:
     return secret
 
 
-def _show_plan(study: Study, place: Place, lock: Lock, *, resume: bool, as_json: bool) -> int:
+def _show_plan(study: Study, place: Place, protection: Protection, *, resume: bool, as_json: bool) -> int:
     from autoprune.pipeline import make_plan, prepare
     from autoprune.storage import run_seal
 
-    run_seal(lock)
-    plan = make_plan(prepare(study, out=place, resume=resume, lock=lock))
+    run_seal(protection)
+    plan = make_plan(prepare(study, out=place, resume=resume, protection=protection))
     if as_json:
         sys.stdout.write(json.dumps(asdict(plan), indent=1) + "\n")
     else:

@@ -2,7 +2,7 @@
 
 from autoprune.crypto.age import (
     AgeHeader,
-    check_lock,
+    check_protection,
     decrypt_file,
     decrypt_to_memory,
     encrypt_chunks,
@@ -27,7 +27,7 @@ __all__ = [
     "SIGNATURE_BYTES",
     "AgeHeader",
     "KeySource",
-    "check_lock",
+    "check_protection",
     "check_signature",
     "decrypt_file",
     "decrypt_to_memory",

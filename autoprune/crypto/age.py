@@ -132,7 +132,7 @@ def _stanzas(lines: Sequence[bytes]) -> Iterator[tuple[str, list[str]]]:
         yield match[1].decode("ascii"), match[2].decode("ascii").split()
 
 
-def check_lock(recipients: Sequence[KeySource], passphrase: str | None) -> None:
+def check_protection(recipients: Sequence[KeySource], passphrase: str | None) -> None:
     """Refuse what age refuses: a passphrase with keys, neither of them, or an empty passphrase.
 
     Raises:
@@ -204,7 +204,7 @@ def encrypt_chunks(
         UsageError: keys and passphrase are mixed, missing or wrong.
         ArtifactError: the file cannot be written; nothing is left of it.
     """
-    check_lock(recipients, passphrase)
+    check_protection(recipients, passphrase)
     with write_beside(path) as stream:
         if passphrase is not None:
             locked = pyrage.passphrase.encrypt(b"".join(chunks), passphrase)
@@ -340,7 +340,7 @@ def rewrap_file(
     Raises:
         UsageError, ArtifactError: as decrypting and encrypting do; the target is then left as it was.
     """
-    check_lock(recipients, new_passphrase)
+    check_protection(recipients, new_passphrase)
     with open_file(source) as stream:
         memory = decrypt_to_memory(stream, identity=identity, passphrase=passphrase)
     chunks = iter(lambda: memory.read(1 << 20), b"")

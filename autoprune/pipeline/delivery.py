@@ -15,9 +15,8 @@ from typing import Any
 from torch import nn
 
 from autoprune import events as ev
-from autoprune.artifact import Architecture, Preprocessing, Protection, manifest_of_run, write_artifact
-from autoprune.config import Lock, Study
-from autoprune.crypto import default_recipient
+from autoprune.artifact import Preprocessing, architecture_of, manifest_of_run, write_artifact
+from autoprune.config import Protection
 from autoprune.data import derive_seed
 from autoprune.errors import TrialError
 from autoprune.formatting import percent
@@ -53,7 +52,7 @@ from autoprune.training import EpochRecord, evaluate, finetune_
 
 SAFETY = 0.95  # of the seconds left: epochs are planned from a mean
 FINAL_SEED = 1 << 20  # far from any round's number
-PLAIN_NAME, LOCKED_NAME = "model.autoprune", "model.autoprune.age"
+PLAIN_NAME, ENCRYPTED_NAME = "model.autoprune", "model.autoprune.age"
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -67,7 +66,7 @@ class Finished:
     tuning: Tuning | None = None
 
 
-def deliver(work: Work, state: State, lock: Lock) -> RunResult:
+def deliver(work: Work, state: State, protection: Protection) -> RunResult:
     """Finish the run: everything that a user gets is written here.
 
     Raises:
@@ -81,7 +80,7 @@ def deliver(work: Work, state: State, lock: Lock) -> RunResult:
     else:
         finished = _kept(work)
     record = read_run(work.store)
-    model_file = _write_model(work, finished, record, lock)
+    model_file = _write_model(work, finished, record, protection)
     report = write_report(record, work.store.folder)
     assert record.after is not None
     assert record.outcome is not None
@@ -298,46 +297,22 @@ def latency_share(before: ModelSummary, after: ModelSummary) -> tuple[float, flo
     return share, share * sum(spreads)
 
 
-def _write_model(work: Work, finished: Finished, record: RunRecord, lock: Lock) -> Path:
+def _write_model(work: Work, finished: Finished, record: RunRecord, protection: Protection) -> Path:
     setup = work.setup
     work.on_event(
-        ev.StageStarted(stage="finish", round=0, detail="export" if lock.plain else "export, encrypt")
+        ev.StageStarted(stage="finish", round=0, detail="export" if protection.plain else "export, encrypt")
     )
-    path = work.store.folder / (PLAIN_NAME if lock.plain else LOCKED_NAME)
+    path = work.store.folder / (PLAIN_NAME if protection.plain else ENCRYPTED_NAME)
     manifest = manifest_of_run(
-        record, architecture=architecture(setup.study, setup.model), plan=finished.plan,
+        record, architecture=architecture_of(setup.model, setup.study.model), plan=finished.plan,
         preprocessing=Preprocessing(mean=setup.data.mean, std=setup.data.std),
         class_names=setup.data.class_names,
     )  # fmt: skip
     write_artifact(
         path, model=finished.model, example_inputs=setup.example, manifest=manifest, graph=setup.graph,
-        protection=_protection(lock),
+        protection=protection,
     )  # fmt: skip
     return path
-
-
-def architecture(study: Study, model: nn.Module) -> Architecture:
-    """What builds the original again, where that can be imported and called without arguments."""
-    factory = study.model
-    if (source := getattr(factory, "source", None)) is not None and not isinstance(factory, nn.Module):
-        name, arguments = source()
-        return Architecture(class_name=type(model).__qualname__, factory=name, arguments=arguments)
-    name = getattr(factory, "__qualname__", "")
-    module = getattr(factory, "__module__", "__main__")
-    findable = callable(factory) and not isinstance(factory, nn.Module) and name.isidentifier()
-    return Architecture(
-        class_name=type(model).__qualname__,
-        factory=f"{module}:{name}" if findable and module != "__main__" else None,
-    )
-
-
-def _protection(lock: Lock) -> Protection:
-    sign = lock.signing_key
-    if lock.plain:
-        return Protection(signing_key=sign)
-    if lock.passphrase is not None:
-        return Protection(passphrase=lock.passphrase, signing_key=sign)
-    return Protection(recipients=lock.recipients or (default_recipient(),), signing_key=sign)
 
 
 def _tell_epoch(work: Work, epoch: EpochRecord, epochs: float) -> None:

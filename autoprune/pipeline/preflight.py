@@ -21,8 +21,8 @@ import torch
 from torch import Tensor, nn
 
 from autoprune.artifact import export_model
-from autoprune.config import Budget, Lock, Metric, Study, Target, check_study
-from autoprune.crypto import check_lock, sign_manifest
+from autoprune.config import Budget, Metric, Protection, Study, Target, check_study
+from autoprune.crypto import check_protection, sign_manifest
 from autoprune.data import Data
 from autoprune.errors import AutopruneError, ConfigError, RunError, UnreachableError, UsageError
 from autoprune.formatting import milliseconds
@@ -125,7 +125,11 @@ def understand(study: Study) -> Understood:
 
 
 def prepare(
-    study: Study, *, out: Path | Place | None = None, resume: bool = False, lock: Lock | None = None
+    study: Study,
+    *,
+    out: Path | Place | None = None,
+    resume: bool = False,
+    protection: Protection | None = None,
 ) -> Setup:
     """Check a study, its data, its network and the way out; nothing is trained or written.
 
@@ -133,7 +137,7 @@ def prepare(
         study: what to run.
         out: where the run is kept; None leaves it unchecked.
         resume: there may be a run, which has measured the network already.
-        lock: of the delivered file; None leaves it unchecked.
+        protection: of the delivered file; None leaves it unchecked.
 
     Raises:
         UsageError: something is wrong; no work was lost.
@@ -142,10 +146,8 @@ def prepare(
     _check_choices(study)
     if out is not None:
         check_place(out, study.name, resume=resume)
-    if lock is not None and not lock.plain and (lock.recipients or lock.passphrase is not None):
-        check_lock(lock.recipients, lock.passphrase)
-    if lock is not None and lock.signing_key is not None:
-        sign_manifest(b"", lock.signing_key)
+    if protection is not None:
+        _check_protection(protection)
     device = resolve_device(study.device)
     known = understand(study)
     model, data, graph = known.model, known.data, known.graph
@@ -162,6 +164,13 @@ def prepare(
         graph=graph, data=data, device=device, example=known.example, original_cost=original_cost,
         target_cost=target_cost, search_before=found,
     )  # fmt: skip
+
+
+def _check_protection(protection: Protection) -> None:
+    if not protection.plain and (protection.recipients or protection.passphrase is not None):
+        check_protection(protection.recipients, protection.passphrase)
+    if protection.signing_key is not None:
+        sign_manifest(b"", protection.signing_key)
 
 
 def check_delivery(model: nn.Module, example: tuple[Tensor, ...]) -> None:

@@ -17,7 +17,7 @@ from pathlib import Path
 import optuna
 
 from autoprune import events as ev
-from autoprune.config import Lock, Study
+from autoprune.config import Protection, Study
 from autoprune.data import derive_seed
 from autoprune.errors import RunError
 from autoprune.location import Place
@@ -84,7 +84,7 @@ def run(  # noqa: PLR0913 - the whole product: each argument is a decision of it
     *,
     out: Path | str | Place | None = None,
     resume: bool = False,
-    lock: Lock = Lock(),  # noqa: B008 - frozen, never changed
+    protection: Protection = Protection(),  # noqa: B008 - frozen, never changed
     on_event: ev.OnEvent = ev.silent,
     command: str = "",
     sources: Mapping[str, str] = NONE,
@@ -95,7 +95,7 @@ def run(  # noqa: PLR0913 - the whole product: each argument is a decision of it
         study: what to do.
         out: where the run is kept, the folder `runs/NAME` by default; it must not hold anything yet.
         resume: go on with the run in `out`, or start it where there is none.
-        lock: who can open the delivered file; by default your own key, made on first use.
+        protection: who can open the delivered file; by default your own key, made on first use.
         on_event: told of everything that happens.
         command: what to type to make this run again, for the report and for workers.
         sources: SHA-256 of the files that the command names, which a worker compares.
@@ -107,8 +107,8 @@ def run(  # noqa: PLR0913 - the whole product: each argument is a decision of it
     """
     place = out if isinstance(out, Place) else Place(folder=Path(out or Path("runs") / study.name))
     resume = resume and has_run(place, study.name)
-    seal = run_seal(lock)
-    setup = prepare(study, out=place, resume=resume, lock=lock)
+    seal = run_seal(protection)
+    setup = prepare(study, out=place, resume=resume, protection=protection)
     with quiet_optuna(), fitting_threads(setup), _led(place, study.name, seal) as me:
         store = me.store
         on_event(_run_started(setup, place.folder, resume=resume))
@@ -119,7 +119,7 @@ def run(  # noqa: PLR0913 - the whole product: each argument is a decision of it
             job, attempt = analyse(work, state, ground)  # Analysis
             search_round(job, attempt, known_points(job))  # Pruning and Fine-tuning
             state = judge(work, job, attempt).state
-        result = deliver(work, state, lock)  # Transformation
+        result = deliver(work, state, protection)  # Transformation
         store.keep_only(_needed(store, state))
         return result
 

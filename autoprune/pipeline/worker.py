@@ -15,7 +15,7 @@ from typing import Any
 import optuna
 
 from autoprune import events as ev
-from autoprune.config import Lock, Study
+from autoprune.config import Protection, Study
 from autoprune.errors import RunError
 from autoprune.location import Place
 from autoprune.pipeline.baseline import Work, begin
@@ -43,7 +43,7 @@ def work_on(
     study: Study,
     place: Place,
     *,
-    lock: Lock = Lock(),  # noqa: B008 - frozen, never changed
+    protection: Protection = Protection(),  # noqa: B008 - frozen, never changed
     on_event: ev.OnEvent = ev.silent,
 ) -> int:
     """Run trials of the run until it is finished; gives how many.
@@ -54,20 +54,20 @@ def work_on(
     """
     with distributed.joined_ranks() as rank:
         if rank > 0:
-            _follow(study, place, lock)
+            _follow(study, place, protection)
             return 0
         try:
-            return _lead(study, place, lock, on_event)
+            return _lead(study, place, protection, on_event)
         finally:
             distributed.announce(None)
 
 
-def _lead(study: Study, place: Place, lock: Lock, on_event: ev.OnEvent) -> int:
+def _lead(study: Study, place: Place, protection: Protection, on_event: ev.OnEvent) -> int:
     done = _Count(on_event)
     setup = prepare(study, resume=True)
     with (
         quiet_optuna(), fitting_threads(setup),
-        closing(RunStore(place, study.name, seal=run_seal(lock))) as store,
+        closing(RunStore(place, study.name, seal=run_seal(protection))) as store,
     ):  # fmt: skip
         work = begin(setup, store, ev.silent, "")
         while store.study(FINAL) is None:
@@ -77,12 +77,12 @@ def _lead(study: Study, place: Place, lock: Lock, on_event: ev.OnEvent) -> int:
     return done.number
 
 
-def _follow(study: Study, place: Place, lock: Lock) -> None:
+def _follow(study: Study, place: Place, protection: Protection) -> None:
     """Train what the first rank announces; nothing is written here."""
     setup, ready = prepare(study, resume=True), _Ready()
     with (
         quiet_optuna(), fitting_threads(setup),
-        closing(RunStore(place, study.name, seal=run_seal(lock))) as store,
+        closing(RunStore(place, study.name, seal=run_seal(protection))) as store,
     ):  # fmt: skip
         store.guard_with(_forbidden)
         work = begin(setup, store, ev.silent, "")

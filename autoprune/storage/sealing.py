@@ -11,7 +11,7 @@ from typing import Any
 
 import pyrage
 
-from autoprune.config import Lock
+from autoprune.config import Protection
 from autoprune.crypto import default_identity_path, read_identities, read_recipients
 from autoprune.errors import ArtifactError, UsageError
 from autoprune.storage.run_store import Seal
@@ -19,7 +19,7 @@ from autoprune.storage.run_store import Seal
 TRIED = b"can be read again"
 
 
-def run_seal(lock: Lock) -> Seal | None:
+def run_seal(protection: Protection) -> Seal | None:
     """How this run's checkpoints are encrypted and opened; None where they are not encrypted.
 
     Key files are read once, here: one that is a pipe or is taken away later will do.
@@ -27,25 +27,26 @@ def run_seal(lock: Lock) -> Seal | None:
     Raises:
         UsageError: a key cannot be read, no key opens what the run writes, or only half of it is asked for.
     """
-    if not lock.run_recipients:
-        if lock.run_identities:
+    if not protection.run_recipients:
+        if protection.run_identities:
             raise UsageError(
                 "--run-identity is given without --encrypt-run", "say whom the checkpoints are encrypted to"
             )
         return None
-    if lock.plain:
+    if protection.plain:
         raise UsageError(
             "--encrypt-run and --plain are given: checkpoints closed, and the result open beside them",
             "leave one of them out",
         )
-    recipients, identities = read_recipients(lock.run_recipients), _identities(lock.run_identities)
+    recipients = read_recipients(protection.run_recipients)
+    identities = _identities(protection.run_identities)
     seal = _seal(recipients, identities)
     try:
         seal.open(seal.close(TRIED))
     except ArtifactError:
         raise UsageError(
             "the run could not read its own checkpoints: no key at hand opens what is encrypted to "
-            f"{', '.join(r if len(r) < 24 else r[:20] + '...' for r in lock.run_recipients)}",
+            f"{', '.join(r if len(r) < 24 else r[:20] + '...' for r in protection.run_recipients)}",
             "name the secret key with --run-identity, or add your own public key with another --encrypt-run",
         ) from None
     return seal

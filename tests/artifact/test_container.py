@@ -19,10 +19,9 @@ from autoprune.artifact.container import (
     Container,
     check_name,
     container_chunks,
-    write_beside,
-    write_chunks,
 )
 from autoprune.errors import ArtifactError
+from autoprune.files import write_beside, write_chunks
 
 MEMBERS = {"manifest.json": b"{}", "a/b.bin": bytes(range(256)) * 9, "empty": b""}
 

@@ -11,18 +11,20 @@ import sys
 import warnings
 from collections.abc import Callable
 from dataclasses import replace
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 
 import pyrage
 import pytest
 import torch
 
+from autoprune.artifact.manifest import Architecture
 from autoprune.artifact.program import DeliveredProgram
 from autoprune.artifact.reader import open_artifact
 from autoprune.artifact.rebuild import architecture_of, build_original
 from autoprune.artifact.verify_artifact import audit
-from autoprune.artifact.writer import Protection, load, sparse_weights, write_artifact
+from autoprune.artifact.writer import load, sparse_weights, write_artifact
+from autoprune.config import Protection
 from autoprune.crypto.keys import keygen
 from autoprune.crypto.signing import sign_manifest, signing_keygen
 from autoprune.errors import ArtifactError, AutopruneError, UsageError
@@ -31,6 +33,7 @@ from autoprune.structure.densify import densify, masked
 from autoprune.structure.trace_model import trace
 from tests.delivered import (
     SmallNet,
+    SmallNetOf,
     changed_json,
     container_of,
     members_of,
@@ -184,7 +187,7 @@ def test_a_required_signature_is_checked_before_any_tensor_is_built(
 
 def test_writing_signs_and_encrypts(tmp_path: Path) -> None:
     key, author = tmp_path / "key", tmp_path / "author"
-    protection = Protection(recipients=[keygen(key)], signing_key=author)
+    protection = Protection(recipients=(keygen(key),), signing_key=author)
     public = signing_keygen(author)
     target = tmp_path / "model.autoprune.age"
     plain = replace(sample().manifest, removed={}, members={}, probe=None, inputs=())
@@ -322,7 +325,7 @@ def test_a_file_cannot_make_us_call_what_it_likes(
 
 
 def test_arguments_that_are_places_are_not_passed_on() -> None:
-    source = architecture_of(SmallNet(), small_net, width=8)
+    source = architecture_of(SmallNet(), SmallNetOf({"width": 8}))
     assert build_original(source) is not None
     assert build_original(replace(source, arguments={"width": "hf-hub:x/y"})) is None
     assert build_original(replace(source, arguments={"width": "/etc/passwd"})) is None
@@ -330,10 +333,13 @@ def test_arguments_that_are_places_are_not_passed_on() -> None:
 
 
 def test_the_source_of_a_network_is_found_where_it_can_be_called_again() -> None:
-    assert architecture_of(SmallNet()).factory == "tests.delivered:SmallNet"
-    assert architecture_of(torch.nn.Linear(2, 2)).factory is None, "its constructor wants arguments"
-    assert architecture_of(SmallNet(), lambda: SmallNet()).factory is None
-    assert architecture_of(SmallNet(), small_net, width=[8]).factory is None
+    network = SmallNet()
+    assert architecture_of(network, SmallNet).factory == "tests.delivered:SmallNet"
+    assert architecture_of(network, small_net).factory == "tests.delivered:small_net"
+    assert architecture_of(network, SmallNetOf({"width": 8})).arguments == {"width": 8}
+    for factory in (None, network, lambda: network, partial(small_net, width=8), network.forward):
+        assert architecture_of(network, factory) == Architecture(class_name="SmallNet")
+    assert architecture_of(network, SmallNetOf({"width": [8]})).factory is None, "a list is no plain value"
 
 
 UNABLE_TO_WRITE = """
@@ -378,7 +384,10 @@ def test_a_failed_write_leaves_nothing(tmp_path: Path) -> None:
     arguments = {"model": sample().dense, "example_inputs": sample().example, "manifest": manifest}
     with pytest.raises(AutopruneError):
         write_artifact(tmp_path / "no" / "folder", **arguments)  # type: ignore[arg-type]
-    for protection in (Protection(recipients=["age1nonsense"]), Protection(signing_key=tmp_path / "none")):
+    for protection in (
+        Protection(recipients=("age1nonsense",)),
+        Protection(plain=True, signing_key=tmp_path / "none"),
+    ):
         with pytest.raises(UsageError):
             write_artifact(tmp_path / "out", protection=protection, **arguments)  # type: ignore[arg-type]
     assert list(tmp_path.iterdir()) == []

@@ -10,7 +10,7 @@ from typing import get_args
 
 from autoprune import events as ev
 from autoprune.cli.event_lines import event_writer
-from autoprune.config import Lock, Search
+from autoprune.config import Protection, Search
 from autoprune.pipeline.run import run
 from tests.tiny import tiny_study
 
@@ -20,7 +20,12 @@ ROOT = Path(__file__).resolve().parents[2]
 def test_a_whole_run_is_told_line_by_line(tmp_path: Path) -> None:
     stream, seen = io.StringIO(), []
     study = tiny_study(search=Search(trials=1, epochs=0.5), max_drop=60.0)
-    run(study, out=tmp_path / "r", lock=Lock(plain=True), on_event=event_writer(stream, seen.append))
+    run(
+        study,
+        out=tmp_path / "r",
+        protection=Protection(plain=True),
+        on_event=event_writer(stream, seen.append),
+    )
     lines = [json.loads(line) for line in stream.getvalue().splitlines()]
     assert len(lines) == len(seen)
     names = [line["event"] for line in lines]

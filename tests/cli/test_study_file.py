@@ -9,11 +9,11 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
+from autoprune.artifact import architecture_of
 from autoprune.cli.study_file import built_in_studies, find_study, load_study
 from autoprune.cli.study_flags import find_factory, study_of_flags
 from autoprune.data.weights import load_weights_, read_weights
 from autoprune.errors import UsageError
-from autoprune.pipeline.delivery import architecture
 
 STUDY = "from autoprune import Study\nimport torch\n"
 VALUE = "mine = Study(name='mine', model=torch.nn.Linear(2, 2), data=lambda: None)\n"
@@ -117,7 +117,7 @@ def test_a_network_of_ones_own_gets_its_classes_and_weights(tmp_path: Path) -> N
     assert study.name == "net-digits"
     assert not isinstance(study.model, nn.Module)
     assert torch.equal(study.model()[1].weight, network[1].weight)
-    source = architecture(study, network)
+    source = architecture_of(network, study.model)
     assert (source.factory, source.arguments) == ("own_net:net", {"num_classes": 10})
 
 

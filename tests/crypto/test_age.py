@@ -19,7 +19,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from autoprune.crypto.age import (
-    check_lock,
+    check_protection,
     decrypt_file,
     decrypt_to_memory,
     encrypt_chunks,
@@ -168,7 +168,7 @@ def test_locks_that_age_refuses_are_refused_before_anything_is_written(
     tmp_path: Path, recipients: list[str], passphrase: str | None
 ) -> None:
     with pytest.raises(UsageError):
-        check_lock(recipients, passphrase)
+        check_protection(recipients, passphrase)
     with pytest.raises(UsageError):
         encrypt_chunks(tmp_path / "out", iter([b""]), recipients=recipients, passphrase=passphrase)
     assert list(tmp_path.iterdir()) == []
@@ -176,7 +176,7 @@ def test_locks_that_age_refuses_are_refused_before_anything_is_written(
 
 def test_too_many_recipients_are_refused(tmp_path: Path, key: tuple[Path, str]) -> None:
     with pytest.raises(UsageError, match="64"):
-        check_lock([key[1]] * 65, None)
+        check_protection([key[1]] * 65, None)
     many = pyrage.encrypt(b"x", [pyrage.x25519.Recipient.from_str(key[1])] * 65)
     with pytest.raises(ArtifactError, match="cannot be opened"):
         opened(many, key[0])

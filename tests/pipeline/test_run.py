@@ -16,7 +16,7 @@ from torch import nn
 
 from autoprune import events as ev
 from autoprune.artifact.writer import open_artifact
-from autoprune.config import Baseline, Control, Lock, Search
+from autoprune.config import Baseline, Control, Protection, Search
 from autoprune.errors import ArtifactError, ConfigError, RunError, UnreachableError, UsageError
 from autoprune.pipeline.delivery import is_slower, latency_share
 from autoprune.pipeline.preflight import make_plan, prepare
@@ -28,7 +28,7 @@ from autoprune.training.evaluation import evaluate
 from autoprune.training.finetune import train_baseline_
 from tests.tiny import TinyNet, tiny_data, tiny_net, tiny_study
 
-PLAIN = Lock(plain=True)
+PLAIN = Protection(plain=True)
 
 
 def trained() -> TinyNet:
@@ -47,7 +47,7 @@ def guessing() -> TinyNet:
 def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[RunResult, list[ev.Event]]:
     events: list[ev.Event] = []
     result = run(
-        tiny_study(), out=tmp_path_factory.mktemp("runs") / "tiny", lock=PLAIN, on_event=events.append
+        tiny_study(), out=tmp_path_factory.mktemp("runs") / "tiny", protection=PLAIN, on_event=events.append
     )
     return result, events
 
@@ -137,8 +137,8 @@ def test_a_run_that_is_stopped_again_and_again_ends_the_same(
     for kind, count in STOPS:
         resume = (out / DATABASE).exists()
         with pytest.raises(KeyboardInterrupt):
-            run(tiny_study(), out=out, lock=PLAIN, resume=resume, on_event=stop_after(kind, count))
-    result, expected = run(tiny_study(), out=out, lock=PLAIN, resume=True), finished[0]
+            run(tiny_study(), out=out, protection=PLAIN, resume=resume, on_event=stop_after(kind, count))
+    result, expected = run(tiny_study(), out=out, protection=PLAIN, resume=True), finished[0]
     assert plain(result) == plain(expected)
     assert weights_digest(result) == weights_digest(expected)
     assert sum(t.state == "failed" for r in result.record.rounds for t in r.trials) >= 3
@@ -150,11 +150,11 @@ def test_a_round_that_was_killed_while_it_was_made_is_made_again(
     """A study and what it knows are several commits: a kill between them leaves one that knows nothing."""
     out = tmp_path / "tiny"
     with pytest.raises(KeyboardInterrupt):
-        run(tiny_study(), out=out, lock=PLAIN, on_event=stop_after(ev.BaselineMeasured, 1))
+        run(tiny_study(), out=out, protection=PLAIN, on_event=stop_after(ev.BaselineMeasured, 1))
     with closing(RunStore(out, "tiny")) as store:
         optuna.create_study(study_name="tiny/round-01", storage=store.storage, direction="maximize")
         assert not list(store.rounds())
-    result = run(tiny_study(), out=out, lock=PLAIN, resume=True)
+    result = run(tiny_study(), out=out, protection=PLAIN, resume=True)
     assert weights_digest(result) == weights_digest(finished[0])
 
 
@@ -175,7 +175,7 @@ def plain(result: RunResult) -> tuple[object, ...]:
 
 def test_a_budget_that_is_too_small_stops_the_run_and_the_rest_is_encrypted(tmp_path: Path) -> None:
     study = tiny_study(budget="epochs=4", search=Search(epochs=1))
-    result = run(study, out=tmp_path / "r", lock=Lock(passphrase="open sesame"))  # noqa: S106
+    result = run(study, out=tmp_path / "r", protection=Protection(passphrase="open sesame"))  # noqa: S106
     assert not result.reached
     assert result.stopped_by == "budget"
     assert "give a larger --budget" in result.message
@@ -189,7 +189,7 @@ def test_a_round_for_which_no_time_was_left_says_nothing_about_the_ceiling(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("autoprune.search.round._affordable", lambda job, study: False)
-    result = run(tiny_study(), out=tmp_path / "r", lock=PLAIN)
+    result = run(tiny_study(), out=tmp_path / "r", protection=PLAIN)
     assert result.stopped_by == "budget"
     assert [(r.action, r.trials) for r in result.record.rounds] == [("stop", ())]
 
@@ -200,7 +200,7 @@ def test_an_analysis_that_takes_too_much_of_the_time_is_used_again(
     monkeypatch.setattr("autoprune.pipeline.run.ANALYSIS_PART", 1e-9)
     events: list[ev.Event] = []
     study = tiny_study(budget="30s", search=Search(trials=1, epochs=2), max_drop=5.0)
-    rounds = run(study, out=tmp_path / "r", lock=PLAIN, on_event=events.append).record.rounds
+    rounds = run(study, out=tmp_path / "r", protection=PLAIN, on_event=events.append).record.rounds
     assert any(isinstance(e, ev.Note) and "used again" in e.message for e in events)
     assert rounds[1].sensitivity == rounds[0].sensitivity
     assert rounds[1].started_from == 1
@@ -211,7 +211,7 @@ def test_an_impossible_floor_delivers_the_deepest_model_inside_it(tmp_path: Path
         target="macs=0.12", max_drop=0.0, budget="epochs=30", search=Search(trials=1, epochs=0.2),
         control=Control(first_ceiling=0.6, lower_factor=0.1, max_rounds=6),
     )  # fmt: skip
-    result = run(study, out=tmp_path / "r", lock=PLAIN)
+    result = run(study, out=tmp_path / "r", protection=PLAIN)
     assert not result.reached
     assert result.stopped_by in ("floor", "budget", "rounds")
     assert result.after.search_top1 >= result.record.floor
@@ -239,7 +239,7 @@ def test_a_trained_network_with_its_own_loss_and_score_is_left_as_it_was(tmp_pat
         loss=loss,
         max_drop=5.0,
     )
-    result = run(study, out=tmp_path / "r", lock=PLAIN)
+    result = run(study, out=tmp_path / "r", protection=PLAIN)
     assert result.reached
     assert result.before.top1 <= 0.5
     assert result.after.params <= 0.7 * result.before.params
@@ -268,7 +268,7 @@ def test_a_wrong_study_is_refused_before_anything_is_written(
     tmp_path: Path, changes: dict[str, object]
 ) -> None:
     with pytest.raises(UsageError) as caught:
-        run(tiny_study(**changes), out=tmp_path / "r", lock=PLAIN)
+        run(tiny_study(**changes), out=tmp_path / "r", protection=PLAIN)
     assert caught.value.hint
     assert list(tmp_path.iterdir()) == []
 
@@ -291,7 +291,7 @@ def test_a_latency_is_a_target_and_is_measured_at_the_end(
         model=wide_net, target="latency=0.7", max_drop=30.0, search=Search(trials=1, epochs=1),
         control=Control(first_ceiling=0.5, max_rounds=3),
     )  # fmt: skip
-    result = run(study, out=tmp_path / "r", lock=PLAIN)
+    result = run(study, out=tmp_path / "r", protection=PLAIN)
     record = result.record
     assert record.target_metric == "latency"
     assert record.target_share == pytest.approx(0.7)
@@ -319,7 +319,7 @@ def test_a_latency_misses_its_target_by_more_than_the_spread(
 
 def test_bounds_hold_over_the_whole_run(tmp_path: Path) -> None:
     study = tiny_study(max_ratio=0.4, min_keep=8, target="macs=0.45", control=Control(first_ceiling=0.3))
-    result = run(study, out=tmp_path / "r", lock=PLAIN)
+    result = run(study, out=tmp_path / "r", protection=PLAIN)
     assert len([r for r in result.record.rounds if r.action in ("promote", "finish")]) >= 2
     widths = result.after.widths
     assert all(widths[n] >= max(8, 0.6 * w) for n, w in result.before.widths.items() if n != "linear")
@@ -336,14 +336,14 @@ def test_the_reasons_are_told_apart(tmp_path: Path) -> None:
 
 def test_stopping_before_the_original_is_measured_leaves_nothing(tmp_path: Path) -> None:
     with pytest.raises(KeyboardInterrupt):
-        run(tiny_study(), out=tmp_path / "r", lock=PLAIN, on_event=stop_after(ev.StageProgress, 1))
+        run(tiny_study(), out=tmp_path / "r", protection=PLAIN, on_event=stop_after(ev.StageProgress, 1))
     assert list(tmp_path.iterdir()) == []
 
 
 def test_a_baseline_that_does_not_learn_stops_the_run(tmp_path: Path) -> None:
     study = tiny_study(model=guessing, baseline=Baseline(epochs=0.01, lr=1e-9, batch_size=64))
     with pytest.raises(RunError, match="after training"):
-        run(study, out=tmp_path / "r", lock=PLAIN)
+        run(study, out=tmp_path / "r", protection=PLAIN)
 
 
 def test_an_existing_folder_is_never_overwritten(
@@ -373,7 +373,7 @@ class Undeliverable(nn.Module):
 def test_a_network_that_cannot_be_exported_is_refused_before_training(tmp_path: Path) -> None:
     study = tiny_study(model=Undeliverable(trained()))
     with pytest.raises(UsageError, match="could not be delivered"):
-        run(study, out=tmp_path / "r", lock=PLAIN)
+        run(study, out=tmp_path / "r", protection=PLAIN)
     assert list(tmp_path.iterdir()) == []
 
 
@@ -387,13 +387,13 @@ def test_resuming_wants_the_same_run(finished: tuple[RunResult, list[ev.Event]],
     out = finished[0].out
     (tmp_path / "mine").touch()
     with pytest.raises(UsageError, match="never overwritten"):
-        run(tiny_study(), out=tmp_path, resume=True, lock=PLAIN)
+        run(tiny_study(), out=tmp_path, resume=True, protection=PLAIN)
     with pytest.raises(UsageError, match="another max_drop"):
-        run(tiny_study(max_drop=3.0), out=out, resume=True, lock=PLAIN)
+        run(tiny_study(max_drop=3.0), out=out, resume=True, protection=PLAIN)
     data = tiny_data()
     other = replace(data, search=data.search.take(np.arange(100)))
     with pytest.raises(UsageError, match="data are not those"):
-        run(tiny_study(data=lambda: other), out=out, resume=True, lock=PLAIN)
+        run(tiny_study(data=lambda: other), out=out, resume=True, protection=PLAIN)
 
 
 def test_resuming_refuses_other_weights(tmp_path: Path) -> None:
@@ -401,27 +401,27 @@ def test_resuming_refuses_other_weights(tmp_path: Path) -> None:
     study = tiny_study(model=model, baseline=None)
     out = tmp_path / "r"
     with pytest.raises(KeyboardInterrupt):
-        run(study, out=out, lock=PLAIN, on_event=stop_after(ev.RoundStarted, 1))
+        run(study, out=out, protection=PLAIN, on_event=stop_after(ev.RoundStarted, 1))
     with torch.no_grad():
         model.conv1.weight.mul_(1.01)
     with pytest.raises(UsageError, match="weights are not those"):
-        run(study, out=out, resume=True, lock=PLAIN)
+        run(study, out=out, resume=True, protection=PLAIN)
 
 
 def test_a_damaged_checkpoint_stops_the_run(tmp_path: Path) -> None:
     out = tmp_path / "r"
     with pytest.raises(KeyboardInterrupt):
-        run(tiny_study(), out=out, lock=PLAIN, on_event=stop_after(ev.RoundStarted, 1))
+        run(tiny_study(), out=out, protection=PLAIN, on_event=stop_after(ev.RoundStarted, 1))
     baseline = next((out / ARTIFACTS).iterdir())
     baseline.write_bytes(baseline.read_bytes()[:-1] + b"x")
     with pytest.raises(ArtifactError, match="damaged"):
-        run(tiny_study(), out=out, resume=True, lock=PLAIN)
+        run(tiny_study(), out=out, resume=True, protection=PLAIN)
 
 
 def test_an_unfinished_run_can_be_reported(tmp_path: Path) -> None:
     out = tmp_path / "r"
     with pytest.raises(KeyboardInterrupt):
-        run(tiny_study(), out=out, lock=PLAIN, on_event=stop_after(ev.TrialStarted, 2))
+        run(tiny_study(), out=out, protection=PLAIN, on_event=stop_after(ev.TrialStarted, 2))
     with closing(RunStore(out, "tiny")) as store:
         record = read_run(store)
     assert record.after is None
@@ -439,7 +439,7 @@ def test_a_seed_starts_the_same_network_and_leaves_the_callers_random_state() ->
 
 
 def test_a_dry_run_plans_the_rounds(tmp_path: Path) -> None:
-    plan = make_plan(prepare(tiny_study(), out=tmp_path / "r", lock=PLAIN))
+    plan = make_plan(prepare(tiny_study(), out=tmp_path / "r", protection=PLAIN))
     assert [r.number for r in plan.rounds] == [1, 2]
     assert plan.rounds[-1].cost_share == pytest.approx(0.5)
     assert plan.top1 is None

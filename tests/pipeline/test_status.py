@@ -10,7 +10,7 @@ import pytest
 
 from autoprune import events as ev
 from autoprune.cli.main import main
-from autoprune.config import Lock, Search
+from autoprune.config import Protection, Search
 from autoprune.errors import UsageError
 from autoprune.location import find_run
 from autoprune.pipeline.run import run
@@ -19,7 +19,7 @@ from autoprune.storage.membership import joined
 from autoprune.storage.run_store import RunStore, quiet_optuna
 from tests.tiny import tiny_study
 
-PLAIN = Lock(plain=True)
+PLAIN = Protection(plain=True)
 
 
 @pytest.fixture(scope="module")
@@ -34,7 +34,7 @@ def told(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Standing]:
             seen.setdefault("trial", standing(find_run(str(out))))
 
     study = tiny_study(search=Search(trials=2, epochs=1), max_drop=60.0, budget="epochs=20")
-    run(study, out=out, lock=PLAIN, on_event=look, command="autoprune run tiny")
+    run(study, out=out, protection=PLAIN, on_event=look, command="autoprune run tiny")
     return seen | {"end": standing(find_run(str(out)))}
 
 
@@ -67,7 +67,7 @@ def test_a_run_that_nobody_works_on_says_how_to_go_on(tmp_path: Path) -> None:
 
     study = tiny_study(search=Search(trials=2, epochs=1), max_drop=60.0)
     with pytest.raises(KeyboardInterrupt):
-        run(study, out=tmp_path / "run", lock=PLAIN, on_event=stop, command="autoprune run tiny")
+        run(study, out=tmp_path / "run", protection=PLAIN, on_event=stop, command="autoprune run tiny")
     left = standing(find_run(str(tmp_path / "run")))
     assert left.now.startswith("nobody works on it; it was left at round 1, search: 1 of 2 trials finished")
     assert left.now.endswith("go on with: autoprune run tiny --resume")

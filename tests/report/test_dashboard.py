@@ -18,14 +18,14 @@ import pytest
 from PIL import Image
 
 from autoprune import events as ev
-from autoprune.config import Lock, Search
+from autoprune.config import Protection, Search
 from autoprune.errors import UsageError
 from autoprune.pipeline.run import run
 from autoprune.report.dashboard import Dashboard, find_runs, open_dashboard
 from autoprune.storage.run_store import DATABASE
 from tests.tiny import tiny_study
 
-PLAIN = Lock(plain=True)
+PLAIN = Protection(plain=True)
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 
 
@@ -56,7 +56,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with two finished runs."""
     folder = tmp_path_factory.mktemp("runs")
     study = tiny_study(search=Search(trials=2, epochs=1), max_drop=60.0)
-    run(study, out=folder / "first", lock=PLAIN, command="autoprune run tiny")
+    run(study, out=folder / "first", protection=PLAIN, command="autoprune run tiny")
     shutil.copytree(folder / "first", folder / "deeper" / "second")
     return folder
 
@@ -168,7 +168,7 @@ def test_it_works_while_the_run_is_writing(tmp_path: Path) -> None:
             seen.append([s["study_name"] for s in listed])
 
     study = tiny_study(search=Search(trials=1, epochs=0.5), max_drop=60.0)
-    run(study, out=tmp_path / "live", lock=PLAIN, on_event=look)
+    run(study, out=tmp_path / "live", protection=PLAIN, on_event=look)
     opened[0].server.shutdown()
     opened[0].server.server_close()
     assert seen[0][1].startswith("live/round-01  running: ")

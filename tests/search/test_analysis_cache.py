@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from autoprune import events as ev
-from autoprune.config import Analysis, Baseline, Lock
+from autoprune.config import Analysis, Baseline, Protection
 from autoprune.errors import ConfigError, UsageError
 from autoprune.pipeline.run import run
 from autoprune.pruning.sensitivity import SensitivityPoint, sensitivity
@@ -20,7 +20,7 @@ from autoprune.training.finetune import train_baseline_
 from tests.tiny import TinyNet, tiny_data, tiny_net, tiny_split, tiny_study
 
 RATIOS = (0.25, 0.5, 0.75)
-PLAIN = Lock(plain=True)
+PLAIN = Protection(plain=True)
 
 
 def test_a_stopped_analysis_goes_on_where_it_was() -> None:
@@ -66,9 +66,9 @@ def test_a_killed_run_measures_no_point_twice(tmp_path: Path) -> None:
         return on_event
 
     with pytest.raises(KeyboardInterrupt):
-        run(tiny_study(), out=tmp_path / "run", lock=PLAIN, on_event=stop_at(1))
+        run(tiny_study(), out=tmp_path / "run", protection=PLAIN, on_event=stop_at(1))
     with pytest.raises(KeyboardInterrupt):
-        run(tiny_study(), out=tmp_path / "run", lock=PLAIN, resume=True, on_event=stop_at(2))
+        run(tiny_study(), out=tmp_path / "run", protection=PLAIN, resume=True, on_event=stop_at(2))
     assert seen == [1, 2]
 
 
@@ -93,10 +93,10 @@ def test_an_analysis_is_used_by_a_run_of_the_same_network_and_refused_by_another
 
     study = tiny_study(model=network, baseline=None, analysis=given, target="macs=0.7")
     with pytest.raises(KeyboardInterrupt):
-        run(study, out=tmp_path / "run", lock=PLAIN, on_event=stop)
+        run(study, out=tmp_path / "run", protection=PLAIN, on_event=stop)
     assert not [e for e in seen if isinstance(e, ev.StageProgress) and e.stage == "analysis"]
     with pytest.raises(UsageError, match="another network"):
-        run(replace(study, model=tiny_net), out=tmp_path / "other", lock=PLAIN)
+        run(replace(study, model=tiny_net), out=tmp_path / "other", protection=PLAIN)
     nothing = replace(study, analysis=replace(given, known=str(tmp_path / "nothing.json")))
     with pytest.raises(ConfigError, match="is no file"):
-        run(nothing, out=tmp_path / "third", lock=PLAIN)
+        run(nothing, out=tmp_path / "third", protection=PLAIN)

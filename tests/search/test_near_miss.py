@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from autoprune import events as ev
-from autoprune.config import Control, Finetune, Lock, Search
+from autoprune.config import Control, Finetune, Protection, Search
 from autoprune.pipeline.run import run
 from autoprune.record import RoundRecord, Rung, TrialRecord
 from autoprune.search.controller import Goal, Promotion, State, start
@@ -116,7 +116,7 @@ def test_a_run_whose_trials_were_too_short_reaches_its_target_in_the_end(tmp_pat
         finetune=Finetune(batch_size=64, recalibrate_batches=4, optimizer="sgd"),  # learns more slowly
     )  # fmt: skip
     result = run(
-        study, out=tmp_path / "run", lock=Lock(plain=True),
+        study, out=tmp_path / "run", protection=Protection(plain=True),
         on_event=lambda e: notes.append(e.message) if isinstance(e, ev.Note) else None,
     )  # fmt: skip
     assert not result.record.rounds[0].trials[0].recovered

@@ -13,7 +13,7 @@ import torch
 from optuna.exceptions import UpdateFinishedTrialError
 
 from autoprune import events as ev
-from autoprune.config import Budget, Lock, Search
+from autoprune.config import Budget, Protection, Search
 from autoprune.errors import RunError
 from autoprune.pipeline.baseline import Work, begin
 from autoprune.pipeline.preflight import prepare
@@ -49,7 +49,7 @@ from tests.tiny import tiny_study
 def work(tmp_path: Path) -> Iterator[Work]:
     study = tiny_study(search=Search(trials=3, epochs=0.5))
     with quiet_optuna(), closing(RunStore(tmp_path, "tiny", create=True)) as store:
-        yield begin(prepare(study, lock=Lock(plain=True)), store, ev.silent, "")
+        yield begin(prepare(study, protection=Protection(plain=True)), store, ev.silent, "")
 
 
 def first_round(work: Work) -> tuple[RoundJob, optuna.Study]:
