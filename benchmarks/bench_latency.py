@@ -5,8 +5,8 @@
 
 Each plan keeps a random allowed count, from a fifth of its units up, in every group. A share is what is left
 of the original's latency. "Measured" is the share of the least times of runs in turns with the original, and
-its spread how far their lower quartiles lie above that (`latency.measured_share`). The error is predicted
-over measured, less one; beside it that of a prediction by multiply-adds. `--cpu-time` takes the thread's CPU
+its spread how far their lower quartiles lie above that (`measure_latency_share`). The error is predicted over
+measured, less one; beside it that of a prediction by multiply-adds. `--cpu-time` takes the thread's CPU
 seconds for the wall clock's, on one thread: for machines that do other work meanwhile.
 """
 
@@ -31,9 +31,9 @@ from autoprune.plan import PruningPlan
 from autoprune.structure import timings
 from autoprune.structure.densify import densify
 from autoprune.structure.graph import ChannelGraph
-from autoprune.structure.latency import measured_share, with_latency
+from autoprune.structure.latency import measure_latency_share, with_latency_model
 from autoprune.structure.timings import Timings, device_name
-from autoprune.structure.trace_model import trace
+from autoprune.structure.tracing import trace
 from studies.models import resnet20
 
 NETWORKS: dict[str, tuple[Callable[[], nn.Module], int]] = {
@@ -64,7 +64,7 @@ def random_plan(graph: ChannelGraph, rng: np.random.Generator) -> PruningPlan:
     """Any allowed count in every group, from a fifth of its units up."""
     keep = {}
     for group in graph.groups:
-        counts = group.ladder[group.ladder >= 0.2 * group.num_units]
+        counts = group.allowed_counts[group.allowed_counts >= 0.2 * group.num_units]
         kept = rng.permutation(group.num_units)[: int(rng.choice(counts))]
         keep[group.name] = np.sort(kept).astype(np.int64)
     return PruningPlan(keep=keep, num_units={g.name: g.num_units for g in graph.groups})
@@ -76,12 +76,12 @@ def rows(name: str, round_to: int, num_plans: int, device: torch.device) -> list
     torch.manual_seed(0)
     model, x = build().eval(), (torch.randn(1, 3, size, size),)
     graph = trace(model, x, round_to=round_to)
-    graph = with_latency(graph, model, x, device, timings=Timings(path=None))
+    graph = with_latency_model(graph, model, x, device, timings=Timings(path=None))
     full, rng, found = graph.cost(), np.random.default_rng(0), []
     for _ in range(num_plans):
         plan = random_plan(graph, rng)
         cost = graph.cost(plan)
-        share, spread = measured_share(model, densify(model, graph, plan), x, device)
+        share, spread = measure_latency_share(model, densify(model, graph, plan), x, device)
         found.append(
             Row(network=name, round_to=round_to, macs=cost.macs / full.macs, measured=share, spread=spread,
                 predicted=cost.of("latency") / full.of("latency"))

@@ -42,7 +42,7 @@ from autoprune.pruning.probe import Bench
 from autoprune.pruning.sensitivity import SensitivityTable, sensitivity
 from autoprune.structure.densify import densify
 from autoprune.structure.graph import ChannelGraph
-from autoprune.structure.trace_model import trace
+from autoprune.structure.tracing import trace
 from autoprune.training.evaluation import recalibrate_
 
 HERE = Path(__file__).resolve().parent
@@ -119,7 +119,7 @@ def prepare(name: str, folder: Path, cache: Path, num_samples: int) -> Ground:
     table = SensitivityTable.from_json(kept.read_text())
     bench = screening.bench(case.model, graph, data.search, calibration=data.train)
     descent = screening.Descent(
-        bench, lambda m: trace(m, case.example).bounded_like(graph), metric="macs", table=table,
+        bench, lambda m: trace(m, case.example).with_bounds_of(graph), metric="macs", table=table,
         finals=data.search,
     )  # fmt: skip
     test = data.test if len(data.test) <= num_samples else data.test.take(np.arange(num_samples))

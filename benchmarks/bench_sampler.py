@@ -172,7 +172,7 @@ def _second_ground(setup: Setup, first: Ground, cell: Cell, trials: list[Trial])
     assert result.model is not None
     assert result.plan is not None
     print(f"second round on trial {best.number}: {best.top1}, again {result.record.top1}", flush=True)
-    graph = traced(setup.study, result.model, setup.example).bounded_like(setup.graph)
+    graph = traced(setup.study, result.model, setup.example).with_bounds_of(setup.graph)
     return replace(
         first, model=result.model, graph=graph, plan=result.plan, table=None, cached_scores={},
         seed=derive_seed(setup.study.seed, 2),

@@ -36,7 +36,7 @@ from autoprune.pruning.criteria import Scores, score
 from autoprune.pruning.sensitivity import TENTHS, SensitivityTable, sensitivity
 from autoprune.structure.densify import masked
 from autoprune.structure.graph import ChannelGraph
-from autoprune.structure.trace_model import trace
+from autoprune.structure.tracing import trace
 from autoprune.training.evaluation import evaluate
 
 HERE = Path(__file__).resolve().parent

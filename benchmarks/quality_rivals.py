@@ -28,7 +28,7 @@ from autoprune.data.sources import Data
 from autoprune.pruning.allocation import allocate
 from autoprune.pruning.criteria import score
 from autoprune.structure.densify import densify
-from autoprune.structure.trace_model import trace
+from autoprune.structure.tracing import trace
 from autoprune.training.evaluation import evaluate, recalibrate_
 from autoprune.training.finetune import finetune_
 from autoprune.training.schedule import Schedule

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from autoprune.structure.trace_model import trace
+from autoprune.structure.tracing import trace
 
 OUT = Path(__file__).resolve().parents[1] / "docs" / "structure.svg"
 COLOURS = ("#4269d0", "#efb118", "#3ca951", "#a463f2")

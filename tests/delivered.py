@@ -19,7 +19,7 @@ from autoprune.artifact.rebuild import architecture_of
 from autoprune.artifact.writer import write_artifact
 from autoprune.plan import PruningPlan
 from autoprune.structure.densify import densify
-from autoprune.structure.trace_model import trace
+from autoprune.structure.tracing import trace
 
 
 class SmallNet(nn.Module):

@@ -12,7 +12,7 @@ from autoprune.pipeline.run import run
 from autoprune.plan import PruningPlan
 from autoprune.pruning.sensitivity import sensitivity
 from autoprune.structure.densify import densify, masked
-from autoprune.structure.trace_model import trace
+from autoprune.structure.tracing import trace
 from autoprune.training.evaluation import evaluate
 from autoprune.training.finetune import finetune_, uses_bf16
 from autoprune.training.schedule import Schedule

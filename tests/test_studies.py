@@ -13,7 +13,7 @@ from autoprune.cli.study_file import built_in_studies, load_study
 from autoprune.config import Study, check_study
 from autoprune.data.sources import Data
 from autoprune.errors import DataError
-from autoprune.structure.trace_model import trace
+from autoprune.structure.tracing import trace
 from autoprune.training.evaluation import evaluate
 
 NAMES = (

@@ -31,7 +31,7 @@ from autoprune.metrics import Evaluation, wilson_interval
 from autoprune.pruning import CRITERIA, STRATEGIES
 from autoprune.search import Goal, forecast, start
 from autoprune.storage import has_run
-from autoprune.structure import ChannelGraph, device_name, trace, with_latency
+from autoprune.structure import ChannelGraph, device_name, trace, with_latency_model
 from autoprune.training import evaluate, resolve_device
 
 SMALL_BATCH_MACS = 1_000_000_000  # a guess between 0.2 GMACs (see fitting_threads) and ResNet-20's 5
@@ -153,7 +153,7 @@ def prepare(
     model, data, graph = known.model, known.data, known.graph
     target = Target.parse(study.target)
     if target.metric == "latency":
-        graph = with_latency(graph, model, known.example, device)
+        graph = with_latency_model(graph, model, known.example, device)
     metric, original_cost, target_cost = _costs(target, graph)
     if out is not None and not resume:
         check_delivery(model, known.example)
@@ -197,7 +197,7 @@ def traced(study: Study, model: nn.Module, example: tuple[Tensor, ...]) -> Chann
         norms=study.norms,
         round_to=study.round_to or DEFAULT_ROUND_TO,
     )
-    return graph.bounded(min_keep=study.min_keep, max_ratio=study.max_ratio)
+    return graph.with_bounds(min_keep=study.min_keep, max_ratio=study.max_ratio)
 
 
 def measured_baseline(study: Study, model: nn.Module, data: Data, device: torch.device) -> Evaluation:
@@ -353,7 +353,7 @@ def _costs(target: Target, graph: ChannelGraph) -> tuple[Metric, float, float]:
             f"target {target} asks for {asked}, and the network costs only {costs}",
             "ask for less than it costs, or for a fraction as in macs=0.5",
         )
-    nearest = graph.cost_of_counts({g.name: int(g.ladder[-1]) for g in graph.groups}).of(metric)
+    nearest = graph.cost_of_counts({g.name: int(g.allowed_counts[-1]) for g in graph.groups}).of(metric)
     if nearest > allowed:
         raise UnreachableError(
             f"target {target} cannot be reached: with as few units as may be in each of {len(graph.groups)} "

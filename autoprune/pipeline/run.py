@@ -73,7 +73,7 @@ from autoprune.storage import (
     run_seal,
     scored,
 )
-from autoprune.structure import densify, verify, with_latency
+from autoprune.structure import densify, verify, with_latency_model
 
 WORTHWHILE = 0.5  # of the longest trials' epochs: shorter ones are not worth a round; a guess
 ANALYSIS_PART = 0.25  # of the time left: there an analysis is cut short, and not made again; a guess
@@ -130,11 +130,11 @@ def stand(work: Work, state: State) -> Ground:
     checkpoint = work.store.load(checkpoint_of(work.store, start.round, start.trial))
     model = densify(setup.model, setup.graph, checkpoint.plan)
     checkpoint.load_into_(model)
-    graph = traced(setup.study, model, setup.example).bounded_like(setup.graph)
+    graph = traced(setup.study, model, setup.example).with_bounds_of(setup.graph)
     target_cost = setup.target_cost
     if setup.metric == "latency":
         beside = (setup.model, setup.original_cost)
-        graph = with_latency(graph, model, setup.example, setup.device, beside=beside)
+        graph = with_latency_model(graph, model, setup.example, setup.device, beside=beside)
         target_cost = work.goal.target_share * setup.original_cost  # a resumed run measured it anew
     return Ground(
         study=setup.study, data=setup.data, device=setup.device, metric=setup.metric,

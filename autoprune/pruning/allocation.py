@@ -48,9 +48,9 @@ def allocate(  # noqa: PLR0913 - a plan has that many conditions
     """The plan that costs at most `limit`, and at most 1 % of the network's cost less.
 
     Args:
-        graph: of the network; each group keeps a count of its `ladder`.
+        graph: of the network; each group keeps a count of its `allowed_counts`.
         scores: which units of a group go first: the lowest.
-        metric: what `limit` speaks of; latency needs a graph `with_latency`.
+        metric: what `limit` speaks of; latency needs a graph `with_latency_model`.
         limit: in that metric, absolute.
         strategy: one of `STRATEGIES`.
         table: measured on this graph; needed by `sensitivity` only.
@@ -83,7 +83,9 @@ def _check(graph: ChannelGraph, metric: str, strategy: str, table: SensitivityTa
     if metric not in METRICS:
         raise UsageError(f"cannot allocate for {metric!r}", f"choose from {', '.join(METRICS)}")
     if metric == "latency" and graph.latency is None:
-        raise UsageError("the graph knows no latency", "give it one with autoprune.latency.with_latency")
+        raise UsageError(
+            "the graph knows no latency", "give it one with autoprune.structure.with_latency_model"
+        )
     if strategy not in STRATEGIES:
         raise UsageError(f"there is no strategy {strategy!r}", f"choose from {', '.join(STRATEGIES)}")
     if strategy == "sensitivity" and table is None:
@@ -100,7 +102,7 @@ class _Walk:
 
     @cached_property
     def ladders(self) -> list[Counts]:
-        return [g.ladder for g in self.graph.groups]
+        return [g.allowed_counts for g in self.graph.groups]
 
     @cached_property
     def num_steps(self) -> Counts:

@@ -349,7 +349,7 @@ class ReplayProbe:
 
     @property
     def _readers_only(self) -> bool:
-        return not self.bench.graph.rescaled
+        return not self.bench.graph.norm_widths
 
     def _masked_names(self, name: str, weights: dict[str, Tensor]) -> frozenset[str]:
         plan = _half(name, self.bench.graph.group(name).num_units)
@@ -396,8 +396,8 @@ class ReplayProbe:
         bench, names = self.bench, dict[int, str]()
         example = next(bench.split.take(np.zeros(1, dtype=np.int64)).batches(1, device=bench.device))[0]
         inputs = torch.zeros((size, *example.shape[1:]), dtype=example.dtype, device=bench.device)
-        tape = record(bench.model, (inputs,))
-        whole = made = program(tape, bench.device)
+        recording = record(bench.model, (inputs,))
+        whole = made = program(recording, bench.device)
         if calibrates:
             made, names = calibrating(made)
         elif not bench.exact:

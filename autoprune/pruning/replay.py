@@ -1,7 +1,7 @@
 """Running a recorded pass again, with other weights, from where these first matter.
 
-A tape becomes a *program*: steps in which every value is made once (an operator in place makes a new value).
-A step that depends on weights alone is *constant* and runs once per set of weights. For a change of some
+A recording becomes a *program*: steps in which every value is made once (an operator in place makes a new
+value). A step that depends on weights alone is *constant* and runs once per set of weights. For a change of some
 weights, the *suffix* is what must run again: the constant steps and the others that these weights reach. What
 such steps read besides is the *cut*, kept from one run of the whole program on the same batch.
 
@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from autoprune.structure import Op, Ref, Tape
+from autoprune.structure import Op, Recording, Ref
 
 aten = torch.ops.aten
 Values = dict[int, Tensor]
@@ -64,7 +64,7 @@ class Program:
 
     Attributes:
         parameters: value -> qualified name.
-        shapes: of the values that the tape knows.
+        shapes: of the values that the recording knows.
         num_values: all values are below.
     """
 
@@ -113,24 +113,26 @@ class Suffix:
     outputs: Mapping[int, int]
 
 
-def program(tape: Tape, device: torch.device) -> Program:
-    """Turn a tape into steps that can run on real tensors on `device`.
+def program(recording: Recording, device: torch.device) -> Program:
+    """Turn a recording into steps that can run on real tensors on `device`.
 
     Raises:
         NotReplayableError: the pass cannot be repeated from its operators alone.
     """
-    if not tape.is_meta:
+    if not recording.is_meta:
         raise NotReplayableError("its forward pass depends on the values in it")
-    made = _Maker(tape, device)
-    for position, op in enumerate(tape.ops):
+    made = _Maker(recording, device)
+    for position, op in enumerate(recording.ops):
         made.add(position, op)
-    outputs = tuple(made.current.get(r.index, r.index) for r in tape.outputs)
+    outputs = tuple(made.current.get(r.index, r.index) for r in recording.outputs)
     steps = _needed(tuple(made.steps), outputs)
-    known = {*tape.parameters, *(r.index for r in tape.inputs)} | {v for s in steps for v in s.makes if v}
+    known = {*recording.parameters, *(r.index for r in recording.inputs)} | {
+        v for s in steps for v in s.makes if v
+    }
     if unknown := {v for s in steps for v in s.reads} - known:
         raise NotReplayableError(f"it reads {len(unknown)} tensors that are neither weights nor inputs")
     return Program(
-        steps=steps, parameters=dict(tape.parameters), inputs=tuple(r.index for r in tape.inputs),
+        steps=steps, parameters=dict(recording.parameters), inputs=tuple(r.index for r in recording.inputs),
         outputs=outputs, shapes=made.shapes, num_values=made.num_values,
     )  # fmt: skip
 
@@ -257,17 +259,17 @@ def _needed(steps: tuple[Step, ...], outputs: Iterable[int]) -> tuple[Step, ...]
 
 
 class _Maker:
-    """Rewrites a tape's operators, one after the other."""
+    """Rewrites a recording's operators, one after the other."""
 
-    def __init__(self, tape: Tape, device: torch.device) -> None:
-        self.tape, self.device = tape, device
+    def __init__(self, recording: Recording, device: torch.device) -> None:
+        self.recording, self.device = recording, device
         self.steps: list[Step] = []
         self.current: dict[int, int] = {}  # Ref -> its value now, where that is not the Ref's own
         self.root: dict[int, int] = {}  # view -> what it looks into
-        self.num_values = len(tape.shapes)
-        self.shapes = dict(enumerate(tape.shapes))
-        self.last_read = {r.index: i for i, op in enumerate(tape.ops) for r in op.inputs}
-        self.last_read |= dict.fromkeys((r.index for r in tape.outputs), len(tape.ops))
+        self.num_values = len(recording.shapes)
+        self.shapes = dict(enumerate(recording.shapes))
+        self.last_read = {r.index: i for i, op in enumerate(recording.ops) for r in op.inputs}
+        self.last_read |= dict.fromkeys((r.index for r in recording.outputs), len(recording.ops))
 
     def add(self, position: int, op: Op) -> None:
         if torch.Tag.nondeterministic_seeded in op.call.tags:
@@ -280,7 +282,7 @@ class _Maker:
         if written:
             call = self._functional(op, written, position)
             first = op.inputs[0].index
-            self.current[first] = self._new(self.tape.shapes[first])
+            self.current[first] = self._new(self.recording.shapes[first])
         elif any(r.alias_info is not None for r in schema.returns) and op.inputs:
             source = op.inputs[0].index
             root = self.root.get(source, source)
@@ -318,7 +320,7 @@ class _Maker:
         target = op.inputs[0].index
         root = self.root.get(target, target)
         others = ({r for r, to in self.root.items() if to == root} | {root}) - {target}
-        if any(self.last_read.get(r, -1) > position for r in others) or root in self.tape.parameters:
+        if any(self.last_read.get(r, -1) > position for r in others) or root in self.recording.parameters:
             raise NotReplayableError(
                 f"{op.name} in {op.module or 'the network'} writes into a tensor that has another view"
             )

@@ -28,7 +28,7 @@ from autoprune.plan import PruningPlan
 from autoprune.pruning import Scores, SensitivityTable, allocate, bench, score, screen
 from autoprune.record import EpochPoint, Rung, TrialRecord
 from autoprune.search.budget import Speed
-from autoprune.structure import ChannelGraph, densify, measured_share
+from autoprune.structure import ChannelGraph, densify, measure_latency_share
 from autoprune.training import EpochRecord, Schedule, distributed, evaluate, finetune_, recalibrate_
 
 PROBE_BATCHES = 8
@@ -149,7 +149,7 @@ class Ground:
         cost = self.graph.cost(plan).of(self.metric)
         if self.metric != "latency":
             return cost
-        share, spread = measured_share(self.original, model, self.example, self.device)
+        share, spread = measure_latency_share(self.original, model, self.example, self.device)
         measured = share * self.original_cost
         return measured if abs(measured - cost) > spread * self.original_cost else cost
 

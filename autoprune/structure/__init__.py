@@ -4,10 +4,10 @@ from autoprune.structure.cost import Cost
 from autoprune.structure.densify import densify, masked, masked_tensors, verify
 from autoprune.structure.graph import ChannelGraph, Frozen, Group, Member
 from autoprune.structure.labels import BEHIND_LAYER_NORM
-from autoprune.structure.latency import measured_share, with_latency
-from autoprune.structure.recorder import Op, Ref, Tape, record
+from autoprune.structure.latency import measure_latency_share, with_latency_model
+from autoprune.structure.recorder import Op, Recording, Ref, record
 from autoprune.structure.timings import device_name
-from autoprune.structure.trace_model import trace
+from autoprune.structure.tracing import trace
 
 __all__ = [
     "BEHIND_LAYER_NORM",
@@ -17,15 +17,15 @@ __all__ = [
     "Group",
     "Member",
     "Op",
+    "Recording",
     "Ref",
-    "Tape",
     "densify",
     "device_name",
     "masked",
     "masked_tensors",
-    "measured_share",
+    "measure_latency_share",
     "record",
     "trace",
     "verify",
-    "with_latency",
+    "with_latency_model",
 ]

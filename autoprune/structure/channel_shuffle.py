@@ -69,9 +69,9 @@ def _shuffle_from(walk: Walk, ref: Ref, targets: list[int]) -> Shuffle | None:
         held = [d for d, n in enumerate(numbers.shape) if n > 1]
         inside[ref.index] = (at, *(d for d in held if d != at))
         ahead = [n for n in walk.readers.get(ref.index, ()) if walk.live[n]]
-        if len(ahead) != 1 or ref in walk.tape.outputs:
+        if len(ahead) != 1 or ref in walk.recording.outputs:
             return None
-        op = walk.tape.ops[ahead[0]]
+        op = walk.recording.ops[ahead[0]]
         out = op.outputs[0]
         assert out is not None
         if op.name in RESHAPES:
@@ -154,7 +154,10 @@ def index_select(walk: Walk, op: Op) -> Axes:
 
 def _own_call(walk: Walk, op: Op) -> Any:
     """The gather that an earlier pruning put into a ragged module (a `gathered.Call`)."""
-    constant, calls = walk.tape.constants.get(op.arg("index").index), walk.stamp(op.module, "autoprune_calls")
+    constant, calls = (
+        walk.recording.constants.get(op.arg("index").index),
+        walk.stamp(op.module, "autoprune_calls"),
+    )
     return calls.gather_by(constant) if calls is not None and constant is not None else None
 
 
@@ -170,14 +173,14 @@ def tied_too_far(walk: Walk) -> frozenset[str]:
             trunk[known] = True
     for op, pieces in walk.splits:
         if trunk[classes[pieces[0][pieces[0] >= 0]]].any():
-            modules.add(walk.tape.ops[op].module)
+            modules.add(walk.recording.ops[op].module)
     return frozenset(m for m in modules if _has_lines_of_its_own(walk, m))
 
 
 def _has_lines_of_its_own(walk: Walk, module: str) -> bool:
     """Whether a module runs once, and its reshapes and splits are on no line of a module in it."""
-    ops = walk.tape.ops
+    ops = walk.recording.ops
     below = {op.where for op in ops if op.module.startswith(f"{module}.") or not module}
     mine = {ops[n].where for n, _ in walk.splits if ops[n].module == module}
     mine |= {op.where for op in ops if op.module == module and op.name in RESHAPES}
-    return walk.tape.calls[module] == 1 and (not module or not mine & below)
+    return walk.recording.calls[module] == 1 and (not module or not mine & below)

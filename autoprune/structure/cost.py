@@ -64,7 +64,7 @@ class Term:
 
 @dataclass(frozen=True, kw_only=True)
 class Product:
-    """An operator that multiplies: its position on the tape, and the axes of every tensor that it reads.
+    """An operator that multiplies: its position on the recording, and the axes of every tensor that it reads.
 
     Attributes:
         operands: per tensor, per dimension, a position in the model's list of axes.

@@ -191,7 +191,7 @@ def _mended(model: nn.Module, graph: ChannelGraph, plan: PruningPlan) -> nn.Modu
         modules[name].autoprune_grouped = policy
     for name, axes in graph.split_axes.items():
         modules[name].autoprune_axes = dict(axes)
-    for name, width in sorted(graph.rescaled.items()):
+    for name, width in sorted(graph.norm_widths.items()):
         if width and (name in changed or not isinstance(modules[name], nn.LayerNorm)):
             rescale(modules[name], width)  # who takes a mean need not hold the channels
     for name in changed:

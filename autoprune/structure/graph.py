@@ -21,7 +21,7 @@ from autoprune.plan import PruningPlan
 from autoprune.structure.cost import Axis, Cost, CostModel, Product
 from autoprune.structure.labels import Role
 from autoprune.structure.patches.reshape_patch import Fix, Place
-from autoprune.structure.recorder import Tape
+from autoprune.structure.recorder import Recording
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,7 +42,7 @@ class Member:
 
 @dataclass(frozen=True, kw_only=True)
 class Padding:
-    """A padded edge of an activation that shrinks with a group; `op` is the padding operator on the tape."""
+    """A padded edge of an activation that shrinks with a group; `op` is the padding operator's position."""
 
     module: str
     op: int
@@ -73,7 +73,7 @@ class Group:
     round_to: int = 1
 
     @property
-    def ladder(self) -> NDArray[np.int64]:
+    def allowed_counts(self) -> NDArray[np.int64]:
         """The counts that the group may keep, from all of its units down."""
         top = (self.num_units - 1) // self.round_to * self.round_to
         counts = np.arange(top, 0, -self.round_to, dtype=np.int64)
@@ -150,7 +150,7 @@ class ChannelGraph:
         products: the operators that multiply, for `latency`.
         ragged: module -> all calls in it that change shapes, in order.
         gathered: the same modules -> which of their calls is which, see `gathered.Calls`.
-        latency: (axis lengths, activation bytes) -> seconds of one pass; see `latency.with_latency`.
+        latency: (axis lengths, activation bytes) -> seconds of one pass; see `latency.with_latency_model`.
     """
 
     groups: tuple[Group, ...]
@@ -167,10 +167,10 @@ class ChannelGraph:
     loosened: Mapping[str, Mapping[Place, Fix] | None] = field(repr=False, default_factory=dict)
     ragged: Mapping[str, tuple[RaggedCall, ...]] = field(repr=False, default_factory=dict)
     gathered: Mapping[str, Mapping[int, tuple[str, int]] | None] = field(repr=False, default_factory=dict)
-    rescaled: Mapping[str, int] = field(repr=False, default_factory=dict)
+    norm_widths: Mapping[str, int] = field(repr=False, default_factory=dict)
     maskable: frozenset[str] = field(repr=False, default=frozenset())
     widths: Mapping[tuple[str, int], int] = field(repr=False, default_factory=dict)
-    tape: Tape | None = field(repr=False, default=None, compare=False)
+    recording: Recording | None = field(repr=False, default=None, compare=False)
 
     def group(self, name: str) -> Group:
         """The group called `name`.
@@ -197,13 +197,13 @@ class ChannelGraph:
         seconds = self.latency(self.cost_model.lengths(vector), cost.activation_bytes)
         return replace(cost, latency_s=seconds)
 
-    def bounded(self, *, min_keep: int, max_ratio: float) -> ChannelGraph:
+    def with_bounds(self, *, min_keep: int, max_ratio: float) -> ChannelGraph:
         """The same graph, of whose groups so many units stay: `min_keep`, and all but `max_ratio` of them."""
         kept = {g.name: max(min_keep, math.ceil((1 - max_ratio) * g.num_units - 1e-9)) for g in self.groups}
         groups = (replace(g, min_keep=min(g.num_units, max(g.min_keep, kept[g.name]))) for g in self.groups)
         return replace(self, groups=tuple(groups))
 
-    def bounded_like(self, original: ChannelGraph) -> ChannelGraph:
+    def with_bounds_of(self, original: ChannelGraph) -> ChannelGraph:
         """The same graph, under the bounds and multiples of the network that it was pruned from."""
         first = {g.name: g for g in original.groups}
         groups = (

@@ -29,7 +29,7 @@ from autoprune.structure.labels import LabelArray, Slot
 from autoprune.structure.patches.channel_gather import GatheredModule
 from autoprune.structure.patches.counters import counted
 from autoprune.structure.propagate import Order, Walk
-from autoprune.structure.recorder import Op, Ref, Tape
+from autoprune.structure.recorder import Op, Recording, Ref
 from autoprune.structure.rules.shape import reshape, split
 from autoprune.structure.rules.table import TABLE
 
@@ -50,14 +50,14 @@ class Wishes:
 
 def build(
     model: nn.Module,
-    tape: Tape,
+    recording: Recording,
     wishes: Wishes,
     *,
     choices: Mapping[int, int],
     refused: Sequence[tuple[LabelArray, str]],
     ragged: frozenset[str] = frozenset(),
 ) -> tuple[ChannelGraph, Walk]:
-    """Walk the tape and sort its labels into groups.
+    """Walk the recording and sort its labels into groups.
 
     Args:
         choices: of reshape operators, see `Walk`.
@@ -66,7 +66,7 @@ def build(
     """
     modules = named_modules(model)
     ragged |= {n for n, m in modules.items() if isinstance(m, GatheredModule)}
-    walk = Walk(tape, modules, TABLE, choices, ragged=ragged, rescales_norms=wishes.rescales_norms)
+    walk = Walk(recording, modules, TABLE, choices, ragged=ragged, rescales_norms=wishes.rescales_norms)
     walk.run()
     for labels, reason in refused:
         walk.labels.freeze(labels, reason)
@@ -184,10 +184,10 @@ class _Grouping:
             reshaped=self._reshaped(),
             split=self._split(),
             ragged={module: tuple(self._ragged_calls(module)) for module in sorted(self.walk.ragged)},
-            rescaled=dict(self.walk.rescaled),
+            norm_widths=dict(self.walk.rescaled),
             maskable=self.walk.maskable,
             widths={(s.name, s.dim): s.size for s in self.slots if s.pad_op is None and not s.is_open},
-            tape=self.walk.tape,
+            recording=self.walk.recording,
         )
 
     def _units(self) -> list[NDArray[np.int64]]:
@@ -289,16 +289,16 @@ class _Grouping:
 
     def _made_terms(self) -> list[Term]:
         """Bytes of every tensor that an operator makes and another reads; weights made of weights aside."""
-        tape, terms = self.walk.tape, []
-        read = {r.index for op in tape.ops for r in op.inputs} | {r.index for r in tape.outputs}
-        for ref in (r for op in tape.ops if op.makes for r in op.outputs if r is not None):
+        recording, terms = self.walk.recording, []
+        read = {r.index for op in recording.ops for r in op.inputs} | {r.index for r in recording.outputs}
+        for ref in (r for op in recording.ops if op.makes for r in op.outputs if r is not None):
             if ref.index not in read or ref.index in self.walk.weights:
                 continue
             extents = self.walk.extents(ref)
             fixed = [n for n in extents if isinstance(n, int)]
             terms.append(
                 Term(
-                    constant=int(np.prod(fixed, dtype=np.int64)) * tape.dtypes[ref.index].itemsize,
+                    constant=int(np.prod(fixed, dtype=np.int64)) * recording.dtypes[ref.index].itemsize,
                     axes=tuple(self._row_of(a) for a in extents if not isinstance(a, int)),
                 )
             )
@@ -307,7 +307,7 @@ class _Grouping:
     def _products(self) -> tuple[Product, ...]:
         """The operators that the walk counted multiply-adds of, with the axes of what they read."""
         numbers = dict.fromkeys(t.op for t in self.walk.terms)
-        ops = self.walk.tape.ops
+        ops = self.walk.recording.ops
         return tuple(
             Product(op=n, operands=tuple(self._shape_rows(r) for r in ops[n].inputs)) for n in numbers
         )
@@ -356,14 +356,14 @@ class _Grouping:
         """Module -> which of its reshapes shrinks along which axis of what it makes; -number: it reads."""
         found: dict[str, dict[int, int]] = {}
         for site in self.walk.sites:
-            found.setdefault(self.walk.tape.ops[site.op].module, {})[site.ordinal] = site.chosen
+            found.setdefault(self.walk.recording.ops[site.op].module, {})[site.ordinal] = site.chosen
         for op, (ordinal, kept) in self.walk.kept_axes.items():
-            found.setdefault(self.walk.tape.ops[op].module, {})[-ordinal] = kept
+            found.setdefault(self.walk.recording.ops[op].module, {})[-ordinal] = kept
         return found
 
     def _reshaped(self) -> dict[str, tuple[Reshape, ...]]:
         """Module that reshapes what holds channels -> all of its reshapes, in order."""
-        ops = self.walk.tape.ops
+        ops = self.walk.recording.ops
         modules = {
             op.module for op in ops if TABLE.get(op.name) is reshape and self._holds_units(op.outputs[0])
         }
@@ -396,12 +396,12 @@ class _Grouping:
         for op, pieces in self.walk.splits:
             axes = tuple(self._axis(p) for p in pieces)
             if any(a.per_unit for a in axes):
-                found.setdefault(self.walk.tape.ops[op].module, []).append(axes)
+                found.setdefault(self.walk.recording.ops[op].module, []).append(axes)
         return {module: tuple(splits) for module, splits in found.items()}
 
     def _ragged_calls(self, module: str) -> Iterator[RaggedCall]:
         pieces = dict(self.walk.splits)
-        for position, op in enumerate(self.walk.tape.ops):
+        for position, op in enumerate(self.walk.recording.ops):
             handler, order = TABLE.get(op.name), self.walk.orders.get(position)
             if op.module != module or not (handler in (reshape, split, channel_shuffle) or order):
                 continue

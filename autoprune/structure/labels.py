@@ -27,7 +27,7 @@ BEHIND_LAYER_NORM = "layer norm over the channels"
 
 @dataclass(slots=True)
 class Slot:
-    """One parameter dimension, or one padded edge (`pad_op` is the operator's position on the tape).
+    """One parameter dimension, or one padded edge (`pad_op` is the operator's position on the recording).
 
     An *open* slot is an axis along which a tensor has the same value everywhere, such as one that was
     expanded: no parameter owns it, and it is as long as what it meets.

@@ -31,7 +31,7 @@ from autoprune.plan import PruningPlan
 from autoprune.structure.cost import CostModel, Product
 from autoprune.structure.densify import densify
 from autoprune.structure.graph import ChannelGraph, Group
-from autoprune.structure.recorder import Op, Ref, Tape
+from autoprune.structure.recorder import Op, Recording, Ref
 from autoprune.structure.timings import Call, Seconds, Timings, in_turns
 
 Lengths = NDArray[np.int64]
@@ -150,7 +150,7 @@ class Kernel:
         return partial(self.op.call, **arguments)
 
 
-def with_latency(
+def with_latency_model(
     graph: ChannelGraph,
     model: nn.Module,
     example_inputs: tuple[Any, ...],
@@ -195,7 +195,7 @@ def networks_s(
     return [float(s) for s in times.min(axis=0)]
 
 
-def measured_share(
+def measure_latency_share(
     before: nn.Module, after: nn.Module, example_inputs: tuple[Any, ...], device: torch.device
 ) -> tuple[float, float]:
     """What is left of one network's latency in another, measured in turns, and its spread.
@@ -212,7 +212,7 @@ def measured_share(
 
 def timed_products(graph: ChannelGraph, device: torch.device, timings: Timings) -> LatencyModel:
     """Every operator that multiplies, timed alone; one that does not run alone is left to the rest."""
-    assert graph.tape is not None
+    assert graph.recording is not None
     curves = []
     for product in graph.products:
         with suppress(RuntimeError, TypeError, AttributeError):
@@ -245,7 +245,7 @@ class _Curve:
 
 
 def _curve(graph: ChannelGraph, product: Product, device: torch.device, timings: Timings) -> _Curve:
-    assert graph.tape is not None
+    assert graph.recording is not None
     costs, full = graph.cost_model, graph.cost_model.lengths(np.array([g.num_units for g in graph.groups]))
     varying = _varying(costs, product)
     steps = [_steps(graph, costs, rows[0]) for rows in varying]
@@ -256,7 +256,7 @@ def _curve(graph: ChannelGraph, product: Product, device: torch.device, timings:
             for row in rows:
                 stays = costs.axes[row].fixed
                 lengths[row] = stays + round((full[row] - stays) * step[at])
-        kernel = kernel_of(graph.tape, product, lengths)
+        kernel = kernel_of(graph.recording, product, lengths)
         seconds[index] = timings.get(kernel.key, partial(_kernel_s, kernel, device))
     first = [rows[0] for rows in varying]
     fixed = [costs.axes[r].fixed for r in first]
@@ -266,19 +266,19 @@ def _curve(graph: ChannelGraph, product: Product, device: torch.device, timings:
     )  # fmt: skip
 
 
-def kernel_of(tape: Tape, product: Product, lengths: Lengths) -> Kernel:
-    """The call that an operator of the tape becomes when axes have these lengths."""
-    op = tape.ops[product.op]
+def kernel_of(recording: Recording, product: Product, lengths: Lengths) -> Kernel:
+    """The call that an operator of the recording becomes when axes have these lengths."""
+    op = recording.ops[product.op]
     refs = op.inputs
     shapes = tuple(tuple(int(lengths[r]) for r in rows) for rows in product.operands)
     groups = int(op.arg("groups", 1))
     if groups > 1:
         x, weight = (shapes[refs.index(op.arg(n))] for n in ("input", "weight"))
-        before = tape.shapes[op.arg("weight").index][0]
+        before = recording.shapes[op.arg("weight").index][0]
         groups = groups * weight[0] // before if op.arg("transposed") else x[1] // weight[1]
     return Kernel(
-        op=op, shapes=shapes, dtypes=tuple(tape.dtypes[r.index] for r in refs),
-        orders=tuple(_order(tape.strides[r.index]) for r in refs), groups=groups,
+        op=op, shapes=shapes, dtypes=tuple(recording.dtypes[r.index] for r in refs),
+        orders=tuple(_order(recording.strides[r.index]) for r in refs), groups=groups,
     )  # fmt: skip
 
 
@@ -303,8 +303,8 @@ def _stacked(rows: Iterable[list[int]], width: int, filler: int) -> Lengths:
 
 def _half(group: Group) -> int:
     """A count about half of a group's, as a plan may have it."""
-    ladder = group.ladder
-    return int(ladder[np.argmin(np.abs(ladder - group.num_units / 2))])
+    counts = group.allowed_counts
+    return int(counts[np.argmin(np.abs(counts - group.num_units / 2))])
 
 
 def _state(graph: ChannelGraph, counts: dict[str, int]) -> tuple[Lengths, int]:

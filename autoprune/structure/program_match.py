@@ -26,7 +26,7 @@ from autoprune.structure.patches.channel_gather import GatheredModule
 from autoprune.structure.patches.norm_patch import RescaledModule
 from autoprune.structure.patches.reshape_patch import LooseModule, Shape
 from autoprune.structure.propagate import Walk
-from autoprune.structure.recorder import Op, Ref, Tape
+from autoprune.structure.recorder import Op, Recording, Ref
 
 SIZES: dict[str, frozenset[str]] = {
     **dict.fromkeys(
@@ -64,7 +64,7 @@ GATHERS = frozenset({"index_select", "native_channel_shuffle", "channel_shuffle"
 
 
 def disagreement(
-    walk: Walk, pruned: Tape, plan: PruningPlan, groups: Mapping[str, Group], others: Exchanged
+    walk: Walk, pruned: Recording, plan: PruningPlan, groups: Mapping[str, Group], others: Exchanged
 ) -> str:
     """Where the pruned pass differs from what the original's labels predict; empty where nowhere.
 
@@ -73,7 +73,7 @@ def disagreement(
     """
     lengths = _Lengths(walk, plan, groups)
     twins = _Twins(walk, pruned, lengths)
-    before = _steps(walk.tape, twins.source, others)
+    before = _steps(walk.recording, twins.source, others)
     after = _steps(pruned, twins.source_pruned, others)
     for (position, old), (_, new) in zip(before, after, strict=False):
         is_live = walk.live[position]
@@ -91,16 +91,16 @@ def disagreement(
     return twins.changed_outputs()
 
 
-def _steps(tape: Tape, source: dict[int, int], others: Exchanged) -> list[tuple[int, Op]]:
+def _steps(recording: Recording, source: dict[int, int], others: Exchanged) -> list[tuple[int, Op]]:
     """The operators with their positions. Mere copies, which strides decide on, are left out.
 
     Args:
         source: gets what each copy is a copy of.
     """
-    outside = {name for name in {op.module for op in tape.ops} if others.has(name)}
-    written = {r.index for op in tape.ops if op.is_in_place for r in op.outputs if r is not None}
+    outside = {name for name in {op.module for op in recording.ops} if others.has(name)}
+    written = {r.index for op in recording.ops if op.is_in_place for r in op.outputs if r is not None}
     steps = []
-    for position, op in enumerate(tape.ops):
+    for position, op in enumerate(recording.ops):
         if op.module in outside:
             continue
         ends = {r.index for r in (*op.inputs, *op.outputs) if r is not None}
@@ -145,9 +145,9 @@ def exchanged(original: nn.Module, dense: nn.Module) -> Exchanged:
     return Exchanged(alone, frozenset(found) - alone, frozenset(gathered))
 
 
-def other_outputs(walk: Walk, pruned: Tape) -> str:
+def other_outputs(walk: Walk, pruned: Recording) -> str:
     """Whether the pruned network's outputs have other shapes; empty if not."""
-    expected = [walk.shape(r) for r in walk.tape.outputs]
+    expected = [walk.shape(r) for r in walk.recording.outputs]
     got = [pruned.shapes[r.index] for r in pruned.outputs]
     return f"its output becomes {got}" if got != expected else ""
 
@@ -199,8 +199,8 @@ class _Twins:
         source: what a copy that is left out is a copy of; `source_pruned` likewise.
     """
 
-    def __init__(self, walk: Walk, pruned: Tape, lengths: _Lengths) -> None:
-        self.walk, self.original, self.pruned, self.lengths = walk, walk.tape, pruned, lengths
+    def __init__(self, walk: Walk, pruned: Recording, lengths: _Lengths) -> None:
+        self.walk, self.original, self.pruned, self.lengths = walk, walk.recording, pruned, lengths
         self.source: dict[int, int] = {}
         self.source_pruned: dict[int, int] = {}
         named = {name: index for index, name in pruned.parameters.items()}
@@ -239,7 +239,7 @@ class _Twins:
         return other_outputs(self.walk, self.pruned)
 
 
-def _moves_alike(walk: Walk, pruned: Tape, old: Op, new: Op, lengths: _Lengths) -> bool:
+def _moves_alike(walk: Walk, pruned: Recording, old: Op, new: Op, lengths: _Lengths) -> bool:
     """Whether two permutations differ by axes of length 1 alone, which einsum puts elsewhere."""
     if old.name != "permute":
         return False
@@ -263,7 +263,7 @@ def _numbers(value: Any) -> Any:
     return tuple(_numbers(v) for v in value) if isinstance(value, list) else ()
 
 
-def _other_shape(walk: Walk, pruned: Tape, old: Op, new: Op, lengths: _Lengths) -> str:
+def _other_shape(walk: Walk, pruned: Recording, old: Op, new: Op, lengths: _Lengths) -> str:
     for number, (left, right) in enumerate(zip(old.outputs, new.outputs, strict=False)):
         if left is None or right is None:
             continue
@@ -275,7 +275,7 @@ def _other_shape(walk: Walk, pruned: Tape, old: Op, new: Op, lengths: _Lengths) 
     return ""
 
 
-def _lengths_without_ones(walk: Walk, pruned: Tape, left: Ref, right: Ref, lengths: _Lengths) -> bool:
+def _lengths_without_ones(walk: Walk, pruned: Recording, left: Ref, right: Ref, lengths: _Lengths) -> bool:
     """Whether a tensor that an einsum moves is as predicted but for axes of length 1; what follows tells."""
     expected = _expected(walk, left, lengths)
     return [n for n in expected if n != 1] == [n for n in pruned.shapes[right.index] if n != 1]
@@ -285,14 +285,14 @@ def _expected(walk: Walk, ref: Ref, lengths: _Lengths) -> Shape:
     return tuple(a if isinstance(a, int) else lengths.of(a) for a in walk.extents(ref))
 
 
-def _length_apart(walk: Walk, pruned: Tape, left: Ref, right: Ref, lengths: _Lengths) -> str:
+def _length_apart(walk: Walk, pruned: Recording, left: Ref, right: Ref, lengths: _Lengths) -> str:
     """Whether a tensor has another shape than its labels say."""
     shape, expected = walk.shape(left), _expected(walk, left, lengths)
     got = pruned.shapes[right.index]
     return "" if got == expected or 0 in shape else f"a tensor becomes {got} and not {expected}"
 
 
-def _other_stretch(walk: Walk, pruned: Tape, old: Op, new: Op, lengths: _Lengths) -> str:
+def _other_stretch(walk: Walk, pruned: Recording, old: Op, new: Op, lengths: _Lengths) -> str:
     """Sizes that no shape shows: where a slice begins, and how wide a normalisation group is."""
     if old.name == "slice":
         dim = old.arg("dim", 0) % len(walk.shape(old.inputs[0]))

@@ -1,4 +1,4 @@
-"""The walk over a tape: labels travel with the tensors, one operator at a time.
+"""The walk over a recording: labels travel with the tensors, one operator at a time.
 
 Every tensor carries, for each of its axes, an array of labels (which channel lies at which position) or
 None (an axis that no pruning may change). The operator table (`ops`, `shape_ops`) says for each family of
@@ -25,7 +25,7 @@ from numpy.typing import NDArray
 from torch import nn
 
 from autoprune.structure.labels import FIXED, LabelArray, Labels, Role
-from autoprune.structure.recorder import Op, Ref, Tape
+from autoprune.structure.recorder import Op, Recording, Ref
 from autoprune.structure.zero_channels import is_above_zero, maskable, stays_zero
 
 Axes = list[LabelArray | None]
@@ -108,7 +108,7 @@ class AttributeRule:
 
 @dataclass
 class Walk:
-    """One pass over a tape.
+    """One pass over a recording.
 
     Attributes:
         kept_axes: operator -> the one axis that may shrink of those that a reshape made one.
@@ -127,7 +127,7 @@ class Walk:
         choices: reshape operator -> axis that shrinks, where the first choice did not hold.
     """
 
-    tape: Tape
+    recording: Recording
     modules: Mapping[str, nn.Module]
     table: Mapping[str, Handler]
     choices: Mapping[int, int] = field(default_factory=dict)
@@ -165,22 +165,22 @@ class Walk:
         return self.probe_depth > 0
 
     def run(self) -> None:
-        """Walk the whole tape and freeze what reaches the outputs."""
-        self.weights = _derived_weights(self.tape)
-        self.live, self.readers = self.tape.live(), self.tape.readers()
-        self.zero = {i for i, n in self.tape.parameters.items() if n in self.maskable}
-        for position, op in enumerate(self.tape.ops):
+        """Walk the whole recording and freeze what reaches the outputs."""
+        self.weights = _derived_weights(self.recording)
+        self.live, self.readers = self.recording.live(), self.recording.readers()
+        self.zero = {i for i, n in self.recording.parameters.items() if n in self.maskable}
+        for position, op in enumerate(self.recording.ops):
             self.labels.is_muted = not self.live[position]  # what never reaches an output ties nothing
             self._apply(position, op)
         self.labels.is_muted = False
-        for ref in self.tape.outputs:
+        for ref in self.recording.outputs:
             for axis in self.get(ref):
                 self.labels.freeze(axis, "the model's output")
 
     @cached_property
     def maskable(self) -> frozenset[str]:
         """Parameters that the masked network may hold zeros in."""
-        return maskable(self.tape)
+        return maskable(self.recording)
 
     def probe(
         self, ref: Ref, axis: int, alike: LabelArray, *, includes_present: bool = False
@@ -191,9 +191,14 @@ class Walk:
             alike: for each position of the axis a number, equal where positions are one unit.
             includes_present: whether the present operator reads `ref`, and is followed too.
         """
-        shape = self.tape.shapes[ref.index]
+        shape = self.recording.shapes[ref.index]
         probe = Walk(
-            self.tape, self.modules, self.table, weights=self.weights, live=self.live, readers=self.readers
+            self.recording,
+            self.modules,
+            self.table,
+            weights=self.weights,
+            live=self.live,
+            readers=self.readers,
         )
         probe.probe_depth = self.probe_depth + 1
         probe.labels.ignores_fixed = True
@@ -206,7 +211,7 @@ class Walk:
         seen = set(ahead)
         while ahead and len(seen) - len(ahead) <= PROBE_OPS and not probe.labels.freezes:
             position = heappop(ahead)
-            op = self.tape.ops[position]
+            op = self.recording.ops[position]
             if not self.live[position] or not any(r.index in probe.axes for r in op.inputs):
                 continue
             probe._apply(position, op)
@@ -236,8 +241,8 @@ class Walk:
                 self.above_zero.update([ref.index] if is_above else [])
 
     def _set(self, ref: Ref, axes: Axes) -> None:
-        shape = self.tape.shapes[ref.index]
-        assert len(axes) == len(shape), (self.tape.ops[self.position], axes)
+        shape = self.recording.shapes[ref.index]
+        assert len(axes) == len(shape), (self.recording.ops[self.position], axes)
         kept: Axes = [
             None if a is None or n <= 1 or (a[0] < 0 and (a < 0).all()) else a
             for a, n in zip(axes, shape, strict=True)
@@ -254,8 +259,8 @@ class Walk:
         known = self.axes.get(ref.index)
         if known is not None:
             return known
-        shape = self.tape.shapes[ref.index]
-        name = self.tape.parameters.get(ref.index)
+        shape = self.recording.shapes[ref.index]
+        name = self.recording.parameters.get(ref.index)
         if name is None or self.is_probe:
             return [None] * len(shape)
         fixed_from = (
@@ -269,7 +274,7 @@ class Walk:
 
     def shape(self, ref: Ref) -> tuple[int, ...]:
         """The shape of a tensor."""
-        return self.tape.shapes[ref.index]
+        return self.recording.shapes[ref.index]
 
     def extents(self, ref: Ref) -> list[int | LabelArray]:
         """Per axis its labels, or its length in every pruned network."""
@@ -292,7 +297,7 @@ class Walk:
 
     def why(self, text: str) -> str:
         """A reason with the operator, module and line where it arose."""
-        op = self.tape.ops[self.position]
+        op = self.recording.ops[self.position]
         return f"{text} ({op.name} in {op.module or 'the network'}, {op.where})"
 
     def freeze(self, axis: LabelArray | None, text: str, *, is_structural: bool = False) -> None:
@@ -364,9 +369,9 @@ def fixed(size: int) -> LabelArray:
     return np.full(size, FIXED, np.int64)
 
 
-def _derived_weights(tape: Tape) -> set[int]:
-    weights = set(tape.parameters)
-    for op in tape.ops:
+def _derived_weights(recording: Recording) -> set[int]:
+    weights = set(recording.parameters)
+    for op in recording.ops:
         inputs = op.inputs
         if op.name in WEIGHT_OPS and inputs and inputs[0].index in weights:
             weights.update(r.index for r in op.outputs if r is not None)

@@ -6,7 +6,7 @@ milliseconds where `torch.export` costs seconds, and any Python in `forward` is 
 without values (`.item()`, tensors kept outside the module's registry) is recorded with fake tensors, and
 at last with real ones.
 
-A tensor of the recorded pass is a `Ref`, an index into `Tape.shapes`. An operator applied in place gives
+A tensor of the recorded pass is a `Ref`, an index into `Recording.shapes`. An operator applied in place gives
 back the Ref that it was given.
 """
 
@@ -89,7 +89,7 @@ class Op:
 
 
 @dataclass(slots=True)
-class Tape:
+class Recording:
     """A recorded forward pass.
 
     Attributes:
@@ -134,7 +134,7 @@ class Tape:
         return alive[::-1]
 
 
-def record(model: nn.Module, example_inputs: tuple[Any, ...]) -> Tape:
+def record(model: nn.Module, example_inputs: tuple[Any, ...]) -> Recording:
     """Run `model` once in evaluation mode and write down what it does.
 
     The model is left as it was found. Cost: one pass without arithmetic, usually.
@@ -149,8 +149,8 @@ def record(model: nn.Module, example_inputs: tuple[Any, ...]) -> Tape:
         try:
             with _quiet(model):
                 run(model, example_inputs, recorder)
-            recorder.tape.is_meta = run is _run_meta
-            return recorder.tape
+            recorder.recording.is_meta = run is _run_meta
+            return recorder.recording
         except Exception as caught:
             error = caught
     assert recorder is not None
@@ -162,7 +162,7 @@ def record(model: nn.Module, example_inputs: tuple[Any, ...]) -> Tape:
     ) from error
 
 
-def record_on_meta(model: nn.Module, example_inputs: tuple[Any, ...]) -> Tape:
+def record_on_meta(model: nn.Module, example_inputs: tuple[Any, ...]) -> Recording:
     """As `record`, of a network whose parameters have no values; what its forward pass raises comes through.
 
     The network is ours: it is left in evaluation mode, without gradients, with what the pass put on it.
@@ -177,7 +177,7 @@ def record_on_meta(model: nn.Module, example_inputs: tuple[Any, ...]) -> Tape:
         module.training = False
     with torch.no_grad(), _slow_attention():
         recorder.run(lambda: model(*moved), state, moved)
-    return recorder.tape
+    return recorder.recording
 
 
 def _run_meta(model: nn.Module, inputs: tuple[Any, ...], recorder: _Recorder) -> None:
@@ -258,11 +258,11 @@ def _put_back(module: nn.Module, attributes: dict[str, tuple[Any, Any]]) -> None
 
 
 class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Writes every operator of one forward pass onto a tape."""
+    """Writes every operator of one forward pass onto a recording."""
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self.tape = Tape()
+        self.recording = Recording()
         self.names = {id(m): name for name, m in named_modules(model).items()}
         self.is_meta = False
         self.stack: list[str] = [""]
@@ -272,8 +272,8 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def run(self, forward: Callable[[], Any], state: Mapping[str, Tensor], inputs: tuple[Any, ...]) -> None:
         for name, tensor in state.items():
             if id(tensor) not in self.refs:
-                self.tape.parameters[self.ref(tensor).index] = name
-        self.tape.inputs = [self.ref(t) for t in tree_leaves(inputs) if isinstance(t, Tensor)]
+                self.recording.parameters[self.ref(tensor).index] = name
+        self.recording.inputs = [self.ref(t) for t in tree_leaves(inputs) if isinstance(t, Tensor)]
         with ExitStack() as hooks:
             before = nn.modules.module.register_module_forward_pre_hook(self._enter)
             after = nn.modules.module.register_module_forward_hook(self._leave)
@@ -281,7 +281,7 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
             hooks.callback(after.remove)
             hooks.enter_context(self)
             result = forward()
-        self.tape.outputs = [self.ref(t) for t in tree_leaves(result) if isinstance(t, Tensor)]
+        self.recording.outputs = [self.ref(t) for t in tree_leaves(result) if isinstance(t, Tensor)]
 
     def place(self) -> str:
         """Where the pass was when it ended."""
@@ -290,17 +290,17 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def ref(self, tensor: Tensor) -> Ref:
         known = self.refs.get(id(tensor))
         if known is None:
-            known = self.refs[id(tensor)] = Ref(len(self.tape.shapes))
-            self.tape.shapes.append(tuple(tensor.shape))
-            self.tape.strides.append(tuple(tensor.stride()) if tensor.layout is torch.strided else ())
-            self.tape.dtypes.append(tensor.dtype)
+            known = self.refs[id(tensor)] = Ref(len(self.recording.shapes))
+            self.recording.shapes.append(tuple(tensor.shape))
+            self.recording.strides.append(tuple(tensor.stride()) if tensor.layout is torch.strided else ())
+            self.recording.dtypes.append(tensor.dtype)
             self.alive.append(tensor)
         return known
 
     def _enter(self, module: nn.Module, _: Any) -> None:
         name = self.names.get(id(module), self.stack[-1])
         self.stack.append(name)
-        self.tape.calls[name] = self.tape.calls.get(name, 0) + 1
+        self.recording.calls[name] = self.recording.calls.get(name, 0) + 1
 
     def _leave(self, _module: nn.Module, _args: Any, _result: Any) -> None:
         self.stack.pop()
@@ -321,7 +321,7 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
             result = self._called(func, kind, args, kwargs)
         if not kind.is_prim:
             outputs = result if isinstance(result, (tuple, list)) else (result,)
-            self.tape.ops.append(
+            self.recording.ops.append(
                 Op(
                     name=kind.name,
                     overload=kind.overload,
@@ -349,7 +349,7 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
             return func(*args, **{**kwargs, "device": META})
         if len({t.is_meta for t in tensors}) > 1:
             known = [t for t in tensors if not t.is_meta and t.dtype == torch.int64 and t.dim() == 1]
-            self.tape.constants.update({self.ref(t).index: t for t in known})
+            self.recording.constants.update({self.ref(t).index: t for t in known})
             args, kwargs = tree_map_only(Tensor, lambda t: t if t.is_meta else t.to(META), (args, kwargs))
         return func(*args, **kwargs)
 

@@ -32,7 +32,7 @@ from autoprune.structure.patches.channel_gather import GatheredModule
 from autoprune.structure.patches.reshape_patch import LooseModule
 from autoprune.structure.program_match import disagreement, exchanged, other_outputs
 from autoprune.structure.propagate import Walk
-from autoprune.structure.recorder import Tape, record_on_meta
+from autoprune.structure.recorder import Recording, record_on_meta
 
 CHEAP_MACS = 1_000_000_000  # below this the comparison in numbers takes about a tenth of a second
 SMALL_MACS, SMALL_PARAMS = 20_000_000, 1_000_000  # so small that it costs nothing, neither time nor memory
@@ -48,15 +48,15 @@ Built = tuple[ChannelGraph, Walk]
 Check = Callable[[Sequence[Group]], str | None]
 
 
-def proven(model: nn.Module, inputs: tuple[Any, ...], tape: Tape, wishes: Wishes) -> ChannelGraph:
+def proven(model: nn.Module, inputs: tuple[Any, ...], recording: Recording, wishes: Wishes) -> ChannelGraph:
     """The graph of a recorded network, without the groups that its program does not allow to shrink."""
     choices: dict[int, int] = {}
     refused: list[tuple[LabelArray, str]] = []
     spent: list[int] = []
-    ragged, built = _ragged(model, tape, wishes, build(model, tape, wishes, choices={}, refused=()))
+    ragged, built = _ragged(model, recording, wishes, build(model, recording, wishes, choices={}, refused=()))
     for turn in range(ROUNDS):
         if turn > 0:
-            built = build(model, tape, wishes, choices=choices, refused=refused, ragged=ragged)
+            built = build(model, recording, wishes, choices=choices, refused=refused, ragged=ragged)
         graph, walk = built
         proof = _Proof(model, inputs, walk)
         graph, reason = proof.loosened(graph)
@@ -72,15 +72,17 @@ def proven(model: nn.Module, inputs: tuple[Any, ...], tape: Tape, wishes: Wishes
                 refused.append((labels, reason))
     everything = np.arange(walk.labels.size)
     refused.append((everything, "the network's program agrees with no pruned sizes that were tried"))
-    return build(model, tape, wishes, choices=choices, refused=refused)[0]
+    return build(model, recording, wishes, choices=choices, refused=refused)[0]
 
 
-def _ragged(model: nn.Module, tape: Tape, wishes: Wishes, built: Built) -> tuple[frozenset[str], Built]:
+def _ragged(
+    model: nn.Module, recording: Recording, wishes: Wishes, built: Built
+) -> tuple[frozenset[str], Built]:
     """The modules that should be ragged (`shuffles`), where that gains units, and the graph with them."""
     graph, walk = built
-    modules = tied_too_far(walk) if tape.is_meta and walk.shuffles else frozenset()
+    modules = tied_too_far(walk) if recording.is_meta and walk.shuffles else frozenset()
     if modules:
-        finer = build(model, tape, wishes, choices={}, refused=(), ragged=modules)
+        finer = build(model, recording, wishes, choices={}, refused=(), ragged=modules)
         before, after = (sum(g.num_units for g in found.groups) for found in (graph, finer[0]))
         if after > before:
             return modules, finer
@@ -145,7 +147,7 @@ class _Proof:
 
     def loosened(self, graph: ChannelGraph) -> tuple[ChannelGraph, str | None]:
         """The graph with those modules loosened without which it fails, and what goes wrong even then."""
-        if not self.walk.tape.is_meta or not graph.groups:
+        if not self.walk.recording.is_meta or not graph.groups:
             return graph, None
         reason, dense = self._run(graph, graph.groups)
         gathered = {n: m for n, m in named_modules(dense).items() if isinstance(m, GatheredModule)}
@@ -185,7 +187,7 @@ class _Proof:
     def _needs_numbers(self, graph: ChannelGraph) -> bool:
         """Where the program was not compared operator by operator; or where channels split and it is free."""
         cost = graph.cost()
-        if not self.walk.tape.is_meta:
+        if not self.walk.recording.is_meta:
             return True
         is_split = self.walk.is_risky or bool(graph.loosened)
         is_small = cost.macs <= SMALL_MACS and cost.params <= SMALL_PARAMS
@@ -193,7 +195,7 @@ class _Proof:
 
     def _passes(self, group: Group, modules: Collection[str]) -> bool:
         """Whether a group's channels are put together or split in one of the modules."""
-        labels, ops = _labels(self.walk, group), self.walk.tape.ops
+        labels, ops = _labels(self.walk, group), self.walk.recording.ops
         axes = [
             *self.walk.merges,
             *((s.op, s.labels) for s in self.walk.sites),
@@ -261,7 +263,7 @@ def _labels(walk: Walk, group: Group) -> LabelArray:
 
 def _passes(walk: Walk, modules: Collection[str], group: Group) -> bool:
     """Whether a group's channels are rearranged or split in one of the modules."""
-    labels, ops = _labels(walk, group), walk.tape.ops
+    labels, ops = _labels(walk, group), walk.recording.ops
     axes = [
         *((n, o.labels) for n, o in walk.orders.items()),
         *((n, np.concatenate(p)) for n, p in walk.splits),

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Container
 
-from autoprune.structure.recorder import Op, Tape
+from autoprune.structure.recorder import Op, Recording
 
 SHAPES = """
     expand view _unsafe_view unsqueeze squeeze slice select permute transpose t clone detach alias _to_copy
@@ -43,11 +43,11 @@ NORMS = frozenset(
 )
 
 
-def maskable(tape: Tape) -> frozenset[str]:
+def maskable(recording: Recording) -> frozenset[str]:
     """Parameters and buffers in which zeros are harmless; variances and what may be divided by are not."""
     harmful: set[int] = set()
-    source = {index: index for index in tape.parameters}
-    for op in tape.ops:
+    source = {index: index for index in recording.parameters}
+    for op in recording.ops:
         for ref in op.inputs:
             origin = source.get(ref.index)
             if origin is None:
@@ -56,7 +56,7 @@ def maskable(tape: Tape) -> frozenset[str]:
                 harmful.add(origin)
             if op.name in SHAPE_NAMES:
                 source.update({r.index: origin for r in op.outputs if r is not None})
-    return frozenset(name for index, name in tape.parameters.items() if index not in harmful)
+    return frozenset(name for index, name in recording.parameters.items() if index not in harmful)
 
 
 def stays_zero(op: Op, zero: set[int], labelled: Container[int]) -> bool:

@@ -30,7 +30,7 @@ from autoprune.crypto.signing import sign_manifest, signing_keygen
 from autoprune.errors import ArtifactError, AutopruneError, UsageError
 from autoprune.plan import PruningPlan
 from autoprune.structure.densify import densify, masked
-from autoprune.structure.trace_model import trace
+from autoprune.structure.tracing import trace
 from tests.delivered import (
     SmallNet,
     SmallNetOf,

@@ -10,7 +10,7 @@ from torch import nn
 
 from autoprune.cli.groups_view import graph_document, groups_tree
 from autoprune.structure.labels import BEHIND_LAYER_NORM
-from autoprune.structure.trace_model import trace
+from autoprune.structure.tracing import trace
 from tests.patterns import PATTERNS
 
 

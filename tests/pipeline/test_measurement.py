@@ -3,7 +3,7 @@ from __future__ import annotations
 import torch
 
 from autoprune.pipeline.measurement import measure_latency, summarise, widths, with_latency
-from autoprune.structure.trace_model import trace
+from autoprune.structure.tracing import trace
 from autoprune.training.evaluation import evaluate
 from tests.tiny import tiny_data, tiny_net
 

@@ -20,7 +20,7 @@ from autoprune.pruning.sensitivity import SensitivityPoint, SensitivityTable
 from autoprune.structure.cost import Axis, CostModel, Term
 from autoprune.structure.graph import ChannelGraph, Group
 from autoprune.structure.latency import LatencyModel
-from autoprune.structure.trace_model import trace
+from autoprune.structure.tracing import trace
 from studies.models import resnet20
 
 
@@ -39,7 +39,7 @@ def chain(widths: list[int], *, round_to: int = 1, area: int = 64, max_ratio: fl
         for i, w in enumerate(widths)
     )
     graph = ChannelGraph(groups=groups, frozen=(), round_to=round_to, cost_model=model)
-    return graph.bounded(min_keep=1, max_ratio=max_ratio)
+    return graph.with_bounds(min_keep=1, max_ratio=max_ratio)
 
 
 def some_scores(graph: ChannelGraph, seed: int = 0) -> Scores:
@@ -205,8 +205,8 @@ def test_a_group_keeps_what_it_must() -> None:
     [((1, 0.9), [10, 2, 1]), ((1, 0.5), [50, 10, 1]), ((5, 0.9), [10, 5, 2]), ((1, 0.999), [1, 1, 1])],
 )
 def test_bounds_hold_for_every_group(bounds: tuple[int, float], least: list[int]) -> None:
-    graph = chain([100, 20, 2], max_ratio=0.999).bounded(min_keep=bounds[0], max_ratio=bounds[1])
-    assert [int(g.ladder[-1]) for g in graph.groups] == least
+    graph = chain([100, 20, 2], max_ratio=0.999).with_bounds(min_keep=bounds[0], max_ratio=bounds[1])
+    assert [int(g.allowed_counts[-1]) for g in graph.groups] == least
     with pytest.raises(UnreachableError) as caught:
         allocate(graph, some_scores(graph), metric="macs", limit=1, strategy="uniform")
     counts_left = {g.name: n for g, n in zip(graph.groups, least, strict=True)}
@@ -215,18 +215,18 @@ def test_bounds_hold_for_every_group(bounds: tuple[int, float], least: list[int]
 
 def test_bounds_and_multiples_are_the_originals_over_rounds() -> None:
     original = chain([100, 64], round_to=8, max_ratio=0.5)
-    later = chain([60, 24], round_to=8).bounded_like(original)
+    later = chain([60, 24], round_to=8).with_bounds_of(original)
     assert [g.min_keep for g in later.groups] == [50, 24], "24 were left by other bounds: they stay"
     assert later.groups[1].round_to == 8, "once rounded, always rounded, though 24 alone would be too narrow"
-    assert later.groups[0].ladder.tolist() == [60, 56]
+    assert later.groups[0].allowed_counts.tolist() == [60, 56]
     unknown = replace(original, groups=original.groups[:1])
-    assert chain([60, 24]).bounded_like(unknown).groups[1].min_keep == 3
+    assert chain([60, 24]).with_bounds_of(unknown).groups[1].min_keep == 3
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES)
 @pytest.mark.parametrize("metric", ["macs", "params", "memory"])
 def test_limits_are_met_on_a_rounded_resnet(strategy: str, metric: Metric) -> None:
-    graph = trace(resnet20(), torch.zeros(1, 3, 32, 32), round_to=8).bounded(min_keep=1, max_ratio=0.9)
+    graph = trace(resnet20(), torch.zeros(1, 3, 32, 32), round_to=8).with_bounds(min_keep=1, max_ratio=0.9)
     assert {g.num_units: g.round_to for g in graph.groups} == {8: 1, 16: 1, 32: 8, 64: 8}
     full = graph.cost().of(metric)
     for share in (0.9, 0.7, 0.5, 0.35):

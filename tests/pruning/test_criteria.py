@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from autoprune.errors import UsageError
 from autoprune.pruning.criteria import CRITERIA, NEEDS_SPLIT, fallback_groups, score
 from autoprune.structure.graph import ChannelGraph
-from autoprune.structure.trace_model import trace
+from autoprune.structure.tracing import trace
 from autoprune.training.evaluation import evaluate
 from tests.tiny import TinyNet, tiny_net, tiny_split
 

@@ -16,7 +16,7 @@ from autoprune.pruning.probe import Bench
 from autoprune.pruning.sensitivity import SensitivityTable, sensitivity
 from autoprune.structure.densify import densify
 from autoprune.structure.graph import ChannelGraph
-from autoprune.structure.trace_model import trace
+from autoprune.structure.tracing import trace
 from autoprune.training.evaluation import evaluate
 from autoprune.training.finetune import train_baseline_
 from tests.tiny import TinyNet, tiny_data, tiny_net
@@ -102,7 +102,7 @@ def test_a_descent_in_steps_gives_one_plan_of_the_first_network(
 ) -> None:
     limit = 0.3 * graph.cost().macs
     descent = screening.Descent(
-        bench, lambda m: trace(m, EXAMPLE).bounded_like(graph), metric="macs", table=table,
+        bench, lambda m: trace(m, EXAMPLE).with_bounds_of(graph), metric="macs", table=table,
         criteria=("l1", "jacobian"),
     )  # fmt: skip
     found = descent.at(limit, tries=4)

@@ -23,7 +23,7 @@ from autoprune.pruning.sensitivity import (
 from autoprune.structure.cost import CostModel, Term
 from autoprune.structure.densify import masked
 from autoprune.structure.graph import ChannelGraph
-from autoprune.structure.trace_model import trace
+from autoprune.structure.tracing import trace
 from autoprune.training.evaluation import evaluate
 from autoprune.training.finetune import train_baseline_
 from tests.tiny import TinyNet, tiny_net, tiny_split

@@ -15,7 +15,7 @@ from autoprune.errors import ConfigError, UsageError
 from autoprune.pipeline.run import run
 from autoprune.pruning.sensitivity import SensitivityPoint, sensitivity
 from autoprune.search.analysis_cache import keep_point, kept_points
-from autoprune.structure.trace_model import trace
+from autoprune.structure.tracing import trace
 from autoprune.training.finetune import train_baseline_
 from tests.tiny import TinyNet, tiny_data, tiny_net, tiny_split, tiny_study
 

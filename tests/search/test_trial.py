@@ -13,7 +13,7 @@ from autoprune.pruning.screening import bench, screen
 from autoprune.pruning.sensitivity import sensitivity
 from autoprune.search.trial import Climb, Ground, TrialParams, probe_speed, run_trial
 from autoprune.structure.densify import densify
-from autoprune.structure.trace_model import trace
+from autoprune.structure.tracing import trace
 from autoprune.training.evaluation import evaluate
 from autoprune.training.finetune import EpochRecord, train_baseline_
 from tests.tiny import tiny_data, tiny_net, tiny_study

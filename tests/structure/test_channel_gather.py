@@ -12,7 +12,7 @@ from autoprune.artifact.program import load_program
 from autoprune.plan import PruningPlan
 from autoprune.structure.densify import densify, difference, masked
 from autoprune.structure.patches.channel_gather import GatheredModule
-from autoprune.structure.trace_model import trace
+from autoprune.structure.tracing import trace
 from tests.patterns import PATTERNS
 from tests.structure.test_engine import EXACT, strong
 

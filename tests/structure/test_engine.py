@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -14,7 +15,7 @@ from autoprune.errors import TraceError, UsageError
 from autoprune.plan import PruningPlan
 from autoprune.structure.densify import densify, difference, masked
 from autoprune.structure.graph import ChannelGraph
-from autoprune.structure.trace_model import trace
+from autoprune.structure.tracing import trace
 from tests.patterns import PATTERNS, Pattern
 
 EXACT = 1e-9
@@ -130,7 +131,7 @@ class Picky(nn.Module):
 
 
 def test_names_the_line_of_an_error_without_words() -> None:
-    with pytest.raises(TraceError, match=r"at test_structure\.py:\d+: raise ValueError"):
+    with pytest.raises(TraceError, match=rf"at {Path(__file__).name}:\d+: raise ValueError"):
         trace(Picky(), torch.randn(1, 3, 8, 8))
 
 

@@ -15,9 +15,15 @@ from autoprune.plan import PruningPlan
 from autoprune.pruning.allocation import allocate
 from autoprune.structure.densify import densify
 from autoprune.structure.graph import ChannelGraph
-from autoprune.structure.latency import LatencyModel, kernel_of, measured_share, timed_products, with_latency
+from autoprune.structure.latency import (
+    LatencyModel,
+    kernel_of,
+    measure_latency_share,
+    timed_products,
+    with_latency_model,
+)
 from autoprune.structure.timings import Timings, in_turns
-from autoprune.structure.trace_model import trace
+from autoprune.structure.tracing import trace
 from tests.patterns import PATTERNS
 from tests.tiny import tiny_net
 
@@ -166,7 +172,7 @@ def test_an_operator_is_replayed_as_the_pruned_network_runs_it(name: str, ratio:
     plan = PruningPlan.random(graph, ratio, 0)
     pruned = trace(densify(model, graph, plan), inputs)
     assert keys(graph, {n: len(k) for n, k in plan.keep.items()}) == keys(pruned, {})
-    for kernel in (kernel_of(graph.tape, p, lengths_of(graph, {})) for p in graph.products):  # type: ignore[arg-type]
+    for kernel in (kernel_of(graph.recording, p, lengths_of(graph, {})) for p in graph.products):  # type: ignore[arg-type]
         assert isinstance(kernel.call(CPU)(), torch.Tensor | tuple)
 
 
@@ -175,8 +181,8 @@ def lengths_of(graph: ChannelGraph, counts: dict[str, int]) -> np.ndarray:
 
 
 def keys(graph: ChannelGraph, counts: dict[str, int]) -> list[str]:
-    assert graph.tape is not None
-    return [kernel_of(graph.tape, p, lengths_of(graph, counts)).key for p in graph.products]
+    assert graph.recording is not None
+    return [kernel_of(graph.recording, p, lengths_of(graph, counts)).key for p in graph.products]
 
 
 def test_every_shape_is_timed_once() -> None:
@@ -216,7 +222,7 @@ def test_a_graph_with_latency_predicts_plans_and_can_be_allocated(tmp_path: Path
         allocate(graph, scores, metric="latency", limit=1.0, strategy="uniform")
     assert graph.cost().latency_s is None
     table = tmp_path / "t.json"
-    timed = with_latency(graph, model, x, CPU, timings=Timings(path=table))
+    timed = with_latency_model(graph, model, x, CPU, timings=Timings(path=table))
     assert model.training
     assert table.is_file()
     full = timed.cost().of("latency")
@@ -232,13 +238,13 @@ def test_seconds_are_told_on_the_scale_of_a_network_measured_before(tmp_path: Pa
     model, x = tiny_net(), (torch.zeros(1, 1, 8, 8),)
     graph = trace(model, x)
     timings = Timings(path=None)
-    timed = with_latency(graph, model, x, CPU, beside=(model, 1000.0), timings=timings)
+    timed = with_latency_model(graph, model, x, CPU, beside=(model, 1000.0), timings=timings)
     assert 100 < timed.cost().of("latency") < 10_000, "the same network, so about 1000"
 
 
 def test_a_share_is_measured_in_turns() -> None:
     slow = nn.Sequential(*(nn.Conv2d(16, 16, 3, padding=1) for _ in range(12)))
-    share, spread = measured_share(slow, slow[:2], (torch.zeros(1, 16, 32, 32),), CPU)
+    share, spread = measure_latency_share(slow, slow[:2], (torch.zeros(1, 16, 32, 32),), CPU)
     assert 0 < share < 1
     assert spread >= 0
     order: list[int] = []

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from autoprune.plan import PruningPlan
 from autoprune.structure.densify import densify, difference, masked
-from autoprune.structure.trace_model import trace
+from autoprune.structure.tracing import trace
 from tests.structure.test_engine import EXACT, measured_macs, strong
 
 ACTIVATIONS = (nn.ReLU, nn.Sigmoid, nn.Hardswish, nn.GELU)

@@ -11,7 +11,7 @@ from torchvision.models.swin_transformer import ShiftedWindowAttention, ShiftedW
 from autoprune.plan import PruningPlan
 from autoprune.structure.densify import densify, difference, masked
 from autoprune.structure.patches.window_attention import PRUNED
-from autoprune.structure.trace_model import trace
+from autoprune.structure.tracing import trace
 from tests.structure.test_engine import EXACT, strong
 
 

@@ -35,7 +35,7 @@ def _where_axes_split(walk: Walk, axis_of: Callable[[LabelArray], Axis]) -> list
     axes += [(op, pieces[0], PARTS) for op, pieces in walk.splits]
     found: dict[tuple[str, str], Counted] = {}
     for op, labels, words in axes:
-        module, axis = walk.tape.ops[op].module, axis_of(labels)
+        module, axis = walk.recording.ops[op].module, axis_of(labels)
         if axis.per_unit:
             for name in _counting_attributes(walk.modules[module], len(labels), words):
                 found[module, name] = Counted(module=module, attribute=name, axis=axis, per=1)

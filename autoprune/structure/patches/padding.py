@@ -57,19 +57,21 @@ def mend_paddings(model: nn.Module, graph: ChannelGraph, plan: PruningPlan) -> n
 
 
 def _steps(graph: ChannelGraph, module: str) -> list[tuple[str, tuple[Any, ...]]]:
-    assert graph.tape is not None
-    return [(op.name, tuple(list(op.arguments.values())[1:])) for op in graph.tape.ops if op.module == module]
+    assert graph.recording is not None
+    return [
+        (op.name, tuple(list(op.arguments.values())[1:])) for op in graph.recording.ops if op.module == module
+    ]
 
 
 def _shrink(model: nn.Module, graph: ChannelGraph, edge: tuple[int, int, str], count: int) -> None:
-    assert graph.tape is not None
+    assert graph.recording is not None
     op, dim, side = edge
-    module = graph.tape.ops[op].module
-    inside = [n for n, o in enumerate(graph.tape.ops) if o.module == module]
+    module = graph.recording.ops[op].module
+    inside = [n for n, o in enumerate(graph.recording.ops) if o.module == module]
     padded = model.get_submodule(module)
     assert isinstance(padded, Padded)
     name, (amounts, *rest) = padded.steps[inside.index(op)]
-    rank = len(graph.tape.shapes[graph.tape.ops[op].inputs[0].index])
+    rank = len(graph.recording.shapes[graph.recording.ops[op].inputs[0].index])
     at = 2 * (rank - 1 - dim) + (side == "right")
     changed = [n - count if i == at else n for i, n in enumerate(amounts)]
     steps = list(padded.steps)

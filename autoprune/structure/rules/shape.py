@@ -59,7 +59,7 @@ def _tracked(walk: Walk, axes: Axes, sources: list[int]) -> list[int]:
     One that an earlier pruning let shrink does so again, or none.
     """
     tracked = [d for d in sources if axes[d] is not None]
-    op = walk.tape.ops[walk.position]
+    op = walk.recording.ops[walk.position]
     ordinal = walk.reshapes[op.module]
     stamped = walk.stamp(op.module, "autoprune_axes", {}).get(-ordinal)
     is_stamped = stamped is not None and sources[0] - 1 <= stamped <= sources[-1] + 1  # it may be 1 long now
@@ -123,7 +123,7 @@ def _shrinking_axis(
     chosen = options[0]
     rows = np.moveaxis(block, targets.index(chosen), 0).reshape(walk.shape(out)[chosen], -1)
     labels = walk.tie_rows(rows)
-    ordinal = walk.reshapes[walk.tape.ops[walk.position].module]
+    ordinal = walk.reshapes[walk.recording.ops[walk.position].module]
     walk.sites.append(Site(walk.position, ordinal, labels, tuple(options), chosen))
     return chosen, labels
 
@@ -371,8 +371,14 @@ def _edge(walk: Walk, op: Op, size: int, dim: int, side: Literal["left", "right"
     has_state = (
         module is None or any(True for _ in module.parameters()) or any(True for _ in module.buffers())
     )
-    does = {o.name for o in walk.tape.ops if o.module == op.module}
-    if walk.is_probe or not is_alone or has_state or does - PADDING_OPS or walk.tape.calls[op.module] != 1:
+    does = {o.name for o in walk.recording.ops if o.module == op.module}
+    if (
+        walk.is_probe
+        or not is_alone
+        or has_state
+        or does - PADDING_OPS
+        or walk.recording.calls[op.module] != 1
+    ):
         return fixed(size)
     if size == 0:
         return fixed(0)

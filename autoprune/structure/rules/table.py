@@ -97,7 +97,7 @@ def convolution(walk: Walk, op: Op) -> Axes:
 
 def _owner(walk: Walk, weight: Ref) -> str:
     """Name of the module that holds a parameter."""
-    return walk.tape.parameters.get(weight.index, "").rpartition(".")[0]
+    return walk.recording.parameters.get(weight.index, "").rpartition(".")[0]
 
 
 def _convolution_cost(walk: Walk, op: Op, over: Ref) -> None:
@@ -344,7 +344,7 @@ def _counts_zeros(walk: Walk, op: Op, x: Ref) -> bool:
         return False
     dim = op.arg("dim")[0]
     inside = f"{op.module}." if op.module else ""  # the means of modules in it would be rescaled with it
-    means = [o for o in walk.tape.ops if o.name == "mean" and f"{o.module}.".startswith(inside)]
+    means = [o for o in walk.recording.ops if o.name == "mean" and f"{o.module}.".startswith(inside)]
     if any(walk.shape(o.inputs[0])[dim] != walk.shape(x)[dim] or o.arg("dim") != [dim] for o in means):
         return False
     walk.rescaled[op.module] = walk.shape(x)[dim]
