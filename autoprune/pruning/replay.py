@@ -2,8 +2,8 @@
 
 A recording becomes a *program*: steps in which every value is made once (an operator in place makes a new
 value). A step that depends on weights alone is *constant* and runs once per set of weights. For a change of
-some weights, the *suffix* is what must run again: the constant steps and the others that these weights reach. What
-such steps read besides is the *cut*, kept from one run of the whole program on the same batch.
+some weights, the *suffix* is what must run again: the constant steps and the others that these weights reach.
+What such steps read besides is the *cut*, kept from one run of the whole program on the same batch.
 
 A pass that draws random numbers, that reads values (`.item()`), or that writes into a tensor which is seen
 through another cannot be replayed; `program` says why.

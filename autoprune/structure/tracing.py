@@ -1,7 +1,8 @@
 """Understanding a network: `trace` is the engine's front door.
 
 It records one forward pass (`recorder`), propagates labels over it (`propagate`, `rules`), sorts the classes
-of tied labels into groups (`grouping`), and returns the graph once its pruned network has run (`verification`).
+of tied labels into groups (`grouping`), and returns the graph once its pruned network has run
+(`verification`).
 
 The coupling of layers into groups is that of Fang et al., "DepGraph", CVPR 2023, section 3; labels that
 travel over operators are ours.
