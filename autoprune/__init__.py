@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from autoprune.structure import densify as densify
     from autoprune.structure import masked as masked
     from autoprune.structure import trace as trace
+    from autoprune.tasks import Task as Task
     from autoprune.training import Schedule as Schedule
     from autoprune.training import evaluate as evaluate
     from autoprune.training import finetune as finetune
@@ -49,6 +50,7 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(
         "pruning": ["sensitivity"],
         "record": ["RunResult"],
         "structure": ["ChannelGraph", "Cost", "densify", "masked", "trace"],
+        "tasks": ["Task"],
         "training": ["Schedule", "evaluate", "finetune"],
     },
 )

@@ -61,7 +61,7 @@ def load(name: str, folder: Path, cache: Path) -> Case:
         model.load_state_dict(torch.load(kept, weights_only=True))
     else:
         baseline = Baseline(epochs=EPOCHS[name])
-        train_baseline_(model, data.train, baseline, seed=0, device=torch.device("cpu"), loss=None)
+        train_baseline_(model, data.train, baseline, seed=0, device=torch.device("cpu"))
         cache.mkdir(parents=True, exist_ok=True)
         torch.save(model.state_dict(), kept)
     return Case(name=name, model=model.eval(), data=data, title=title)

@@ -235,16 +235,17 @@ def _measure(study: Study, on_event: OnEvent) -> tuple[SensitivityTable, tuple[P
     from autoprune.data import derive_seed
     from autoprune.pipeline import understand
     from autoprune.pruning import most_points, prospects, sensitivity
+    from autoprune.tasks import task_of
     from autoprune.training import resolve_device, train_baseline_
 
     check_study(study)
-    known, device = understand(study), resolve_device(study.device)
+    known, device, task = understand(study), resolve_device(study.device), task_of(study)
     if study.baseline is not None:
         total = study.baseline.epochs
         on_event(StageStarted(stage="baseline", round=0, detail="train"))
         train_baseline_(
             known.model, known.data.train, study.baseline, seed=derive_seed(study.seed, 0), device=device,
-            loss=study.loss,
+            task=task,
             on_epoch=lambda e: on_event(StageProgress(stage="baseline", round=0, done=e.epoch, total=total)),
         )  # fmt: skip
     planned = most_points(known.graph, study.analysis.ratios, exact=study.analysis.exact)
@@ -253,7 +254,7 @@ def _measure(study: Study, on_event: OnEvent) -> tuple[SensitivityTable, tuple[P
     table = sensitivity(
         known.model, known.graph, known.data.search, ratios=study.analysis.ratios, share=study.analysis.share,
         exact=study.analysis.exact, calibration=known.data.train, device=device,
-        loss=study.loss, score=study.evaluate,
+        task=task,
         on_point=lambda p: on_event(
             StageProgress(stage="analysis", round=0, done=next(measured), total=planned, detail=p.group)
         ),
@@ -261,6 +262,6 @@ def _measure(study: Study, on_event: OnEvent) -> tuple[SensitivityTable, tuple[P
     on_event(StageStarted(stage="analysis", round=0, detail="how far it can go"))
     found = prospects(
         known.model, known.graph, known.data.search, table, calibration=known.data.train,
-        num_classes=known.data.num_classes, device=device, loss=study.loss, score=study.evaluate,
+        num_classes=known.data.num_classes, device=device, task=task,
     )  # fmt: skip
     return table, found

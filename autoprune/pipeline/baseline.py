@@ -22,6 +22,7 @@ from autoprune.plan import PruningPlan
 from autoprune.record import FrozenPart, SplitSummary
 from autoprune.search import Goal, Meter, checkpoint_of, pack, read_goal, spent, tell_budget
 from autoprune.storage import Presence, RunStore
+from autoprune.tasks import task_of
 from autoprune.training import evaluate, train_baseline_
 
 NONE: Mapping[str, str] = MappingProxyType({})
@@ -82,7 +83,7 @@ def _measure_baseline(setup: Setup, store: RunStore, on_event: ev.OnEvent, given
     if study.baseline:
         _train(setup, on_event)
     found = setup.search_before or measured_baseline(study, setup.model, data, setup.device)
-    test = evaluate(setup.model, data.test, device=setup.device, loss=study.loss, score=study.evaluate)
+    test = evaluate(setup.model, data.test, device=setup.device, task=task_of(study))
     goal = Goal(baseline_top1=found.top1, max_drop_pp=study.max_drop, target_share=setup.target_share)
     attributes = {
         **given,
@@ -107,7 +108,7 @@ def _train(setup: Setup, on_event: ev.OnEvent) -> None:
     assert baseline is not None
     train_baseline_(
         setup.model, setup.data.train, baseline, seed=derive_seed(setup.study.seed, 0),
-        device=setup.device, loss=setup.study.loss,
+        device=setup.device, task=task_of(setup.study),
         on_epoch=lambda e: on_event(
             ev.StageProgress(stage="baseline", round=0, done=e.epoch, total=baseline.epochs,
                              detail=f"loss {e.train_loss:.3f}")

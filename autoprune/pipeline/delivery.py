@@ -48,6 +48,7 @@ from autoprune.search import (
 )
 from autoprune.storage import CHECKPOINT, FINAL, scored
 from autoprune.structure import densify, verify
+from autoprune.tasks import task_of
 from autoprune.training import EpochRecord, evaluate, finetune_
 
 SAFETY = 0.95  # of the seconds left: epochs are planned from a mean
@@ -160,7 +161,7 @@ def _tuned(work: Work, best: Promotion, found: Finished) -> Finished:
         curve = finetune_(
             model, setup.data.train, schedule=replace(params, lr=lr).schedule(study.finetune.warmup),
             settings=study.finetune, epochs=epochs, seed=derive_seed(study.seed, FINAL_SEED),
-            device=setup.device, teacher=setup.model, loss=study.loss, seconds=work.meter.left().seconds,
+            device=setup.device, teacher=setup.model, task=task_of(study), seconds=work.meter.left().seconds,
             on_epoch=lambda e: _tell_epoch(work, e, epochs),
         )  # fmt: skip
     except TrialError as error:
@@ -239,7 +240,7 @@ def _before_and_after(work: Work, finished: Finished) -> tuple[ModelSummary, Mod
 
 
 def _evaluate(setup: Setup, model: nn.Module, split: Any) -> Evaluation:
-    return evaluate(model, split, device=setup.device, loss=setup.study.loss, score=setup.study.evaluate)
+    return evaluate(model, split, device=setup.device, task=task_of(setup.study))
 
 
 def _outcome(

@@ -32,6 +32,7 @@ from autoprune.pruning import CRITERIA, STRATEGIES
 from autoprune.search import Goal, forecast, start
 from autoprune.storage import has_run
 from autoprune.structure import ChannelGraph, device_name, trace, with_latency_model
+from autoprune.tasks import task_of
 from autoprune.training import evaluate, resolve_device
 
 SMALL_BATCH_MACS = 1_000_000_000  # a guess between 0.2 GMACs (see fitting_threads) and ResNet-20's 5
@@ -206,7 +207,7 @@ def measured_baseline(study: Study, model: nn.Module, data: Data, device: torch.
     Raises:
         UsageError: it is no better than guessing.
     """
-    found = evaluate(model, data.search, device=device, loss=study.loss, score=study.evaluate)
+    found = evaluate(model, data.search, device=device, task=task_of(study))
     chance = 1 / data.num_classes if data.num_classes > 1 and study.evaluate is None else 0.0
     if wilson_interval(found.top1, found.num_samples).low <= chance:
         told = f"the network scores {found.top1:.4f} on {found.num_samples} samples of the search split"

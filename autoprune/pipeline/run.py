@@ -74,6 +74,7 @@ from autoprune.storage import (
     scored,
 )
 from autoprune.structure import densify, verify, with_latency_model
+from autoprune.tasks import task_of
 
 WORTHWHILE = 0.5  # of the longest trials' epochs: shorter ones are not worth a round; a guess
 ANALYSIS_PART = 0.25  # of the time left: there an analysis is cut short, and not made again; a guess
@@ -316,8 +317,8 @@ def _sensitivity(work: Work, state: State, number: int, ground: Ground) -> Sensi
 
     return sensitivity(
         ground.model, ground.graph, ground.data.search, ratios=analysis.ratios, share=analysis.share,
-        exact=analysis.exact, calibration=ground.data.train, device=ground.device, loss=study.loss,
-        score=study.evaluate, on_point=on_point, known=known,
+        exact=analysis.exact, calibration=ground.data.train, device=ground.device,
+        task=task_of(study), on_point=on_point, known=known,
         seconds=ANALYSIS_PART * work.meter.left(keep=FINAL_SHARE).seconds,
     )  # fmt: skip
 

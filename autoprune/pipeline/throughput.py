@@ -10,6 +10,7 @@ from autoprune.config import Study
 from autoprune.data import Split
 from autoprune.pipeline.preflight import Understood, understand
 from autoprune.search import seconds_of_training
+from autoprune.tasks import task_of
 from autoprune.training import evaluate, resolve_device
 
 FEW_BATCHES = 2
@@ -70,7 +71,7 @@ def _evaluation_speed(study: Study, known: Understood, seconds: float) -> float:
     for _ in range(2):
         part = search.subset(share, seed=0) if share < 1 else search
         began = time.perf_counter()
-        evaluate(known.model, part, device=device, loss=study.loss, score=study.evaluate)
+        evaluate(known.model, part, device=device, task=task_of(study))
         took = time.perf_counter() - began
         speed = len(part) / took
         share = min(1.0, seconds * speed / len(search))

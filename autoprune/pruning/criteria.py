@@ -23,7 +23,8 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from autoprune.data import Split
 from autoprune.errors import UsageError
 from autoprune.structure import ChannelGraph, Group, Member
-from autoprune.training import Loss, borrowed, classification_loss
+from autoprune.tasks import CLASSIFICATION, Loss, Task
+from autoprune.training import borrowed
 
 Values = NDArray[np.float64]
 Scores = dict[str, Values]
@@ -54,7 +55,7 @@ class Ground:
 
 def score(  # noqa: PLR0913 - where and on what to compute are the caller's to say
     model: nn.Module, graph: ChannelGraph, criterion: str, *, split: Split | None = None,
-    device: torch.device | str = "cpu", loss: Loss | None = None, seed: int = 0,
+    device: torch.device | str = "cpu", task: Task = CLASSIFICATION, seed: int = 0,
 ) -> Scores:  # fmt: skip
     """Score every unit: group name -> (num_units,), mean 1 in each group, higher is to be kept.
 
@@ -64,7 +65,7 @@ def score(  # noqa: PLR0913 - where and on what to compute are the caller's to s
         criterion: one of `CRITERIA`.
         split: samples for `taylor`, `fisher` and `jacobian`; a small fixed part of them is used.
         device: where to run those.
-        loss: None is cross-entropy.
+        task: its loss is what `taylor`, `fisher` and `jacobian` look at.
         seed: chooses the samples, and the scores of `random`.
 
     Raises:
@@ -75,7 +76,7 @@ def score(  # noqa: PLR0913 - where and on what to compute are the caller's to s
         raise UsageError(f"criterion {criterion} needs data", "give it a split, for example data.train")
     ground = Ground(
         model=model, graph=graph, split=split, device=torch.device(device),
-        loss=loss or classification_loss, seed=seed,
+        loss=task.loss, seed=seed,
     )  # fmt: skip
     return {name: _relative(values) for name, values in _CRITERIA[criterion](ground).items()}
 

@@ -14,7 +14,7 @@ from autoprune.pruning.fuse import channels_last, fused
 from autoprune.pruning.probe import CORE_BATCH, Bench, Tally, agree, in_a_row
 from autoprune.pruning.replay import NotReplayableError, Replay, program
 from autoprune.structure import record
-from autoprune.training import borrowed, classification_loss, evaluate
+from autoprune.training import borrowed, evaluate
 
 
 def evaluate_replayed(bench: Bench, model: nn.Module) -> Evaluation:
@@ -23,14 +23,14 @@ def evaluate_replayed(bench: Bench, model: nn.Module) -> Evaluation:
     Worth its recording, about a tenth of a second, on a CPU only. The first batch is compared with the
     network's own output; where they differ, or the network cannot be replayed, it is evaluated as it is.
     """
-    if bench.device.type == "cpu" and bench.score is None and not bench.exact:
+    if bench.device.type == "cpu" and bench.task.score is None and not bench.exact:
         with suppress(NotReplayableError, TraceError, RuntimeError, NotImplementedError, TypeError, KeyError):
             return _replayed(bench, model)
-    return evaluate(model, bench.split, device=bench.device, loss=bench.loss, score=bench.score)
+    return evaluate(model, bench.split, device=bench.device, task=bench.task)
 
 
 def _replayed(bench: Bench, model: nn.Module) -> Evaluation:
-    loss, tally, size = bench.loss or classification_loss, Tally(), CORE_BATCH * torch.get_num_threads()
+    loss, tally, size = bench.task.loss, Tally(), CORE_BATCH * torch.get_num_threads()
     replays: dict[int, Replay] = {}
     with borrowed(model, bench.device, training=False), torch.no_grad():
         named = (

@@ -19,7 +19,8 @@ from autoprune.pruning.criteria import score as score_units
 from autoprune.pruning.prunability import Prospect, region
 from autoprune.pruning.sensitivity import SensitivityTable
 from autoprune.structure import ChannelGraph, densify
-from autoprune.training import Loss, Score, evaluate, recalibrate_
+from autoprune.tasks import CLASSIFICATION, Task
+from autoprune.training import evaluate, recalibrate_
 
 SHARES = (0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3, 0.2)
 RECALIBRATE_BATCHES = 10
@@ -28,15 +29,13 @@ RECALIBRATE_BATCHES = 10
 def prospects(  # noqa: PLR0913 - where and on what to measure are the caller's to say
     model: nn.Module, graph: ChannelGraph, split: Split, table: SensitivityTable, *,
     calibration: Split, num_classes: int, criteria: Sequence[str] = screening.CRITERIA,
-    device: torch.device | str = "cpu", loss: Loss | None = None, score: Score | None = None,
+    device: torch.device | str = "cpu", task: Task = CLASSIFICATION,
 ) -> tuple[Prospect, ...]:  # fmt: skip
     """Prune to ever smaller shares of the multiply-adds and measure, until it is hopeless."""
     rankings = {
-        c: score_units(model, graph, c, split=calibration, device=device, loss=loss) for c in criteria
+        c: score_units(model, graph, c, split=calibration, device=device, task=task) for c in criteria
     }
-    bench = screening.bench(
-        model, graph, split, calibration=calibration, device=device, loss=loss, score=score
-    )
+    bench = screening.bench(model, graph, split, calibration=calibration, device=device, task=task)
     whole, found = graph.cost().macs, list[Prospect]()
     for share in SHARES:
         try:
@@ -47,7 +46,7 @@ def prospects(  # noqa: PLR0913 - where and on what to measure are the caller's 
             continue
         pruned = densify(model, graph, plan)
         recalibrate_(pruned, calibration, num_batches=RECALIBRATE_BATCHES, device=device)
-        after = evaluate(pruned, split, device=device, loss=loss, score=score)
+        after = evaluate(pruned, split, device=device, task=task)
         found.append(
             Prospect(
                 macs_share=graph.cost(plan).macs / whole, top1=after.top1, low=after.interval.low,

@@ -40,14 +40,11 @@ from autoprune.pruning.replay import (
     suffix,
 )
 from autoprune.structure import ChannelGraph, densify, masked, masked_tensors, record
+from autoprune.tasks import CLASSIFICATION, Loss, Task, logits_of
 from autoprune.training import (
     EVAL_BATCH,
-    Loss,
-    Score,
     borrowed,
-    classification_loss,
     evaluate,
-    logits_of,
     recalibrate_,
 )
 
@@ -77,8 +74,7 @@ class Bench:
     calibration: Split | None = None
     num_batches: int = 0
     batch_size: int = 128
-    loss: Loss | None = None
-    score: Score | None = None
+    task: Task = CLASSIFICATION
     exact: bool = False
 
 
@@ -103,7 +99,7 @@ class Probe(Protocol):
 
 def choose_probe(bench: Bench) -> tuple[Probe, str]:
     """The faster way if it reproduces this network, otherwise the general one and why."""
-    if bench.score is not None:
+    if bench.task.score is not None:
         return WholeProbe(bench), "the study has its own evaluate"
     if not bench.graph.groups:
         return WholeProbe(bench), "there is nothing to prune"
@@ -154,7 +150,7 @@ class WholeProbe:
 
     def _evaluate(self, model: nn.Module) -> Evaluation:
         bench = self.bench
-        return evaluate(model, bench.split, device=bench.device, loss=bench.loss, score=bench.score)
+        return evaluate(model, bench.split, device=bench.device, task=bench.task)
 
     def _output(self, model: nn.Module) -> Tensor:
         with borrowed(model, self.bench.device, training=False), torch.no_grad():
@@ -227,7 +223,7 @@ class ReplayProbe:
     """Each variant as the part of the recorded pass that its masked weights reach."""
 
     def __init__(self, bench: Bench) -> None:
-        self.bench, self.loss = bench, bench.loss or classification_loss
+        self.bench, self.loss = bench, bench.task.loss
         self.compiled: dict[tuple[int, bool], _Compiled] = {}
         self._baseline: Evaluation | None = None
         with self._weights() as weights:

@@ -41,7 +41,8 @@ from autoprune.pruning.sensitivity import (
     sensitivity,
 )
 from autoprune.structure import ChannelGraph, densify
-from autoprune.training import Loss, Score, recalibrate_
+from autoprune.tasks import CLASSIFICATION, Task
+from autoprune.training import recalibrate_
 
 CRITERIA = ("l1", "l2", "taylor", "jacobian")
 STRATEGIES = ("sensitivity", "global")
@@ -76,15 +77,14 @@ class Screened:
 
 def bench(  # noqa: PLR0913 - where and on what to try are the caller's to say
     model: nn.Module, graph: ChannelGraph, split: Split, *, calibration: Split | None,
-    num_samples: int = SAMPLES, device: torch.device | str = "cpu", loss: Loss | None = None,
-    score: Score | None = None,
+    num_samples: int = SAMPLES, device: torch.device | str = "cpu", task: Task = CLASSIFICATION,
 ) -> Bench:  # fmt: skip
     """What plans are tried on: `num_samples` of a split, and data that estimate statistics anew."""
     part = split.subset(min(1.0, num_samples / len(split)), seed=0)
     return Bench(
         model=model, graph=graph, split=kept(part), device=torch.device(device),
         calibration=None if calibration is None else kept(calibration),
-        num_batches=RECALIBRATE_BATCHES, batch_size=RECALIBRATE_BATCH, loss=loss, score=score,
+        num_batches=RECALIBRATE_BATCHES, batch_size=RECALIBRATE_BATCH, task=task,
     )  # fmt: skip
 
 
@@ -293,7 +293,7 @@ def _next_stage(
     bench = replace(before, model=found.model, graph=retrace(found.model))
     table = sensitivity(
         bench.model, bench.graph, bench.split.subset(STEP_SHARE, seed=0), calibration=bench.calibration,
-        device=bench.device, loss=bench.loss, score=bench.score,
+        device=bench.device, task=bench.task,
     )  # fmt: skip
     return _Stage(
         bench=bench, rankings=_ranked(bench, criteria, seed), table=table, before=found.screened.plan
@@ -303,7 +303,7 @@ def _next_stage(
 def _ranked(bench: Bench, criteria: Sequence[str], seed: int) -> dict[str, Scores]:
     return {
         c: score_units(
-            bench.model, bench.graph, c, split=bench.calibration, device=bench.device, loss=bench.loss,
+            bench.model, bench.graph, c, split=bench.calibration, device=bench.device, task=bench.task,
             seed=seed,
         )
         for c in criteria

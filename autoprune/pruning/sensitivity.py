@@ -36,7 +36,7 @@ from autoprune.pruning.criteria import Scores
 from autoprune.pruning.criteria import score as score_units
 from autoprune.pruning.probe import Bench, Measured, choose_probe, miscounted
 from autoprune.structure import ChannelGraph
-from autoprune.training import Loss, Score
+from autoprune.tasks import CLASSIFICATION, Task
 
 MIN_SHARE = 0.5
 RECALIBRATE_BATCHES, RECALIBRATE_BATCH = 4, 128  # measured: 10 choose no better (docs/analysis.md)
@@ -184,7 +184,7 @@ class _Curve:
 def sensitivity(  # noqa: PLR0913 - one whole stage: each argument is a decision of its caller
     model: nn.Module, graph: ChannelGraph, split: Split, *, ratios: Sequence[float] = TENTHS,
     share: float = 1.0, criterion: str = "l2", calibration: Split | None = None,
-    device: torch.device | str = "cpu", loss: Loss | None = None, score: Score | None = None,
+    device: torch.device | str = "cpu", task: Task = CLASSIFICATION,
     on_point: Callable[[SensitivityPoint], None] | None = None, exact: bool = False,
     collapse_pp: float = COLLAPSE_PP, known: SensitivityTable | None = None, seconds: float = math.inf,
 ) -> SensitivityTable:  # fmt: skip
@@ -204,8 +204,7 @@ def sensitivity(  # noqa: PLR0913 - one whole stage: each argument is a decision
         calibration: training data that estimate the batch-norm statistics of each probe anew, and feed a
             criterion that wants data; None leaves the statistics alone.
         device: where to run.
-        loss: None is cross-entropy.
-        score: the study's own score; None is top-1.
+        task: what is measured.
         on_point: told of every point as it is measured.
         exact: measure every ratio, by the network's own arithmetic: the result is that of masking each group
             and evaluating the whole network, to the sample.
@@ -222,7 +221,7 @@ def sensitivity(  # noqa: PLR0913 - one whole stage: each argument is a decision
     bench = Bench(
         model=model, graph=graph, split=split.subset(share, seed=0), calibration=calibration,
         device=torch.device(device), num_batches=RECALIBRATE_BATCHES, batch_size=RECALIBRATE_BATCH,
-        loss=loss, score=score, exact=exact,
+        task=task, exact=exact,
     )  # fmt: skip
     of = fingerprint(bench, criterion)
     if known is not None and known.of not in ("", of):
@@ -231,7 +230,7 @@ def sensitivity(  # noqa: PLR0913 - one whole stage: each argument is a decision
         )
     survey = _Survey(
         graph=graph, ladders=_ladders(graph, ratios), collapse_pp=None if exact else collapse_pp,
-        scores=score_units(model, graph, criterion, split=calibration, device=device, loss=loss),
+        scores=score_units(model, graph, criterion, split=calibration, device=device, task=task),
         points={} if known is None else {(p.group, p.ratio): p for p in known.points},
     )  # fmt: skip
     wave = survey.next_wave()

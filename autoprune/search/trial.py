@@ -29,6 +29,7 @@ from autoprune.pruning import Scores, SensitivityTable, allocate, bench, score, 
 from autoprune.record import EpochPoint, Rung, TrialRecord
 from autoprune.search.budget import Speed
 from autoprune.structure import ChannelGraph, densify, measure_latency_share
+from autoprune.tasks import task_of
 from autoprune.training import EpochRecord, Schedule, distributed, evaluate, finetune_, recalibrate_
 
 PROBE_BATCHES = 8
@@ -97,7 +98,7 @@ class Ground:
         if criterion not in self.cached_scores:
             self.cached_scores[criterion] = score(
                 self.model, self.graph, criterion, split=self.data.train, device=self.device,
-                loss=self.study.loss, seed=self.seed,
+                task=task_of(self.study), seed=self.seed,
             )  # fmt: skip
         return self.cached_scores[criterion]
 
@@ -127,7 +128,7 @@ class Ground:
             plans = {way: self.choose(_untuned(prune_rate, *way)) for way in ways}
             where = bench(
                 self.model, self.graph, self.data.search, calibration=self.data.train, device=self.device,
-                loss=self.study.loss, score=self.study.evaluate,
+                task=task_of(self.study),
             )  # fmt: skip
             best = screen(where, list(plans.values()))[0].plan
         except RunError:
@@ -301,7 +302,7 @@ class _Trial:
         finetune_(
             self.model, ground.data.train, schedule=self.params.schedule(study.finetune.warmup),
             settings=study.finetune, epochs=epochs, seed=derive_seed(self.seed, 1 + len(self.rungs)),
-            device=ground.device, teacher=ground.original, loss=study.loss, seconds=seconds,
+            device=ground.device, teacher=ground.original, task=task_of(study), seconds=seconds,
             on_epoch=tell,
         )  # fmt: skip
 
@@ -328,7 +329,7 @@ def seconds_of_training(
     finetune_(
         model, train, schedule=Schedule(lr=study.search.lr[0], decay="linear", warmup=0.0),
         settings=replace(study.finetune, recalibrate_batches=0), epochs=epochs, seed=0, device=device,
-        teacher=teacher, loss=study.loss,
+        teacher=teacher, task=task_of(study),
     )  # fmt: skip
     return time.perf_counter() - began
 
@@ -336,7 +337,7 @@ def seconds_of_training(
 def measure(ground: Ground, model: nn.Module) -> Evaluation:
     """The model on the search split."""
     study = ground.study
-    return evaluate(model, ground.data.search, device=ground.device, loss=study.loss, score=study.evaluate)
+    return evaluate(model, ground.data.search, device=ground.device, task=task_of(study))
 
 
 def points(curve: list[EpochRecord]) -> tuple[EpochPoint, ...]:

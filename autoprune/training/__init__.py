@@ -2,12 +2,8 @@
 
 from autoprune.training.evaluation import (
     EVAL_BATCH,
-    Loss,
-    Score,
     borrowed,
-    classification_loss,
     evaluate,
-    logits_of,
     recalibrate_,
     resolve_device,
 )
@@ -19,15 +15,11 @@ finetune = finetune_  # the public name
 __all__ = [
     "EVAL_BATCH",
     "EpochRecord",
-    "Loss",
     "Schedule",
-    "Score",
     "borrowed",
-    "classification_loss",
     "evaluate",
     "finetune",
     "finetune_",
-    "logits_of",
     "recalibrate_",
     "resolve_device",
     "train_baseline_",

@@ -9,23 +9,19 @@ Recalibration: Li et al. 2020, "EagleEye", section 3.3.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
-from torch.nn import functional as F
+from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from autoprune.data import Batch, Split
 from autoprune.errors import UsageError
 from autoprune.metrics import Evaluation
+from autoprune.tasks import CLASSIFICATION, Loss, Task, logits_of
 from autoprune.training import distributed
-
-Loss = Callable[[Any, Tensor], Tensor]
-Score = Callable[[nn.Module, Split, str], float]
 
 EVAL_BATCH = 512
 
@@ -71,30 +67,30 @@ def borrowed(
 
 def evaluate(
     model: nn.Module, split: Split, *, device: torch.device | str = "cpu", batch_size: int = EVAL_BATCH,
-    loss: Loss | None = None, score: Score | None = None,
+    task: Task = CLASSIFICATION,
 ) -> Evaluation:  # fmt: skip
-    """Top-1 with per-sample results, or the user's own `score`, and the mean loss, in float32.
+    """The score and the mean loss of a network on a split, in float32; top-1 comes with per-sample results.
 
     Args:
         model: left as it was found.
         split: read in order, without augmentation.
         device: where to run.
         batch_size: of the forward passes.
-        loss: None is cross-entropy.
-        score: (model, split, device) -> [0, 1]; with it, and no `loss`, the loss is NaN.
+        task: its loss and score; with a score of its own and the loss of classification, the loss is NaN.
 
     Raises:
-        UsageError: the output is no table of logits and there is no `score`, or the score is out of range.
+        UsageError: top-1 is asked for and the output is no table of logits, or the score is out of range.
     """
     with borrowed(model, torch.device(device), training=False), torch.no_grad():
+        score = task.score
         if score is None:
-            return _evaluate_top1(model, split, device, batch_size, loss or classification_loss)
+            return _evaluate_top1(model, split, device, batch_size, task.loss)
         value = distributed.from_first(lambda: float(score(model, split, str(device))))
         if not 0 <= value <= 1:
             raise UsageError(
                 f"the study's evaluate returned {value}", "return a score from 0 to 1, higher is better"
             )
-        mean = math.nan if loss is None else _mean_loss(model, split, device, batch_size, loss)
+        mean = math.nan if task.has_logits else _mean_loss(model, split, device, batch_size, task.loss)
     return Evaluation(top1=value, loss=mean, num_samples=len(split))
 
 
@@ -166,23 +162,3 @@ def recalibrate_(
         finally:
             for norm, momentum in zip(norms, momenta, strict=True):
                 norm.momentum = momentum
-
-
-def classification_loss(output: Any, target: Tensor, *, label_smoothing: float = 0.0) -> Tensor:
-    """Mean cross-entropy of logits (B, C) and class indices (B,), in float32."""
-    return F.cross_entropy(logits_of(output).float(), target, label_smoothing=label_smoothing)
-
-
-def logits_of(output: Any) -> Tensor:
-    """The logits in what a classifier returns; networks with auxiliary heads return theirs first.
-
-    Raises:
-        UsageError: there are none.
-    """
-    logits = output[0] if isinstance(output, tuple) and output else output
-    if not isinstance(logits, Tensor) or logits.ndim < 2:
-        raise UsageError(
-            f"the model's output is no table of logits but {type(output).__name__}",
-            "give the study its own loss and evaluate",
-        )
-    return logits

@@ -26,14 +26,11 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from autoprune.config import Baseline, Finetune
 from autoprune.data import Split, derive_seed
 from autoprune.errors import TrialError, UsageError
+from autoprune.tasks import CLASSIFICATION, Task, classification_loss, logits_of
 from autoprune.training import distributed
 from autoprune.training.evaluation import (
-    Loss,
-    Score,
     borrowed,
-    classification_loss,
     evaluate,
-    logits_of,
     recalibrate_,
     resolve_device,
 )
@@ -41,7 +38,7 @@ from autoprune.training.optimizer import Stepper
 from autoprune.training.schedule import Schedule, make_scheduler
 
 __all__ = [
-    "EpochRecord", "Loss", "Score", "evaluate", "finetune_", "recalibrate_", "resolve_device",
+    "EpochRecord", "evaluate", "finetune_", "recalibrate_", "resolve_device",
     "train_baseline_", "uses_bf16",
 ]  # fmt: skip
 
@@ -84,7 +81,7 @@ def uses_bf16(device: torch.device) -> bool:
 
 def finetune_(  # noqa: PLR0913 - one whole stage: each argument is a decision of its caller
     model: nn.Module, split: Split, *, schedule: Schedule, settings: Finetune, epochs: float, seed: int,
-    device: torch.device | str = "cpu", teacher: nn.Module | None = None, loss: Loss | None = None,
+    device: torch.device | str = "cpu", teacher: nn.Module | None = None, task: Task = CLASSIFICATION,
     seconds: float = math.inf, on_epoch: OnEpoch | None = None,
 ) -> list[EpochRecord]:  # fmt: skip
     """Train in place with `settings.optimizer`, on `settings.share` of the split, augmented.
@@ -100,7 +97,8 @@ def finetune_(  # noqa: PLR0913 - one whole stage: each argument is a decision o
         seed: of order, augmentation and dropout.
         device: where to run.
         teacher: what to learn from beside the labels, with weight `settings.distill`; None for labels only.
-        loss: None is cross-entropy; with another, whose outputs may not be logits, the teacher is not asked.
+        task: its loss is minimised; where that is the study's own, the outputs may not be logits, and the
+            teacher is not asked.
         seconds: there are no more: when they get short, the rest of the schedule is gone through faster, so
             that the learning rate still comes to its end.
         on_epoch: told of every record as it is made.
@@ -111,7 +109,7 @@ def finetune_(  # noqa: PLR0913 - one whole stage: each argument is a decision o
     """
     place = torch.device(device)
     used = split.subset(settings.share, seed=SUBSET_SEED)
-    if settings.label_smoothing and loss is not None:
+    if settings.label_smoothing and not task.has_logits:
         raise UsageError(
             "finetune.label_smoothing cannot take effect with the study's own loss",
             "set it to 0, or smooth inside the loss",
@@ -123,12 +121,12 @@ def finetune_(  # noqa: PLR0913 - one whole stage: each argument is a decision o
         pace=_Pace(num_steps, seconds), batch_size=settings.batch_size, seed=seed, device=place,
         on_epoch=on_epoch, ema_steps=settings.ema * num_steps,
     )  # fmt: skip
-    if settings.distill == 0 or loss is not None:
+    if settings.distill == 0 or not task.has_logits:
         teacher = None
     with ExitStack() as stack:
         if teacher is not None:
             stack.enter_context(borrowed(teacher, place, training=False, channels_last=True))
-        records = _fit_(model, used, plan, _objective(settings, teacher, loss))
+        records = _fit_(model, used, plan, _objective(settings, teacher, task))
     recalibrate_(
         model, used, num_batches=settings.recalibrate_batches, batch_size=settings.batch_size,
         device=place, seed=seed,
@@ -138,7 +136,7 @@ def finetune_(  # noqa: PLR0913 - one whole stage: each argument is a decision o
 
 def train_baseline_(  # noqa: PLR0913 - as finetune_
     model: nn.Module, split: Split, baseline: Baseline, *, seed: int, device: torch.device | str = "cpu",
-    loss: Loss | None = None, on_epoch: OnEpoch | None = None,
+    task: Task = CLASSIFICATION, on_epoch: OnEpoch | None = None,
 ) -> list[EpochRecord]:  # fmt: skip
     """Train a network from scratch, in place: one cycle of the learning rate, up and down.
 
@@ -153,7 +151,7 @@ def train_baseline_(  # noqa: PLR0913 - as finetune_
     )  # fmt: skip
     return finetune_(
         model, split, schedule=schedule, settings=settings, epochs=baseline.epochs, seed=seed,
-        device=device, loss=loss, on_epoch=on_epoch,
+        device=device, task=task, on_epoch=on_epoch,
     )  # fmt: skip
 
 
@@ -225,23 +223,23 @@ class _Plan:
         return self.ema_steps > 1
 
 
-def _objective(settings: Finetune, teacher: nn.Module | None, loss: Loss | None) -> Objective:
+def _objective(settings: Finetune, teacher: nn.Module | None, task: Task) -> Objective:
     """(model, inputs, targets) -> the scalar to go down."""
 
-    def task(output: Any, target: Tensor) -> Tensor:
-        if loss is not None:
-            return loss(output, target)
-        return classification_loss(output, target, label_smoothing=settings.label_smoothing)
+    def label_loss(output: Any, target: Tensor) -> Tensor:
+        if settings.label_smoothing:  # finetune_ saw to it that this is a classifier
+            return classification_loss(output, target, label_smoothing=settings.label_smoothing)
+        return task.loss(output, target)
 
     def objective(model: nn.Module, inputs: Tensor, targets: Tensor) -> Tensor:
         output = model(inputs)
         if teacher is None:
-            return task(output, targets)
+            return label_loss(output, targets)
         with torch.no_grad():
             taught = teacher(inputs)
-        own = task(output, targets)
+        own = label_loss(output, targets)
         weight = settings.distill * lead(
-            *(distributed.mean(v, len(targets)) for v in (own, task(taught, targets)))
+            *(distributed.mean(v, len(targets)) for v in (own, label_loss(taught, targets)))
         )
         distilled = distillation_loss(logits_of(output), logits_of(taught), settings.temperature)
         return (1 - weight) * own + weight * distilled

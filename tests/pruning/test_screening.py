@@ -29,7 +29,7 @@ EXAMPLE = torch.zeros(1, 1, 8, 8)
 def net() -> TinyNet:
     model = tiny_net()
     baseline = Baseline(epochs=3, lr=0.1, batch_size=64)
-    train_baseline_(model, DATA.train, baseline, seed=0, device=torch.device("cpu"), loss=None)
+    train_baseline_(model, DATA.train, baseline, seed=0, device=torch.device("cpu"))
     return model.eval()
 
 

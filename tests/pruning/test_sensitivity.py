@@ -24,6 +24,7 @@ from autoprune.structure.cost import CostModel, Term
 from autoprune.structure.densify import masked
 from autoprune.structure.graph import ChannelGraph
 from autoprune.structure.tracing import trace
+from autoprune.tasks import Task
 from autoprune.training.evaluation import evaluate
 from autoprune.training.finetune import train_baseline_
 from tests.tiny import TinyNet, tiny_net, tiny_split
@@ -116,9 +117,8 @@ def test_less_than_half_of_the_data_is_refused(net: TinyNet, graph: ChannelGraph
 
 
 def test_an_own_score_is_measured(net: TinyNet, graph: ChannelGraph) -> None:
-    table = sensitivity(
-        net, graph, tiny_split(40, 2), ratios=(0.5,), score=lambda m, s, d: 0.1 if m is net else 0.0625
-    )
+    task = Task(score=lambda m, s, d: 0.1 if m is net else 0.0625)
+    table = sensitivity(net, graph, tiny_split(40, 2), ratios=(0.5,), task=task)
     assert all(p.drop_pp == pytest.approx(3.75) for p in table.points)
     assert table.loss_at("conv2", 0.5) == pytest.approx(0.0375), "no loss, so the score's own drop"
     assert SensitivityTable.from_json(table.to_json()).loss_at("conv2", 0.5) == pytest.approx(0.0375)

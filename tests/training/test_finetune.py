@@ -13,6 +13,7 @@ from torch.nn import functional as F
 
 from autoprune.config import Baseline, Finetune
 from autoprune.errors import TrialError, UsageError
+from autoprune.tasks import Task
 from autoprune.training.finetune import (
     EpochRecord,
     distillation_loss,
@@ -142,8 +143,8 @@ def test_a_loss_of_ones_own_is_all_there_is() -> None:
     asked = []
     teacher = tiny_net()
     teacher.register_forward_hook(lambda *given: asked.append(1))
-    with_teacher, _ = trained(teacher=teacher, loss=loss)
-    alone, _ = trained(loss=loss)
+    with_teacher, _ = trained(teacher=teacher, task=Task(loss=loss))
+    alone, _ = trained(task=Task(loss=loss))
     assert not asked
     assert same(weights(with_teacher), weights(alone)), "regressed values are no logits to learn from"
 
@@ -185,7 +186,7 @@ def test_a_loss_that_is_no_number_fails_the_trial(loss: float) -> None:
     model = tiny_net().train()
     with pytest.raises(TrialError, match="diverged"):
         finetune_(model, tiny_split(128, 1), schedule=SCHEDULE, settings=SETTINGS, epochs=1, seed=0,
-                  loss=lambda output, _: output.sum() * loss)  # fmt: skip
+                  task=Task(loss=lambda output, _: output.sum() * loss))  # fmt: skip
     assert model.training
 
 
@@ -204,7 +205,7 @@ def test_nothing_to_train_is_refused_and_frozen_parameters_stay() -> None:
 
 def test_label_smoothing_cannot_go_with_an_own_loss() -> None:
     with pytest.raises(UsageError, match="label_smoothing cannot take effect"):
-        trained(settings=Finetune(label_smoothing=0.1), loss=lambda output, _: output.sum())
+        trained(settings=Finetune(label_smoothing=0.1), task=Task(loss=lambda output, _: output.sum()))
 
 
 def test_recalibration_gives_the_statistics_of_the_data() -> None:
@@ -227,15 +228,14 @@ def test_recalibration_without_batch_norm_does_nothing() -> None:
 
 def test_an_own_score_stands_for_top1() -> None:
     model, split = tiny_net(), tiny_split(40, 1)
-    result = evaluate(model, split, score=lambda m, s, d: 0.25)
+    result = evaluate(model, split, task=Task(score=lambda m, s, d: 0.25))
     assert (result.top1, result.correct, result.num_samples) == (0.25, None, 40)
     assert math.isnan(result.loss)
-    with_loss = evaluate(
-        model, split, score=lambda m, s, d: 0.25, loss=lambda output, _: output.mean() * 0 + 2
-    )
+    own = Task(score=lambda m, s, d: 0.25, loss=lambda output, _: output.mean() * 0 + 2)
+    with_loss = evaluate(model, split, task=own)
     assert with_loss.loss == 2
     with pytest.raises(UsageError, match=r"returned 25\.0"):
-        evaluate(model, split, score=lambda m, s, d: 25.0)
+        evaluate(model, split, task=Task(score=lambda m, s, d: 25.0))
 
 
 def test_auxiliary_heads_are_left_aside() -> None:
