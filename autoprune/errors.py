@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 
-def harmless(text: str) -> str:
+def escape_control(text: str) -> str:
     """Text for a terminal: what could steer one, or hide in it, is spelled out; files may hold anything."""
     if text.isprintable():
         return text
@@ -23,7 +23,7 @@ class AutopruneError(Exception):
     exit_code = 1
 
     def __init__(self, message: str, hint: str) -> None:
-        self.message, self.hint = harmless(message), harmless(hint)
+        self.message, self.hint = escape_control(message), escape_control(hint)
         super().__init__(self.message)
 
     def __str__(self) -> str:

@@ -112,7 +112,7 @@ class TrialFinished:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Decided:
+class RoundDecided:
     """The controller decided; `ceiling`, `cost_share` and `top1` are those after the decision."""
 
     round: int
@@ -160,7 +160,7 @@ Event = (
     | TrialStarted
     | EpochFinished
     | TrialFinished
-    | Decided
+    | RoundDecided
     | BudgetUsed
     | Note
     | RunFinished
@@ -168,5 +168,5 @@ Event = (
 OnEvent = Callable[[Event], None]
 
 
-def silent(event: Event) -> None:
+def ignore_event(event: Event) -> None:
     """A listener that does not listen."""

@@ -201,7 +201,7 @@ def whole_round(folder: Path, args: argparse.Namespace) -> list[tuple[float, flo
     )
     ends = []
     with closing(RunStore(folder, "tiny", create=True)) as store:
-        work = begin(prepare(study, protection=Protection(plain=True)), store, ev.silent, "")
+        work = begin(prepare(study, protection=Protection(plain=True)), store, ev.ignore_event, "")
         state = start(work.goal, study.control)
         job, attempt = analyse(work, state, stand(work, state))
         known = known_points(job)

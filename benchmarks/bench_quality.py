@@ -121,7 +121,7 @@ def _ours(task: Task, search: Search) -> tuple[Made, float, float]:
         nonlocal used
         if isinstance(event, ev.BudgetUsed):
             used = event.epochs
-        if isinstance(event, ev.Decided | ev.TrialFinished | ev.Note):
+        if isinstance(event, ev.RoundDecided | ev.TrialFinished | ev.Note):
             print("   ", _short(event), flush=True)
 
     with tempfile.TemporaryDirectory() as folder:
@@ -131,12 +131,12 @@ def _ours(task: Task, search: Search) -> tuple[Made, float, float]:
     return made, result.after.search_top1, result.after.top1
 
 
-def _short(event: ev.Decided | ev.TrialFinished | ev.Note) -> str:
+def _short(event: ev.RoundDecided | ev.TrialFinished | ev.Note) -> str:
     if isinstance(event, ev.TrialFinished):
         t = event.record
         rungs = [f"{r.top1:.4f}@{r.epochs:.1f}" for r in t.rungs]
         return f"trial {t.params} untuned {t.before_tuning} rungs {rungs}"
-    return event.reason if isinstance(event, ev.Decided) else event.message
+    return event.reason if isinstance(event, ev.RoundDecided) else event.message
 
 
 def _key(row: dict[str, str]) -> tuple[str, str, str, str]:

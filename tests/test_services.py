@@ -260,7 +260,7 @@ def test_the_dashboard_shows_the_runs_of_a_database(
             study,
             out=where,
             protection=Protection(plain=True),
-            on_event=ev.silent if seen else look,
+            on_event=ev.ignore_event if seen else look,
             command="tiny",
         )
     assert any(name.startswith("shown-first/round-01  running: 1 of 2") for name in seen[0])

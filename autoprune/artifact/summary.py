@@ -7,7 +7,7 @@ from pathlib import Path
 
 from autoprune.artifact.manifest import Manifest
 from autoprune.crypto import AgeHeader
-from autoprune.errors import harmless
+from autoprune.errors import escape_control
 from autoprune.formatting import count, milliseconds, percent, size
 from autoprune.record import ModelSummary
 
@@ -25,7 +25,7 @@ def artifact_text(file: Path, header: AgeHeader | None, manifest: Manifest | Non
         rows.append(("signed by", f"{signer} (trust it if you know that key)" if signer else "nobody"))
         rows += list(_manifest_rows(manifest))
     return "".join(
-        f"{harmless(label):<{LABEL_WIDTH}}{harmless(text[:MAX_TEXT]).replace(chr(10), ' ')}\n"
+        f"{escape_control(label):<{LABEL_WIDTH}}{escape_control(text[:MAX_TEXT]).replace(chr(10), ' ')}\n"
         for label, text in rows
     )
 

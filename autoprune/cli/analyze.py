@@ -16,7 +16,7 @@ from rich.console import Console
 
 from autoprune.cli import completion
 from autoprune.cli.groups_view import graph_document, groups_tree
-from autoprune.cli.live_view import listener
+from autoprune.cli.live_view import event_display
 from autoprune.cli.options import (
     DATA,
     SHOW,
@@ -194,7 +194,7 @@ def analyze(
     All before any fine-tuning. A study that trains its own baseline trains it first. The table, the outlook
     and two pictures are written to a folder, NAME-analysis by default.
     """
-    with listener(quiet=quiet) as on_event:
+    with event_display(quiet=quiet) as on_event:
         chosen = choose_study(study, model, weights, data)
         chosen = changed(chosen, exclude, only, norms=norms, round_to=round_to, device=device)
         usual = chosen.analysis
@@ -222,13 +222,11 @@ def _analysis_document(table: SensitivityTable, found: Sequence[Prospect]) -> st
 
 
 def _write_analysis(folder: Path, document: str, table: SensitivityTable, found: Sequence[Prospect]) -> None:
-    from autoprune.report import plots
+    from autoprune.report import write_analysis_plots
 
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "analysis.json").write_text(document + "\n", encoding="utf-8")
-    with plots.style():
-        plots.save_png(plots.heat_map(table.points), folder / "sensitivity.png")
-        plots.save_png(plots.outlook(found, table.baseline.top1), folder / "outlook.png")
+    write_analysis_plots(table.points, found, table.baseline.top1, folder)
 
 
 def _measure(study: Study, on_event: OnEvent) -> tuple[SensitivityTable, tuple[Prospect, ...]]:

@@ -19,7 +19,7 @@ from autoprune.events import Event, OnEvent
 
 
 def event_writer(stream: TextIO, beside: OnEvent) -> OnEvent:
-    """A listener that writes every event to a stream at once, and tells `beside` too."""
+    """A event_display that writes every event to a stream at once, and tells `beside` too."""
 
     def write(event: Event) -> None:
         write_line(stream, re.sub(r"(?<!^)(?=[A-Z])", "_", type(event).__name__).lower(), asdict(event))

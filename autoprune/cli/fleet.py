@@ -18,7 +18,7 @@ from rich.console import Console
 from rich.table import Table
 
 from autoprune.cli import completion
-from autoprune.cli.live_view import listener
+from autoprune.cli.live_view import event_display
 from autoprune.cli.options import (
     AIM,
     DATA,
@@ -33,12 +33,12 @@ from autoprune.cli.options import (
     choose_study,
     digests,
 )
-from autoprune.cli.run import StoppedError, terminable
+from autoprune.cli.run import StoppedError, sigterm_interrupts
 from autoprune.config import Budget, Protection, Study, Target, next_time
 from autoprune.errors import UsageError
 
 if TYPE_CHECKING:
-    from autoprune.pipeline import Row
+    from autoprune.report import JobResult
     from autoprune.storage import RunHeader
 
 PARTLY = 1
@@ -83,7 +83,7 @@ def worker(
     from autoprune.storage import read_run_header
 
     told = read_run_header(find_run(run, artifacts))
-    with terminable(), listener(quiet=quiet) as on_event:
+    with sigterm_interrupts(), event_display(quiet=quiet) as on_event:
         given = _given(told, study)
         chosen = given.study if device is None else replace(given.study, device=device)
         protection = given.protection
@@ -179,8 +179,9 @@ def sweep(
     command goes on where a sweep was stopped. Exit code 1: some runs are not done.
     """
     from autoprune.cli.study_file import find_study
-    from autoprune.pipeline import Clock, Job, jobs_of, look, used_seconds, write_summary
+    from autoprune.pipeline import Clock, jobs_of, look, used_seconds
     from autoprune.pipeline import sweep as run_all
+    from autoprune.report import Job, write_sweep_report
 
     for study in studies:
         find_study(study)
@@ -193,7 +194,7 @@ def sweep(
     before = tuple(look(job, out) for job in jobs)
     clock = Clock(deadline=_deadline(until, budget, used_seconds(before)))
 
-    def command(row: Row, end: datetime | None) -> list[str]:
+    def command(row: JobResult, end: datetime | None) -> list[str]:
         budget = None if end is None else f"until={end.isoformat(timespec='seconds')}"
         given = {"--target": row.job.target, "--seed": row.job.seed, "--budget": budget}
         own = [w for option, value in given.items() if value is not None for w in (option, str(value))]
@@ -206,14 +207,14 @@ def sweep(
 
     out.mkdir(parents=True, exist_ok=True)
     try:
-        with terminable():
+        with sigterm_interrupts():
             rows = run_all(jobs, out, clock, command, on_line)
     except KeyboardInterrupt:
-        write_summary(tuple(look(job, out) for job in jobs), out)
+        write_sweep_report(tuple(look(job, out) for job in jobs), out)
         raise StoppedError(
             f"interrupted; everything finished so far is kept in {out}", "the same command goes on"
         ) from None
-    files = write_summary(rows, out)
+    files = write_sweep_report(rows, out)
     _show(rows, files, as_json=as_json)
     return 0 if all(row.is_done for row in rows) else PARTLY
 
@@ -252,24 +253,24 @@ def _deadline(until: str | None, budget: str | None, used: float) -> float:
     return time.monotonic() + seconds - used
 
 
-def _show(rows: Sequence[Row], files: tuple[Path, ...], *, as_json: bool) -> None:
-    from autoprune.pipeline import SHORT, TEXT, answer, numbers_of, ranges, table_of
+def _show(rows: Sequence[JobResult], files: tuple[Path, ...], *, as_json: bool) -> None:
+    from autoprune.report import TEXT_COLUMNS, row_numbers, sweep_answer, sweep_ranges, sweep_table
 
     if as_json:
-        sys.stdout.write(json.dumps([numbers_of(row) for row in rows], indent=1) + "\n")
+        sys.stdout.write(json.dumps([row_numbers(row) for row in rows], indent=1) + "\n")
         return
     console = Console(highlight=False)
     if not console.is_terminal:  # whoever reads it has lines of any length
         console.soft_wrap, console.width = True, 200
-    console.print("\n".join([answer(rows), *ranges(rows)]), "", sep="\n")
-    heads, lines = table_of(rows, SHORT)
+    console.print("\n".join([sweep_answer(rows), *sweep_ranges(rows)]), "", sep="\n")
+    texts = sweep_table(rows, short=True)
     table = Table(box=None, padding=(0, 2, 0, 0), header_style="dim")
-    for head in heads:
-        table.add_column(head, justify="left" if head in TEXT else "right", no_wrap=True)
-    for line in lines:
-        table.add_row(*line)
+    for head in texts.heads:
+        table.add_column(head, justify="left" if head in TEXT_COLUMNS else "right", no_wrap=True)
+    for cells in texts.rows:
+        table.add_row(*cells)
     console.print(table)
     for row in rows:
-        if row.reason and row.fate != "reached":
+        if row.reason and row.state != "reached":
             console.print(f"{row.job.name}: {row.reason}", style="yellow")
     console.print(f"\nsummary  {', '.join(str(f) for f in files)}")

@@ -34,11 +34,11 @@ GOOD, BAD, MUTED = "green", "yellow", "dim"
 
 
 @contextmanager
-def listener(*, quiet: bool = False, console: Console | None = None) -> Iterator[OnEvent]:
+def event_display(*, quiet: bool = False, console: Console | None = None) -> Iterator[OnEvent]:
     """The `on_event` of a run that is watched on this terminal; `quiet` shows nothing."""
     screen = console or Console(stderr=True, highlight=False)
     if quiet:
-        yield ev.silent
+        yield ev.ignore_event
     elif not screen.is_terminal:
         yield _Lines(screen)
     else:
@@ -144,7 +144,7 @@ def _trial_finished(event: ev.TrialFinished) -> Text:
     )  # fmt: skip
 
 
-def _decided(event: ev.Decided) -> Text:
+def _decided(event: ev.RoundDecided) -> Text:
     look = GOOD if event.action in ("promote", "finish") else BAD
     return Text.assemble(f"round {event.round} ", (VERBS[event.action], f"bold {look}"), f": {event.reason}")
 
@@ -159,8 +159,8 @@ def _run_finished(event: ev.RunFinished) -> Text:
 
 LINES: dict[type, Callable[[Any], Text]] = {
     ev.RunStarted: _run_started, ev.StageStarted: _stage_started, ev.BaselineMeasured: _baseline,
-    ev.RoundStarted: _round_started, ev.TrialFinished: _trial_finished, ev.Decided: _decided, ev.Note: _note,
-    ev.RunFinished: _run_finished,
+    ev.RoundStarted: _round_started, ev.TrialFinished: _trial_finished, ev.RoundDecided: _decided,
+    ev.Note: _note, ev.RunFinished: _run_finished,
 }  # fmt: skip
 
 
@@ -297,7 +297,7 @@ def _take_epoch(panel: _Panel, event: ev.EpochFinished) -> None:
     panel.epoch, panel.done, panel.total = event, event.epoch, event.epochs
 
 
-def _take_decision(panel: _Panel, event: ev.Decided) -> None:
+def _take_decision(panel: _Panel, event: ev.RoundDecided) -> None:
     panel.ceiling, panel.cost_share, panel.top1 = event.ceiling, event.cost_share, event.top1
     panel.why = f"{VERBS[event.action]}: {event.reason}"
 
@@ -313,5 +313,5 @@ def _take_name(panel: _Panel, event: ev.RunStarted) -> None:
 TAKES: dict[type, Callable[[_Panel, Any], None]] = {
     ev.RunStarted: _take_name, ev.StageStarted: _take_stage, ev.StageProgress: _take_progress,
     ev.BaselineMeasured: _take_baseline, ev.RoundStarted: _take_round, ev.TrialStarted: _take_trial,
-    ev.EpochFinished: _take_epoch, ev.Decided: _take_decision, ev.BudgetUsed: _take_budget,
+    ev.EpochFinished: _take_epoch, ev.RoundDecided: _take_decision, ev.BudgetUsed: _take_budget,
 }  # fmt: skip

@@ -21,7 +21,7 @@ from rich.console import Console
 
 from autoprune.cli import completion
 from autoprune.cli.event_lines import event_writer, write_line
-from autoprune.cli.live_view import listener
+from autoprune.cli.live_view import event_display
 from autoprune.cli.options import (
     AIM,
     KEYS,
@@ -49,7 +49,7 @@ from autoprune.cli.tables import comparison_table, plan_text, status_text
 from autoprune.config import Protection
 from autoprune.errors import AutopruneError, UsageError
 from autoprune.events import StageStarted
-from autoprune.formatting import answer, caution, comparison
+from autoprune.report import answer, caution, comparison
 
 if TYPE_CHECKING:
     from autoprune.config import Study
@@ -66,7 +66,7 @@ class StoppedError(AutopruneError):
 
 
 @contextmanager
-def terminable() -> Iterator[None]:
+def sigterm_interrupts() -> Iterator[None]:
     """SIGTERM, which Slurm, Kubernetes and systemd send, ends a command as Ctrl-C does."""
 
     def interrupt(number: int, frame: FrameType | None) -> None:
@@ -172,7 +172,7 @@ def run(
         "norms": norms, "round_to": round_to,
     }  # fmt: skip
     words = list(context.obj or ())
-    with terminable(), listener(quiet=quiet or dry_run) as on_event:
+    with sigterm_interrupts(), event_display(quiet=quiet or dry_run) as on_event:
         on_event = event_writer(sys.stdout, on_event) if events else on_event
         chosen = changed(choose_study(study, model, weights, data), exclude, only, **given)
         place = _place(out or Path("runs") / chosen.name, storage, artifacts)
@@ -344,10 +344,10 @@ def report(
 def status(run: RunPlace, artifacts: Artifacts = None, as_json: AsJson = False) -> None:
     """Say where a run stands: what it is at, rounds, trials, decisions, who works on it, time left."""
     from autoprune.location import find_run
-    from autoprune.pipeline import standing
+    from autoprune.pipeline import read_status
     from autoprune.report import to_json
 
-    told = standing(find_run(run, artifacts))
+    told = read_status(find_run(run, artifacts))
     if as_json:
         document = json.loads(to_json(told.record)) if told.record else {"record": None}
         known = {"processes": [asdict(p) for p in told.processes], "seconds_left": told.seconds_left}

@@ -9,11 +9,12 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from autoprune.formatting import ACTIONS, METRICS, Row, answer, caution, count, duration, percent, signed
+from autoprune.formatting import ACTIONS, METRICS, count, duration, percent, signed
+from autoprune.report import ComparisonRow, answer, caution
 
 if TYPE_CHECKING:
     from autoprune.cli.doctor import Finding
-    from autoprune.pipeline import RunPlan, Standing
+    from autoprune.pipeline import RunPlan, RunStatus
     from autoprune.pruning import Cell, Prospect, SensitivityTable
     from autoprune.record import RunRecord, TrialRecord
     from autoprune.storage import Process
@@ -30,7 +31,7 @@ def _table(*columns: str) -> Table:
     return table
 
 
-def comparison_table(rows: Sequence[Row]) -> Table:
+def comparison_table(rows: Sequence[ComparisonRow]) -> Table:
     """Before and after."""
     table = _table("", "before", "after", "change")
     for row in rows:
@@ -65,7 +66,7 @@ def plan_text(plan: RunPlan) -> RenderableType:
     return Group(grid, Text(), end, Text(), rounds)
 
 
-def status_text(told: Standing) -> RenderableType:
+def status_text(told: RunStatus) -> RenderableType:
     """Where a run stands: the answer, what it is at, a line for every round, and who works on it."""
     record = told.record
     if record is None:

@@ -86,7 +86,7 @@ def run(  # noqa: PLR0913 - the whole product: each argument is a decision of it
     out: Path | str | Place | None = None,
     resume: bool = False,
     protection: Protection = Protection(),  # noqa: B008 - frozen, never changed
-    on_event: ev.OnEvent = ev.silent,
+    on_event: ev.OnEvent = ev.ignore_event,
     command: str = "",
     sources: Mapping[str, str] = NONE,
 ) -> RunResult:
@@ -219,7 +219,7 @@ def judge(work: Work, job: RoundJob, attempt: optuna.Study) -> Decision:
     _forget_losers(work, attempt, decision)
     current = decision.state.current
     work.on_event(
-        ev.Decided(
+        ev.RoundDecided(
             round=job.plan.number, action=decision.action, reason=decision.reason,
             ceiling=decision.state.ceiling, cost_share=current.cost_share, top1=current.top1,
         )

@@ -23,7 +23,7 @@ from autoprune.storage import PROCESSES, Process, RunStore, members, quiet_optun
 
 
 @dataclass(frozen=True, kw_only=True)
-class Standing:
+class RunStatus:
     """What can be known of a run from outside.
 
     Attributes:
@@ -40,7 +40,7 @@ class Standing:
     now: str
 
 
-def standing(run: Run) -> Standing:
+def read_status(run: Run) -> RunStatus:
     """Read how a run stands.
 
     Raises:
@@ -59,12 +59,12 @@ def standing(run: Run) -> Standing:
     if now and not _at_work(processes):
         again = f"{record.command} --resume" if record.command else "run(..., resume=True)"
         now = f"nobody works on it; it was left at {now}; go on with: {again}"
-    return Standing(
+    return RunStatus(
         place=told.place, name=told.name, record=record, processes=processes, seconds_left=left, now=now
     )
 
 
-def _beginning(run: Run) -> Standing | None:
+def _beginning(run: Run) -> RunStatus | None:
     """A run whose original is not measured yet: all that there is of it are its processes."""
     if run.place.is_local and not (run.place.folder / DATABASE).is_file():
         return None
@@ -79,7 +79,7 @@ def _beginning(run: Run) -> Standing | None:
     now = "its original is being trained or measured; nothing is decided yet"
     if not _at_work(processes):
         now = "it was stopped before its original was measured; start it again"
-    return Standing(place=run.place, name=name, record=None, processes=processes, seconds_left=None, now=now)
+    return RunStatus(place=run.place, name=name, record=None, processes=processes, seconds_left=None, now=now)
 
 
 def _at_work(processes: tuple[Process, ...]) -> bool:

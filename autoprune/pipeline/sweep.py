@@ -18,50 +18,16 @@ from contextlib import closing, suppress
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 from pathlib import Path
-from typing import IO, Literal
+from typing import IO
 
 from autoprune.errors import AutopruneError
-from autoprune.record import RunRecord
+from autoprune.report import Job, JobResult, JobState
 from autoprune.search import read_run
 from autoprune.storage import RunStore, name_in
 
 OVERHEAD = 0.1  # of a job's time: export and report come on top of a budget; a guess
 LATE = 1.5  # times its part of the time: then a job hangs, and is ended
 PATIENCE_S = 120  # what a job may take to end cleanly
-Fate = Literal["reached", "not reached", "failed", "stopped", "waiting"]
-
-
-@dataclass(frozen=True, kw_only=True)
-class Job:
-    """One run of a sweep; None leaves what the study says."""
-
-    study: str
-    target: str | None = None
-    seed: int | None = None
-
-    @property
-    def name(self) -> str:
-        """Its folder's name."""
-        parts = [Path(self.study).stem]
-        parts += [self.target.replace("=", "-")] if self.target else []
-        parts += [f"seed-{self.seed}"] if self.seed is not None else []
-        return "-".join(parts)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Row:
-    """A job and what came of it; `record` is None where its original was not measured."""
-
-    job: Job
-    fate: Fate
-    folder: Path
-    record: RunRecord | None
-    reason: str = ""
-
-    @property
-    def is_done(self) -> bool:
-        """Whether there is nothing left to do."""
-        return self.fate in ("reached", "not reached")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,30 +52,30 @@ def jobs_of(studies: Iterable[str], targets: Sequence[str], seeds: Sequence[int]
     )
 
 
-def look(job: Job, out: Path) -> Row:
+def look(job: Job, out: Path) -> JobResult:
     """What is known about a job, from its folder alone."""
     folder = out / job.name
     try:
         with closing(RunStore(folder, name_in(folder))) as store:
             record = read_run(store)
     except AutopruneError:
-        return Row(job=job, fate="waiting", folder=folder, record=None)
+        return JobResult(job=job, state="waiting", folder=folder, record=None)
     delivered = any(folder.glob("model.autoprune*"))
     if record.outcome is None or not delivered:
-        return Row(job=job, fate="waiting", folder=folder, record=record)
-    fate: Fate = "reached" if record.outcome.reached else "not reached"
-    return Row(job=job, fate=fate, folder=folder, record=record, reason=record.outcome.message)
+        return JobResult(job=job, state="waiting", folder=folder, record=record)
+    state: JobState = "reached" if record.outcome.reached else "not reached"
+    return JobResult(job=job, state=state, folder=folder, record=record, reason=record.outcome.message)
 
 
-def used_seconds(rows: Iterable[Row]) -> float:
+def used_seconds(rows: Iterable[JobResult]) -> float:
     """What the jobs took so far, over all earlier processes."""
     return sum(row.record.seconds for row in rows if row.record is not None)
 
 
 def sweep(
-    jobs: Sequence[Job], out: Path, clock: Clock, command: Callable[[Row, datetime | None], list[str]],
+    jobs: Sequence[Job], out: Path, clock: Clock, command: Callable[[JobResult, datetime | None], list[str]],
     on_line: Callable[[Job, str], None],
-) -> tuple[Row, ...]:  # fmt: skip
+) -> tuple[JobResult, ...]:  # fmt: skip
     """Run all jobs that are not done; gives what came of each, also after Ctrl-C.
 
     Args:
@@ -134,11 +100,11 @@ def sweep(
     return tuple(rows[job] for job in jobs)
 
 
-def _judged(row: Row, reason: str) -> Row:
+def _judged(row: JobResult, reason: str) -> JobResult:
     if row.is_done:
         return row
-    fate: Fate = "stopped" if reason.startswith("stopped") else "failed"
-    return Row(job=row.job, fate=fate, folder=row.folder, record=row.record, reason=reason)
+    state: JobState = "stopped" if reason.startswith("stopped") else "failed"
+    return JobResult(job=row.job, state=state, folder=row.folder, record=row.record, reason=reason)
 
 
 def _run(job: Job, words: list[str], part: float | None, on_line: Callable[[Job, str], None]) -> str:

@@ -44,7 +44,7 @@ def work_on(
     place: Place,
     *,
     protection: Protection = Protection(),  # noqa: B008 - frozen, never changed
-    on_event: ev.OnEvent = ev.silent,
+    on_event: ev.OnEvent = ev.ignore_event,
 ) -> int:
     """Run trials of the run until it is finished; gives how many.
 
@@ -69,7 +69,7 @@ def _lead(study: Study, place: Place, protection: Protection, on_event: ev.OnEve
         quiet_optuna(), fitting_threads(setup),
         closing(RunStore(place, study.name, seal=run_seal(protection))) as store,
     ):  # fmt: skip
-        work = begin(setup, store, ev.silent, "")
+        work = begin(setup, store, ev.ignore_event, "")
         while store.study(FINAL) is None:
             with suppress(BuriedError), joined(store, "worker") as me:
                 _work(replace(work, me=me, on_event=done), me)
@@ -85,7 +85,7 @@ def _follow(study: Study, place: Place, protection: Protection) -> None:
         closing(RunStore(place, study.name, seal=run_seal(protection))) as store,
     ):  # fmt: skip
         store.guard_with(_forbidden)
-        work = begin(setup, store, ev.silent, "")
+        work = begin(setup, store, ev.ignore_event, "")
         while (task := distributed.next_task()) is not None:
             attempt = store.study(task.round)
             assert attempt is not None, "the first rank works on a round that is planned"

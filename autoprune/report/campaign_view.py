@@ -17,20 +17,10 @@ from optuna.trial import FrozenTrial
 from optuna_dashboard import _custom_plot_data as plot_data
 from optuna_dashboard import _note as notes
 
-from autoprune.formatting import (
-    ACTIONS,
-    answer,
-    caution,
-    count,
-    duration,
-    ending,
-    percent,
-    plural,
-    setting,
-    signed,
-)
+from autoprune.formatting import ACTIONS, count, duration, percent, plural, setting, signed
 from autoprune.record import RoundRecord, RunRecord, TrialRecord
 from autoprune.report import interactive, plots
+from autoprune.report.narrative import answer, caution, ending
 from autoprune.report.page import fate
 from autoprune.report.trial_table import trials_csv
 from autoprune.report.view_storage import StudyView

@@ -11,8 +11,9 @@ from typing import Any
 
 import plotly.graph_objects as go
 
-from autoprune.formatting import METRICS, delivered, percent, setting
+from autoprune.formatting import METRICS, percent, setting
 from autoprune.record import RoundRecord, RunRecord, TrialRecord
+from autoprune.report.narrative import delivered_trial
 from autoprune.report.plots import COLOURS
 
 LAYOUT: dict[str, Any] = {
@@ -37,7 +38,7 @@ def path(record: RunRecord, here: RoundRecord | None = None) -> go.Figure:
         x=[x for x, _ in line], y=[y for _, y in line], mode="lines+markers", name="promoted",
         line={"color": COLOURS["accent"]}, hovertemplate="%{x:.1f} % left: %{y:.2f} %<extra></extra>",
     )  # fmt: skip
-    made = delivered(record)
+    made = delivered_trial(record)
     if made is not None and record.after is not None:
         figure.add_scatter(
             x=[100 * _share(made[1])], y=[100 * record.after.search_top1], mode="markers", name="delivered",

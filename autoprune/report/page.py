@@ -21,7 +21,7 @@ from jinja2 import Environment, StrictUndefined
 from autoprune import formatting
 from autoprune.config import DECAYS
 from autoprune.record import RoundRecord, RunRecord, TrialRecord
-from autoprune.report import plots
+from autoprune.report import narrative, plots
 from autoprune.report.trial_table import importances, trials_csv
 
 CHOSEN = ("lr", "decay", "criterion")
@@ -82,12 +82,12 @@ def _replace(path: Path, text: str) -> None:
 def to_json(record: RunRecord) -> str:
     """Every number of the page: the answer, the derived differences, and the record itself."""
     document = {
-        "answer": formatting.answer(record),
-        "caution": formatting.caution(record),
-        "ending": formatting.ending(record),
+        "answer": narrative.answer(record),
+        "caution": narrative.caution(record),
+        "ending": narrative.ending(record),
         "derived": derived(record),
         "comparison": [
-            asdict(r) for r in formatting.comparison(record.before, record.after, record.difference)
+            asdict(r) for r in narrative.comparison(record.before, record.after, record.difference)
         ],
         "importances": asdict(found) if (found := importances(record)) else None,
         "record": asdict(record),
@@ -125,19 +125,19 @@ def _render(record: RunRecord, out: Path, svgs: Mapping[str, str]) -> str:
     page.filters |= {
         "percent": formatting.percent, "duration": formatting.duration, "size": formatting.size,
         "setting": formatting.setting, "plural": formatting.plural, "when": _when, "fate": fate,
-        "unbroken": unbroken, "sentence": _sentence, "shown": _shown,
+        "keep_units_together": keep_units_together, "sentence": _sentence, "shown": _shown,
     }  # fmt: skip
-    template = page.from_string(packaged("report.html.j2"))
+    template = page.from_string(read_asset("report.html.j2"))
     return template.render(
-        css=packaged("page.css"),
+        css=read_asset("page.css"),
         record=record,
         out=out,
-        answer=formatting.answer(record),
-        rows=formatting.comparison(record.before, record.after, record.difference),
+        answer=narrative.answer(record),
+        rows=narrative.comparison(record.before, record.after, record.difference),
         plots={name: svgs.get(name) for name in plots.PLOTS},
         actions=formatting.ACTIONS,
-        ending=formatting.ending(record),
-        caution=formatting.caution(record),
+        ending=narrative.ending(record),
+        caution=narrative.caution(record),
         winners=list(_winners(record)),
         params=_columns(record),
         mattered=importances(record),
@@ -148,18 +148,18 @@ def _render(record: RunRecord, out: Path, svgs: Mapping[str, str]) -> str:
     )
 
 
-def packaged(name: str) -> str:
+def read_asset(name: str) -> str:
     """The text of a file that lies beside this module."""
     return (files("autoprune.report") / name).read_text(encoding="utf-8")
 
 
 def _winners(record: RunRecord) -> Iterator[tuple[RoundRecord, TrialRecord]]:
-    made = formatting.delivered(record)
+    made = narrative.delivered_trial(record)
     for one in record.rounds:
         yield from ((one, t) for t in one.trials if t.promoted or (one, t) == made)
 
 
-def unbroken(text: str) -> str:
+def keep_units_together(text: str) -> str:
     """Keep a number and its unit on one line."""
     kept = re.sub(r" (?=[%→]|pp\b|epochs\b)|(?<=→) ", "\u00a0", text).replace("top-1", "top\u20111")
     return kept.replace("--", "-\u2060-\u2060")  # an option is not broken after its hyphens

@@ -18,9 +18,10 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import NullLocator, StrMethodFormatter
 
-from autoprune.formatting import METRICS, delivered, percent, signed
+from autoprune.formatting import METRICS, percent, signed
 from autoprune.pruning import COLUMNS, Cell, Probed, Prospect, cells
 from autoprune.record import EpochPoint, RunRecord, TrialRecord
+from autoprune.report.narrative import delivered_trial
 
 # Name of the CSS variable -> its colour on white. All differ, since the SVG is searched for them.
 COLOURS = {
@@ -166,7 +167,7 @@ def _promoted_line(axes: Axes, record: RunRecord, start: float) -> None:
 
 def _delivered(axes: Axes, record: RunRecord, bottom: float) -> None:
     """What came of the trial that was tuned at the end, with the way from there."""
-    made = delivered(record)
+    made = delivered_trial(record)
     if made is None or record.after is None:
         return
     share, ends = 100 * _share(made[1]), 100 * record.after.search_top1
@@ -240,6 +241,22 @@ def _heat_cell(axes: Axes, place: tuple[int, int], cell: Cell, worst: float, *, 
         look: Any = {"fontsize": 8 if cell.is_measured else 7}
         look["color"] = COLOURS["ink" if cell.is_measured or strength > STRONG else "muted"]
         axes.annotate(signed(-cell.drop_pp), place, ha="center", va="center", **look)
+
+
+def write_analysis_plots(
+    points: Sequence[Probed], prospects: Sequence[Prospect], intact: float, folder: Path
+) -> None:
+    """Write the pictures of an analysis, `sensitivity.png` and `outlook.png`, into a folder.
+
+    Args:
+        points: the sensitivity table's.
+        prospects: what is left of top-1 at several costs.
+        intact: top-1 of the network before anything is removed.
+        folder: must exist.
+    """
+    with style():
+        save_png(heat_map(points), folder / "sensitivity.png")
+        save_png(outlook(prospects, intact), folder / "outlook.png")
 
 
 def outlook(found: Sequence[Prospect], intact: float) -> Figure:

@@ -23,7 +23,7 @@ from autoprune.artifact.rebuild import read_weights
 from autoprune.artifact.writer import load, sparse_weights
 from autoprune.cli.main import main
 from autoprune.crypto import age
-from autoprune.errors import ArtifactError, harmless
+from autoprune.errors import ArtifactError, escape_control
 from tests.delivered import changed_json, container_of, members_of, sample, with_honest_digests
 
 Members = dict[str, bytes]
@@ -189,7 +189,7 @@ def test_a_strangers_words_cannot_steer_the_terminal(
     keyed = forged(tmp_path, with_manifest(lambda d: d["members"].update({wild: 5})))
     assert main(["inspect", str(keyed)]) == 1
     assert "\x1b]0" not in capsys.readouterr().err
-    assert harmless("Hündchen, 犬\n\tand cat") == "Hündchen, 犬\n\tand cat"
+    assert escape_control("Hündchen, 犬\n\tand cat") == "Hündchen, 犬\n\tand cat"
 
 
 def tensors(**header: Any) -> bytes:

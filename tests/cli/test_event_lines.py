@@ -31,7 +31,9 @@ def test_a_whole_run_is_told_line_by_line(tmp_path: Path) -> None:
     names = [line["event"] for line in lines]
     assert names[0] == "run_started"
     assert names[-1] == "run_finished"
-    assert {"baseline_measured", "round_started", "trial_finished", "epoch_finished", "decided"} <= set(names)
+    assert {"baseline_measured", "round_started", "trial_finished", "epoch_finished", "round_decided"} <= set(
+        names
+    )
     finished = next(line for line in lines if line["event"] == "trial_finished")
     assert finished["record"]["top1"] > 0
     assert re.fullmatch(r"20\d\d-\d\d-\d\dT.*\+00:00", finished["time"])
@@ -39,7 +41,7 @@ def test_a_whole_run_is_told_line_by_line(tmp_path: Path) -> None:
 
 def test_a_diverged_loss_is_still_json() -> None:
     stream = io.StringIO()
-    event_writer(stream, ev.silent)(
+    event_writer(stream, ev.ignore_event)(
         ev.EpochFinished(round=1, trial=0, epoch=1, epochs=2, lr=0.1, train_loss=math.nan, images_per_s=1.0)
     )
     assert json.loads(stream.getvalue())["train_loss"] is None

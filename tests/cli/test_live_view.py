@@ -8,9 +8,9 @@ import pytest
 from rich.console import Console
 
 from autoprune import events as ev
-from autoprune.cli.live_view import listener
+from autoprune.cli.live_view import event_display
 from autoprune.cli.tables import comparison_table
-from autoprune.formatting import comparison
+from autoprune.report.narrative import comparison
 from tests.example_record import REACHED, ROUNDS
 
 
@@ -37,14 +37,14 @@ def story() -> list[ev.Event]:
                                          train_loss=0.3, images_per_s=612.0))  # fmt: skip
             told.append(ev.BudgetUsed(seconds=30.0, seconds_total=120.0, epochs=1.0, epochs_total=None))
             told.append(ev.TrialFinished(round=one.number, record=trial))
-        told.append(ev.Decided(round=one.number, action=one.action or "stop", reason=one.reason, ceiling=0.2,
-                               cost_share=0.69, top1=0.9162))  # fmt: skip
+        told.append(ev.RoundDecided(round=one.number, action=one.action or "stop", reason=one.reason,
+                                    ceiling=0.2, cost_share=0.69, top1=0.9162))  # fmt: skip
     told.append(ev.Note(message="the budget affords one round more"))
     return told
 
 
 def tell(console: Console, *, quiet: bool = False) -> None:
-    with listener(quiet=quiet, console=console) as on_event:
+    with event_display(quiet=quiet, console=console) as on_event:
         for event in story():
             on_event(event)
 
@@ -76,7 +76,7 @@ def test_the_panel_says_where_the_run_stands() -> None:
     console = Console(
         file=text, width=80, height=24, force_terminal=True, legacy_windows=False, color_system=None
     )
-    with listener(console=console) as on_event:
+    with event_display(console=console) as on_event:
         for event in story()[:-12]:
             on_event(event)
     shown = text.getvalue()
@@ -91,7 +91,7 @@ def test_the_panel_leaves_room_for_the_echo_of_ctrl_c() -> None:
     console = Console(
         file=text, width=80, height=24, force_terminal=True, legacy_windows=False, color_system=None
     )
-    with listener(console=console) as on_event:
+    with event_display(console=console) as on_event:
         for event in story()[:-12]:
             on_event(event)
     plain = re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", text.getvalue()).replace("\r", "\n")

@@ -103,7 +103,7 @@ def test_listeners_hear_everything_in_order(finished: tuple[RunResult, list[ev.E
     assert kinds[0] is ev.RunStarted
     assert kinds[-1] is ev.RunFinished
     rounds = len(result.record.rounds)
-    assert kinds.count(ev.RoundStarted) == kinds.count(ev.Decided) == rounds
+    assert kinds.count(ev.RoundStarted) == kinds.count(ev.RoundDecided) == rounds
     assert kinds.count(ev.TrialStarted) == kinds.count(ev.TrialFinished) == 2 * rounds
     assert kinds.index(ev.BaselineMeasured) < kinds.index(ev.RoundStarted)
 
@@ -126,7 +126,7 @@ def stop_after(kind: type, count: int) -> Callable[[ev.Event], None]:
 
 STOPS = (
     (ev.StageProgress, 1), (ev.TrialStarted, 1), (ev.EpochFinished, 3), (ev.TrialFinished, 1),
-    (ev.Decided, 1), (ev.TrialStarted, 2), (ev.RunFinished, 1),
+    (ev.RoundDecided, 1), (ev.TrialStarted, 2), (ev.RunFinished, 1),
 )  # fmt: skip
 
 

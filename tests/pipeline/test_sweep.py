@@ -1,9 +1,7 @@
-"""Many runs in one night: the queue, its clock, what a failure does, and the summary."""
+"""Many runs in one night: the queue, its clock, and what a failure does."""
 
 from __future__ import annotations
 
-import csv
-import dataclasses
 import json
 import signal
 import subprocess
@@ -14,9 +12,8 @@ from pathlib import Path
 import pytest
 
 from autoprune.cli.main import main
-from autoprune.pipeline.sweep import Clock, Job, Row, jobs_of, look
-from autoprune.pipeline.sweep_report import Point, cells, front, pareto, ranges, table_of, write_summary
-from tests.example_record import REACHED, model
+from autoprune.pipeline.sweep import Clock, jobs_of, look
+from autoprune.report import Job
 
 ROOT = Path(__file__).resolve().parents[2]
 TINY = "from tests.tiny import tiny_study\n\nstudy = tiny_study()\n"
@@ -53,52 +50,6 @@ def test_time_is_divided_and_handed_on() -> None:
     assert Clock(deadline=time.monotonic() - 1).part(3) == 0
 
 
-def test_the_front_is_what_no_other_beats() -> None:
-    plane = {"a": (0.5, -0.2), "b": (0.3, -1.0), "c": (0.4, -1.5), "d": (0.6, -0.2), "e": (0.3, -2.0)}
-    found = [
-        Point(study="s", name=name, macs_share=macs, delta_pp=delta) for name, (macs, delta) in plane.items()
-    ]
-    assert [p.name for p in front(found)] == ["b", "a"]
-
-
-def test_a_summary_says_what_came_of_every_job(tmp_path: Path) -> None:
-    done = Row(job=Job(study="a.py"), fate="reached", folder=tmp_path / "a", record=REACHED)
-    failed = Row(job=Job(study="b", seed=3), fate="failed", folder=tmp_path / "b", record=None,
-                 reason="<no disk>")  # fmt: skip
-    names = {path.name for path in write_summary([done, failed], tmp_path)}
-    assert names == {"sweep.csv", "sweep.json", "sweep.html", "pareto.png"}
-    with (tmp_path / "sweep.csv").open(encoding="utf-8") as file:
-        rows = list(csv.DictReader(file))
-    assert [r["fate"] for r in rows] == ["reached", "failed"]
-    assert float(rows[0]["change_low_pp"]) < float(rows[0]["change_pp"]) < float(rows[0]["change_high_pp"])
-    assert float(rows[0]["macs_after"]) < float(rows[0]["macs_before"])
-    page = (tmp_path / "sweep.html").read_text(encoding="utf-8")
-    assert "1 of 2 runs reached the target, 1 failed." in page
-    assert "a: 49.8 % of the MACs at" in page.replace("\u00a0", " ")
-    assert "&lt;no disk&gt;" in page
-    assert 'href="a/report.html"' in page
-    assert page.count("<svg") == 1
-    assert "http://" not in page.replace("http://www.w3.org", "")
-    assert "https://" not in page
-    assert len(cells(done)) == len(cells(failed))
-
-
-def test_every_study_has_a_front_of_its_own(tmp_path: Path) -> None:
-    smaller = dataclasses.replace(REACHED, after=model(0.915, 0.3, None))
-    rows = [
-        Row(job=Job(study=study, target=target), fate="reached", folder=tmp_path, record=record)
-        for study in ("a.py", "b.py") for target, record in (("macs=0.5", REACHED), ("macs=0.3", smaller))
-    ]  # fmt: skip
-    figure = pareto(rows)
-    assert figure is not None
-    legend = figure.axes[0].get_legend()
-    assert legend is not None
-    assert [text.get_text() for text in legend.get_texts()] == ["a", "b"]
-    assert len(ranges(rows)) == 2
-    assert "latency left" in table_of(rows)[0]
-    assert "latency left" not in table_of(rows[1::2])[0], "a column in which nothing stands"
-
-
 @pytest.mark.parametrize(
     ("words", "told"),
     [
@@ -130,12 +81,12 @@ def test_a_failure_stops_no_other_and_a_stopped_sweep_goes_on(tmp_path: Path) ->
         assert process.wait() == 130
     assert (out / "sweep.csv").is_file()
     stopped = look(Job(study=good, seed=0), out)
-    assert stopped.fate == "waiting"
+    assert stopped.state == "waiting"
     assert stopped.record is not None
     finished = subprocess.run(command(*words), cwd=ROOT, capture_output=True, text=True, check=False)
     assert finished.returncode == 1, finished.stderr
     rows = json.loads(finished.stdout)
-    assert [row["fate"] for row in rows] == ["failed", "reached", "failed", "reached"]
+    assert [row["state"] for row in rows] == ["failed", "reached", "failed", "reached"]
     assert "the disk is gone" in rows[0]["reason"]
     assert "resumed" in finished.stderr
     again = subprocess.run(command(*words), cwd=ROOT, capture_output=True, text=True, check=False)

@@ -162,7 +162,7 @@ def test_it_works_while_the_run_is_writing(tmp_path: Path) -> None:
         if isinstance(event, ev.RoundStarted) and not opened:
             opened.append(open_dashboard(str(tmp_path), 0))
             opened[0].serve_beside()
-        if isinstance(event, ev.TrialStarted | ev.Decided):
+        if isinstance(event, ev.TrialStarted | ev.RoundDecided):
             time.sleep(0.6)  # a view may be half a second old
             listed = Page(opened[0]).get("/api/studies")["study_summaries"]
             seen.append([s["study_name"] for s in listed])

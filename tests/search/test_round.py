@@ -49,7 +49,7 @@ from tests.tiny import tiny_study
 def work(tmp_path: Path) -> Iterator[Work]:
     study = tiny_study(search=Search(trials=3, epochs=0.5))
     with quiet_optuna(), closing(RunStore(tmp_path, "tiny", create=True)) as store:
-        yield begin(prepare(study, protection=Protection(plain=True)), store, ev.silent, "")
+        yield begin(prepare(study, protection=Protection(plain=True)), store, ev.ignore_event, "")
 
 
 def first_round(work: Work) -> tuple[RoundJob, optuna.Study]:

@@ -1,34 +1,69 @@
-"""The summary of a sweep: the answer, a table, the same as CSV, JSON and HTML, and a Pareto front a study."""
+"""The summary of a sweep: one sentence, a table, the same as CSV, JSON and HTML, each study's Pareto front.
+
+A `Job` is one study with one target and one seed; a `JobResult` is what came of it, read from its run.
+"""
 
 from __future__ import annotations
 
 import csv
 import json
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from jinja2 import Environment, StrictUndefined
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from autoprune import formatting
-from autoprune.pipeline.sweep import Row
-from autoprune.record import ModelSummary
-from autoprune.report import packaged, plots, unbroken
+from autoprune.record import ModelSummary, RunRecord
+from autoprune.report import plots
+from autoprune.report.page import keep_units_together, read_asset
 
-HEADS = ("study", "target", "seed", "fate", "top-1 before", "top-1 after", "change, pp", "MACs left",
-         "parameters left", "latency left", "time")  # fmt: skip
-ALL = {head: head for head in HEADS}
-# the columns of a terminal, under names that leave 80 columns room for a study's
-SHORT = {
-    "study": "study", "target": "target", "seed": "seed", "fate": "fate",
-    "top-1 after": "top-1", "change, pp": "pp", "MACs left": "MACs", "time": "time",
+JobState = Literal["reached", "not reached", "failed", "stopped", "waiting"]
+# A column's name in full, and in a terminal: there 80 columns leave room for a study's name.
+COLUMNS = {
+    "study": "study", "target": "target", "seed": "seed", "state": "state", "top-1 before": None,
+    "top-1 after": "top-1", "change, pp": "pp", "MACs left": "MACs", "parameters left": None,
+    "latency left": None, "time": "time",
 }  # fmt: skip
-TEXT = HEADS[:4]  # the columns that are words; the others are numbers
+TEXT_COLUMNS = ("study", "target", "seed", "state")
 LOOKS = (("accent", "o", "-"), ("good", "s", "--"), ("bad", "^", ":"), ("muted", "D", "-."))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Job:
+    """One run of a sweep; None leaves what the study says."""
+
+    study: str
+    target: str | None = None
+    seed: int | None = None
+
+    @property
+    def name(self) -> str:
+        """Its folder's name."""
+        parts = [Path(self.study).stem]
+        parts += [self.target.replace("=", "-")] if self.target else []
+        parts += [f"seed-{self.seed}"] if self.seed is not None else []
+        return "-".join(parts)
+
+
+@dataclass(frozen=True, kw_only=True)
+class JobResult:
+    """A job and what came of it; `record` is None where its original was not measured."""
+
+    job: Job
+    state: JobState
+    folder: Path
+    record: RunRecord | None
+    reason: str = ""
+
+    @property
+    def is_done(self) -> bool:
+        """Whether there is nothing left to do."""
+        return self.state in ("reached", "not reached")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,14 +83,14 @@ class Point:
     high_pp: float | None = None
 
 
-def write_summary(rows: Sequence[Row], out: Path) -> tuple[Path, ...]:
+def write_sweep_report(rows: Sequence[JobResult], out: Path) -> tuple[Path, ...]:
     """Write `sweep.csv`, `sweep.json`, `sweep.html` and, once there are models, `pareto.png`."""
     table, page, numbers = out / "sweep.csv", out / "sweep.html", out / "sweep.json"
     with table.open("w", encoding="utf-8", newline="") as file:
-        writer = csv.DictWriter(file, fieldnames=list(numbers_of(rows[0])))
+        writer = csv.DictWriter(file, fieldnames=list(row_numbers(rows[0])))
         writer.writeheader()
-        writer.writerows(numbers_of(row) for row in rows)
-    numbers.write_text(json.dumps([numbers_of(r) for r in rows], indent=1) + "\n", encoding="utf-8")
+        writer.writerows(row_numbers(row) for row in rows)
+    numbers.write_text(json.dumps([row_numbers(r) for r in rows], indent=1) + "\n", encoding="utf-8")
     figure = pareto(rows)
     if figure is not None:
         plots.save_png(figure, out / "pareto.png")
@@ -63,38 +98,38 @@ def write_summary(rows: Sequence[Row], out: Path) -> tuple[Path, ...]:
     return (table, numbers, page, *([out / "pareto.png"] if figure is not None else []))
 
 
-def _render(rows: Sequence[Row], figure: Figure | None) -> str:
+def _render(rows: Sequence[JobResult], figure: Figure | None) -> str:
     page = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    page.filters |= {"duration": formatting.duration, "unbroken": unbroken}
-    heads, shown = table_of(rows)
-    return page.from_string(packaged("sweep.html.j2")).render(
-        css=packaged("page.css"), answer=answer(rows), ranges=ranges(rows), heads=heads, text=TEXT,
-        rows=list(zip(rows, shown, strict=True)),
+    page.filters |= {"duration": formatting.duration, "keep_units_together": keep_units_together}
+    table = sweep_table(rows)
+    return page.from_string(read_asset("sweep.html.j2")).render(
+        css=read_asset("page.css"), answer=sweep_answer(rows), ranges=sweep_ranges(rows), heads=table.heads,
+        text=TEXT_COLUMNS, rows=list(zip(rows, table.rows, strict=True)),
         svg=plots.to_svg(figure, "pareto") if figure is not None else "",
         seconds=sum(row.record.seconds for row in rows if row.record is not None),
     )  # fmt: skip
 
 
-def answer(rows: Sequence[Row]) -> str:
+def sweep_answer(rows: Sequence[JobResult]) -> str:
     """What came of the sweep, in one sentence."""
-    fates = Counter[str](row.fate for row in rows)
+    states = Counter[str](row.state for row in rows)
     runs = formatting.plural(len(rows), "run")
     words = {"not reached": "fell short", "failed": "failed", "stopped": "stopped", "waiting": "to be done"}
-    others = [f"{fates[fate]} {word}" for fate, word in words.items() if fates[fate]]
-    return ", ".join([f"{fates['reached']} of {runs} reached the target", *others]) + "."
+    others = [f"{states[state]} {word}" for state, word in words.items() if states[state]]
+    return ", ".join([f"{states['reached']} of {runs} reached the target", *others]) + "."
 
 
-def ranges(rows: Sequence[Row]) -> list[str]:
+def sweep_ranges(rows: Sequence[JobResult]) -> list[str]:
     """A sentence for each study: from its most accurate to its cheapest model that no other one beats."""
-    told = []
-    for study, found in _by_study(points(rows)).items():
-        best = front(found)
-        cheapest, last = best[0], best[-1]
-        text = f"{study}: {_place(last)}"
-        if last is not cheapest:
+    sentences = []
+    for study, points in _by_study(pareto_points(rows)).items():
+        front = pareto_front(points)
+        cheapest, most_accurate = front[0], front[-1]
+        text = f"{study}: {_place(most_accurate)}"
+        if most_accurate is not cheapest:
             text += f", and down to {_place(cheapest)}"
-        told.append(text + ".")
-    return told
+        sentences.append(text + ".")
+    return sentences
 
 
 def _place(point: Point) -> str:
@@ -102,38 +137,58 @@ def _place(point: Point) -> str:
     return f"{formatting.percent(point.macs_share)} of the MACs at {change}"
 
 
-def table_of(
-    rows: Sequence[Row], names: Mapping[str, str] = ALL
-) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
-    """The named columns for people; one in which nothing stands is left out."""
-    full = [cells(row) for row in rows]
-    places = [n for n, head in enumerate(HEADS) if head in names]
-    used = [n for n in places if any(line[n] != formatting.MISSING for line in full)]
-    return tuple(names[HEADS[n]] for n in used), [tuple(line[n] for n in used) for line in full]
+@dataclass(frozen=True, kw_only=True)
+class SweepTable:
+    """A sweep for people: `heads` name the columns, each of `rows` has one text a column."""
+
+    heads: tuple[str, ...]
+    rows: tuple[tuple[str, ...], ...]
 
 
-def cells(row: Row) -> tuple[str, ...]:
-    """A row for people, in the order of `HEADS`."""
+def sweep_table(results: Sequence[JobResult], *, short: bool = False) -> SweepTable:
+    """The table of a sweep, without columns that hold nothing.
+
+    Args:
+        results: one row each.
+        short: only the columns, and under the names, that fit a terminal.
+    """
+    rows = [row_cells(result) for result in results]
+    heads = [brief if short else name for name, brief in COLUMNS.items()]
+    used = [
+        (column, head)
+        for column, head in enumerate(heads)
+        if head is not None and any(row[column] != formatting.MISSING for row in rows)
+    ]
+    return SweepTable(
+        heads=tuple(head for _, head in used), rows=tuple(tuple(row[c] for c, _ in used) for row in rows)
+    )
+
+
+def row_cells(row: JobResult) -> tuple[str, ...]:
+    """A row for people, in the order of `COLUMNS`."""
     record, job = row.record, row.job
     target = job.target or (record.target if record else formatting.MISSING)
     seed = job.seed if job.seed is not None else (record.study.get("seed") if record else None)
-    first = (Path(job.study).stem, target, formatting.MISSING if seed is None else str(seed), row.fate)
+    first = (Path(job.study).stem, target, formatting.MISSING if seed is None else str(seed), row.state)
     if record is None or record.after is None:
-        known = formatting.percent(record.before.top1, 2) if record else formatting.MISSING
-        return (*first, known, *[formatting.MISSING] * (len(HEADS) - 5))
-    before, after = record.before, record.after
+        before = formatting.percent(record.before.top1, 2) if record else formatting.MISSING
+        return (*first, before, *[formatting.MISSING] * (len(COLUMNS) - 5))
+    original, after = record.before, record.after
     latency = (
-        after.latency_ms / before.latency_ms if before.latency_ms and after.latency_ms is not None else None
+        after.latency_ms / original.latency_ms
+        if original.latency_ms and after.latency_ms is not None
+        else None
     )
     return (
-        *first, formatting.percent(before.top1, 2), formatting.percent(after.top1, 2),
-        formatting.signed(100 * (after.top1 - before.top1), 2), formatting.percent(after.macs / before.macs),
-        formatting.percent(after.params / before.params), formatting.percent(latency),
+        *first, formatting.percent(original.top1, 2), formatting.percent(after.top1, 2),
+        formatting.signed(100 * (after.top1 - original.top1), 2),
+        formatting.percent(after.macs / original.macs), formatting.percent(after.params / original.params),
+        formatting.percent(latency),
         formatting.duration(record.seconds),
     )  # fmt: skip
 
 
-def numbers_of(row: Row) -> dict[str, object]:
+def row_numbers(row: JobResult) -> dict[str, object]:
     """A row for machines."""
     record = row.record
     after: ModelSummary | None = record.after if record else None
@@ -141,7 +196,7 @@ def numbers_of(row: Row) -> dict[str, object]:
     return {
         "study": row.job.study, "target": row.job.target or (record.target if record else None),
         "seed": row.job.seed if row.job.seed is not None else (record.study.get("seed") if record else None),
-        "fate": row.fate, "reason": row.reason, "folder": str(row.folder),
+        "state": row.state, "reason": row.reason, "folder": str(row.folder),
         "top1_before": record.before.top1 if record else None, "top1_after": after.top1 if after else None,
         "change_pp": paired.delta_pp if paired else None,
         "change_low_pp": paired.low_pp if paired else None,
@@ -156,11 +211,11 @@ def numbers_of(row: Row) -> dict[str, object]:
     }  # fmt: skip
 
 
-def points(rows: Iterable[Row]) -> list[Point]:
+def pareto_points(rows: Iterable[JobResult]) -> list[Point]:
     """The delivered models."""
     return [
         Point(
-            study=Path(row.job.study).stem, name=_told_apart(row),
+            study=Path(row.job.study).stem, name=_point_name(row),
             macs_share=row.record.after.macs / row.record.before.macs,
             delta_pp=100 * (row.record.after.top1 - row.record.before.top1),
             low_pp=row.record.difference.low_pp if row.record.difference else None,
@@ -171,37 +226,37 @@ def points(rows: Iterable[Row]) -> list[Point]:
     ]  # fmt: skip
 
 
-def _told_apart(row: Row) -> str:
+def _point_name(row: JobResult) -> str:
     job, record = row.job, row.record
     target = job.target or (record.target if record else "")
     return target if job.seed is None else f"{target}, seed {job.seed}"
 
 
-def _by_study(found: Iterable[Point]) -> dict[str, list[Point]]:
-    by: dict[str, list[Point]] = {}
-    for point in found:
-        by.setdefault(point.study, []).append(point)
-    return by
+def _by_study(points: Iterable[Point]) -> dict[str, list[Point]]:
+    groups: dict[str, list[Point]] = {}
+    for point in points:
+        groups.setdefault(point.study, []).append(point)
+    return groups
 
 
-def front(found: Iterable[Point]) -> list[Point]:
+def pareto_front(points: Iterable[Point]) -> list[Point]:
     """Those that no other beats in both cost and accuracy, cheapest first."""
     best: list[Point] = []
-    for point in sorted(found, key=lambda p: (p.macs_share, -p.delta_pp)):
+    for point in sorted(points, key=lambda p: (p.macs_share, -p.delta_pp)):
         if not best or point.delta_pp > best[-1].delta_pp:
             best.append(point)
     return best
 
 
-def pareto(rows: Iterable[Row]) -> Figure | None:
+def pareto(rows: Iterable[JobResult]) -> Figure | None:
     """Accuracy kept over MACs left, a front for each study."""
-    found = points(rows)
-    if not found:
+    points = pareto_points(rows)
+    if not points:
         return None
     with plots.style():
         figure = Figure(figsize=(plots.WIDTH_IN, 4.0))
         axes = figure.add_subplot()
-        for number, (study, own) in enumerate(_by_study(found).items()):
+        for number, (study, own) in enumerate(_by_study(points).items()):
             _front_line(axes, study, own, LOOKS[number % len(LOOKS)])
         axes.axhline(0, color=plots.COLOURS["muted"], linewidth=0.8)
         axes.annotate("as the original", (0, 0), (3, 3), xycoords=("axes fraction", "data"), ha="left",
@@ -216,7 +271,7 @@ def pareto(rows: Iterable[Row]) -> Figure | None:
 
 def _front_line(axes: Axes, study: str, own: Sequence[Point], look: tuple[str, str, str]) -> None:
     colour, marker, line = plots.COLOURS[look[0]], look[1], look[2]
-    best = front(own)
+    best = pareto_front(own)
     beaten = [p for p in own if p not in best]
     hollow: Any = {"facecolors": "none", "edgecolors": colour, "marker": marker, "s": 26}
     axes.scatter([100 * p.macs_share for p in beaten], [p.delta_pp for p in beaten], **hollow)

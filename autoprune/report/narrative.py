@@ -1,0 +1,172 @@
+"""Sentences and the comparison table about a run, for the terminal, the report and the browser alike.
+
+Each is a function of a `RunRecord`, which may be that of a run that still goes on.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+from autoprune.formatting import METRICS, MISSING, count, milliseconds, percent, signed, size
+from autoprune.record import Difference, ModelSummary, RoundRecord, RunRecord, TrialRecord
+
+
+@dataclass(frozen=True, kw_only=True)
+class ComparisonRow:
+    """One line of the before/after table; `change` says the difference in the way that fits the number."""
+
+    label: str
+    before: str
+    after: str
+    change: str
+    note: str = ""
+
+
+def comparison(
+    before: ModelSummary, after: ModelSummary | None, difference: Difference | None
+) -> list[ComparisonRow]:
+    """The before/after table: accuracy, MACs, parameters, size, latency."""
+    rows = [
+        ComparisonRow(
+            label="top-1",
+            before=percent(before.top1, 2),
+            after=percent(after.top1, 2) if after else MISSING,
+            change=f"{signed(100 * (after.top1 - before.top1), 2)} pp" if after else MISSING,
+            note=interval(difference) if difference else "",
+        ),
+        ComparisonRow(
+            label="95 % interval",
+            before=_band(before),
+            after=_band(after) if after else MISSING,
+            change="",
+            note=f"test split, n = {before.num_samples:,}",
+        ),
+    ]
+    costs = (
+        ("MACs", before.macs, after.macs if after else None, count),
+        ("parameters", before.params, after.params if after else None, count),
+        ("weights", before.size_bytes, after.size_bytes if after else None, size),
+    )
+    for label, old, new, say in costs:
+        rows.append(ComparisonRow(label=label, before=say(old), after=say(new), change=_shrunk(old, new)))
+    if before.latency_ms is not None:
+        row = _latency(before, after)
+        is_same = after is not None and (after.macs, after.params) == (before.macs, before.params)
+        rows.append(
+            replace(row, change=MISSING) if is_same else row
+        )  # the same network: what differs is noise
+    return rows
+
+
+def interval(difference: Difference) -> str:
+    """The paired interval of an accuracy difference, in words."""
+    return f"95 % interval {signed(difference.low_pp, 2)} to {signed(difference.high_pp, 2)} pp"
+
+
+def _band(model: ModelSummary) -> str:
+    return f"{100 * model.low:.2f} to {100 * model.high:.2f}"
+
+
+def _shrunk(old: float, new: float | None) -> str:
+    return MISSING if new is None or not old else f"{signed(100 * (new / old - 1))} %"
+
+
+def _latency(before: ModelSummary, after: ModelSummary | None) -> ComparisonRow:
+    new = after.latency_ms if after else None
+    change = f"{before.latency_ms / new:.2f}× faster" if before.latency_ms and new else MISSING  # noqa: RUF001
+    if before.latency_ms and new and new > before.latency_ms:
+        change = f"{new / before.latency_ms:.2f}× slower"  # noqa: RUF001
+    spreads = [m.latency_spread_ms for m in (before, after) if m and m.latency_spread_ms is not None]
+    return ComparisonRow(
+        label="latency",
+        before=milliseconds(before.latency_ms),
+        after=milliseconds(new),
+        change=change,
+        note=f"median, ± {' and '.join(f'{s:.2f}' for s in spreads)} ms" if spreads else "median",
+    )
+
+
+def delivered_trial(record: RunRecord) -> tuple[RoundRecord, TrialRecord] | None:
+    """The trial that made the delivered network; None where that is the original, or nothing yet."""
+    after = record.after
+    if after is None or after.params == record.before.params:
+        return None
+    size = (after.macs, after.params)
+    made = [(r, t) for r in record.rounds for t in r.trials if (t.macs, t.num_params) == size]
+    known = record.tuning.before if record.tuning else after.search_top1
+    return min(made, key=lambda m: (abs((m[1].top1 or 0.0) - known), -m[0].number), default=None)
+
+
+def caution(record: RunRecord) -> str:
+    """What to know where the test split lost more than was allowed on the search split; empty otherwise."""
+    after, found = record.after, record.difference
+    if after is None or found is None or found.delta_pp >= -record.max_drop_pp:
+        return ""
+    allowed = f"{record.max_drop_pp:g} pp"
+    lost = f"{signed(100 * (after.search_top1 - record.before.search_top1), 2)} pp"
+    chance = (
+        "the allowed loss lies inside, so this may be chance"
+        if found.high_pp >= -record.max_drop_pp >= found.low_pp
+        else "more than chance explains"
+    )
+    return (
+        f"The {allowed} that were allowed are kept on the search split, where trials are chosen ({lost}), "
+        f"and not on the test split, which no trial has seen ({signed(found.delta_pp, 2)} pp). With "
+        f"n = {after.num_samples:,} the {interval(found)}: {chance}. A split flatters what was chosen on it; "
+        "a larger one, or a smaller --max-drop, leaves less room for that."
+    )
+
+
+def ending(record: RunRecord) -> str:
+    """How the delivered network came about, after the last round; empty where there is none."""
+    if record.after is None:
+        return ""
+    made, tuning = delivered_trial(record), record.tuning
+    if made is None:
+        return "The original is delivered: no trial stayed inside the floor."
+    one, trial = made
+    who = f"trial {trial.number} of round {one.number}"
+    if tuning is None or not tuning.epochs:
+        return f"{who.capitalize()} is delivered as it was: nothing of the budget was left to tune it longer."
+    took = f"{tuning.epochs[-1].epoch:.3g} epochs"
+    before, after = percent(tuning.before, 2), percent(tuning.search_top1, 2)
+    if not tuning.kept:
+        return f"{took} more gave {after}, less than {before}: {who} is delivered as it was."
+    if tuning.before < record.floor:
+        return (
+            f"{who.capitalize()} had missed the floor with {before}. What was left of the budget, {took}, "
+            f"brought it to {after}: it is delivered."
+        )
+    return f"What was left of the budget, {took}, took {who} from {before} to {after}: it is delivered."
+
+
+def _so_far(record: RunRecord) -> str:
+    """What the round promoted last has: the next one starts from it."""
+    promoted = [(r, t) for r in record.rounds for t in r.trials if t.promoted]
+    if not promoted:
+        return "nothing is promoted yet"
+    one, trial = promoted[-1]
+    metric = METRICS.get(record.target_metric, record.target_metric)
+    return (
+        f"round {one.number} promoted a network with {percent(trial.cost_share)} of the {metric} "
+        f"and {percent(trial.top1, 2)} top-1 on the search split"
+    )
+
+
+def answer(record: RunRecord) -> str:
+    """The whole run in one sentence."""
+    before, after = record.before, record.after
+    if after is None:
+        return f"{record.name}: not finished; {_so_far(record)}."
+    if after.params == before.params:
+        return f"{record.name}: nothing was removed; the original is delivered as it was."
+    parts = [
+        f"{100 * (1 - after.macs / before.macs):.1f} % fewer MACs",
+        f"{100 * before.top1:.2f} → {100 * after.top1:.2f} % top-1 "
+        f"({signed(100 * (after.top1 - before.top1), 2)} pp"
+        + (f", {interval(record.difference)})" if record.difference else ")"),
+    ]
+    if before.latency_ms and after.latency_ms:
+        where = record.environment.get("device", "this machine")
+        parts.append(f"{_latency(before, after).change} on {where}")
+    return f"{record.name}: {', '.join(parts)}."
