@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from autoprune.structure.propagate import Axes, Order, Walk, fixed
+from autoprune.structure.propagate import Axes, Propagation, Reordering, fixed_axis
 from autoprune.structure.recorder import Op, Ref
 
 RESHAPES = frozenset(["view", "_unsafe_view", "reshape", "_reshape_alias", "flatten", "unflatten"])
@@ -40,7 +40,7 @@ class Shuffle:
     index: NDArray[np.int64]
 
 
-def matched(before: tuple[int, ...], after: tuple[int, ...]) -> Iterator[tuple[list[int], list[int]]]:
+def match_axes(before: tuple[int, ...], after: tuple[int, ...]) -> Iterator[tuple[list[int], list[int]]]:
     """Smallest runs of axes of equal product; axes of length 1 are left out."""
     left = [d for d, n in enumerate(before) if n > 1]
     right = [d for d, n in enumerate(after) if n > 1]
@@ -59,23 +59,23 @@ def matched(before: tuple[int, ...], after: tuple[int, ...]) -> Iterator[tuple[l
         yield left[start_i:i], right[start_j:j]
 
 
-def _shuffle_from(walk: Walk, ref: Ref, targets: list[int]) -> Shuffle | None:
+def _shuffle_from(ctx: Propagation, ref: Ref, targets: list[int]) -> Shuffle | None:
     """The shuffle that begins with the axes `targets` of a reshape's result, if it is one."""
-    shape = walk.shape(ref)
+    shape = ctx.shape(ref)
     size = int(np.prod([shape[d] for d in targets]))
     numbers = np.arange(size).reshape([n if d in targets else 1 for d, n in enumerate(shape)])
     at, inside = targets[-1], dict[int, tuple[int, ...]]()
     while True:
         held = [d for d, n in enumerate(numbers.shape) if n > 1]
         inside[ref.index] = (at, *(d for d in held if d != at))
-        ahead = [n for n in walk.readers.get(ref.index, ()) if walk.live[n]]
-        if len(ahead) != 1 or ref in walk.recording.outputs:
+        ahead = [n for n in ctx.readers.get(ref.index, ()) if ctx.live[n]]
+        if len(ahead) != 1 or ref in ctx.recording.outputs:
             return None
-        op = walk.recording.ops[ahead[0]]
+        op = ctx.recording.ops[ahead[0]]
         out = op.outputs[0]
         assert out is not None
         if op.name in RESHAPES:
-            ends = [t for s, t in matched(walk.shape(ref), walk.shape(out)) if s == held and len(t) == 1]
+            ends = [t for s, t in match_axes(ctx.shape(ref), ctx.shape(out)) if s == held and len(t) == 1]
             return Shuffle(inside, out, ends[0][0], numbers.ravel()) if ends else None
         if op.name not in MOVES | COPIES or op.is_in_place:
             return None
@@ -94,93 +94,95 @@ def _order(op: Op, rank: int) -> list[int]:
     return order
 
 
-def begins_ragged_shuffle(walk: Walk, op: Op, dim: int, targets: list[int]) -> bool:
+def begins_ragged_shuffle(ctx: Propagation, op: Op, dim: int, targets: list[int]) -> bool:
     """Whether a reshape begins a shuffle in a ragged module; then its channels come out in their new order.
 
     Args:
         dim: the axis that the reshape splits; `targets` is what it becomes.
     """
-    out, axis = op.outputs[0], walk.get(op.inputs[0])[dim]
+    out, axis = op.outputs[0], ctx.get(op.inputs[0])[dim]
     assert out is not None
     assert axis is not None
-    shuffle = _shuffle_from(walk, out, targets) if len(targets) > 1 and not walk.is_probe else None
+    shuffle = _shuffle_from(ctx, out, targets) if len(targets) > 1 and not ctx.is_lookahead else None
     if shuffle is None:
         return False
-    if op.module not in walk.ragged:
-        walk.shuffles.append((op.module, axis, len(axis) // max(walk.shape(out)[d] for d in targets)))
+    if op.module not in ctx.ragged:
+        ctx.shuffles.append((op.module, axis, len(axis) // max(ctx.shape(out)[d] for d in targets)))
         return False
-    walk.orders[walk.position] = Order(dim, axis, shuffle.index, tuple(sorted(shuffle.inside[out.index])))
+    ctx.reorderings[ctx.position] = Reordering(
+        dim, axis, shuffle.index, tuple(sorted(shuffle.inside[out.index]))
+    )
     labels = axis[shuffle.index]
-    walk.arriving[shuffle.merged.index] = (shuffle.dim, labels)
-    walk.inside.update({ref: (dims, labels) for ref, dims in shuffle.inside.items()})
+    ctx.shuffle_results[shuffle.merged.index] = (shuffle.dim, labels)
+    ctx.shuffle_interior.update({ref: (dims, labels) for ref, dims in shuffle.inside.items()})
     return True
 
 
-def channel_shuffle(walk: Walk, op: Op) -> Axes:
+def channel_shuffle(ctx: Propagation, op: Op) -> Axes:
     """(g x n) channels become (n x g): equal positions of the g parts tie, if their module is not ragged."""
-    axes, groups = list(walk.get(op.inputs[0])), op.arg("groups")
+    axes, groups = list(ctx.get(op.inputs[0])), op.arg("groups")
     axis = axes[1]
     if axis is None:
         return axes
-    if op.module in walk.ragged and not walk.is_probe:
+    if op.module in ctx.ragged and not ctx.is_lookahead:
         index = np.arange(len(axis)).reshape(groups, -1).T.ravel()
-        walk.orders[walk.position] = Order(1, axis, index)
+        ctx.reorderings[ctx.position] = Reordering(1, axis, index)
         axes[1] = axis[index]
         return axes
-    if not walk.is_probe:
-        walk.shuffles.append((op.module, axis, groups))
-    axes[1] = np.repeat(walk.tie_rows(axis.reshape(groups, -1).T), groups)
+    if not ctx.is_lookahead:
+        ctx.shuffles.append((op.module, axis, groups))
+    axes[1] = np.repeat(ctx.tie_rows(axis.reshape(groups, -1).T), groups)
     return axes
 
 
-def index_select(walk: Walk, op: Op) -> Axes:
+def index_select(ctx: Propagation, op: Op) -> Axes:
     """Positions of one axis taken by a tensor of indices. They stay, unless an earlier pruning took them."""
-    axes, dim = list(walk.get(op.inputs[0])), op.arg("dim")
+    axes, dim = list(ctx.get(op.inputs[0])), op.arg("dim")
     axis, out = axes[dim], op.outputs[0]
     assert out is not None
-    call = _own_call(walk, op)
+    call = _own_call(ctx, op)
     if call is None:
-        walk.freeze(axis, "channels are taken by index")
+        ctx.freeze(axis, "channels are taken by index")
         axes[dim] = None
         return axes
-    ahead = list(walk.readers.get(out.index, ()))
-    index, axis = call.order.numpy(), fixed(walk.shape(op.inputs[0])[dim]) if axis is None else axis
-    if not walk.is_probe:
-        position = ahead[0] if call.given else walk.position  # given: to the reshape that follows
-        walk.orders[position] = Order(dim, axis, index, call.given)
+    ahead = list(ctx.readers.get(out.index, ()))
+    index, axis = call.order.numpy(), fixed_axis(ctx.shape(op.inputs[0])[dim]) if axis is None else axis
+    if not ctx.is_lookahead:
+        position = ahead[0] if call.given else ctx.position  # given: to the reshape that follows
+        ctx.reorderings[position] = Reordering(dim, axis, index, call.given)
     axes[dim] = axis[index]
     return axes
 
 
-def _own_call(walk: Walk, op: Op) -> Any:
+def _own_call(ctx: Propagation, op: Op) -> Any:
     """The gather that an earlier pruning put into a ragged module (a `gathered.Call`)."""
     constant, calls = (
-        walk.recording.constants.get(op.arg("index").index),
-        walk.stamp(op.module, "autoprune_calls"),
+        ctx.recording.constants.get(op.arg("index").index),
+        ctx.earlier_choice(op.module, "autoprune_calls"),
     )
     return calls.gather_by(constant) if calls is not None and constant is not None else None
 
 
-def tied_too_far(walk: Walk) -> frozenset[str]:
+def find_ragged_modules(ctx: Propagation) -> frozenset[str]:
     """Modules that should be ragged: those of shuffles in which units are larger than the shuffle needs, and
     those that split the same channels in equal parts."""
-    classes = walk.labels.classes()
+    classes = ctx.labels.classes()
     modules, trunk = set[str](), np.zeros(int(classes.max()) + 1, bool)
-    for module, labels, parts in walk.shuffles:
+    for module, labels, parts in ctx.shuffles:
         known = classes[labels[labels >= 0]]
         if len(known) > parts * len(np.unique(known)):
             modules.add(module)
             trunk[known] = True
-    for op, pieces in walk.splits:
+    for op, pieces in ctx.splits:
         if trunk[classes[pieces[0][pieces[0] >= 0]]].any():
-            modules.add(walk.recording.ops[op].module)
-    return frozenset(m for m in modules if _has_lines_of_its_own(walk, m))
+            modules.add(ctx.recording.ops[op].module)
+    return frozenset(m for m in modules if _has_lines_of_its_own(ctx, m))
 
 
-def _has_lines_of_its_own(walk: Walk, module: str) -> bool:
+def _has_lines_of_its_own(ctx: Propagation, module: str) -> bool:
     """Whether a module runs once, and its reshapes and splits are on no line of a module in it."""
-    ops = walk.recording.ops
+    ops = ctx.recording.ops
     below = {op.where for op in ops if op.module.startswith(f"{module}.") or not module}
-    mine = {ops[n].where for n, _ in walk.splits if ops[n].module == module}
+    mine = {ops[n].where for n, _ in ctx.splits if ops[n].module == module}
     mine |= {op.where for op in ops if op.module == module and op.name in RESHAPES}
-    return walk.recording.calls[module] == 1 and (not module or not mine & below)
+    return ctx.recording.calls[module] == 1 and (not module or not mine & below)

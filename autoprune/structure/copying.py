@@ -28,7 +28,7 @@ ATOMS = frozenset(
 OWN_WAYS = ("__deepcopy__", "__copy__", "__reduce__", "__reduce_ex__", "__getstate__", "__getnewargs__")
 
 
-def copied(model: nn.Module, change: Change) -> nn.Module:
+def copy_model(model: nn.Module, change: Change) -> nn.Module:
     """A copy of the module tree whose tensors are `change`d on the way; tied ones stay tied."""
     memo: dict[int, Any] = {}
     parameters, buffers = named_tensors(model)
@@ -89,7 +89,7 @@ def named_modules(model: nn.Module) -> dict[str, Any]:
 
 
 @contextmanager
-def without_collector() -> Iterator[None]:
+def collector_paused() -> Iterator[None]:
     """Many small objects would wake Python's collector of cycles again and again, for nothing."""
     was_on = gc.isenabled()
     gc.disable()

@@ -19,13 +19,13 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 
 from autoprune.errors import UsageError, VerificationError
 from autoprune.plan import PruningPlan
-from autoprune.structure.copying import copied, named_modules, without_collector
-from autoprune.structure.graph import ChannelGraph, Group, RaggedCall, Rearranged
-from autoprune.structure.patches.attention import mend_attention
-from autoprune.structure.patches.channel_gather import Call, gather
-from autoprune.structure.patches.norm_patch import rescale
-from autoprune.structure.patches.padding import mend_paddings
-from autoprune.structure.patches.reshape_patch import Shape, loosen
+from autoprune.structure.copying import collector_paused, copy_model, named_modules
+from autoprune.structure.graph import ChannelGraph, Group, RaggedCall, UnitReordering
+from autoprune.structure.patches.attention import patch_attention_
+from autoprune.structure.patches.channel_gather import PrunedCall, patch_gathers_
+from autoprune.structure.patches.norm_patch import patch_norm_
+from autoprune.structure.patches.padding import patch_paddings_
+from autoprune.structure.patches.reshape_patch import Shape, patch_reshapes_
 
 GATES = {"LSTM": 4, "GRU": 3, "RNN_TANH": 1, "RNN_RELU": 1}  # rows of a recurrent layer's weight a unit
 TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4}  # relative; measured: 1e-14 and 1e-6 on torchvision
@@ -45,9 +45,9 @@ def densify(model: nn.Module, graph: ChannelGraph, plan: PruningPlan) -> nn.Modu
             tensor = tensor.index_select(dim, torch.from_numpy(keep).to(tensor.device))
         return tensor if name in cuts else tensor.clone()
 
-    with without_collector():
+    with collector_paused():
         cuts = _kept_positions(graph, plan)
-        return _mended(copied(model, cut), graph, plan)
+        return _with_sizes_updated(copy_model(model, cut), graph, plan)
 
 
 def densify_on_meta(model: nn.Module, graph: ChannelGraph, plan: PruningPlan) -> nn.Module:
@@ -60,7 +60,7 @@ def densify_on_meta(model: nn.Module, graph: ChannelGraph, plan: PruningPlan) ->
             shape[dim] = len(keep)
         return torch.empty(shape, dtype=tensor.dtype, device="meta")
 
-    return _mended(copied(model, shrink), graph, plan)
+    return _with_sizes_updated(copy_model(model, shrink), graph, plan)
 
 
 def masked(model: nn.Module, graph: ChannelGraph, plan: PruningPlan) -> nn.Module:
@@ -70,7 +70,7 @@ def masked(model: nn.Module, graph: ChannelGraph, plan: PruningPlan) -> nn.Modul
     def zero(name: str, tensor: Tensor) -> Tensor:
         return _with_zeros(tensor, zeros.get(name, []))
 
-    return copied(model, zero)
+    return copy_model(model, zero)
 
 
 def masked_tensors(
@@ -179,7 +179,7 @@ def _kept_positions(graph: ChannelGraph, plan: PruningPlan) -> dict[str, dict[in
     return kept
 
 
-def _mended(model: nn.Module, graph: ChannelGraph, plan: PruningPlan) -> nn.Module:
+def _with_sizes_updated(model: nn.Module, graph: ChannelGraph, plan: PruningPlan) -> nn.Module:
     counts = {name: len(kept) for name, kept in plan.keep.items()}
     modules = named_modules(model)
     changed = {m.name.rpartition(".")[0] for g, _ in _removals(graph, plan) for m in g.members}
@@ -188,48 +188,48 @@ def _mended(model: nn.Module, graph: ChannelGraph, plan: PruningPlan) -> nn.Modu
         if getattr(modules[counter.module], counter.attribute) != value:
             setattr(modules[counter.module], counter.attribute, value)
     for name, policy in graph.grouped.items():
-        modules[name].autoprune_grouped = policy
+        modules[name].autoprune_conv_groups = policy
     for name, axes in graph.split_axes.items():
-        modules[name].autoprune_axes = dict(axes)
+        modules[name].autoprune_split_axes = dict(axes)
     for name, width in sorted(graph.norm_widths.items()):
         if width and (name in changed or not isinstance(modules[name], nn.LayerNorm)):
-            rescale(modules[name], width)  # who takes a mean need not hold the channels
+            patch_norm_(modules[name], width)  # who takes a mean need not hold the channels
     for name in changed:
-        _mend(modules[name.removesuffix(".parametrizations.weight")])
-    mend_attention(model, changed)
+        _update_sizes_(modules[name.removesuffix(".parametrizations.weight")])
+    patch_attention_(model, changed)
     for name in sorted(graph.loosened):
-        loosen(
+        patch_reshapes_(
             modules[name],
             _pruned_shapes(graph, name, counts),
             graph.loosened[name],
             _pruned_pieces(graph, name, counts),
         )
     _gather_where_ragged(modules, graph, plan, counts)
-    return mend_paddings(model, graph, plan)
+    return patch_paddings_(model, graph, plan)
 
 
 def _gather_where_ragged(
     modules: Mapping[str, Any], graph: ChannelGraph, plan: PruningPlan, counts: dict[str, int]
 ) -> None:
     for name, calls in graph.ragged.items():
-        by_line: dict[str, list[Call | None]] = {}
+        by_line: dict[str, list[PrunedCall | None]] = {}
         for call in calls:
             by_line.setdefault(call.line, []).append(_pruned_call(graph, call, plan, counts))
-        gather(modules[name], by_line, graph.gathered.get(name))
+        patch_gathers_(modules[name], by_line, graph.gathered.get(name))
 
 
 def _pruned_call(
     graph: ChannelGraph, call: RaggedCall, plan: PruningPlan, counts: dict[str, int]
-) -> Call | None:
+) -> PrunedCall | None:
     if call.order is None and not call.given:
         return None
     sizes = tuple(graph.length(a, counts) for a in call.axes)
     if call.order is None:
-        return Call(sizes, given=call.given)
-    return Call(sizes, call.order.given, call.order.dim, _index(graph, call.order, plan))
+        return PrunedCall(sizes, given=call.given)
+    return PrunedCall(sizes, call.order.given, call.order.dim, _index(graph, call.order, plan))
 
 
-def _index(graph: ChannelGraph, order: Rearranged, plan: PruningPlan) -> Tensor:
+def _index(graph: ChannelGraph, order: UnitReordering, plan: PruningPlan) -> Tensor:
     """The positions to read, in their order, once the plan's channels are gone."""
     stays = order.group < 0
     for number in np.unique(order.group[~stays]):
@@ -257,7 +257,7 @@ def _pruned_pieces(graph: ChannelGraph, module: str, counts: dict[str, int]) -> 
     return {old: new for old, new in pieces.items() if old != new}
 
 
-def _mend(module: nn.Module) -> None:
+def _update_sizes_(module: nn.Module) -> None:
     """Set the sizes that torch's own layers carry to those of their tensors."""
     weight = getattr(module, "weight", None)
     if isinstance(module, nn.modules.conv._ConvNd):
@@ -278,12 +278,12 @@ def _mend(module: nn.Module) -> None:
     elif isinstance(module, (nn.Embedding, nn.EmbeddingBag)):
         module.embedding_dim = module.weight.shape[1]
     elif isinstance(module, (nn.RNNBase, nn.RNNCellBase)):
-        _mend_recurrent(module)
+        _update_recurrent_sizes_(module)
     elif isinstance(module, nn.Bilinear):
         module.out_features, module.in1_features, module.in2_features = module.weight.shape
 
 
-def _mend_recurrent(module: nn.RNNBase | nn.RNNCellBase) -> None:
+def _update_recurrent_sizes_(module: nn.RNNBase | nn.RNNCellBase) -> None:
     if isinstance(module, nn.RNNCellBase):
         module.hidden_size, module.input_size = module.weight_hh.shape[1], module.weight_ih.shape[1]
         return

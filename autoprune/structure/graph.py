@@ -20,7 +20,7 @@ from autoprune.errors import UsageError
 from autoprune.plan import PruningPlan
 from autoprune.structure.cost import Axis, Cost, CostModel, Product
 from autoprune.structure.labels import Role
-from autoprune.structure.patches.reshape_patch import Fix, Place
+from autoprune.structure.patches.reshape_patch import CallSite, SizeCorrection
 from autoprune.structure.recorder import Recording
 
 
@@ -91,7 +91,7 @@ class Frozen:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Counted:
+class CountAttribute:
     """An integer attribute that counts units of groups: `fixed` plus the units kept, over `per`."""
 
     module: str
@@ -109,7 +109,7 @@ class Reshape:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Rearranged:
+class UnitReordering:
     """Channels read along `dim` in another order: position i of the result was `index[i]`.
 
     Attributes:
@@ -136,7 +136,7 @@ class RaggedCall:
     line: str
     axes: tuple[Axis, ...]
     given: tuple[int, ...]
-    order: Rearranged | None = None
+    order: UnitReordering | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -159,12 +159,12 @@ class ChannelGraph:
     cost_model: CostModel = field(repr=False)
     products: tuple[Product, ...] = field(repr=False, default=())
     latency: Callable[[NDArray[np.int64], int], float] | None = field(repr=False, default=None)
-    counted: tuple[Counted, ...] = field(repr=False, default=())
+    counted: tuple[CountAttribute, ...] = field(repr=False, default=())
     grouped: Mapping[str, str] = field(repr=False, default_factory=dict)
     split_axes: Mapping[str, Mapping[int, int]] = field(repr=False, default_factory=dict)
     reshaped: Mapping[str, tuple[Reshape, ...]] = field(repr=False, default_factory=dict)
     split: Mapping[str, tuple[tuple[Axis, ...], ...]] = field(repr=False, default_factory=dict)
-    loosened: Mapping[str, Mapping[Place, Fix] | None] = field(repr=False, default_factory=dict)
+    loosened: Mapping[str, Mapping[CallSite, SizeCorrection] | None] = field(repr=False, default_factory=dict)
     ragged: Mapping[str, tuple[RaggedCall, ...]] = field(repr=False, default_factory=dict)
     gathered: Mapping[str, Mapping[int, tuple[str, int]] | None] = field(repr=False, default_factory=dict)
     norm_widths: Mapping[str, int] = field(repr=False, default_factory=dict)

@@ -22,20 +22,20 @@ from autoprune.structure.graph import (
     Member,
     Padding,
     RaggedCall,
-    Rearranged,
     Reshape,
+    UnitReordering,
 )
 from autoprune.structure.labels import LabelArray, Slot
-from autoprune.structure.patches.channel_gather import GatheredModule
-from autoprune.structure.patches.counters import counted
-from autoprune.structure.propagate import Order, Walk
+from autoprune.structure.patches.channel_gather import GatherPatch
+from autoprune.structure.patches.count_attributes import find_count_attributes
+from autoprune.structure.propagate import Propagation, Reordering
 from autoprune.structure.recorder import Op, Recording, Ref
 from autoprune.structure.rules.shape import reshape, split
 from autoprune.structure.rules.table import TABLE
 
 
 @dataclass(frozen=True, kw_only=True)
-class Wishes:
+class TraceOptions:
     """What the user asked of a graph.
 
     Attributes:
@@ -51,13 +51,13 @@ class Wishes:
 def build(
     model: nn.Module,
     recording: Recording,
-    wishes: Wishes,
+    options: TraceOptions,
     *,
     choices: Mapping[int, int],
     refused: Sequence[tuple[LabelArray, str]],
     ragged: frozenset[str] = frozenset(),
-) -> tuple[ChannelGraph, Walk]:
-    """Walk the recording and sort its labels into groups.
+) -> tuple[ChannelGraph, Propagation]:
+    """Propagate labels over the recording and sort its labels into groups.
 
     Args:
         choices: of reshape operators, see `Walk`.
@@ -65,37 +65,39 @@ def build(
         ragged: modules whose shuffles tie nothing, besides those of an earlier pruning.
     """
     modules = named_modules(model)
-    ragged |= {n for n, m in modules.items() if isinstance(m, GatheredModule)}
-    walk = Walk(recording, modules, TABLE, choices, ragged=ragged, rescales_norms=wishes.rescales_norms)
-    walk.run()
+    ragged |= {n for n, m in modules.items() if isinstance(m, GatherPatch)}
+    propagation = Propagation(
+        recording, modules, TABLE, choices, ragged=ragged, rescales_norms=options.rescales_norms
+    )
+    propagation.run()
     for labels, reason in refused:
-        walk.labels.freeze(labels, reason)
-    _freeze_wishes(walk, wishes.kept)
-    return _Grouping(model, walk).graph(wishes.round_to), walk
+        propagation.labels.freeze(labels, reason)
+    _freeze_excluded(propagation, options.kept)
+    return _GroupBuilder(model, propagation).graph(options.round_to), propagation
 
 
-def _freeze_wishes(walk: Walk, kept: Mapping[str, str]) -> None:
-    for slot in walk.labels.slots:
+def _freeze_excluded(propagation: Propagation, kept: Mapping[str, str]) -> None:
+    for slot in propagation.labels.slots:
         wish = kept.get(slot.name.rpartition(".")[0] if slot.pad_op is None else slot.name)
         if wish and slot.role != "in":
-            walk.labels.freeze(np.arange(slot.start, slot.start + slot.size), wish)
+            propagation.labels.freeze(np.arange(slot.start, slot.start + slot.size), wish)
 
 
-Found = tuple[int, Slot, NDArray[np.int64]]  # a slot's number, the slot, its positions (units, k)
+SlotPositions = tuple[int, Slot, NDArray[np.int64]]  # a slot's number, the slot, its positions (units, k)
 WIDE = 4  # a group is rounded from so many multiples on: two or three counts to choose from are too few
 
 
-class _Grouping:
-    """Turns the ties of one walk into groups."""
+class _GroupBuilder:
+    """Turns the ties of one propagation into groups."""
 
-    def __init__(self, model: nn.Module, walk: Walk) -> None:
-        self.model, self.walk, self.slots = model, walk, walk.labels.slots
-        self.classes = walk.labels.classes()
+    def __init__(self, model: nn.Module, propagation: Propagation) -> None:
+        self.model, self.propagation, self.slots = model, propagation, propagation.labels.slots
+        self.classes = propagation.labels.classes()
         size, count = len(self.classes), int(self.classes.max()) + 1 if len(self.classes) else 0
         self.reason: dict[int, str] = {}
         self.is_frozen = np.zeros(count, bool)
         self.has_channel_reason = np.zeros(count, bool)
-        for freeze in walk.labels.freezes:
+        for freeze in propagation.labels.freezes:
             hit = np.unique(self.classes[freeze.labels])
             fresh = hit[~self.has_channel_reason[hit]] if not freeze.is_structural else hit[:0]
             self.reason.update(dict.fromkeys(fresh.tolist(), freeze.reason))
@@ -105,7 +107,7 @@ class _Grouping:
         self.slot_of = (
             np.searchsorted(starts, np.arange(size), side="right") - 1 if size else np.empty(0, np.int64)
         )
-        self.is_open = walk.labels.open_labels()
+        self.is_open = propagation.labels.open_labels()
         self.names: list[str] = []
         self.group_of = self._group_of_classes()
         self.group_of_label = np.append(self.group_of[self.classes], -1)  # the last is FIXED's
@@ -121,7 +123,7 @@ class _Grouping:
         count = len(self.is_frozen)
         signature = np.zeros(count, np.uint64)
         np.add.at(signature, self.classes, keys[self.slot_of])
-        for _, pieces in self.walk.splits:  # units of unequal pieces shrink by themselves
+        for _, pieces in self.propagation.splits:  # units of unequal pieces shrink by themselves
             for piece in pieces:
                 signature[np.unique(self.classes[piece[piece >= 0]])] += rng.integers(
                     1, 2**62, dtype=np.uint64
@@ -178,16 +180,16 @@ class _Grouping:
             round_to=round_to,
             cost_model=model,
             products=self._products(),
-            counted=counted(self.walk, self._axis),
-            grouped=dict(self.walk.grouped),
+            counted=find_count_attributes(self.propagation, self._axis),
+            grouped=dict(self.propagation.conv_group_policies),
             split_axes=self._split_axes(),
             reshaped=self._reshaped(),
             split=self._split(),
-            ragged={module: tuple(self._ragged_calls(module)) for module in sorted(self.walk.ragged)},
-            norm_widths=dict(self.walk.rescaled),
-            maskable=self.walk.maskable,
+            ragged={module: tuple(self._ragged_calls(module)) for module in sorted(self.propagation.ragged)},
+            norm_widths=dict(self.propagation.norm_widths),
+            maskable=self.propagation.maskable,
             widths={(s.name, s.dim): s.size for s in self.slots if s.pad_op is None and not s.is_open},
-            recording=self.walk.recording,
+            recording=self.propagation.recording,
         )
 
     def _units(self) -> list[NDArray[np.int64]]:
@@ -195,7 +197,7 @@ class _Grouping:
         order = np.lexsort((self.first, self.group_of))
         return _runs(order, self.group_of[order])
 
-    def _members(self, units: list[NDArray[np.int64]]) -> list[tuple[int, list[Found]]]:
+    def _members(self, units: list[NDArray[np.int64]]) -> list[tuple[int, list[SlotPositions]]]:
         """Per group its width, and for every slot that it owns positions of, which unit owns which."""
         rank = self.rank
         for mine in units:
@@ -208,7 +210,7 @@ class _Grouping:
             for mine, labels in zip(units, _runs(owned[order], groups[order]), strict=True)
         ]
 
-    def _positions(self, labels: LabelArray, rank: LabelArray, width: int) -> list[Found]:
+    def _positions(self, labels: LabelArray, rank: LabelArray, width: int) -> list[SlotPositions]:
         numbers, ranks = self.slot_of[labels], rank[self.classes[labels]]
         borders = [0, *(np.flatnonzero(np.diff(numbers)) + 1).tolist(), len(labels)]
         is_falling = np.append(np.diff(ranks) < 0, False)
@@ -224,7 +226,7 @@ class _Grouping:
             found.append((number, slot, (mine - slot.start).reshape(width, -1)))
         return found
 
-    def _named(self, found: list[tuple[int, list[Found]]], round_to: int) -> list[Group]:
+    def _named(self, found: list[tuple[int, list[SlotPositions]]], round_to: int) -> list[Group]:
         buffers = {name for name, _ in self.model.named_buffers(remove_duplicate=False)}
         groups: list[Group] = []
         needs_two = self._needing_two()
@@ -250,7 +252,7 @@ class _Grouping:
 
     def _needing_two(self) -> set[int]:
         """Groups that own the whole of an axis of which two units must stay."""
-        axes = [self._axis(labels) for labels in self.walk.pairs]
+        axes = [self._axis(labels) for labels in self.propagation.two_unit_axes]
         return {g for a in axes if a.fixed == 0 for g, per in a.per_unit.items() if per == 1}
 
     def _axis(self, labels: LabelArray | slice) -> Axis:
@@ -269,14 +271,15 @@ class _Grouping:
         return self.rows.setdefault((axis.fixed, *sorted(axis.per_unit.items())), len(self.rows))
 
     def _row_of(self, labels: LabelArray) -> int:
-        """The same for an array of the walk's: many tensors share one."""
+        """The same for an array of the propagation's: many tensors share one."""
         if id(labels) not in self.row_of:
             self.row_of[id(labels)] = self._row(self._axis(labels))
         return self.row_of[id(labels)]
 
     def _cost_model(self) -> CostModel:
         macs = [
-            Term(constant=t.constant, axes=tuple(self._row_of(a) for a in t.axes)) for t in self.walk.terms
+            Term(constant=t.constant, axes=tuple(self._row_of(a) for a in t.axes))
+            for t in self.propagation.cost_terms
         ]
         params, sizes = self._stored_terms()
         made = self._made_terms()
@@ -289,12 +292,12 @@ class _Grouping:
 
     def _made_terms(self) -> list[Term]:
         """Bytes of every tensor that an operator makes and another reads; weights made of weights aside."""
-        recording, terms = self.walk.recording, []
+        recording, terms = self.propagation.recording, []
         read = {r.index for op in recording.ops for r in op.inputs} | {r.index for r in recording.outputs}
         for ref in (r for op in recording.ops if op.makes for r in op.outputs if r is not None):
-            if ref.index not in read or ref.index in self.walk.weights:
+            if ref.index not in read or ref.index in self.propagation.weight_refs:
                 continue
-            extents = self.walk.extents(ref)
+            extents = self.propagation.extents(ref)
             fixed = [n for n in extents if isinstance(n, int)]
             terms.append(
                 Term(
@@ -305,9 +308,9 @@ class _Grouping:
         return terms
 
     def _products(self) -> tuple[Product, ...]:
-        """The operators that the walk counted multiply-adds of, with the axes of what they read."""
-        numbers = dict.fromkeys(t.op for t in self.walk.terms)
-        ops = self.walk.recording.ops
+        """The operators that the propagation counted multiply-adds of, with the axes of what they read."""
+        numbers = dict.fromkeys(t.op for t in self.propagation.cost_terms)
+        ops = self.propagation.recording.ops
         return tuple(
             Product(op=n, operands=tuple(self._shape_rows(r) for r in ops[n].inputs)) for n in numbers
         )
@@ -315,7 +318,7 @@ class _Grouping:
     def _shape_rows(self, ref: Ref) -> tuple[int, ...]:
         return tuple(
             self._row(Axis(fixed=a, per_unit={})) if isinstance(a, int) else self._row_of(a)
-            for a in self.walk.extents(ref)
+            for a in self.propagation.extents(ref)
         )
 
     def _stored_terms(self) -> tuple[list[Term], list[Term]]:
@@ -355,15 +358,15 @@ class _Grouping:
     def _split_axes(self) -> dict[str, dict[int, int]]:
         """Module -> which of its reshapes shrinks along which axis of what it makes; -number: it reads."""
         found: dict[str, dict[int, int]] = {}
-        for site in self.walk.sites:
-            found.setdefault(self.walk.recording.ops[site.op].module, {})[site.ordinal] = site.chosen
-        for op, (ordinal, kept) in self.walk.kept_axes.items():
-            found.setdefault(self.walk.recording.ops[op].module, {})[-ordinal] = kept
+        for site in self.propagation.reshape_splits:
+            found.setdefault(self.propagation.recording.ops[site.op].module, {})[site.ordinal] = site.chosen
+        for op, (ordinal, kept) in self.propagation.kept_axes.items():
+            found.setdefault(self.propagation.recording.ops[op].module, {})[-ordinal] = kept
         return found
 
     def _reshaped(self) -> dict[str, tuple[Reshape, ...]]:
         """Module that reshapes what holds channels -> all of its reshapes, in order."""
-        ops = self.walk.recording.ops
+        ops = self.propagation.recording.ops
         modules = {
             op.module for op in ops if TABLE.get(op.name) is reshape and self._holds_units(op.outputs[0])
         }
@@ -380,29 +383,29 @@ class _Grouping:
         return {module: tuple(reshapes) for module, reshapes in found.items()}
 
     def _holds_units(self, ref: Ref | None) -> bool:
-        axes = self.walk.axes.get(ref.index, []) if ref is not None else []
+        axes = self.propagation.axes.get(ref.index, []) if ref is not None else []
         return any(a is not None and (self.group_of_label[a] >= 0).any() for a in axes)
 
     def _shape_axes(self, ref: Ref | None) -> tuple[Axis, ...]:
         assert ref is not None
         return tuple(
             Axis(fixed=a, per_unit={}) if isinstance(a, int) else self._axis(a)
-            for a in self.walk.extents(ref)
+            for a in self.propagation.extents(ref)
         )
 
     def _split(self) -> dict[str, tuple[tuple[Axis, ...], ...]]:
         """Module -> the pieces of each of its splits."""
         found: dict[str, list[tuple[Axis, ...]]] = {}
-        for op, pieces in self.walk.splits:
+        for op, pieces in self.propagation.splits:
             axes = tuple(self._axis(p) for p in pieces)
             if any(a.per_unit for a in axes):
-                found.setdefault(self.walk.recording.ops[op].module, []).append(axes)
+                found.setdefault(self.propagation.recording.ops[op].module, []).append(axes)
         return {module: tuple(splits) for module, splits in found.items()}
 
     def _ragged_calls(self, module: str) -> Iterator[RaggedCall]:
-        pieces = dict(self.walk.splits)
-        for position, op in enumerate(self.walk.recording.ops):
-            handler, order = TABLE.get(op.name), self.walk.orders.get(position)
+        pieces = dict(self.propagation.splits)
+        for position, op in enumerate(self.propagation.recording.ops):
+            handler, order = TABLE.get(op.name), self.propagation.reorderings.get(position)
             if op.module != module or not (handler in (reshape, split, channel_shuffle) or order):
                 continue
             if handler is split:
@@ -412,7 +415,9 @@ class _Grouping:
                 out = op.outputs[0]
                 assert out is not None
                 axes = self._shape_axes(out)
-                given = tuple(d for d, a in enumerate(self.walk.extents(out)) if not isinstance(a, int))
+                given = tuple(
+                    d for d, a in enumerate(self.propagation.extents(out)) if not isinstance(a, int)
+                )
             rearranged = self._rearranged(order) if order else None
             yield RaggedCall(line=op.where, axes=axes, given=given, order=rearranged)
 
@@ -420,12 +425,14 @@ class _Grouping:
         if pieces is not None:
             return tuple(self._axis(p) for p in pieces)
         dim = op.arg("dim", 0)
-        return tuple(Axis(fixed=self.walk.shape(r)[dim], per_unit={}) for r in op.outputs if r is not None)
+        return tuple(
+            Axis(fixed=self.propagation.shape(r)[dim], per_unit={}) for r in op.outputs if r is not None
+        )
 
-    def _rearranged(self, order: Order) -> Rearranged:
+    def _rearranged(self, order: Reordering) -> UnitReordering:
         units = np.append(self.rank[self.classes], 0)  # the last is FIXED's
         group = self.group_of_label[order.labels]
-        return Rearranged(
+        return UnitReordering(
             dim=order.dim, given=order.given, index=order.index, group=group, unit=units[order.labels]
         )
 

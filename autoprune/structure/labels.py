@@ -128,10 +128,10 @@ class Labels:
         """Class number of every label, (size,)."""
         state = (self.size, len(self._ties))
         if self._classes is None or self._classes[0] != state:
-            self._classes = (state, self._found_classes())
+            self._classes = (state, self._find_classes())
         return self._classes[1]
 
-    def _found_classes(self) -> NDArray[np.int32]:
+    def _find_classes(self) -> NDArray[np.int32]:
         if not self._ties:
             return np.arange(self.size, dtype=np.int32)
         left = np.concatenate([a for a, _ in self._ties])

@@ -32,7 +32,7 @@ from autoprune.structure.cost import CostModel, Product
 from autoprune.structure.densify import densify
 from autoprune.structure.graph import ChannelGraph, Group
 from autoprune.structure.recorder import Op, Recording, Ref
-from autoprune.structure.timings import Call, Seconds, Timings, in_turns
+from autoprune.structure.timings import Call, Seconds, Timings, time_interleaved
 
 Lengths = NDArray[np.int64]
 
@@ -169,7 +169,7 @@ def with_latency_model(
         timings: the table to use; by default the user's own, on disk.
     """
     timings = timings or Timings.of(device)
-    products = timed_products(graph, device, timings)
+    products = time_products(graph, device, timings)
     timings.save()
     half = {g.name: _half(g) for g in graph.groups}
     plan = PruningPlan(
@@ -177,13 +177,13 @@ def with_latency_model(
         num_units={g.name: g.num_units for g in graph.groups},
     )
     models = [model, densify(model, graph, plan), *([beside[0]] if beside else [])]
-    measured = networks_s(models, example_inputs, device)
+    measured = measure_networks_s(models, example_inputs, device)
     unit = beside[1] / measured[2] if beside else 1.0
     points = [(*_state(graph, {}), unit * measured[0]), (*_state(graph, half), unit * measured[1])]
     return replace(graph, latency=products.fitted(points))
 
 
-def networks_s(
+def measure_networks_s(
     models: Sequence[nn.Module], example_inputs: tuple[Any, ...], device: torch.device
 ) -> list[float]:
     """Least seconds of one pass of each network, measured in turns on copies in evaluation mode.
@@ -191,7 +191,7 @@ def networks_s(
     The least, because other work on the machine only ever adds.
     """
     calls = _ready(models, example_inputs, device)
-    times = in_turns(calls, device, runs=NETWORK_RUNS, seconds=NETWORK_S)
+    times = time_interleaved(calls, device, runs=NETWORK_RUNS, seconds=NETWORK_S)
     return [float(s) for s in times.min(axis=0)]
 
 
@@ -204,13 +204,13 @@ def measure_latency_share(
     quiet machine, and so large on a busy one that nothing follows from the share.
     """
     calls = _ready([before, after], example_inputs, device)
-    times = in_turns(calls, device, runs=NETWORK_RUNS, seconds=NETWORK_S)
+    times = time_interleaved(calls, device, runs=NETWORK_RUNS, seconds=NETWORK_S)
     least, quartile = np.quantile(times, [0.0, 0.25], axis=0)
     share = float(least[1] / least[0])
     return share, share * float((quartile / least - 1).sum())
 
 
-def timed_products(graph: ChannelGraph, device: torch.device, timings: Timings) -> LatencyModel:
+def time_products(graph: ChannelGraph, device: torch.device, timings: Timings) -> LatencyModel:
     """Every operator that multiplies, timed alone; one that does not run alone is left to the rest."""
     assert graph.recording is not None
     curves = []
@@ -318,7 +318,7 @@ def _ready(models: Sequence[nn.Module], example_inputs: tuple[Any, ...], device:
 
 
 def _kernel_s(kernel: Kernel, device: torch.device) -> float:
-    times = in_turns([kernel.call(device)], device, runs=KERNEL_RUNS, seconds=KERNEL_S)
+    times = time_interleaved([kernel.call(device)], device, runs=KERNEL_RUNS, seconds=KERNEL_S)
     return float(times.min())
 
 

@@ -2,7 +2,7 @@
 
 The pruned network runs the same operators in the same order, on the same tensors with the same numbers and
 of the lengths that the labels predict. If it does, it computes what the masked network computes. Anything
-else, such as a scale that is derived from a pruned width, is a disagreement. Inside
+else, such as a scale that is derived from a pruned width, is a mismatch. Inside
 modules whose class was exchanged for one of ours (`attention`, `padding`, `rescaled`) other operators run;
 these are left out, and what such a module gives out is compared by its shape. Behind it strides may differ,
 and with them the operators; then only the network's outputs are compared.
@@ -22,10 +22,10 @@ from autoprune.plan import PruningPlan
 from autoprune.structure.copying import named_modules
 from autoprune.structure.graph import Group
 from autoprune.structure.labels import LabelArray
-from autoprune.structure.patches.channel_gather import GatheredModule
-from autoprune.structure.patches.norm_patch import RescaledModule
-from autoprune.structure.patches.reshape_patch import LooseModule, Shape
-from autoprune.structure.propagate import Walk
+from autoprune.structure.patches.channel_gather import GatherPatch
+from autoprune.structure.patches.norm_patch import NormPatch
+from autoprune.structure.patches.reshape_patch import ReshapePatch, Shape
+from autoprune.structure.propagate import Propagation
 from autoprune.structure.recorder import Op, Recording, Ref
 
 SIZES: dict[str, frozenset[str]] = {
@@ -63,35 +63,39 @@ MOVES = frozenset({"permute", "view", "_unsafe_view", "bmm"})
 GATHERS = frozenset({"index_select", "native_channel_shuffle", "channel_shuffle"})  # in ragged modules ours
 
 
-def disagreement(
-    walk: Walk, pruned: Recording, plan: PruningPlan, groups: Mapping[str, Group], others: Exchanged
+def find_mismatch(
+    propagation: Propagation,
+    pruned: Recording,
+    plan: PruningPlan,
+    groups: Mapping[str, Group],
+    others: ReplacedModules,
 ) -> str:
     """Where the pruned pass differs from what the original's labels predict; empty where nowhere.
 
     Args:
         others: the modules whose operators are left out.
     """
-    lengths = _Lengths(walk, plan, groups)
-    twins = _Twins(walk, pruned, lengths)
-    before = _steps(walk.recording, twins.source, others)
-    after = _steps(pruned, twins.source_pruned, others)
+    lengths = _Lengths(propagation, plan, groups)
+    tensor_map = _TensorMap(propagation, pruned, lengths)
+    before = _steps(propagation.recording, tensor_map.source, others)
+    after = _steps(pruned, tensor_map.source_pruned, others)
     for (position, old), (_, new) in zip(before, after, strict=False):
-        is_live = walk.live[position]
+        is_live = propagation.live[position]
         problem = (
             (f"another operator runs where {old.name} ran" if _name(old) != _name(new) else "")
-            or ("" if _moves_alike(walk, pruned, old, new, lengths) else _changed_number(old, new))
-            or twins.changed(old, new, is_live=is_live)
-            or (_other_shape(walk, pruned, old, new, lengths) if is_live else "")
-            or (_other_stretch(walk, pruned, old, new, lengths) if is_live else "")
+            or ("" if _moves_alike(propagation, pruned, old, new, lengths) else _changed_number(old, new))
+            or tensor_map.changed(old, new, is_live=is_live)
+            or (_other_shape(propagation, pruned, old, new, lengths) if is_live else "")
+            or (_other_stretch(propagation, pruned, old, new, lengths) if is_live else "")
         )
         if problem:
             return f"{problem} ({new.name} in {new.module or 'the network'}, {new.where})"
     if len(before) != len(after):
         return f"it runs {len(after)} operators instead of {len(before)}"
-    return twins.changed_outputs()
+    return tensor_map.changed_outputs()
 
 
-def _steps(recording: Recording, source: dict[int, int], others: Exchanged) -> list[tuple[int, Op]]:
+def _steps(recording: Recording, source: dict[int, int], others: ReplacedModules) -> list[tuple[int, Op]]:
     """The operators with their positions. Mere copies, which strides decide on, are left out.
 
     Args:
@@ -119,7 +123,7 @@ def _name(op: Op) -> str:
 
 
 @dataclass(frozen=True)
-class Exchanged:
+class ReplacedModules:
     """Modules whose class is another now, and not only loosened: by themselves, or with all in them.
 
     Attributes:
@@ -136,25 +140,25 @@ class Exchanged:
         return name in self.alone or any(".".join(parts[: n + 1]) in self.whole for n in range(len(parts)))
 
 
-def exchanged(original: nn.Module, dense: nn.Module) -> Exchanged:
+def find_replaced_modules(original: nn.Module, dense: nn.Module) -> ReplacedModules:
     """Which modules of a pruned copy were exchanged for ours."""
     kinds = {name: _own_class(module) for name, module in named_modules(original).items()}
     found = {n: m for n, m in named_modules(dense).items() if _own_class(m) is not kinds.get(n)}
-    alone = frozenset(n for n, m in found.items() if isinstance(m, RescaledModule))
-    gathered = {n for n, m in named_modules(dense).items() if isinstance(m, GatheredModule)}
-    return Exchanged(alone, frozenset(found) - alone, frozenset(gathered))
+    alone = frozenset(n for n, m in found.items() if isinstance(m, NormPatch))
+    gathered = {n for n, m in named_modules(dense).items() if isinstance(m, GatherPatch)}
+    return ReplacedModules(alone, frozenset(found) - alone, frozenset(gathered))
 
 
-def other_outputs(walk: Walk, pruned: Recording) -> str:
+def output_shape_mismatch(propagation: Propagation, pruned: Recording) -> str:
     """Whether the pruned network's outputs have other shapes; empty if not."""
-    expected = [walk.shape(r) for r in walk.recording.outputs]
+    expected = [propagation.shape(r) for r in propagation.recording.outputs]
     got = [pruned.shapes[r.index] for r in pruned.outputs]
     return f"its output becomes {got}" if got != expected else ""
 
 
 def _own_class(module: nn.Module) -> type:
     cls = type(module)
-    while cls.__bases__[0] in (LooseModule, GatheredModule):
+    while cls.__bases__[0] in (ReshapePatch, GatherPatch):
         cls = cls.__bases__[1]
     return cls
 
@@ -162,10 +166,10 @@ def _own_class(module: nn.Module) -> type:
 class _Lengths:
     """How long every axis of labels is under a plan."""
 
-    def __init__(self, walk: Walk, plan: PruningPlan, groups: Mapping[str, Group]) -> None:
-        self.stays = np.ones(walk.labels.size + 1, bool)  # the last is FIXED's
+    def __init__(self, propagation: Propagation, plan: PruningPlan, groups: Mapping[str, Group]) -> None:
+        self.stays = np.ones(propagation.labels.size + 1, bool)  # the last is FIXED's
         self._known: dict[int, int] = {}
-        starts = {(s.name, s.dim, s.pad_op, s.side): s.start for s in walk.labels.slots}
+        starts = {(s.name, s.dim, s.pad_op, s.side): s.start for s in propagation.labels.slots}
         for name, keep in plan.keep.items():
             group = groups[name]
             is_gone = np.ones(group.num_units, bool)
@@ -176,8 +180,8 @@ class _Lengths:
             for padding in group.paddings:
                 start = starts[padding.module, padding.dim, padding.op, padding.side]
                 self.stays[start + padding.index[is_gone]] = False
-        if walk.labels.has_open:
-            self._follow_ties(walk.labels.classes())
+        if propagation.labels.has_open:
+            self._follow_ties(propagation.labels.classes())
 
     def _follow_ties(self, classes: NDArray[np.int32]) -> None:
         """Let labels go that no member owns, but that are tied to what goes."""
@@ -186,21 +190,26 @@ class _Lengths:
         self.stays[:-1] = ~is_gone[classes]
 
     def of(self, axis: LabelArray) -> int:
-        """The length of one of the walk's arrays."""
+        """The length of one of the propagation's arrays."""
         if id(axis) not in self._known:
             self._known[id(axis)] = int(np.count_nonzero(self.stays[axis]))
         return self._known[id(axis)]
 
 
-class _Twins:
+class _TensorMap:
     """Which tensor of the pruned pass stands for which of the original's.
 
     Attributes:
         source: what a copy that is left out is a copy of; `source_pruned` likewise.
     """
 
-    def __init__(self, walk: Walk, pruned: Recording, lengths: _Lengths) -> None:
-        self.walk, self.original, self.pruned, self.lengths = walk, walk.recording, pruned, lengths
+    def __init__(self, propagation: Propagation, pruned: Recording, lengths: _Lengths) -> None:
+        self.propagation, self.original, self.pruned, self.lengths = (
+            propagation,
+            propagation.recording,
+            pruned,
+            lengths,
+        )
         self.source: dict[int, int] = {}
         self.source_pruned: dict[int, int] = {}
         named = {name: index for index, name in pruned.parameters.items()}
@@ -220,7 +229,9 @@ class _Twins:
             if self._found(left) != self.source_pruned.get(right.index, right.index):
                 if self._found(left) is not None:
                     return "it reads another tensor"
-                if is_live and (problem := _length_apart(self.walk, self.pruned, left, right, self.lengths)):
+                if is_live and (
+                    problem := _length_apart(self.propagation, self.pruned, left, right, self.lengths)
+                ):
                     return problem
                 self.of[self.source.get(left.index, left.index)] = self.source_pruned.get(
                     right.index, right.index
@@ -236,14 +247,14 @@ class _Twins:
         for left, right in zip(self.original.outputs, self.pruned.outputs, strict=False):
             if self._found(left) not in (None, self.source_pruned.get(right.index, right.index)):
                 return "it gives out other tensors"
-        return other_outputs(self.walk, self.pruned)
+        return output_shape_mismatch(self.propagation, self.pruned)
 
 
-def _moves_alike(walk: Walk, pruned: Recording, old: Op, new: Op, lengths: _Lengths) -> bool:
+def _moves_alike(propagation: Propagation, pruned: Recording, old: Op, new: Op, lengths: _Lengths) -> bool:
     """Whether two permutations differ by axes of length 1 alone, which einsum puts elsewhere."""
     if old.name != "permute":
         return False
-    shapes = _expected(walk, old.inputs[0], lengths), pruned.shapes[new.inputs[0].index]
+    shapes = _expected(propagation, old.inputs[0], lengths), pruned.shapes[new.inputs[0].index]
     orders = [[d for d in op.arg("dims") if x[d] > 1] for op, x in zip((old, new), shapes, strict=True)]
     return [sorted(orders[0]).index(d) for d in orders[0]] == [sorted(orders[1]).index(d) for d in orders[1]]
 
@@ -263,41 +274,47 @@ def _numbers(value: Any) -> Any:
     return tuple(_numbers(v) for v in value) if isinstance(value, list) else ()
 
 
-def _other_shape(walk: Walk, pruned: Recording, old: Op, new: Op, lengths: _Lengths) -> str:
+def _other_shape(propagation: Propagation, pruned: Recording, old: Op, new: Op, lengths: _Lengths) -> str:
     for number, (left, right) in enumerate(zip(old.outputs, new.outputs, strict=False)):
         if left is None or right is None:
             continue
-        if number > 0 and walk.axes.get(left.index) is None:
+        if number > 0 and propagation.axes.get(left.index) is None:
             continue  # statistics that nothing reads
-        problem = _length_apart(walk, pruned, left, right, lengths)
-        if problem and not (old.name in MOVES and _lengths_without_ones(walk, pruned, left, right, lengths)):
+        problem = _length_apart(propagation, pruned, left, right, lengths)
+        if problem and not (
+            old.name in MOVES and _lengths_without_ones(propagation, pruned, left, right, lengths)
+        ):
             return problem
     return ""
 
 
-def _lengths_without_ones(walk: Walk, pruned: Recording, left: Ref, right: Ref, lengths: _Lengths) -> bool:
+def _lengths_without_ones(
+    propagation: Propagation, pruned: Recording, left: Ref, right: Ref, lengths: _Lengths
+) -> bool:
     """Whether a tensor that an einsum moves is as predicted but for axes of length 1; what follows tells."""
-    expected = _expected(walk, left, lengths)
+    expected = _expected(propagation, left, lengths)
     return [n for n in expected if n != 1] == [n for n in pruned.shapes[right.index] if n != 1]
 
 
-def _expected(walk: Walk, ref: Ref, lengths: _Lengths) -> Shape:
-    return tuple(a if isinstance(a, int) else lengths.of(a) for a in walk.extents(ref))
+def _expected(propagation: Propagation, ref: Ref, lengths: _Lengths) -> Shape:
+    return tuple(a if isinstance(a, int) else lengths.of(a) for a in propagation.extents(ref))
 
 
-def _length_apart(walk: Walk, pruned: Recording, left: Ref, right: Ref, lengths: _Lengths) -> str:
+def _length_apart(
+    propagation: Propagation, pruned: Recording, left: Ref, right: Ref, lengths: _Lengths
+) -> str:
     """Whether a tensor has another shape than its labels say."""
-    shape, expected = walk.shape(left), _expected(walk, left, lengths)
+    shape, expected = propagation.shape(left), _expected(propagation, left, lengths)
     got = pruned.shapes[right.index]
     return "" if got == expected or 0 in shape else f"a tensor becomes {got} and not {expected}"
 
 
-def _other_stretch(walk: Walk, pruned: Recording, old: Op, new: Op, lengths: _Lengths) -> str:
+def _other_stretch(propagation: Propagation, pruned: Recording, old: Op, new: Op, lengths: _Lengths) -> str:
     """Sizes that no shape shows: where a slice begins, and how wide a normalisation group is."""
     if old.name == "slice":
-        dim = old.arg("dim", 0) % len(walk.shape(old.inputs[0]))
-        axis, length = walk.get(old.inputs[0])[dim], pruned.shapes[new.inputs[0].index][dim]
-        starts = [_first(op, n) for op, n in ((old, walk.shape(old.inputs[0])[dim]), (new, length))]
+        dim = old.arg("dim", 0) % len(propagation.shape(old.inputs[0]))
+        axis, length = propagation.get(old.inputs[0])[dim], pruned.shapes[new.inputs[0].index][dim]
+        starts = [_first(op, n) for op, n in ((old, propagation.shape(old.inputs[0])[dim]), (new, length))]
         wanted = starts[0] if axis is None else int(np.count_nonzero(lengths.stays[axis[: starts[0]]]))
         return "" if starts[1] == wanted else f"a slice begins at {starts[1]} and not at {wanted}"
     if old.name == "native_group_norm":

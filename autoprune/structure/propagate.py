@@ -1,14 +1,14 @@
-"""The walk over a recording: labels travel with the tensors, one operator at a time.
+"""Propagation over a recording: labels travel with the tensors, one operator at a time.
 
 Every tensor carries, for each of its axes, an array of labels (which channel lies at which position) or
 None (an axis that no pruning may change). The operator table (`ops`, `shape_ops`) says for each family of
-operators which labels tie, which freeze and which go on. What a walk finds besides the ties:
+operators which labels tie, which freeze and which go on. What a propagation finds besides the ties:
 
 * `terms`, the multiply-adds of each operator as a product of axis lengths,
 * `sites`, places where the program must agree with the pruned sizes and may not,
 * `rules`, numbers on modules that count pruned things (heads, groups).
 
-A *probe* is a walk that follows one axis alone, to see where it would end.
+A *probe* is a propagation that follows one axis alone, to see where it would end.
 """
 
 from __future__ import annotations
@@ -26,12 +26,12 @@ from torch import nn
 
 from autoprune.structure.labels import FIXED, LabelArray, Labels, Role
 from autoprune.structure.recorder import Op, Recording, Ref
-from autoprune.structure.zero_channels import is_above_zero, maskable, stays_zero
+from autoprune.structure.zero_channels import is_non_negative, maskable, stays_zero
 
 Axes = list[LabelArray | None]
-Handler = Callable[["Walk", Op], "Axes | list[Axes]"]
+Handler = Callable[["Propagation", Op], "Axes | list[Axes]"]
 
-PROBE_OPS = 60  # operators that a probe follows; attention and channel shuffle end within about 20
+LOOKAHEAD_OPS = 60  # operators that a probe follows; attention and channel shuffle end within about 20
 WEIGHT_OPS = frozenset(
     [
         "t",
@@ -70,7 +70,7 @@ class CostTerm:
 
 
 @dataclass(frozen=True, slots=True)
-class Site:
+class ReshapeSplit:
     """A reshape that splits a channel axis: `labels` is the axis that shrinks, the others keep their length.
 
     `options` are the axes that could have been chosen, best first; `ordinal` counts the module's reshapes.
@@ -84,7 +84,7 @@ class Site:
 
 
 @dataclass(frozen=True, slots=True)
-class Order:
+class Reordering:
     """A rearrangement of the channels `labels` along `dim`: position i of the result was `index[i]`.
 
     `given` are the axes of a reshape's result over which it spreads them.
@@ -97,7 +97,7 @@ class Order:
 
 
 @dataclass(frozen=True, slots=True)
-class AttributeRule:
+class UnitCount:
     """An integer on a module that counts units: after pruning the number of `labels` kept, over `per`."""
 
     module: str
@@ -107,22 +107,21 @@ class AttributeRule:
 
 
 @dataclass
-class Walk:
+class Propagation:
     """One pass over a recording.
 
     Attributes:
-        kept_axes: operator -> the one axis that may shrink of those that a reshape made one.
-        merges: (operator, labels) of every axis that a reshape made out of several.
-        pairs: axes of which two units must stay, because with one another operator would run.
-        splits: (operator, labels of each piece) where an axis is split into pieces of written lengths.
-        ragged: modules in which the parts of shuffles and splits may differ, see `shuffles`.
-        shuffles: (module, labels, parts) of every shuffle whose parts were tied.
-        orders: operator -> what it does to the order of channels, in ragged modules.
-        inside: Ref between the two ends of a ragged shuffle -> axes that hold the channels, and their labels.
-        arriving: Ref in which a ragged shuffle ends -> the axis and its labels.
-        rescales_norms: whether a layer norm's channels may go, with its statistics rescaled.
-        rescaled: module -> channels that its statistics count; 0 where a sum relies on zeros alone.
-        zero: Refs whose removed positions are zero in the masked network, see `zeros`; `above_zero` those
+        kept_axes: operator -> the one axis that may shrink of those that a reshape made one. reshape_merges:
+        (operator, labels) of every axis that a reshape made out of several. two_unit_axes: axes of which two
+        units must stay, because with one another operator would run. splits: (operator, labels of each piece)
+        where an axis is split into pieces of written lengths. ragged: modules in which the parts of shuffles
+        and splits may differ, see `shuffles`. shuffles: (module, labels, parts) of every shuffle whose parts
+        were tied. reorderings: operator -> what it does to the order of channels, in ragged modules.
+        shuffle_interior: Ref between the two ends of a ragged shuffle -> axes that hold the channels, and
+        their labels. shuffle_results: Ref in which a ragged shuffle ends -> the axis and its labels.
+        rescales_norms: whether a layer norm's channels may go, with its statistics rescaled. norm_widths:
+        module -> channels that its statistics count; 0 where a sum relies on zeros alone. zero_refs: Refs
+        whose removed positions are zero in the masked network, see `zeros`; `above_zero` those
             without negative entries.
         choices: reshape operator -> axis that shrinks, where the first choice did not hold.
     """
@@ -133,42 +132,42 @@ class Walk:
     choices: Mapping[int, int] = field(default_factory=dict)
     labels: Labels = field(default_factory=Labels)
     axes: dict[int, Axes] = field(default_factory=dict)
-    terms: list[CostTerm] = field(default_factory=list)
-    sites: list[Site] = field(default_factory=list)
+    cost_terms: list[CostTerm] = field(default_factory=list)
+    reshape_splits: list[ReshapeSplit] = field(default_factory=list)
     kept_axes: dict[int, tuple[int, int]] = field(default_factory=dict)
-    merges: list[tuple[int, LabelArray]] = field(default_factory=list)
-    pairs: list[LabelArray] = field(default_factory=list)
+    reshape_merges: list[tuple[int, LabelArray]] = field(default_factory=list)
+    two_unit_axes: list[LabelArray] = field(default_factory=list)
     splits: list[tuple[int, tuple[LabelArray, ...]]] = field(default_factory=list)
-    rules: list[AttributeRule] = field(default_factory=list)
+    unit_counts: list[UnitCount] = field(default_factory=list)
     ragged: frozenset[str] = frozenset()
     shuffles: list[tuple[str, LabelArray, int]] = field(default_factory=list)
-    orders: dict[int, Order] = field(default_factory=dict)
-    inside: dict[int, tuple[tuple[int, ...], LabelArray]] = field(default_factory=dict)
-    arriving: dict[int, tuple[int, LabelArray]] = field(default_factory=dict)
-    weights: set[int] = field(default_factory=set)
-    grouped: dict[str, str] = field(default_factory=dict)
+    reorderings: dict[int, Reordering] = field(default_factory=dict)
+    shuffle_interior: dict[int, tuple[tuple[int, ...], LabelArray]] = field(default_factory=dict)
+    shuffle_results: dict[int, tuple[int, LabelArray]] = field(default_factory=dict)
+    weight_refs: set[int] = field(default_factory=set)
+    conv_group_policies: dict[str, str] = field(default_factory=dict)
     rescales_norms: bool = False
-    rescaled: dict[str, int] = field(default_factory=dict)
-    zero: set[int] = field(default_factory=set)
-    above_zero: set[int] = field(default_factory=set)
-    probe_depth: int = 0
-    is_risky: bool = False
-    votes: int = 0
+    norm_widths: dict[str, int] = field(default_factory=dict)
+    zero_refs: set[int] = field(default_factory=set)
+    non_negative_refs: set[int] = field(default_factory=set)
+    lookahead_depth: int = 0
+    splits_channels: bool = False
+    batch_uses: int = 0
     live: list[bool] = field(default_factory=list)
     readers: Mapping[int, list[int]] = field(default_factory=dict)
     reshapes: Counter[str] = field(default_factory=Counter)
     position: int = 0
 
     @property
-    def is_probe(self) -> bool:
+    def is_lookahead(self) -> bool:
         """Whether only one axis is followed, so that axes without labels mean nothing."""
-        return self.probe_depth > 0
+        return self.lookahead_depth > 0
 
     def run(self) -> None:
-        """Walk the whole recording and freeze what reaches the outputs."""
-        self.weights = _derived_weights(self.recording)
+        """Propagate over the whole recording and freeze what reaches the outputs."""
+        self.weight_refs = _derived_weights(self.recording)
         self.live, self.readers = self.recording.live(), self.recording.readers()
-        self.zero = {i for i, n in self.recording.parameters.items() if n in self.maskable}
+        self.zero_refs = {i for i, n in self.recording.parameters.items() if n in self.maskable}
         for position, op in enumerate(self.recording.ops):
             self.labels.is_muted = not self.live[position]  # what never reaches an output ties nothing
             self._apply(position, op)
@@ -182,7 +181,7 @@ class Walk:
         """Parameters that the masked network may hold zeros in."""
         return maskable(self.recording)
 
-    def probe(
+    def look_ahead(
         self, ref: Ref, axis: int, alike: LabelArray, *, includes_present: bool = False
     ) -> tuple[str, int]:
         """What the axis of `ref` runs into that it may not pass, and how often it ends as a batch axis.
@@ -192,15 +191,15 @@ class Walk:
             includes_present: whether the present operator reads `ref`, and is followed too.
         """
         shape = self.recording.shapes[ref.index]
-        probe = Walk(
+        probe = Propagation(
             self.recording,
             self.modules,
             self.table,
-            weights=self.weights,
+            weight_refs=self.weight_refs,
             live=self.live,
             readers=self.readers,
         )
-        probe.probe_depth = self.probe_depth + 1
+        probe.lookahead_depth = self.lookahead_depth + 1
         probe.labels.ignores_fixed = True
         labels: Axes = [None] * len(shape)
         units, which = np.unique(alike, return_inverse=True)
@@ -209,7 +208,7 @@ class Walk:
         since = self.position if includes_present else self.position + 1
         ahead = [n for n in self.readers.get(ref.index, ()) if n >= since]
         seen = set(ahead)
-        while ahead and len(seen) - len(ahead) <= PROBE_OPS and not probe.labels.freezes:
+        while ahead and len(seen) - len(ahead) <= LOOKAHEAD_OPS and not probe.labels.freezes:
             position = heappop(ahead)
             op = self.recording.ops[position]
             if not self.live[position] or not any(r.index in probe.axes for r in op.inputs):
@@ -221,7 +220,7 @@ class Walk:
                     seen |= later
                     for number in later:
                         heappush(ahead, number)
-        return "".join(f.reason for f in probe.labels.freezes[:1]), probe.votes
+        return "".join(f.reason for f in probe.labels.freezes[:1]), probe.batch_uses
 
     def _apply(self, position: int, op: Op) -> None:
         self.position = position
@@ -232,13 +231,13 @@ class Walk:
             return
         result = handler(self, op)
         many = result if result and isinstance(result[0], list) else [result]
-        is_zero = not self.is_probe and stays_zero(op, self.zero, self.axes)
-        is_above = not self.is_probe and is_above_zero(op, self.above_zero)
+        is_zero = not self.is_lookahead and stays_zero(op, self.zero_refs, self.axes)
+        is_above = not self.is_lookahead and is_non_negative(op, self.non_negative_refs)
         for ref, axes in zip(op.outputs, many, strict=False):
             if ref is not None:
                 self._set(ref, axes)  # type: ignore[arg-type]
-                self.zero.update([ref.index] if is_zero else [])
-                self.above_zero.update([ref.index] if is_above else [])
+                self.zero_refs.update([ref.index] if is_zero else [])
+                self.non_negative_refs.update([ref.index] if is_above else [])
 
     def _set(self, ref: Ref, axes: Axes) -> None:
         shape = self.recording.shapes[ref.index]
@@ -261,7 +260,7 @@ class Walk:
             return known
         shape = self.recording.shapes[ref.index]
         name = self.recording.parameters.get(ref.index)
-        if name is None or self.is_probe:
+        if name is None or self.is_lookahead:
             return [None] * len(shape)
         fixed_from = (
             2 if isinstance(self.modules.get(name.rpartition(".")[0]), nn.modules.conv._ConvNd) else 9
@@ -279,23 +278,23 @@ class Walk:
     def extents(self, ref: Ref) -> list[int | LabelArray]:
         """Per axis its labels, or its length in every pruned network."""
         shape = self.shape(ref)
-        if ref.index in self.inside:
-            dims, labels = self.inside[ref.index]
+        if ref.index in self.shuffle_interior:
+            dims, labels = self.shuffle_interior[ref.index]
             return [labels if d == dims[0] else 1 if d in dims else n for d, n in enumerate(shape)]
         axes = self.axes.get(ref.index, [None] * len(shape))
         return [n if a is None else a for n, a in zip(shape, axes, strict=True)]
 
     def open_axis(self, dim: int, size: int) -> LabelArray | None:
         """Labels for an axis along which a tensor is the same everywhere."""
-        if self.is_probe or size <= 1:
+        if self.is_lookahead or size <= 1:
             return None
         return self.labels.new("", dim, size, is_open=True)
 
     def is_weight(self, ref: Ref) -> bool:
         """Whether a tensor is a parameter, or made from one in a way that keeps zeros at zero."""
-        return ref.index in self.weights
+        return ref.index in self.weight_refs
 
-    def why(self, text: str) -> str:
+    def with_location(self, text: str) -> str:
         """A reason with the operator, module and line where it arose."""
         op = self.recording.ops[self.position]
         return f"{text} ({op.name} in {op.module or 'the network'}, {op.where})"
@@ -303,7 +302,7 @@ class Walk:
     def freeze(self, axis: LabelArray | None, text: str, *, is_structural: bool = False) -> None:
         """Freeze an axis because of the present operator."""
         if axis is not None:
-            self.labels.freeze(axis, self.why(text), is_structural=is_structural)
+            self.labels.freeze(axis, self.with_location(text), is_structural=is_structural)
 
     def join(
         self, parts: Sequence[LabelArray | None], text: str = "meets an axis of fixed length"
@@ -312,13 +311,13 @@ class Walk:
         known = [p for p in parts if p is not None]
         if not known:
             return None
-        if len(known) < len(parts) and not self.is_probe:
+        if len(known) < len(parts) and not self.is_lookahead:
             for axis in known:
                 self.freeze(axis, text)
             return None
         merged = known[0]
         for other in known[1:]:
-            merged = self.labels.tie(merged, other, self.why(text))
+            merged = self.labels.tie(merged, other, self.with_location(text))
         return merged
 
     def contract(self, left: tuple[Ref, int], right: tuple[Ref, int]) -> None:
@@ -339,10 +338,10 @@ class Walk:
 
     def mark(self, axis: LabelArray | None, role: Role) -> None:
         """Say what the slots of an axis do."""
-        if not self.is_probe:
+        if not self.is_lookahead:
             self.labels.mark(axis, role)
 
-    def stamp(self, module: str, name: str, default: Any = None) -> Any:
+    def earlier_choice(self, module: str, name: str, default: Any = None) -> Any:
         """What an earlier pruning chose for a module, so that plans compose; see `densify`."""
         return getattr(self.modules.get(module), name, default)
 
@@ -350,21 +349,21 @@ class Walk:
         """Note the multiply-adds of the present operator: `constant` times the axes' lengths."""
         tracked = tuple(a for _, a in axes if a is not None)
         fixed = int(np.prod([n for n, a in axes if a is None], dtype=np.int64))
-        self.terms.append(CostTerm(self.position, constant * fixed, tracked))
+        self.cost_terms.append(CostTerm(self.position, constant * fixed, tracked))
 
     def tie_rows(self, table: LabelArray) -> LabelArray:
         """Tie all entries of each row of a two-dimensional array; the rows' labels."""
         units = np.where((table < 0).any(axis=1), FIXED, table[:, 0])
         others = table[:, 1:]
         self.labels.tie(
-            np.repeat(units, others.shape[1]), others.ravel(), self.why("tied to a fixed position")
+            np.repeat(units, others.shape[1]), others.ravel(), self.with_location("tied to a fixed position")
         )
-        if (units < 0).any() and not self.is_probe:
-            self.labels.freeze(table[units < 0].ravel(), self.why("tied to a fixed position"))
+        if (units < 0).any() and not self.is_lookahead:
+            self.labels.freeze(table[units < 0].ravel(), self.with_location("tied to a fixed position"))
         return units
 
 
-def fixed(size: int) -> LabelArray:
+def fixed_axis(size: int) -> LabelArray:
     """An axis whose positions always stay."""
     return np.full(size, FIXED, np.int64)
 

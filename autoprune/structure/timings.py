@@ -71,7 +71,7 @@ class Timings:
         self.is_changed = False
 
 
-def in_turns(calls: Sequence[Call], device: torch.device, *, runs: int, seconds: float) -> Seconds:
+def time_interleaved(calls: Sequence[Call], device: torch.device, *, runs: int, seconds: float) -> Seconds:
     """Seconds of each call, (runs, calls): every run makes each of them once, every other in reverse order.
 
     At least `MIN_RUNS`, at most `runs`, and about `seconds` in all. Calls shorter than the clock is exact are

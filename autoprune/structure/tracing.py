@@ -19,11 +19,11 @@ from torch import Tensor, nn
 
 from autoprune.config import Norms
 from autoprune.errors import UsageError
-from autoprune.structure.copying import named_modules, without_collector
+from autoprune.structure.copying import collector_paused, named_modules
 from autoprune.structure.graph import ChannelGraph
-from autoprune.structure.grouping import Wishes
+from autoprune.structure.grouping import TraceOptions
 from autoprune.structure.recorder import record
-from autoprune.structure.verification import proven
+from autoprune.structure.verification import verify_graph
 
 
 def trace(
@@ -51,11 +51,11 @@ def trace(
         UsageError: a pattern matches no module.
     """
     inputs = example_inputs if isinstance(example_inputs, tuple) else (example_inputs,)
-    wishes = Wishes(
+    options = TraceOptions(
         kept=_excluded(model, exclude, only), round_to=round_to, rescales_norms=norms == "rescale"
     )
-    with without_collector():
-        return proven(model, inputs, record(model, inputs), wishes)
+    with collector_paused():
+        return verify_graph(model, inputs, record(model, inputs), options)
 
 
 def _like(pattern: str, names: Sequence[str]) -> str:
@@ -75,8 +75,8 @@ def _excluded(model: nn.Module, exclude: Sequence[str], only: Sequence[str]) -> 
                 f"the pattern {pattern!r} matches no module of the network",
                 f"{_like(pattern, names)}; see `autoprune groups`",
             )
-    wishes = {name: f"excluded by {p!r}" for p in exclude for name in matched[p]}
+    options = {name: f"excluded by {p!r}" for p in exclude for name in matched[p]}
     if only:
         chosen = set().union(*(matched[p] for p in only))
-        wishes |= {n: f"not among only={list(only)}" for n in names if n not in chosen and n not in wishes}
-    return wishes
+        options |= {n: f"not among only={list(only)}" for n in names if n not in chosen and n not in options}
+    return options

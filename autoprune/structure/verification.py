@@ -22,16 +22,16 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
 from autoprune.plan import PruningPlan
-from autoprune.structure.channel_shuffle import tied_too_far
-from autoprune.structure.copying import copied, named_modules
+from autoprune.structure.channel_shuffle import find_ragged_modules
+from autoprune.structure.copying import copy_model, named_modules
 from autoprune.structure.densify import densify, densify_on_meta, largest_gap, masked, outputs
 from autoprune.structure.graph import ChannelGraph, Group
-from autoprune.structure.grouping import Wishes, build
+from autoprune.structure.grouping import TraceOptions, build
 from autoprune.structure.labels import LabelArray
-from autoprune.structure.patches.channel_gather import GatheredModule
-from autoprune.structure.patches.reshape_patch import LooseModule
-from autoprune.structure.program_match import disagreement, exchanged, other_outputs
-from autoprune.structure.propagate import Walk
+from autoprune.structure.patches.channel_gather import GatherPatch
+from autoprune.structure.patches.reshape_patch import ReshapePatch
+from autoprune.structure.program_match import find_mismatch, find_replaced_modules, output_shape_mismatch
+from autoprune.structure.propagate import Propagation
 from autoprune.structure.recorder import Recording, record_on_meta
 
 CHEAP_MACS = 1_000_000_000  # below this the comparison in numbers takes about a tenth of a second
@@ -41,55 +41,59 @@ NOISE_SINGLE = 1e-3
 ROUNDS = 12
 SILENT = 1e-3  # weights below this are taken to start at zero
 TURNS = 5  # a guess: so many groups in a row lose different numbers of units
-PLACE = re.compile(r"\(\w+ in (\S+), [^()]*\)$")  # how a disagreement ends, see `agree`
-PROOFS = 64  # runs spent on finding out which groups fail; after that whole sets are frozen together
+PLACE = re.compile(r"\(\w+ in (\S+), [^()]*\)$")  # how a find_mismatch ends, see `agree`
+MAX_RUNS = 64  # runs spent on finding out which groups fail; after that whole sets are frozen together
 
-Built = tuple[ChannelGraph, Walk]
+Built = tuple[ChannelGraph, Propagation]
 Check = Callable[[Sequence[Group]], str | None]
 
 
-def proven(model: nn.Module, inputs: tuple[Any, ...], recording: Recording, wishes: Wishes) -> ChannelGraph:
+def verify_graph(
+    model: nn.Module, inputs: tuple[Any, ...], recording: Recording, options: TraceOptions
+) -> ChannelGraph:
     """The graph of a recorded network, without the groups that its program does not allow to shrink."""
     choices: dict[int, int] = {}
     refused: list[tuple[LabelArray, str]] = []
     spent: list[int] = []
-    ragged, built = _ragged(model, recording, wishes, build(model, recording, wishes, choices={}, refused=()))
+    ragged, built = _ragged(
+        model, recording, options, build(model, recording, options, choices={}, refused=())
+    )
     for turn in range(ROUNDS):
         if turn > 0:
-            built = build(model, recording, wishes, choices=choices, refused=refused, ragged=ragged)
-        graph, walk = built
-        proof = _Proof(model, inputs, walk)
-        graph, reason = proof.loosened(graph)
-        failing = proof.failing(graph, spent, reason=reason)
+            built = build(model, recording, options, choices=choices, refused=refused, ragged=ragged)
+        graph, propagation = built
+        verifier = _Verifier(model, inputs, propagation)
+        graph, reason = verifier.loosened(graph)
+        failing = verifier.failing(graph, spent, reason=reason)
         if not failing:
             return graph
-        if ragged and any(_passes(walk, ragged, group) for group, _ in failing):
+        if ragged and any(_passes(propagation, ragged, group) for group, _ in failing):
             ragged = frozenset()
             continue
         for group, reason in failing:
-            labels = _labels(walk, group)
-            if not _choose_again(walk, labels, choices):
+            labels = _labels(propagation, group)
+            if not _choose_again(propagation, labels, choices):
                 refused.append((labels, reason))
-    everything = np.arange(walk.labels.size)
+    everything = np.arange(propagation.labels.size)
     refused.append((everything, "the network's program agrees with no pruned sizes that were tried"))
-    return build(model, recording, wishes, choices=choices, refused=refused)[0]
+    return build(model, recording, options, choices=choices, refused=refused)[0]
 
 
 def _ragged(
-    model: nn.Module, recording: Recording, wishes: Wishes, built: Built
+    model: nn.Module, recording: Recording, options: TraceOptions, built: Built
 ) -> tuple[frozenset[str], Built]:
     """The modules that should be ragged (`shuffles`), where that gains units, and the graph with them."""
-    graph, walk = built
-    modules = tied_too_far(walk) if recording.is_meta and walk.shuffles else frozenset()
+    graph, propagation = built
+    modules = find_ragged_modules(propagation) if recording.is_meta and propagation.shuffles else frozenset()
     if modules:
-        finer = build(model, recording, wishes, choices={}, refused=(), ragged=modules)
+        finer = build(model, recording, options, choices={}, refused=(), ragged=modules)
         before, after = (sum(g.num_units for g in found.groups) for found in (graph, finer[0]))
         if after > before:
             return modules, finer
     return frozenset(), built
 
 
-class _Proof:
+class _Verifier:
     """The two checks of one network: that its pruned program agrees, and that it computes the same.
 
     Attributes:
@@ -97,8 +101,8 @@ class _Proof:
             exchanged for one of ours, behind which strides differ.
     """
 
-    def __init__(self, model: nn.Module, inputs: tuple[Any, ...], walk: Walk) -> None:
-        self.model, self.inputs, self.walk = model, inputs, walk
+    def __init__(self, model: nn.Module, inputs: tuple[Any, ...], propagation: Propagation) -> None:
+        self.model, self.inputs, self.propagation = model, inputs, propagation
         self.is_doubtful = False
 
     def program(self, graph: ChannelGraph, groups: Sequence[Group]) -> str | None:
@@ -106,17 +110,17 @@ class _Proof:
         return self._run(graph, groups)[0]
 
     def _run(self, graph: ChannelGraph, groups: Sequence[Group]) -> tuple[str | None, nn.Module]:
-        plan = _probe_plan(graph, groups)
+        plan = _verification_plan(graph, groups)
         dense = densify_on_meta(self.model, graph, plan)
         try:
             pruned = record_on_meta(dense, self.inputs)
         except Exception as error:  # any failure of the user's forward is the finding
             return f"its forward has the size written in: {_first_line(error)}", dense
-        names = exchanged(self.model, dense)
-        reason = disagreement(self.walk, pruned, plan, {g.name: g for g in groups}, names)
+        names = find_replaced_modules(self.model, dense)
+        reason = find_mismatch(self.propagation, pruned, plan, {g.name: g for g in groups}, names)
         if (reason or "" in names.whole) and (names.alone or names.whole):
             self.is_doubtful = True
-            return other_outputs(self.walk, pruned) or None, dense
+            return output_shape_mismatch(self.propagation, pruned) or None, dense
         return reason or None, dense
 
     @cached_property
@@ -127,16 +131,16 @@ class _Proof:
         where the network runs in that; a network that does not keeps its own type.
         """
         inputs = tree_map_only(Tensor, lambda x: x.double() if x.is_floating_point() else x, self.inputs)
-        strong = copied(self.model, _strengthened).double().eval()
+        strong = copy_model(self.model, _strengthen).double().eval()
         try:
             outputs(strong, inputs)
         except Exception:  # whatever fails, fails without any pruning
-            return copied(self.model, _strengthened), self.inputs, NOISE_SINGLE
+            return copy_model(self.model, _strengthen), self.inputs, NOISE_SINGLE
         return strong, inputs, NOISE_DOUBLE
 
     def numbers(self, graph: ChannelGraph, groups: Sequence[Group]) -> str | None:
         """What goes wrong when the copy is compared with the masked network. One of them lives at a time."""
-        plan = _probe_plan(graph, groups)
+        plan = _verification_plan(graph, groups)
         network, inputs, noise = self.subject
         try:
             wanted = outputs(masked(network, graph, plan), inputs)
@@ -147,10 +151,10 @@ class _Proof:
 
     def loosened(self, graph: ChannelGraph) -> tuple[ChannelGraph, str | None]:
         """The graph with those modules loosened without which it fails, and what goes wrong even then."""
-        if not self.walk.recording.is_meta or not graph.groups:
+        if not self.propagation.recording.is_meta or not graph.groups:
             return graph, None
         reason, dense = self._run(graph, graph.groups)
-        gathered = {n: m for n, m in named_modules(dense).items() if isinstance(m, GatheredModule)}
+        gathered = {n: m for n, m in named_modules(dense).items() if isinstance(m, GatherPatch)}
         graph = replace(graph, gathered={n: m.autoprune_calls.found for n, m in gathered.items()})
         candidates = dict.fromkeys((graph.reshaped.keys() | graph.split.keys()) - gathered.keys())
         if reason is None or not candidates:
@@ -158,7 +162,7 @@ class _Proof:
         loose = replace(graph, loosened=candidates)
         reason, dense = self._run(loose, graph.groups)
         loosened = {
-            n: m.autoprune_widths for n, m in named_modules(dense).items() if isinstance(m, LooseModule)
+            n: m.autoprune_sizes for n, m in named_modules(dense).items() if isinstance(m, ReshapePatch)
         }
         needed = {n: w.found for n, w in loosened.items() if w.found or w.has_split}
         return replace(graph, loosened=loose.loosened if reason else needed), reason
@@ -187,24 +191,24 @@ class _Proof:
     def _needs_numbers(self, graph: ChannelGraph) -> bool:
         """Where the program was not compared operator by operator; or where channels split and it is free."""
         cost = graph.cost()
-        if not self.walk.recording.is_meta:
+        if not self.propagation.recording.is_meta:
             return True
-        is_split = self.walk.is_risky or bool(graph.loosened)
+        is_split = self.propagation.splits_channels or bool(graph.loosened)
         is_small = cost.macs <= SMALL_MACS and cost.params <= SMALL_PARAMS
         return (is_split and is_small) or (self.is_doubtful and cost.macs <= CHEAP_MACS)
 
     def _passes(self, group: Group, modules: Collection[str]) -> bool:
         """Whether a group's channels are put together or split in one of the modules."""
-        labels, ops = _labels(self.walk, group), self.walk.recording.ops
+        labels, ops = _labels(self.propagation, group), self.propagation.recording.ops
         axes = [
-            *self.walk.merges,
-            *((s.op, s.labels) for s in self.walk.sites),
-            *((op, np.concatenate(p)) for op, p in self.walk.splits),
+            *self.propagation.reshape_merges,
+            *((s.op, s.labels) for s in self.propagation.reshape_splits),
+            *((op, np.concatenate(p)) for op, p in self.propagation.splits),
         ]
         return any(ops[op].module in modules and np.isin(axis, labels).any() for op, axis in axes)
 
 
-def _strengthened(name: str, tensor: Tensor) -> Tensor:
+def _strengthen(name: str, tensor: Tensor) -> Tensor:
     """A parameter as it is, or between 0.5 and 1.5 where it is one-dimensional or starts at zero."""
     is_weak = tensor.ndim <= 1 or not tensor.numel() or float(tensor.abs().max()) < SILENT
     if not tensor.is_floating_point() or not is_weak or "running_mean" in name:
@@ -221,7 +225,7 @@ def _bisect(
     spent.append(1)
     if reason is None:
         return []
-    if len(groups) == 1 or len(spent) > PROOFS:
+    if len(groups) == 1 or len(spent) > MAX_RUNS:
         return [(g, reason) for g in groups]
     named = _named_in(reason, groups)
     if named is not None:
@@ -240,7 +244,7 @@ def _named_in(reason: str, groups: Sequence[Group]) -> Group | None:
     return makers[0] if place and len(makers) == 1 else None
 
 
-def _probe_plan(graph: ChannelGraph, groups: Sequence[Group]) -> PruningPlan:
+def _verification_plan(graph: ChannelGraph, groups: Sequence[Group]) -> PruningPlan:
     """About a third of some groups' units removed, at least one, from all over them.
 
     Groups of one width lose different numbers, so that a program that takes one's width for another's fails.
@@ -256,25 +260,25 @@ def _probe_plan(graph: ChannelGraph, groups: Sequence[Group]) -> PruningPlan:
     return PruningPlan(keep=keep, num_units={g.name: g.num_units for g in groups})
 
 
-def _labels(walk: Walk, group: Group) -> LabelArray:
-    starts = {(s.name, s.dim): s.start for s in walk.labels.slots}
+def _labels(propagation: Propagation, group: Group) -> LabelArray:
+    starts = {(s.name, s.dim): s.start for s in propagation.labels.slots}
     return np.concatenate([starts[m.name, m.dim] + m.index.ravel() for m in group.members])
 
 
-def _passes(walk: Walk, modules: Collection[str], group: Group) -> bool:
+def _passes(propagation: Propagation, modules: Collection[str], group: Group) -> bool:
     """Whether a group's channels are rearranged or split in one of the modules."""
-    labels, ops = _labels(walk, group), walk.recording.ops
+    labels, ops = _labels(propagation, group), propagation.recording.ops
     axes = [
-        *((n, o.labels) for n, o in walk.orders.items()),
-        *((n, np.concatenate(p)) for n, p in walk.splits),
+        *((n, o.labels) for n, o in propagation.reorderings.items()),
+        *((n, np.concatenate(p)) for n, p in propagation.splits),
     ]
     return any(ops[op].module in modules and np.isin(axis, labels).any() for op, axis in axes)
 
 
-def _choose_again(walk: Walk, labels: LabelArray, choices: dict[int, int]) -> bool:
+def _choose_again(propagation: Propagation, labels: LabelArray, choices: dict[int, int]) -> bool:
     """Let the reshapes that these channels pass shrink along their next axis; False where none has one."""
     changed = False
-    for site in walk.sites:
+    for site in propagation.reshape_splits:
         later = site.options[site.options.index(site.chosen) + 1 :] if site.chosen in site.options else ()
         if later and site.op not in choices and np.isin(site.labels, labels).any():
             choices[site.op] = later[0]

@@ -81,7 +81,7 @@ def stays_zero(op: Op, zero: set[int], labelled: Container[int]) -> bool:
     return op.name in KEEPING_NAMES and bool(inputs) and all(i in zero for i in inputs)
 
 
-def is_above_zero(op: Op, above: Container[int]) -> bool:
+def is_non_negative(op: Op, above: Container[int]) -> bool:
     """Whether no entry of an operator's result is negative.
 
     Args:

@@ -11,7 +11,7 @@ from autoprune.artifact.export import export_model, run_onnx
 from autoprune.artifact.program import load_program
 from autoprune.plan import PruningPlan
 from autoprune.structure.densify import densify, difference, masked
-from autoprune.structure.patches.channel_gather import GatheredModule
+from autoprune.structure.patches.channel_gather import GatherPatch
 from autoprune.structure.tracing import trace
 from tests.patterns import PATTERNS
 from tests.structure.test_engine import EXACT, strong
@@ -49,4 +49,4 @@ def test_a_shuffle_that_ties_little_is_left_alone() -> None:
     model = PATTERNS["channel_shuffle"].build()
     graph = trace(model, torch.randn(1, 3, 8, 8))
     dense = densify(model, graph, PruningPlan.random(graph, 0.4, 0))
-    assert not any(isinstance(m, GatheredModule) for m in dense.modules())
+    assert not any(isinstance(m, GatherPatch) for m in dense.modules())

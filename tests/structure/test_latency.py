@@ -19,10 +19,10 @@ from autoprune.structure.latency import (
     LatencyModel,
     kernel_of,
     measure_latency_share,
-    timed_products,
+    time_products,
     with_latency_model,
 )
-from autoprune.structure.timings import Timings, in_turns
+from autoprune.structure.timings import Timings, time_interleaved
 from autoprune.structure.tracing import trace
 from tests.patterns import PATTERNS
 from tests.tiny import tiny_net
@@ -189,7 +189,7 @@ def test_every_shape_is_timed_once() -> None:
     model = nn.Sequential(nn.Conv2d(8, 8, 3, padding=1), *(nn.Conv2d(8, 8, 3, padding=1) for _ in range(3)))
     graph = trace(nn.Sequential(model, nn.Flatten(), nn.Linear(8 * 16, 2)), torch.zeros(1, 8, 4, 4))
     timings = Timings(path=None)
-    found = timed_products(graph, CPU, timings)
+    found = time_products(graph, CPU, timings)
     assert len(found.rows) == 5
     # The first convolution reads the input, 4 shapes; the three after it share 16, of which 4 are those; the
     # linear layer has 4.
@@ -248,6 +248,6 @@ def test_a_share_is_measured_in_turns() -> None:
     assert 0 < share < 1
     assert spread >= 0
     order: list[int] = []
-    times = in_turns([lambda: order.append(0), lambda: order.append(1)], CPU, runs=6, seconds=0.1)
+    times = time_interleaved([lambda: order.append(0), lambda: order.append(1)], CPU, runs=6, seconds=0.1)
     assert times.shape[1] == 2
     assert order[:6] == [0, 1] * 3

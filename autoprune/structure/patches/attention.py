@@ -85,7 +85,7 @@ def _additive(mask: Tensor, dtype: torch.dtype) -> Tensor:
     return torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill(mask, float("-inf"))
 
 
-def _mend_multihead(module: nn.MultiheadAttention) -> None:
+def _patch_multihead_(module: nn.MultiheadAttention) -> None:
     out_weight = module.out_proj.weight
     module.num_heads = out_weight.shape[1] // module.head_dim
     first = module.in_proj_weight if module.in_proj_weight is not None else module.q_proj_weight
@@ -93,19 +93,19 @@ def _mend_multihead(module: nn.MultiheadAttention) -> None:
     module._qkv_same_embed_dim = (
         False  # keeps TransformerEncoderLayer off its fused path, which knows no head_dim
     )
-    vars(module).pop("autoprune_axes", None)  # its reshapes are others now
+    vars(module).pop("autoprune_split_axes", None)  # its reshapes are others now
     module.__class__ = PrunedMultiheadAttention
 
 
-def mend_attention(model: nn.Module, changed: Iterable[str]) -> None:
+def patch_attention_(model: nn.Module, changed: Iterable[str]) -> None:
     """Mend the attention modules of a dense copy, given the names of the modules whose tensors shrank."""
     modules = named_modules(model)
     owners = {name for n in changed for name in (n, n.rpartition(".")[0])}
     for name in sorted(owners & modules.keys()):
         module = modules[name]
         if isinstance(module, nn.MultiheadAttention):
-            _mend_multihead(module)
+            _patch_multihead_(module)
         elif type(module).__module__.startswith("torchvision."):
-            from autoprune.structure.patches.window_attention import mend
+            from autoprune.structure.patches.window_attention import patch_window_attention_
 
-            mend(module)
+            patch_window_attention_(module)

@@ -3,7 +3,8 @@
 A ragged module (`shuffles`) changes to a subclass of its own. In its forward, a reshape that begins a shuffle
 reads its channels by index, already in their new order, and makes one part of them all; what follows then
 only moves an axis of length 1 about. Splits get the lengths that the labels predict. Which call is which is
-found out by a pass without values: the calls on each line come in the order in which the walk saw them.
+found out by a pass without values: the calls on each line come in the order in which the propagation saw
+them.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ WATCHED = frozenset((*RESHAPES, *ALL_SPLITS, *SHUFFLES))
 
 
 @dataclass(frozen=True)
-class Call:
+class PrunedCall:
     """A reshape, split or shuffle of a ragged module, as it is after pruning.
 
     Attributes:
@@ -67,7 +68,7 @@ def _split(sizes: Sequence[int], func: Callable[..., Any], x: Tensor, asked: Any
 
 
 @dataclass
-class Calls:
+class PrunedCalls:
     """All calls of a ragged module.
 
     Attributes:
@@ -76,31 +77,31 @@ class Calls:
         found: what was found out in the last pass.
     """
 
-    by_line: Mapping[str, Sequence[Call | None]]
+    by_line: Mapping[str, Sequence[PrunedCall | None]]
     numbers: Mapping[int, tuple[str, int]] | None
     found: dict[int, tuple[str, int]] = field(default_factory=dict)
 
-    def gather_by(self, index: Tensor) -> Call | None:
+    def gather_by(self, index: Tensor) -> PrunedCall | None:
         """The call that gathers channels by this very tensor."""
         calls = (c for calls in self.by_line.values() for c in calls)
         return next((c for c in calls if c is not None and c.order is index), None)
 
 
-class GatheredModule:
+class GatherPatch:
     """Mixed in before the user's class: its forward splits and shuffles what pruning has left."""
 
-    autoprune_calls: Calls
+    autoprune_calls: PrunedCalls
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The class's own forward."""
-        with _Gathering(self.autoprune_calls):
+        with _GatherMode(self.autoprune_calls):
             return super().forward(*args, **kwargs)  # type: ignore[misc]
 
 
-class _Gathering(TorchFunctionMode):
+class _GatherMode(TorchFunctionMode):
     """Replaces the calls of one forward pass."""
 
-    def __init__(self, calls: Calls) -> None:
+    def __init__(self, calls: PrunedCalls) -> None:
         super().__init__()
         self.calls = calls
         self.number = 0
@@ -132,11 +133,11 @@ class _Gathering(TorchFunctionMode):
         return line, turn
 
 
-def gather(
+def patch_gathers_(
     module: nn.Module,
-    by_line: Mapping[str, Sequence[Call | None]],
+    by_line: Mapping[str, Sequence[PrunedCall | None]],
     numbers: Mapping[int, tuple[str, int]] | None,
 ) -> None:
     """Change a module to its gathered class; see `Calls` for the arguments."""
-    vars(module)["autoprune_calls"] = Calls(by_line, numbers)
-    mix_in_(module, GatheredModule)
+    vars(module)["autoprune_calls"] = PrunedCalls(by_line, numbers)
+    mix_in_(module, GatherPatch)

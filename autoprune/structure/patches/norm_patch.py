@@ -22,18 +22,18 @@ from torch.overrides import TorchFunctionMode
 from autoprune.structure.patches.reshape_patch import mix_in_
 
 
-class RescaledModule:
+class NormPatch:
     """Mixed in before a module's class: statistics are taken over `autoprune_norm_width` channels."""
 
     autoprune_norm_width: int
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The class's own forward."""
-        with _Rescaled(self.autoprune_norm_width, is_norm=isinstance(self, nn.LayerNorm)):
+        with _NormMode(self.autoprune_norm_width, is_norm=isinstance(self, nn.LayerNorm)):
             return super().forward(*args, **kwargs)  # type: ignore[misc]
 
 
-class _Rescaled(TorchFunctionMode):
+class _NormMode(TorchFunctionMode):
     """Replaces layer norm over the last axis, and means over what is left of the channels."""
 
     def __init__(self, width: int, *, is_norm: bool) -> None:
@@ -48,21 +48,21 @@ class _Rescaled(TorchFunctionMode):
         kwargs: Mapping[str, Any] | None = None,
     ) -> Any:
         if func is F.layer_norm and self.is_norm:  # not those of modules in a module that takes a mean
-            return rescaled_layer_norm(*args, width=self.width, **(kwargs or {}))
+            return layer_norm_of_width(*args, width=self.width, **(kwargs or {}))
         if func in MEANS:
-            return rescaled_mean(*args, width=self.width, **(kwargs or {}))
+            return mean_of_width(*args, width=self.width, **(kwargs or {}))
         return func(*args, **(kwargs or {}))
 
 
 MEANS = (torch.mean, Tensor.mean)
 
 
-def rescaled_mean(x: Tensor, dim: Any = None, keepdim: bool = False, *, width: int) -> Tensor:
+def mean_of_width(x: Tensor, dim: Any = None, keepdim: bool = False, *, width: int) -> Tensor:
     """Mean over an axis of `x` as if it held `width` channels, the missing ones zero."""
     return x.sum(dim, keepdim=keepdim) / width
 
 
-def rescaled_layer_norm(
+def layer_norm_of_width(
     x: Tensor,
     normalized_shape: Sequence[int],
     weight: Tensor | None = None,
@@ -81,10 +81,10 @@ def rescaled_layer_norm(
     return scaled if bias is None else scaled + bias
 
 
-def rescale(module: nn.Module, width: int) -> None:
+def patch_norm_(module: nn.Module, width: int) -> None:
     """Change a module whose parameters are sliced already, so that its statistics count `width` channels."""
-    if not isinstance(module, RescaledModule):
+    if not isinstance(module, NormPatch):
         vars(module)["autoprune_norm_width"] = width
-        mix_in_(module, RescaledModule)
+        mix_in_(module, NormPatch)
     if isinstance(module, nn.LayerNorm):
         module.normalized_shape = (len(module.weight),)

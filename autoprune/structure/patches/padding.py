@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from autoprune.structure.graph import ChannelGraph
 
 
-class Padded(nn.Module):
+class ChannelPadding(nn.Module):
     """Replays a chain of slices, pools and paddings on one tensor.
 
     Args:
@@ -40,7 +40,7 @@ class Padded(nn.Module):
         return "; ".join(f"{name}{arguments}" for name, arguments in self.steps)
 
 
-def mend_paddings(model: nn.Module, graph: ChannelGraph, plan: PruningPlan) -> nn.Module:
+def patch_paddings_(model: nn.Module, graph: ChannelGraph, plan: PruningPlan) -> nn.Module:
     """Replace the padding modules in a dense copy whose padded edges shrink under the plan."""
     lost: dict[tuple[int, int, str], int] = {}
     for group in graph.groups:
@@ -48,8 +48,8 @@ def mend_paddings(model: nn.Module, graph: ChannelGraph, plan: PruningPlan) -> n
         for padding in group.paddings:
             key = (padding.op, padding.dim, padding.side)
             lost[key] = lost.get(key, 0) + padding.index.shape[1] * (group.num_units - kept)
-            if lost[key] and not isinstance(model.get_submodule(padding.module), Padded):
-                model.set_submodule(padding.module, Padded(_steps(graph, padding.module)))
+            if lost[key] and not isinstance(model.get_submodule(padding.module), ChannelPadding):
+                model.set_submodule(padding.module, ChannelPadding(_steps(graph, padding.module)))
     for (op, dim, side), count in lost.items():
         if count:
             _shrink(model, graph, (op, dim, side), count)
@@ -69,7 +69,7 @@ def _shrink(model: nn.Module, graph: ChannelGraph, edge: tuple[int, int, str], c
     module = graph.recording.ops[op].module
     inside = [n for n, o in enumerate(graph.recording.ops) if o.module == module]
     padded = model.get_submodule(module)
-    assert isinstance(padded, Padded)
+    assert isinstance(padded, ChannelPadding)
     name, (amounts, *rest) = padded.steps[inside.index(op)]
     rank = len(graph.recording.shapes[graph.recording.ops[op].inputs[0].index])
     at = 2 * (rank - 1 - dim) + (side == "right")

@@ -3,8 +3,8 @@
 Many attention modules end in `x.reshape(B, N, C)` with C taken from their input, which is only right while
 all heads are there. Such a module changes to a subclass of its own, in whose forward those reshapes get the
 lengths that the labels predict. Which ones is found out by a pass without values, in which every reshape is
-compared with the shape that the walk saw on its line. It is used where the plain dense copy does not run,
-and, like everything else, only kept if the network then computes what the masked one does.
+compared with the shape that the propagation saw on its line. It is used where the plain dense copy does not
+run, and, like everything else, only kept if the network then computes what the masked one does.
 """
 
 from __future__ import annotations
@@ -26,13 +26,13 @@ from autoprune.structure.recorder import where
 RESHAPES = (Tensor.reshape, Tensor.view, torch.reshape)
 SPLITS = (Tensor.split, torch.split, Tensor.split_with_sizes, torch.split_with_sizes)
 Shape = tuple[int, ...]
-Place = tuple[
+CallSite = tuple[
     str, int
 ]  # a line, and how often a reshape was on it in this pass: some passes do more than others
 
 
 @dataclass(frozen=True)
-class Fix:
+class SizeCorrection:
     """A reshape of a module whose own arithmetic is wrong after pruning.
 
     Attributes:
@@ -48,7 +48,7 @@ class Fix:
 
 
 @dataclass
-class Widths:
+class PrunedSizes:
     """What a module's reshapes and splits make.
 
     Attributes:
@@ -60,44 +60,44 @@ class Widths:
     """
 
     shapes: Mapping[str, Sequence[Shape]]
-    fixes: Mapping[Place, Fix] | None
+    fixes: Mapping[CallSite, SizeCorrection] | None
     pieces: Mapping[Shape, Shape]
-    found: dict[Place, Fix] = field(default_factory=dict)
+    found: dict[CallSite, SizeCorrection] = field(default_factory=dict)
     has_split: bool = False
 
-    def fix_at(self, place: Place, call: int) -> Fix | None:
+    def fix_at(self, place: CallSite, call: int) -> SizeCorrection | None:
         """What to correct in a reshape. A compiler cannot see lines; there its number in the pass tells."""
         fixes = self.fixes or {}
         if torch.compiler.is_dynamo_compiling():
             return next((f for f in fixes.values() if f.call == call), None)
         return fixes.get(place)
 
-    def fit(self, line: str, sizes: Sequence[int], numel: int) -> Fix | None:
+    def fit(self, line: str, sizes: Sequence[int], numel: int) -> SizeCorrection | None:
         """What to correct in a reshape: the shape of its line that is closest to what it asks for."""
         best, most = None, -1
         for number, shape in enumerate(self.shapes.get(line, ())):
             if len(shape) == len(sizes) and math.prod(shape) == numel:
                 apart = [d for d, n in enumerate(sizes) if n not in (-1, shape[d])]
                 if len(sizes) - len(apart) > most:
-                    best, most = Fix(line, number, tuple(apart)), len(sizes) - len(apart)
+                    best, most = SizeCorrection(line, number, tuple(apart)), len(sizes) - len(apart)
         return best
 
 
-class LooseModule:
+class ReshapePatch:
     """Mixed in before the user's class: its forward runs with reshapes that know the pruned widths."""
 
-    autoprune_widths: Widths
+    autoprune_sizes: PrunedSizes
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The class's own forward."""
-        with _PrunedWidths(self.autoprune_widths):
+        with _ReshapeMode(self.autoprune_sizes):
             return super().forward(*args, **kwargs)  # type: ignore[misc]
 
 
-class _PrunedWidths(TorchFunctionMode):
+class _ReshapeMode(TorchFunctionMode):
     """Corrects the sizes of reshapes and splits in one forward pass."""
 
-    def __init__(self, widths: Widths) -> None:
+    def __init__(self, widths: PrunedSizes) -> None:
         super().__init__()
         self.widths = widths
         self.calls = 0
@@ -125,13 +125,13 @@ class _PrunedWidths(TorchFunctionMode):
         shape = [*x.shape[:dim], *sizes, *x.shape[dim + 1 :]]
         return x.reshape(self._corrected(x, shape, self._place()))
 
-    def _place(self) -> Place:
+    def _place(self) -> CallSite:
         self.calls += 1
         line = "" if torch.compiler.is_dynamo_compiling() else where(sys._getframe(1))
         self.seen[line] += 1
         return line, self.seen[line]
 
-    def _corrected(self, x: Tensor, sizes: list[int], place: Place) -> list[int]:
+    def _corrected(self, x: Tensor, sizes: list[int], place: CallSite) -> list[int]:
         """The sizes, those that follow a wrong width corrected."""
         widths = self.widths
         fix = self._found(x, sizes, place) if widths.fixes is None else widths.fix_at(place, self.calls)
@@ -147,7 +147,7 @@ class _PrunedWidths(TorchFunctionMode):
                 return [*changed[:axis], x.numel() // others, *changed[axis + 1 :]]
         return sizes
 
-    def _found(self, x: Tensor, sizes: list[int], place: Place) -> Fix | None:
+    def _found(self, x: Tensor, sizes: list[int], place: CallSite) -> SizeCorrection | None:
         fix = self.widths.fit(place[0], sizes, x.numel())
         if fix is None or not fix.dims:
             return None
@@ -176,15 +176,15 @@ def _mixed(mixin: type, cls: type[nn.Module]) -> type[nn.Module]:
     return type(cls.__name__, (mixin, cls), {"__module__": cls.__module__, "__doc__": cls.__doc__})
 
 
-def loosen(
+def patch_reshapes_(
     module: nn.Module,
     shapes: Mapping[str, Sequence[Shape]],
-    fixes: Mapping[Place, Fix] | None,
+    fixes: Mapping[CallSite, SizeCorrection] | None,
     pieces: Mapping[Shape, Shape],
 ) -> None:
     """Change a module to its loose class; see `Widths` for the arguments."""
     if fixes is None or fixes or pieces:
-        before = module.autoprune_widths.pieces if isinstance(module, LooseModule) else {}
+        before = module.autoprune_sizes.pieces if isinstance(module, ReshapePatch) else {}
         pieces = {old: pieces.get(new, new) for old, new in before.items()} | dict(pieces)
-        vars(module)["autoprune_widths"] = Widths(shapes, fixes, pieces)
-        mix_in_(module, LooseModule)
+        vars(module)["autoprune_sizes"] = PrunedSizes(shapes, fixes, pieces)
+        mix_in_(module, ReshapePatch)

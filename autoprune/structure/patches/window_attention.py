@@ -113,7 +113,7 @@ PRUNED: dict[type[nn.Module], type[nn.Module]] = {
 }
 
 
-def mend(module: Any) -> None:
+def patch_window_attention_(module: Any) -> None:
     """Change a module with fewer heads, whose head count is set already, to the class that allows that."""
     pruned = PRUNED.get(type(module))
     if pruned is None:
@@ -124,5 +124,5 @@ def mend(module: Any) -> None:
     if out.weight.shape[1] != into.weight.shape[1]:
         if pruned is not PrunedRelativeAttention:
             module.head_dim = out.weight.shape[1] // module.num_heads
-        vars(module).pop("autoprune_axes", None)  # its reshapes are others now
+        vars(module).pop("autoprune_split_axes", None)  # its reshapes are others now
         module.__class__ = pruned

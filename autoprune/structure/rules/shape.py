@@ -17,139 +17,139 @@ from autoprune.structure.channel_shuffle import (
     begins_ragged_shuffle,
     channel_shuffle,
     index_select,
-    matched,
+    match_axes,
 )
 from autoprune.structure.labels import LabelArray
-from autoprune.structure.propagate import Axes, Handler, Site, Walk, fixed
+from autoprune.structure.propagate import Axes, Handler, Propagation, ReshapeSplit, fixed_axis
 from autoprune.structure.recorder import Op, Ref
 
 
-def reshape(walk: Walk, op: Op) -> Axes:
+def reshape(ctx: Propagation, op: Op) -> Axes:
     """Any change of shape that keeps the order of elements."""
     x, out = op.inputs[0], op.outputs[0]
     assert out is not None
-    before, after, axes = walk.shape(x), walk.shape(out), walk.get(x)
+    before, after, axes = ctx.shape(x), ctx.shape(out), ctx.get(x)
     result: Axes = [None] * len(after)
-    walk.reshapes[op.module] += 1
-    stamped = walk.stamp(op.module, "autoprune_axes", {}).get(walk.reshapes[op.module])
+    ctx.reshapes[op.module] += 1
+    earlier = ctx.earlier_choice(op.module, "autoprune_split_axes", {}).get(ctx.reshapes[op.module])
     if 0 in before:
         return result
-    for sources, targets in matched(before, after):
-        tracked = _tracked(walk, axes, sources)
+    for sources, targets in match_axes(before, after):
+        tracked = _tracked(ctx, axes, sources)
         if not tracked:
             continue
         axis = axes[tracked[0]]
         assert axis is not None
-        if stamped is not None and stamped < len(after) and after[stamped] == 1:
-            walk.freeze(axis, "the last unit of a split axis")
+        if earlier is not None and earlier < len(after) and after[earlier] == 1:
+            ctx.freeze(axis, "the last unit of a split axis")
         elif len(sources) == len(targets) == 1:
             result[targets[0]] = axis
-        elif len(sources) > 1 or not begins_ragged_shuffle(walk, op, tracked[0], targets):
-            chosen, labels = _regrouped(walk, op, axis, (sources, targets), stamped)
+        elif len(sources) > 1 or not begins_ragged_shuffle(ctx, op, tracked[0], targets):
+            chosen, labels = _regrouped(ctx, op, axis, (sources, targets), earlier)
             if chosen is not None:
                 result[chosen] = labels
-    if out.index in walk.arriving:
-        dim, result[dim] = walk.arriving[out.index]
+    if out.index in ctx.shuffle_results:
+        dim, result[dim] = ctx.shuffle_results[out.index]
     return result
 
 
-def _tracked(walk: Walk, axes: Axes, sources: list[int]) -> list[int]:
+def _tracked(ctx: Propagation, axes: Axes, sources: list[int]) -> list[int]:
     """The axis of channels among those that become one, if there is one; of several, all but one stay.
 
     One that an earlier pruning let shrink does so again, or none.
     """
     tracked = [d for d in sources if axes[d] is not None]
-    op = walk.recording.ops[walk.position]
-    ordinal = walk.reshapes[op.module]
-    stamped = walk.stamp(op.module, "autoprune_axes", {}).get(-ordinal)
-    is_stamped = stamped is not None and sources[0] - 1 <= stamped <= sources[-1] + 1  # it may be 1 long now
-    if walk.is_probe or (not is_stamped and min(len(sources), len(tracked)) < 2):
+    op = ctx.recording.ops[ctx.position]
+    ordinal = ctx.reshapes[op.module]
+    earlier = ctx.earlier_choice(op.module, "autoprune_split_axes", {}).get(-ordinal)
+    has_earlier = earlier is not None and sources[0] - 1 <= earlier <= sources[-1] + 1  # it may be 1 long now
+    if ctx.is_lookahead or (not has_earlier and min(len(sources), len(tracked)) < 2):
         return tracked
-    if is_stamped:
-        kept = stamped if stamped in tracked else None
+    if has_earlier:
+        kept = earlier if earlier in tracked else None
     else:
         known = {d: a for d in tracked if (a := axes[d]) is not None}
-        closed = [d for d, a in known.items() if not walk.labels.is_open(a)]
-        verdicts = {d: walk.probe(op.inputs[0], d, known[d], includes_present=True) for d in closed}
+        closed = [d for d, a in known.items() if not ctx.labels.is_open(a)]
+        verdicts = {d: ctx.look_ahead(op.inputs[0], d, known[d], includes_present=True) for d in closed}
         free = [d for d in closed if not verdicts[d][0]] if len(closed) > 1 else closed
         kept = max(free, key=lambda d: (verdicts[d][1], len(axes[d])), default=None)  # type: ignore[arg-type]
     for d in tracked:
         if d != kept:
-            walk.freeze(axes[d], "merged with another axis of channels")
+            ctx.freeze(axes[d], "merged with another axis of channels")
     if kept is None:
         return []
-    walk.kept_axes[walk.position] = (ordinal, kept)
+    ctx.kept_axes[ctx.position] = (ordinal, kept)
     return [kept]
 
 
 def _regrouped(
-    walk: Walk, op: Op, axis: LabelArray, run: tuple[list[int], list[int]], stamped: int | None
+    ctx: Propagation, op: Op, axis: LabelArray, run: tuple[list[int], list[int]], earlier: int | None
 ) -> tuple[int | None, LabelArray | None]:
     """Channels among axes that become other axes: the one that may shrink, with its labels."""
     (sources, targets), x, out = run, op.inputs[0], op.outputs[0]
     assert out is not None
-    walk.is_risky = True
-    before, after = walk.shape(x), walk.shape(out)
+    ctx.splits_channels = True
+    before, after = ctx.shape(x), ctx.shape(out)
     block = np.broadcast_to(
-        axis.reshape([-1 if walk.get(x)[d] is axis else 1 for d in sources]), [before[d] for d in sources]
+        axis.reshape([-1 if ctx.get(x)[d] is axis else 1 for d in sources]), [before[d] for d in sources]
     ).reshape([after[d] for d in targets])
-    chosen, labels = _shrinking_axis(walk, out, targets, block, stamped)
+    chosen, labels = _shrinking_axis(ctx, out, targets, block, earlier)
     if labels is not None and len(targets) == 1:
-        walk.merges.append((walk.position, labels))
+        ctx.reshape_merges.append((ctx.position, labels))
     return chosen, labels
 
 
 def _shrinking_axis(
-    walk: Walk, out: Ref, targets: list[int], block: LabelArray, stamped: int | None
+    ctx: Propagation, out: Ref, targets: list[int], block: LabelArray, earlier: int | None
 ) -> tuple[int | None, LabelArray | None]:
     """The one axis of the block that may shrink, with its labels; the positions along the others are tied."""
     varying = [d for d in range(block.ndim) if (block != block.take([0], axis=d)).any()]
     if not varying:
-        walk.freeze(block.ravel(), "all its channels are tied into one")
+        ctx.freeze(block.ravel(), "all its channels are tied into one")
         return None, None
     if len(varying) == 1:
         return targets[varying[0]], np.moveaxis(block, varying[0], 0).reshape(block.shape[varying[0]], -1)[
             :, 0
         ]
-    if walk.position in walk.choices:
-        options, stuck = [walk.choices[walk.position]], ""
-    elif stamped in targets:
-        options, stuck = [stamped], ""
+    if ctx.position in ctx.choices:
+        options, stuck = [ctx.choices[ctx.position]], ""
+    elif earlier in targets:
+        options, stuck = [earlier], ""
     else:
-        options, stuck = _ranked(walk, out, targets, varying, block)
+        options, stuck = _ranked(ctx, out, targets, varying, block)
     if not options:
-        walk.freeze(block.ravel(), f"split into axes of which none may shrink{stuck}")
+        ctx.freeze(block.ravel(), f"split into axes of which none may shrink{stuck}")
         return None, None
     chosen = options[0]
-    rows = np.moveaxis(block, targets.index(chosen), 0).reshape(walk.shape(out)[chosen], -1)
-    labels = walk.tie_rows(rows)
-    ordinal = walk.reshapes[walk.recording.ops[walk.position].module]
-    walk.sites.append(Site(walk.position, ordinal, labels, tuple(options), chosen))
+    rows = np.moveaxis(block, targets.index(chosen), 0).reshape(ctx.shape(out)[chosen], -1)
+    labels = ctx.tie_rows(rows)
+    ordinal = ctx.reshapes[ctx.recording.ops[ctx.position].module]
+    ctx.reshape_splits.append(ReshapeSplit(ctx.position, ordinal, labels, tuple(options), chosen))
     return chosen, labels
 
 
 def _ranked(
-    walk: Walk, out: Ref, targets: list[int], varying: list[int], block: LabelArray
+    ctx: Propagation, out: Ref, targets: list[int], varying: list[int], block: LabelArray
 ) -> tuple[list[int], str]:
     """The axes that may shrink, best first; and what stops the others."""
-    if walk.probe_depth >= 2:  # deep enough for fused projections split into parts and then into heads
-        return [targets[max(varying, key=lambda d: walk.shape(out)[targets[d]])]], ""
+    if ctx.lookahead_depth >= 2:  # deep enough for fused projections split into parts and then into heads
+        return [targets[max(varying, key=lambda d: ctx.shape(out)[targets[d]])]], ""
     alike = {d: np.moveaxis(block, d, 0).reshape(block.shape[d], -1)[:, 0] for d in varying}
-    verdicts = {targets[d]: walk.probe(out, targets[d], alike[d]) for d in varying}
+    verdicts = {targets[d]: ctx.look_ahead(out, targets[d], alike[d]) for d in varying}
     free = [d for d, (stuck, _) in verdicts.items() if not stuck]
     reasons = "".join(f": {stuck}" for stuck, _ in verdicts.values() if stuck)
-    return sorted(free, key=lambda d: (-verdicts[d][1], -walk.shape(out)[d])), reasons
+    return sorted(free, key=lambda d: (-verdicts[d][1], -ctx.shape(out)[d])), reasons
 
 
-def permute(walk: Walk, op: Op) -> Axes:
+def permute(ctx: Propagation, op: Op) -> Axes:
     """Axes in another order."""
-    axes = walk.get(op.inputs[0])
+    axes = ctx.get(op.inputs[0])
     return [axes[d] for d in op.arg("dims")]
 
 
-def transpose(walk: Walk, op: Op) -> Axes:
+def transpose(ctx: Propagation, op: Op) -> Axes:
     """Two axes swapped."""
-    axes = list(walk.get(op.inputs[0]))
+    axes = list(ctx.get(op.inputs[0]))
     if len(axes) < 2:
         return axes
     a, b = (0, 1) if op.name == "t" else (op.arg("dim0"), op.arg("dim1"))
@@ -157,10 +157,10 @@ def transpose(walk: Walk, op: Op) -> Axes:
     return axes
 
 
-def squeeze(walk: Walk, op: Op) -> Axes:
+def squeeze(ctx: Propagation, op: Op) -> Axes:
     """Axes of length 1 dropped."""
     x = op.inputs[0]
-    shape, axes, dims = walk.shape(x), walk.get(x), op.arg("dim")
+    shape, axes, dims = ctx.shape(x), ctx.get(x), op.arg("dim")
     if dims is None:
         chosen = set(range(len(shape)))
     else:
@@ -168,117 +168,119 @@ def squeeze(walk: Walk, op: Op) -> Axes:
     return [a for d, a in enumerate(axes) if not (d in chosen and shape[d] == 1)]
 
 
-def unsqueeze(walk: Walk, op: Op) -> Axes:
+def unsqueeze(ctx: Propagation, op: Op) -> Axes:
     """An axis of length 1 inserted."""
-    axes = list(walk.get(op.inputs[0]))
+    axes = list(ctx.get(op.inputs[0]))
     axes.insert(op.arg("dim") % (len(axes) + 1), None)
     return axes
 
 
-def expand(walk: Walk, op: Op) -> Axes:
+def expand(ctx: Propagation, op: Op) -> Axes:
     """Axes of length 1 repeated without a copy; the others go on."""
     x, out = op.inputs[0], op.outputs[0]
     assert out is not None
-    before, after, axes = walk.shape(x), walk.shape(out), walk.get(x)
+    before, after, axes = ctx.shape(x), ctx.shape(out), ctx.get(x)
     lead = len(after) - len(before)
     return [
-        axes[d - lead] if d >= lead and before[d - lead] == n else walk.open_axis(d, n)
+        axes[d - lead] if d >= lead and before[d - lead] == n else ctx.open_axis(d, n)
         for d, n in enumerate(after)
     ]
 
 
-def repeat(walk: Walk, op: Op) -> Axes:
+def repeat(ctx: Propagation, op: Op) -> Axes:
     """Axes tiled a number of times."""
     x, times = op.inputs[0], op.arg("repeats")
-    axes = walk.get(x)
+    axes = ctx.get(x)
     lead = len(times) - len(axes)
     return [None] * lead + [
         None if a is None else np.tile(a, t) for a, t in zip(axes, times[lead:], strict=True)
     ]
 
 
-def concatenate(walk: Walk, op: Op) -> Axes:
+def concatenate(ctx: Propagation, op: Op) -> Axes:
     """Labels one after the other along one axis, tied along the others."""
-    parts = [r for r in op.arg("tensors") if walk.shape(r) != (0,)]
-    rank = len(walk.shape(parts[0]))
+    parts = [r for r in op.arg("tensors") if ctx.shape(r) != (0,)]
+    rank = len(ctx.shape(parts[0]))
     dim = op.arg("dim", 0) % rank
     result: Axes = []
     for d in range(rank):
-        pieces = [walk.get(r)[d] for r in parts]
+        pieces = [ctx.get(r)[d] for r in parts]
         if d != dim:
-            result.append(walk.join(pieces) if walk.shape(parts[0])[d] > 1 else None)
+            result.append(ctx.join(pieces) if ctx.shape(parts[0])[d] > 1 else None)
         elif all(p is None for p in pieces):
             result.append(None)
         else:
-            sizes = [walk.shape(r)[d] for r in parts]
+            sizes = [ctx.shape(r)[d] for r in parts]
             result.append(
-                np.concatenate([fixed(n) if p is None else p for p, n in zip(pieces, sizes, strict=True)])
+                np.concatenate(
+                    [fixed_axis(n) if p is None else p for p, n in zip(pieces, sizes, strict=True)]
+                )
             )
     return result
 
 
-def stack(walk: Walk, op: Op) -> Axes:
+def stack(ctx: Propagation, op: Op) -> Axes:
     """A new axis; the others tie."""
     parts = op.arg("tensors")
-    result = [walk.join([walk.get(r)[d] for r in parts]) for d in range(len(walk.shape(parts[0])))]
+    result = [ctx.join([ctx.get(r)[d] for r in parts]) for d in range(len(ctx.shape(parts[0])))]
     result.insert(op.arg("dim", 0) % (len(result) + 1), None)
     return result
 
 
-def split(walk: Walk, op: Op) -> list[Axes]:
+def split(ctx: Propagation, op: Op) -> list[Axes]:
     """Equal parts of a channel axis tie to each other; unequal ones shrink by themselves.
 
     The lengths may be written in the program; `loose` puts the pruned ones there.
     """
-    x, dim = op.inputs[0], op.arg("dim", 0) % max(1, len(walk.shape(op.inputs[0])))
-    axes = walk.get(x)
+    x, dim = op.inputs[0], op.arg("dim", 0) % max(1, len(ctx.shape(op.inputs[0])))
+    axes = ctx.get(x)
     outs = [r for r in op.outputs if r is not None]
-    sizes = [walk.shape(r)[dim] for r in outs]
+    sizes = [ctx.shape(r)[dim] for r in outs]
     axis = axes[dim]
     pieces: Axes = [None] * len(outs)
     if axis is not None and len(outs) > 1:
-        walk.is_risky = True
-        if len(set(sizes)) == 1 and op.module not in walk.ragged:
-            pieces = [walk.tie_rows(axis.reshape(len(outs), -1).T)] * len(outs)
+        ctx.splits_channels = True
+        if len(set(sizes)) == 1 and op.module not in ctx.ragged:
+            pieces = [ctx.tie_rows(axis.reshape(len(outs), -1).T)] * len(outs)
         else:
             pieces = list(np.split(axis, np.cumsum(sizes)[:-1]))
-        walk.splits.append((walk.position, tuple(p for p in pieces if p is not None)))
+        ctx.splits.append((ctx.position, tuple(p for p in pieces if p is not None)))
     elif axis is not None:
         pieces = [axis]
     return [[p if d == dim else a for d, a in enumerate(axes)] for p in pieces]
 
 
-def glu(walk: Walk, op: Op) -> Axes:
+def glu(ctx: Propagation, op: Op) -> Axes:
     """The first half of an axis gated by the second: the halves tie."""
-    axes = list(walk.get(op.inputs[0]))
+    axes = list(ctx.get(op.inputs[0]))
     dim = op.arg("dim", -1)
     axis = axes[dim]
-    axes[dim] = None if axis is None else walk.tie_rows(axis.reshape(2, -1).T)
+    axes[dim] = None if axis is None else ctx.tie_rows(axis.reshape(2, -1).T)
     return axes
 
 
-def unbind(walk: Walk, op: Op) -> list[Axes]:
+def unbind(ctx: Propagation, op: Op) -> list[Axes]:
     """Every position of one axis becomes a tensor of its own."""
-    axes = walk.get(op.inputs[0])
+    axes = ctx.get(op.inputs[0])
     dim = op.arg("dim", 0) % len(axes)
-    walk.freeze(axes[dim], "taken apart by position")
+    ctx.freeze(axes[dim], "taken apart by position")
     rest = [a for d, a in enumerate(axes) if d != dim]
     return [list(rest) for r in op.outputs if r is not None]
 
 
-def select(walk: Walk, op: Op) -> Axes:
+def select(ctx: Propagation, op: Op) -> Axes:
     """One position of one axis."""
-    axes = walk.get(op.inputs[0])
+    axes = ctx.get(op.inputs[0])
     dim = op.arg("dim", 0) % len(axes)
-    walk.freeze(axes[dim], "one channel is taken by its position")
+    ctx.freeze(axes[dim], "one channel is taken by its position")
     return [a for d, a in enumerate(axes) if d != dim]
 
 
-def slice_(walk: Walk, op: Op) -> Axes:
+def slice_(ctx: Propagation, op: Op) -> Axes:
     """A stretch of one axis: all of it, or one of a few equal parts (they tie), or a fixed one (it stays)."""
     x = op.inputs[0]
-    axes, dim = list(walk.get(x)), op.arg("dim", 0) % len(walk.shape(x))
-    axis, size = axes[dim], walk.shape(x)[dim]
+    axes, dim = list(ctx.get(x)), op.arg("dim", 0) % len(ctx.shape(x))
+    axis, size = axes[dim], ctx.shape(x)[dim]
     if axis is None:
         return axes
     start, end, step = (op.arg(n) for n in ("start", "end", "step"))
@@ -287,76 +289,76 @@ def slice_(walk: Walk, op: Op) -> Axes:
     if stride == 1 and length == size:
         return axes
     if stride == 1 and length > 0 and size % length == 0 and first % length == 0 and size // length <= 4:
-        walk.is_risky = True
-        axes[dim] = walk.tie_rows(axis.reshape(-1, length).T)
+        ctx.splits_channels = True
+        axes[dim] = ctx.tie_rows(axis.reshape(-1, length).T)
     else:
-        walk.freeze(axis, "a stretch of channels at fixed positions")
+        ctx.freeze(axis, "a stretch of channels at fixed positions")
         axes[dim] = None
     return axes
 
 
-def as_strided(walk: Walk, op: Op) -> Axes:
+def as_strided(ctx: Propagation, op: Op) -> Axes:
     """Only what adaptive pooling does: other strides for the same (N, C, 1, ...) tensor."""
     x, out = op.inputs[0], op.outputs[0]
     assert out is not None
-    shape, strides = walk.shape(x), op.arg("stride")
-    if walk.shape(out) == shape and all(n == 1 for n in shape[2:]) and len(shape) > 2 and strides[1] == 1:
-        return list(walk.get(x))
-    for axis in walk.get(x):
-        walk.freeze(axis, "read with other strides")
-    return [None] * len(walk.shape(out))
+    shape, strides = ctx.shape(x), op.arg("stride")
+    if ctx.shape(out) == shape and all(n == 1 for n in shape[2:]) and len(shape) > 2 and strides[1] == 1:
+        return list(ctx.get(x))
+    for axis in ctx.get(x):
+        ctx.freeze(axis, "read with other strides")
+    return [None] * len(ctx.shape(out))
 
 
-def flip(walk: Walk, op: Op) -> Axes:
+def flip(ctx: Propagation, op: Op) -> Axes:
     """The order of positions reversed."""
-    axes = list(walk.get(op.inputs[0]))
+    axes = list(ctx.get(op.inputs[0]))
     for d in op.arg("dims"):
         axis = axes[d]
         axes[d] = None if axis is None else axis[::-1].copy()
     return axes
 
 
-def roll(walk: Walk, op: Op) -> Axes:
+def roll(ctx: Propagation, op: Op) -> Axes:
     """Positions shifted by a fixed number: of channels, that number would have to change."""
-    axes = list(walk.get(op.inputs[0]))
+    axes = list(ctx.get(op.inputs[0]))
     dims = op.arg("dims") or list(range(len(axes)))
     for d in dims:
-        walk.freeze(axes[d], "channels shifted by a fixed number")
+        ctx.freeze(axes[d], "channels shifted by a fixed number")
         axes[d] = None
     return axes
 
 
-def index(walk: Walk, op: Op) -> Axes:
+def index(ctx: Propagation, op: Op) -> Axes:
     """Positions taken by a tensor of indices: those axes stay, the others go on."""
     x, out = op.inputs[0], op.outputs[0]
     assert out is not None
-    axes, chosen = walk.get(x), list(op.arg("indices"))
+    axes, chosen = ctx.get(x), list(op.arg("indices"))
     chosen += [None] * (len(axes) - len(chosen))
     used = [d for d, i in enumerate(chosen) if i is not None]
     for d in used:
-        walk.freeze(axes[d], "channels are taken by index")
+        ctx.freeze(axes[d], "channels are taken by index")
     rest: Axes = [a for d, a in enumerate(axes) if d not in used]
-    new = len(walk.shape(out)) - len(rest)
+    new = len(ctx.shape(out)) - len(rest)
     adjacent = used == list(range(used[0], used[-1] + 1)) if used else True
     at = used[0] if used and adjacent else 0
     return [*rest[:at], *[None] * new, *rest[at:]]
 
 
-def pad(walk: Walk, op: Op) -> Axes:
+def pad(ctx: Propagation, op: Op) -> Axes:
     """Constant padding: padded channels are positions of their own that a pruned module can pad fewer of."""
     x, amounts = op.inputs[0], op.arg("pad")
-    axes = list(walk.get(x))
+    axes = list(ctx.get(x))
     for back in range(len(amounts) // 2):
         d, (left, right) = len(axes) - 1 - back, amounts[2 * back : 2 * back + 2]
         axis = axes[d]
         if axis is None or (left == 0 and right == 0):
             continue
         if left < 0 or right < 0:
-            walk.freeze(axis, "channels are cropped")
+            ctx.freeze(axis, "channels are cropped")
             axes[d] = None
         else:
             axes[d] = np.concatenate(
-                [_edge(walk, op, left, d, "left"), axis, _edge(walk, op, right, d, "right")]
+                [_edge(ctx, op, left, d, "left"), axis, _edge(ctx, op, right, d, "right")]
             )
     return axes
 
@@ -364,53 +366,53 @@ def pad(walk: Walk, op: Op) -> Axes:
 PADDING_OPS = frozenset({"slice", "constant_pad_nd", "alias", "avg_pool2d"})
 
 
-def _edge(walk: Walk, op: Op, size: int, dim: int, side: Literal["left", "right"]) -> LabelArray:
+def _edge(ctx: Propagation, op: Op, size: int, dim: int, side: Literal["left", "right"]) -> LabelArray:
     """Fresh labels where a module of its own does the padding and can be replaced; fixed ones elsewhere."""
-    module = walk.modules.get(op.module)
+    module = ctx.modules.get(op.module)
     is_alone = module is not None and op.module != "" and not any(True for _ in module.children())
     has_state = (
         module is None or any(True for _ in module.parameters()) or any(True for _ in module.buffers())
     )
-    does = {o.name for o in walk.recording.ops if o.module == op.module}
+    does = {o.name for o in ctx.recording.ops if o.module == op.module}
     if (
-        walk.is_probe
+        ctx.is_lookahead
         or not is_alone
         or has_state
         or does - PADDING_OPS
-        or walk.recording.calls[op.module] != 1
+        or ctx.recording.calls[op.module] != 1
     ):
-        return fixed(size)
+        return fixed_axis(size)
     if size == 0:
-        return fixed(0)
-    labels = walk.labels.new(op.module, dim, size)
-    walk.labels.slots[-1].pad_op, walk.labels.slots[-1].side = walk.position, side
+        return fixed_axis(0)
+    labels = ctx.labels.new(op.module, dim, size)
+    ctx.labels.slots[-1].pad_op, ctx.labels.slots[-1].side = ctx.position, side
     return labels
 
 
-def pixel_shuffle(walk: Walk, op: Op) -> Axes:
+def pixel_shuffle(ctx: Propagation, op: Op) -> Axes:
     """(C r^2, H, W) -> (C, H r, W r): r^2 neighbours make one channel, and the other way round."""
     x, out = op.inputs[0], op.outputs[0]
     assert out is not None
-    axes = list(walk.get(x))
+    axes = list(ctx.get(x))
     channels = axes[-3]
     for axis in axes[-2:]:
-        walk.freeze(axis, "a spatial axis")
+        ctx.freeze(axis, "a spatial axis")
     if channels is not None:
-        before, after = walk.shape(x)[-3], walk.shape(out)[-3]
+        before, after = ctx.shape(x)[-3], ctx.shape(out)[-3]
         if after < before:
-            channels = walk.tie_rows(channels.reshape(after, -1))
+            channels = ctx.tie_rows(channels.reshape(after, -1))
         else:
             channels = np.repeat(channels, after // before)
     return [*axes[:-3], channels, None, None]
 
 
-def unfold(walk: Walk, op: Op) -> Axes:
+def unfold(ctx: Propagation, op: Op) -> Axes:
     """im2col: every channel appears once for each position of the kernel."""
     x, out = op.inputs[0], op.outputs[0]
     assert out is not None
-    axes = walk.get(x)
+    axes = ctx.get(x)
     channels = axes[-3]
-    times = walk.shape(out)[-2] // walk.shape(x)[-3]
+    times = ctx.shape(out)[-2] // ctx.shape(x)[-3]
     return [*axes[:-3], None if channels is None else np.repeat(channels, times), None]
 
 

@@ -2,45 +2,45 @@
 
 from __future__ import annotations
 
-from autoprune.structure.propagate import Axes, Handler, Walk
+from autoprune.structure.propagate import Axes, Handler, Propagation
 from autoprune.structure.recorder import Op
 
 
-def spatial(walk: Walk, op: Op) -> list[Axes]:
+def spatial(ctx: Propagation, op: Op) -> list[Axes]:
     """Pooling, resizing, padding by reflection: batch and channel axes go on, the rest is space."""
     x = op.inputs[0]
-    axes = walk.get(x)
+    axes = ctx.get(x)
     lead = len(axes) - SPACE[op.name]
     for axis in axes[lead:]:
-        walk.freeze(axis, "a spatial axis")
-    return [[*axes[:lead], *[None] * (len(walk.shape(r)) - lead)] for r in op.outputs if r is not None]
+        ctx.freeze(axis, "a spatial axis")
+    return [[*axes[:lead], *[None] * (len(ctx.shape(r)) - lead)] for r in op.outputs if r is not None]
 
 
-def grid_sample(walk: Walk, op: Op) -> Axes:
+def grid_sample(ctx: Propagation, op: Op) -> Axes:
     """Every channel read at the positions of a grid."""
     x, grid, out = op.arg("input"), op.arg("grid"), op.outputs[0]
     assert out is not None
-    for axis in (*walk.get(x)[2:], *walk.get(grid)[1:]):
-        walk.freeze(axis, "a spatial axis")
-    batch = walk.join([walk.get(x)[0], walk.get(grid)[0]])
-    return [batch, walk.get(x)[1], *[None] * (len(walk.shape(out)) - 2)]
+    for axis in (*ctx.get(x)[2:], *ctx.get(grid)[1:]):
+        ctx.freeze(axis, "a spatial axis")
+    batch = ctx.join([ctx.get(x)[0], ctx.get(grid)[0]])
+    return [batch, ctx.get(x)[1], *[None] * (len(ctx.shape(out)) - 2)]
 
 
-def fourier(walk: Walk, op: Op) -> Axes:
+def fourier(ctx: Propagation, op: Op) -> Axes:
     """Fourier transforms: the axes transformed stay, the others go on."""
-    axes = list(walk.get(op.inputs[0]))
+    axes = list(ctx.get(op.inputs[0]))
     for d in op.arg("dim"):
-        walk.freeze(axes[d], "a Fourier transform along the channels")
+        ctx.freeze(axes[d], "a Fourier transform along the channels")
         axes[d] = None
     return axes
 
 
-def real_pair(walk: Walk, op: Op) -> Axes:
+def real_pair(ctx: Propagation, op: Op) -> Axes:
     """Complex numbers as pairs of real ones along a last axis, and back."""
-    axes = list(walk.get(op.inputs[0]))
+    axes = list(ctx.get(op.inputs[0]))
     if op.name == "view_as_real":
         return [*axes, None]
-    walk.freeze(axes[-1], "the two parts of a complex number", is_structural=True)
+    ctx.freeze(axes[-1], "the two parts of a complex number", is_structural=True)
     return axes[:-1]
 
 

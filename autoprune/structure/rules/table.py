@@ -1,6 +1,6 @@
 """The operator table: what each family of operators does to labels.
 
-One small function per family. It gets the walk and the operator, ties or freezes what must be, and returns
+One small function per family. It gets the propagation (`ctx`) and the operator, ties or freezes what must be, and returns
 the axes of the outputs. An operator that is not here freezes what it touches: unknown operators cost
 prunable channels, never correctness. To teach a new one, write its function and enter its names below
 (docs/structure.md shows how); operators that only move axes are in `shape_ops`,
@@ -13,383 +13,383 @@ import numpy as np
 from torch import nn
 
 from autoprune.structure.labels import BEHIND_LAYER_NORM, LabelArray
-from autoprune.structure.propagate import AttributeRule, Axes, Handler, Walk
+from autoprune.structure.propagate import Axes, Handler, Propagation, UnitCount
 from autoprune.structure.recorder import Op, Ref
 from autoprune.structure.rules.shape import SHAPE_TABLE
 from autoprune.structure.rules.space import SPACE_TABLE
 
 
-def unknown(walk: Walk, op: Op) -> list[Axes]:
+def unknown(ctx: Propagation, op: Op) -> list[Axes]:
     """Freeze every axis of every input."""
     for ref in op.inputs:
-        for axis in walk.get(ref):
-            walk.freeze(axis, f"operator {op.name!r} is not known to keep channels apart")
-    return _untracked(walk, op)
+        for axis in ctx.get(ref):
+            ctx.freeze(axis, f"operator {op.name!r} is not known to keep channels apart")
+    return _untracked(ctx, op)
 
 
-def _untracked(walk: Walk, op: Op) -> list[Axes]:
-    return [[None] * len(walk.shape(r)) for r in op.outputs if r is not None]
+def _untracked(ctx: Propagation, op: Op) -> list[Axes]:
+    return [[None] * len(ctx.shape(r)) for r in op.outputs if r is not None]
 
 
-def _first(walk: Walk, op: Op, axes: Axes) -> list[Axes]:
+def _first(ctx: Propagation, op: Op, axes: Axes) -> list[Axes]:
     """Axes for the first output; the others are statistics that nothing reads."""
-    return [axes, *_untracked(walk, op)[1:]]
+    return [axes, *_untracked(ctx, op)[1:]]
 
 
-def constant(walk: Walk, op: Op) -> list[Axes]:
+def constant(ctx: Propagation, op: Op) -> list[Axes]:
     """A result that does not depend on the values of its inputs."""
-    return _untracked(walk, op)
+    return _untracked(ctx, op)
 
 
-def uniform(walk: Walk, op: Op) -> list[Axes]:
+def uniform(ctx: Propagation, op: Op) -> list[Axes]:
     """A fresh tensor with the same value everywhere."""
-    shapes = [walk.shape(r) for r in op.outputs if r is not None]
-    return [[walk.open_axis(d, n) for d, n in enumerate(shape)] for shape in shapes]
+    shapes = [ctx.shape(r) for r in op.outputs if r is not None]
+    return [[ctx.open_axis(d, n) for d, n in enumerate(shape)] for shape in shapes]
 
 
-def pointwise(walk: Walk, op: Op) -> Axes:
+def pointwise(ctx: Propagation, op: Op) -> Axes:
     """Position by position, with broadcasting: axes of the same length tie."""
     out = op.outputs[0]
     assert out is not None
-    shape = walk.shape(out)
-    operands = [r for r in op.inputs if len(walk.shape(r)) > 0]
+    shape = ctx.shape(out)
+    operands = [r for r in op.inputs if len(ctx.shape(r)) > 0]
     if op.name == "copy":
         operands = operands[:2]
     axes: Axes = []
     for axis, size in enumerate(shape):
         parts = []
         for ref in operands:
-            at = axis - len(shape) + len(walk.shape(ref))
-            if at >= 0 and walk.shape(ref)[at] == size:
-                parts.append(walk.get(ref)[at])
-        axes.append(walk.join(parts) if size > 1 else None)
+            at = axis - len(shape) + len(ctx.shape(ref))
+            if at >= 0 and ctx.shape(ref)[at] == size:
+                parts.append(ctx.get(ref)[at])
+        axes.append(ctx.join(parts) if size > 1 else None)
     return axes
 
 
-def like(walk: Walk, op: Op) -> Axes:
+def like(ctx: Propagation, op: Op) -> Axes:
     """A fresh tensor of the same shape."""
-    return list(walk.get(op.inputs[0]))
+    return list(ctx.get(op.inputs[0]))
 
 
-def convolution(walk: Walk, op: Op) -> Axes:
+def convolution(ctx: Propagation, op: Op) -> Axes:
     """Reads the input's channels with the weight's second axis, makes new ones from the first."""
     x, weight, bias = op.arg("input"), op.arg("weight"), op.arg("bias")
     groups, transposed = op.arg("groups"), op.arg("transposed")
     out = op.outputs[0]
     assert out is not None
-    for axis in walk.get(weight)[2:]:
-        walk.freeze(axis, "a kernel's extent", is_structural=True)
-    for axis in walk.get(x)[2:]:
-        walk.freeze(axis, "convolved over")
-    _convolution_cost(walk, op, x if transposed else out)
-    if groups > 1 or walk.stamp(_owner(walk, weight), "autoprune_grouped"):
-        made = _grouped_transposed(walk, op) if transposed else _grouped(walk, op)
+    for axis in ctx.get(weight)[2:]:
+        ctx.freeze(axis, "a kernel's extent", is_structural=True)
+    for axis in ctx.get(x)[2:]:
+        ctx.freeze(axis, "convolved over")
+    _convolution_cost(ctx, op, x if transposed else out)
+    if groups > 1 or ctx.earlier_choice(_owner(ctx, weight), "autoprune_conv_groups"):
+        made = _grouped_transposed(ctx, op) if transposed else _grouped(ctx, op)
     else:
         reads, makes = (0, 1) if transposed else (1, 0)
-        walk.contract((x, 1), (weight, reads))
-        made = walk.get(weight)[makes]
-    walk.mark(made, "out")
+        ctx.contract((x, 1), (weight, reads))
+        made = ctx.get(weight)[makes]
+    ctx.mark(made, "out")
     if bias is not None:
-        walk.mark(walk.get(bias)[0], "out")
-        made = walk.join([made, walk.get(bias)[0]])
-    return [walk.get(x)[0], made, *[None] * (len(walk.shape(out)) - 2)]
+        ctx.mark(ctx.get(bias)[0], "out")
+        made = ctx.join([made, ctx.get(bias)[0]])
+    return [ctx.get(x)[0], made, *[None] * (len(ctx.shape(out)) - 2)]
 
 
-def _owner(walk: Walk, weight: Ref) -> str:
+def _owner(ctx: Propagation, weight: Ref) -> str:
     """Name of the module that holds a parameter."""
-    return walk.recording.parameters.get(weight.index, "").rpartition(".")[0]
+    return ctx.recording.parameters.get(weight.index, "").rpartition(".")[0]
 
 
-def _convolution_cost(walk: Walk, op: Op, over: Ref) -> None:
+def _convolution_cost(ctx: Propagation, op: Op, over: Ref) -> None:
     weight = op.arg("weight")
-    kernel = walk.shape(weight)
-    positions = int(np.prod(walk.shape(over)[2:], dtype=np.int64) * np.prod(kernel[2:], dtype=np.int64))
-    axes, x = walk.get(weight), op.arg("input")
-    batch = (walk.shape(x)[0], walk.get(x)[0])  # heads may be folded into it
-    walk.cost(positions, [(kernel[0], axes[0]), (kernel[1], axes[1]), batch])
+    kernel = ctx.shape(weight)
+    positions = int(np.prod(ctx.shape(over)[2:], dtype=np.int64) * np.prod(kernel[2:], dtype=np.int64))
+    axes, x = ctx.get(weight), op.arg("input")
+    batch = (ctx.shape(x)[0], ctx.get(x)[0])  # heads may be folded into it
+    ctx.cost(positions, [(kernel[0], axes[0]), (kernel[1], axes[1]), batch])
 
 
-def _grouped(walk: Walk, op: Op) -> LabelArray | None:
+def _grouped(ctx: Propagation, op: Op) -> LabelArray | None:
     """Whole groups go, or equal positions inside every group, whichever leaves more units.
 
     An earlier pruning's choice stands (`autoprune_grouped` on the module), so that plans compose.
     """
     x, weight, groups = op.arg("input"), op.arg("weight"), op.arg("groups")
-    read, makes = walk.get(x)[1], walk.get(weight)[0]
-    per_in, per_out = walk.shape(weight)[1], walk.shape(weight)[0] // groups
-    owner = _owner(walk, weight)
-    stamped = walk.stamp(owner, "autoprune_grouped")
-    whole = stamped == "whole" if stamped else groups >= max(per_in, per_out) or per_in == 1
-    if max(per_in, per_out) > 1 or stamped:
-        walk.grouped[owner] = "whole" if whole else "positions"
+    read, makes = ctx.get(x)[1], ctx.get(weight)[0]
+    per_in, per_out = ctx.shape(weight)[1], ctx.shape(weight)[0] // groups
+    owner = _owner(ctx, weight)
+    earlier = ctx.earlier_choice(owner, "autoprune_conv_groups")
+    whole = earlier == "whole" if earlier else groups >= max(per_in, per_out) or per_in == 1
+    if max(per_in, per_out) > 1 or earlier:
+        ctx.conv_group_policies[owner] = "whole" if whole else "positions"
     if not whole:
-        first = walk.tie_rows(read.reshape(groups, per_in).T) if read is not None else None
-        walk.mark(walk.get(weight)[1], "in")
-        walk.join([first, walk.get(weight)[1]], "reads an axis of fixed length")
-        return np.tile(walk.tie_rows(makes.reshape(groups, per_out).T), groups) if makes is not None else None
-    walk.freeze(walk.get(weight)[1], "a group's own width", is_structural=True)
+        first = ctx.tie_rows(read.reshape(groups, per_in).T) if read is not None else None
+        ctx.mark(ctx.get(weight)[1], "in")
+        ctx.join([first, ctx.get(weight)[1]], "reads an axis of fixed length")
+        return np.tile(ctx.tie_rows(makes.reshape(groups, per_out).T), groups) if makes is not None else None
+    ctx.freeze(ctx.get(weight)[1], "a group's own width", is_structural=True)
     if read is None or makes is None:
-        axis = walk.join([read, makes]) if not walk.is_probe else (read if makes is None else makes)
+        axis = ctx.join([read, makes]) if not ctx.is_lookahead else (read if makes is None else makes)
         return None if axis is None else np.repeat(axis.reshape(groups, -1)[:, 0], per_out)
     rows = np.concatenate([read.reshape(groups, per_in), makes.reshape(groups, per_out)], axis=1)
-    units = walk.tie_rows(rows)
-    walk.rules += [
-        AttributeRule(owner, n, units) for n in _counters(walk, owner, groups, ("groups", "channels"))
+    units = ctx.tie_rows(rows)
+    ctx.unit_counts += [
+        UnitCount(owner, n, units) for n in _counters(ctx, owner, groups, ("groups", "channels"))
     ]
     return np.repeat(units, per_out)
 
 
-def _counters(walk: Walk, owner: str, count: int | None, words: tuple[str, ...]) -> list[str]:
+def _counters(ctx: Propagation, owner: str, count: int | None, words: tuple[str, ...]) -> list[str]:
     """Integer attributes of a module named with one of the words, that hold `count` if it is given."""
-    module = walk.modules.get(owner)
+    module = ctx.modules.get(owner)
     values = vars(module) if module is not None else {}
     numbers = {n: v for n, v in values.items() if type(v) is int and any(w in n for w in words)}
     return [n for n, v in numbers.items() if count is None or v == count]
 
 
-def _grouped_transposed(walk: Walk, op: Op) -> LabelArray | None:
+def _grouped_transposed(ctx: Propagation, op: Op) -> LabelArray | None:
     """Whole groups go: the weight is (in, out per group)."""
     x, weight, groups = op.arg("input"), op.arg("weight"), op.arg("groups")
-    walk.freeze(walk.get(weight)[1], "a group's own width", is_structural=True)
-    axis = walk.join([walk.get(x)[1], walk.get(weight)[0]])
+    ctx.freeze(ctx.get(weight)[1], "a group's own width", is_structural=True)
+    axis = ctx.join([ctx.get(x)[1], ctx.get(weight)[0]])
     if axis is None:
         return None
-    units = walk.tie_rows(axis.reshape(groups, -1))
-    owner = _owner(walk, weight)
-    walk.rules += [AttributeRule(owner, n, units) for n in _counters(walk, owner, groups, ("groups",))]
-    return np.repeat(units, walk.shape(weight)[1])
+    units = ctx.tie_rows(axis.reshape(groups, -1))
+    owner = _owner(ctx, weight)
+    ctx.unit_counts += [UnitCount(owner, n, units) for n in _counters(ctx, owner, groups, ("groups",))]
+    return np.repeat(units, ctx.shape(weight)[1])
 
 
-def matrix_product(walk: Walk, op: Op) -> Axes:
+def matrix_product(ctx: Propagation, op: Op) -> Axes:
     """(..., n, k) x (..., k, m), with an optional addend: the inner axes tie, batch axes tie."""
     names = ("batch1", "batch2") if op.name == "baddbmm" else ("mat1", "mat2")
     left, right = (op.arg(n, op.arg(s)) for n, s in zip(names, ("self", "mat2"), strict=True))
-    a, b = walk.get(left), walk.get(right)
-    shapes = walk.shape(left), walk.shape(right)
-    walk.contract((left, len(a) - 1), (right, len(b) - 2))
+    a, b = ctx.get(left), ctx.get(right)
+    shapes = ctx.shape(left), ctx.shape(right)
+    ctx.contract((left, len(a) - 1), (right, len(b) - 2))
     summed = a[-1] if op.name == "bmm" else None
-    if summed is not None and (walk.is_weight(left) or walk.is_weight(right)):
-        walk.pairs.append(summed)  # einsum multiplies position by position where one is left
+    if summed is not None and (ctx.is_weight(left) or ctx.is_weight(right)):
+        ctx.two_unit_axes.append(summed)  # einsum multiplies position by position where one is left
     for ref, axis in ((left, len(a) - 2), (right, len(b) - 1)):
-        if walk.is_weight(ref):
-            walk.mark(walk.get(ref)[axis], "out")
-    batch = _batch_axes(walk, a[:-2], b[:-2])
+        if ctx.is_weight(ref):
+            ctx.mark(ctx.get(ref)[axis], "out")
+    batch = _batch_axes(ctx, a[:-2], b[:-2])
     sizes = [
         *zip(shapes[0][:-2], batch, strict=True),
         (shapes[0][-2], a[-2]),
         (shapes[0][-1], a[-1] if a[-1] is not None else b[-2]),
     ]
-    walk.cost(1, [*sizes, (shapes[1][-1], b[-1])])
+    ctx.cost(1, [*sizes, (shapes[1][-1], b[-1])])
     result: Axes = [*batch, a[-2], b[-1]]
-    return _with_addend(walk, op, result) if op.name in ("addmm", "baddbmm") else result
+    return _with_addend(ctx, op, result) if op.name in ("addmm", "baddbmm") else result
 
 
-def _batch_axes(walk: Walk, *operands: Axes) -> Axes:
-    batch = [walk.join(parts) for parts in zip(*operands, strict=True)]
-    walk.votes += sum(a is not None for a in batch)
+def _batch_axes(ctx: Propagation, *operands: Axes) -> Axes:
+    batch = [ctx.join(parts) for parts in zip(*operands, strict=True)]
+    ctx.batch_uses += sum(a is not None for a in batch)
     return batch
 
 
-def _with_addend(walk: Walk, op: Op, result: Axes) -> Axes:
+def _with_addend(ctx: Propagation, op: Op, result: Axes) -> Axes:
     addend = op.arg("self")
-    axes, shape = walk.get(addend), walk.shape(addend)
+    axes, shape = ctx.get(addend), ctx.shape(addend)
     for back in range(1, len(shape) + 1):
         if shape[-back] > 1:
-            if walk.is_weight(addend):
-                walk.mark(axes[-back], "out")
-            result[-back] = walk.join([result[-back], axes[-back]])
+            if ctx.is_weight(addend):
+                ctx.mark(axes[-back], "out")
+            result[-back] = ctx.join([result[-back], axes[-back]])
     return result
 
 
-def matrix_vector(walk: Walk, op: Op) -> Axes:
+def matrix_vector(ctx: Propagation, op: Op) -> Axes:
     """(n, k) x (k,)."""
     matrix, vector = op.arg("self", op.arg("mat")), op.arg("vec")
-    walk.contract((matrix, 1), (vector, 0))
-    return [walk.get(matrix)[0]]
+    ctx.contract((matrix, 1), (vector, 0))
+    return [ctx.get(matrix)[0]]
 
 
-def attention(walk: Walk, op: Op) -> list[Axes]:
+def attention(ctx: Propagation, op: Op) -> list[Axes]:
     """Fused scaled dot-product attention: batch and head axes tie, the value's width goes on."""
     query, key, value = (op.arg(n) for n in ("query", "key", "value"))
-    q, k, v = walk.get(query), walk.get(key), walk.get(value)
+    q, k, v = ctx.get(query), ctx.get(key), ctx.get(value)
     for axis in (*q[-2:], *k[-2:], v[-2]):
-        walk.freeze(axis, "summed over in attention")
+        ctx.freeze(axis, "summed over in attention")
     mask = op.arg("attn_mask", op.arg("attn_bias"))
-    batch = _batch_axes(walk, q[:-2], k[:-2], v[:-2])
+    batch = _batch_axes(ctx, q[:-2], k[:-2], v[:-2])
     if isinstance(mask, Ref):
-        _tie_mask(walk, mask, batch)
-    lead = list(zip(walk.shape(query)[:-2], batch, strict=True))
-    length, keys, width = walk.shape(query)[-2], walk.shape(key)[-2], walk.shape(query)[-1]
-    walk.cost(length * keys * width, lead)
-    walk.cost(length * keys, [*lead, (walk.shape(value)[-1], v[-1])])
+        _tie_mask(ctx, mask, batch)
+    lead = list(zip(ctx.shape(query)[:-2], batch, strict=True))
+    length, keys, width = ctx.shape(query)[-2], ctx.shape(key)[-2], ctx.shape(query)[-1]
+    ctx.cost(length * keys * width, lead)
+    ctx.cost(length * keys, [*lead, (ctx.shape(value)[-1], v[-1])])
     first: Axes = [*batch, None, v[-1]]
-    return _first(walk, op, first)
+    return _first(ctx, op, first)
 
 
-def _tie_mask(walk: Walk, mask: Ref, batch: Axes) -> None:
-    shape, axes = walk.shape(mask), walk.get(mask)
+def _tie_mask(ctx: Propagation, mask: Ref, batch: Axes) -> None:
+    shape, axes = ctx.shape(mask), ctx.get(mask)
     for index in range(len(batch)):
         at = index - len(batch) - 2 + len(shape)
         if at >= 0 and shape[at] > 1:
-            batch[index] = walk.join([batch[index], axes[at]])
+            batch[index] = ctx.join([batch[index], axes[at]])
     for axis in axes[-2:]:
-        walk.freeze(axis, "added to attention over positions")
+        ctx.freeze(axis, "added to attention over positions")
 
 
-def batch_norm(walk: Walk, op: Op) -> list[Axes]:
+def batch_norm(ctx: Propagation, op: Op) -> list[Axes]:
     """Each channel on its own: scale, shift and statistics follow the channel axis."""
     x = op.arg("input")
-    axes = list(walk.get(x))
+    axes = list(ctx.get(x))
     uses_batch = bool(op.arg("training", op.arg("use_input_stats", False))) or op.arg("running_mean") is None
     for index, axis in enumerate(axes):
         if index != 1 and uses_batch:
-            walk.freeze(axis, "normalised over")
+            ctx.freeze(axis, "normalised over")
             axes[index] = None
     for name in ("weight", "bias", "running_mean", "running_var"):
         ref = op.arg(name)
         if ref is not None:
-            axes[1] = walk.join([axes[1], walk.get(ref)[0]])
+            axes[1] = ctx.join([axes[1], ctx.get(ref)[0]])
     if op.arg("weight") is None and op.arg("running_mean") is None and axes[1] is not None:
-        for name in _counters(walk, op.module, None, ("num_features",)):
-            per = len(axes[1]) // int(getattr(walk.modules[op.module], name))
-            walk.rules.append(AttributeRule(op.module, name, axes[1], per))
-    return _first(walk, op, axes)
+        for name in _counters(ctx, op.module, None, ("num_features",)):
+            per = len(axes[1]) // int(getattr(ctx.modules[op.module], name))
+            ctx.unit_counts.append(UnitCount(op.module, name, axes[1], per))
+    return _first(ctx, op, axes)
 
 
-def weight_norm(walk: Walk, op: Op) -> list[Axes]:
+def weight_norm(ctx: Propagation, op: Op) -> list[Axes]:
     """Direction over its norm, times a length (Salimans & Kingma 2016): the axes of the norm stay."""
     direction, length, dim = op.arg("v"), op.arg("g"), op.arg("dim", 0)
-    axes = list(walk.get(direction))
+    axes = list(ctx.get(direction))
     for index, axis in enumerate(axes):
         if index != dim:
-            walk.freeze(axis, "weight norm over it")
+            ctx.freeze(axis, "weight norm over it")
             axes[index] = None
-    axes[dim] = walk.join([axes[dim], walk.get(length)[dim]])
-    return _first(walk, op, axes)
+    axes[dim] = ctx.join([axes[dim], ctx.get(length)[dim]])
+    return _first(ctx, op, axes)
 
 
-def group_norm(walk: Walk, op: Op) -> list[Axes]:
+def group_norm(ctx: Propagation, op: Op) -> list[Axes]:
     """Whole normalisation groups go, because statistics over the kept part of one would differ."""
     x, groups = op.arg("input"), op.arg("group", op.arg("num_groups"))
-    axes = list(walk.get(x))
+    axes = list(ctx.get(x))
     for index, axis in enumerate(axes):
         if index > 1:
-            walk.freeze(axis, "normalised over")
+            ctx.freeze(axis, "normalised over")
     channels = axes[1]
     if groups == 1:
-        for labels in (channels, *[walk.get(op.arg(n))[0] for n in ("weight", "bias") if op.arg(n)]):
-            walk.freeze(labels, "normalised over all channels")
+        for labels in (channels, *[ctx.get(op.arg(n))[0] for n in ("weight", "bias") if op.arg(n)]):
+            ctx.freeze(labels, "normalised over all channels")
         channels = None
     elif channels is not None:
-        units = walk.tie_rows(channels.reshape(groups, -1))
-        channels = np.repeat(units, walk.shape(x)[1] // groups)
-        owners = {_owner(walk, op.arg(n)) for n in ("weight", "bias") if op.arg(n)}
+        units = ctx.tie_rows(channels.reshape(groups, -1))
+        channels = np.repeat(units, ctx.shape(x)[1] // groups)
+        owners = {_owner(ctx, op.arg(n)) for n in ("weight", "bias") if op.arg(n)}
         for owner in sorted(owners | {op.module}):
-            walk.rules += [
-                AttributeRule(owner, a, units) for a in _counters(walk, owner, groups, ("num_groups",))
+            ctx.unit_counts += [
+                UnitCount(owner, a, units) for a in _counters(ctx, owner, groups, ("num_groups",))
             ]
     for name in ("weight", "bias"):
         if op.arg(name) is not None and groups > 1:
-            channels = walk.join([channels, walk.get(op.arg(name))[0]])
+            channels = ctx.join([channels, ctx.get(op.arg(name))[0]])
     axes = [axes[0], channels, *[None] * (len(axes) - 2)]
-    return _first(walk, op, axes)
+    return _first(ctx, op, axes)
 
 
-def layer_norm(walk: Walk, op: Op) -> list[Axes]:
+def layer_norm(ctx: Propagation, op: Op) -> list[Axes]:
     """The normalised axes stay, unless asked for: statistics over fewer channels are others."""
     x, count = op.arg("input"), len(op.arg("normalized_shape"))
-    axes = list(walk.get(x))
+    axes = list(ctx.get(x))
     scales = [op.arg(n) for n in ("weight", "bias") if op.arg(n) is not None]
-    if walk.rescales_norms and count == 1 and len(scales) == 2 and x.index in walk.zero:
-        owner = walk.modules.get(_owner(walk, scales[0]))
+    if ctx.rescales_norms and count == 1 and len(scales) == 2 and x.index in ctx.zero_refs:
+        owner = ctx.modules.get(_owner(ctx, scales[0]))
         if isinstance(owner, nn.LayerNorm):
-            axes[-1] = walk.join([axes[-1], *[walk.get(s)[0] for s in scales]])
-            walk.rescaled[_owner(walk, scales[0])] = walk.shape(x)[-1]
-            return _first(walk, op, axes)
-    for axis in (*axes[-count:], *[a for s in scales for a in walk.get(s)]):
-        walk.freeze(axis, BEHIND_LAYER_NORM)
+            axes[-1] = ctx.join([axes[-1], *[ctx.get(s)[0] for s in scales]])
+            ctx.norm_widths[_owner(ctx, scales[0])] = ctx.shape(x)[-1]
+            return _first(ctx, op, axes)
+    for axis in (*axes[-count:], *[a for s in scales for a in ctx.get(s)]):
+        ctx.freeze(axis, BEHIND_LAYER_NORM)
     if count == 1 and axes[-1] is not None:  # what scales them and what reads them stays for one reason
-        axes[-1] = walk.join([axes[-1], *[walk.get(s)[0] for s in scales]])
-    return _first(walk, op, axes)
+        axes[-1] = ctx.join([axes[-1], *[ctx.get(s)[0] for s in scales]])
+    return _first(ctx, op, axes)
 
 
-def reduction(walk: Walk, op: Op) -> list[Axes]:
+def reduction(ctx: Propagation, op: Op) -> list[Axes]:
     """Sums, means, norms, extremes over some axes: those stay, the others go on."""
     x = op.arg("self")
-    rank = len(walk.shape(x))
+    rank = len(ctx.shape(x))
     dims = op.arg("dim")
     over = range(rank) if dims is None or dims == [] else [dims] if isinstance(dims, int) else dims
     reduced = {d % rank for d in over} if rank else set()
-    axes = walk.get(x)
+    axes = ctx.get(x)
     for d in reduced:
-        if axes[d] is not None and not _counts_zeros(walk, op, x):
-            walk.freeze(axes[d], f"{op.name} over the channels")
+        if axes[d] is not None and not _counts_zeros(ctx, op, x):
+            ctx.freeze(axes[d], f"{op.name} over the channels")
     keep = bool(op.arg("keepdim", False))
     out: Axes = [None if d in reduced else a for d, a in enumerate(axes) if keep or d not in reduced]
     return [list(out) for r in op.outputs if r is not None]
 
 
-def _counts_zeros(walk: Walk, op: Op, x: Ref) -> bool:
+def _counts_zeros(ctx: Propagation, op: Op, x: Ref) -> bool:
     """Whether a sum, mean or maximum over channels is the same without zeros; `rescaled` divides."""
-    width = walk.stamp(op.module, "autoprune_norm_width")
-    if x.index not in walk.zero or walk.is_probe:
+    width = ctx.earlier_choice(op.module, "autoprune_norm_width")
+    if x.index not in ctx.zero_refs or ctx.is_lookahead:
         return False
     if op.name in ("max", "amax"):
-        places = [r for r in op.outputs[1:] if r is not None and walk.readers.get(r.index)]
-        return x.index in walk.above_zero and not places
+        places = [r for r in op.outputs[1:] if r is not None and ctx.readers.get(r.index)]
+        return x.index in ctx.non_negative_refs and not places
     if op.name in ("sum", "linalg_vector_norm", "norm"):
-        walk.rescaled.setdefault(op.module, width or 0)
-        return walk.rescales_norms or not isinstance(walk.modules.get(op.module), nn.LayerNorm)
+        ctx.norm_widths.setdefault(op.module, width or 0)
+        return ctx.rescales_norms or not isinstance(ctx.modules.get(op.module), nn.LayerNorm)
     if op.name != "mean" or not isinstance(op.arg("dim"), list) or len(op.arg("dim")) != 1:
         return False
     dim = op.arg("dim")[0]
     inside = f"{op.module}." if op.module else ""  # the means of modules in it would be rescaled with it
-    means = [o for o in walk.recording.ops if o.name == "mean" and f"{o.module}.".startswith(inside)]
-    if any(walk.shape(o.inputs[0])[dim] != walk.shape(x)[dim] or o.arg("dim") != [dim] for o in means):
+    means = [o for o in ctx.recording.ops if o.name == "mean" and f"{o.module}.".startswith(inside)]
+    if any(ctx.shape(o.inputs[0])[dim] != ctx.shape(x)[dim] or o.arg("dim") != [dim] for o in means):
         return False
-    walk.rescaled[op.module] = walk.shape(x)[dim]
+    ctx.norm_widths[op.module] = ctx.shape(x)[dim]
     return True
 
 
-def along(walk: Walk, op: Op) -> list[Axes]:
+def along(ctx: Propagation, op: Op) -> list[Axes]:
     """Softmax, cumulative sums, sorting: the axis worked along stays, the others go on."""
     x = op.arg("self", op.arg("input"))
-    axes = list(walk.get(x))
+    axes = list(ctx.get(x))
     dim = op.arg("dim", -1)
     if axes:
-        walk.freeze(axes[dim], f"{op.name} along the channels")
+        ctx.freeze(axes[dim], f"{op.name} along the channels")
         axes[dim] = None
     return [list(axes) for r in op.outputs if r is not None]
 
 
-def embedding(walk: Walk, op: Op) -> Axes:
+def embedding(ctx: Propagation, op: Op) -> Axes:
     """Rows are looked up, so their number stays; the width goes on."""
     weight, indices = op.arg("weight"), op.arg("indices")
-    rows, width = walk.get(weight)
-    walk.freeze(rows, "rows are looked up by index", is_structural=True)
-    walk.mark(width, "out")
-    return [*[None] * len(walk.shape(indices)), width]
+    rows, width = ctx.get(weight)
+    ctx.freeze(rows, "rows are looked up by index", is_structural=True)
+    ctx.mark(width, "out")
+    return [*[None] * len(ctx.shape(indices)), width]
 
 
-def embedding_bag(walk: Walk, op: Op) -> list[Axes]:
+def embedding_bag(ctx: Propagation, op: Op) -> list[Axes]:
     """Sums, means or maxima of rows that are looked up."""
     weight = op.arg("weight")
-    rows, width = walk.get(weight)
-    walk.freeze(rows, "rows are looked up by index", is_structural=True)
-    walk.mark(width, "out")
-    return _first(walk, op, [None, width])
+    rows, width = ctx.get(weight)
+    ctx.freeze(rows, "rows are looked up by index", is_structural=True)
+    ctx.mark(width, "out")
+    return _first(ctx, op, [None, width])
 
 
-def bilinear(walk: Walk, op: Op) -> Axes:
+def bilinear(ctx: Propagation, op: Op) -> Axes:
     """(..., i) x (o, i, j) x (..., j) -> (..., o), as `nn.Bilinear` asks for it."""
     left, weight, right = op.arg("i1"), op.arg("i2"), op.arg("i3")
     if (op.arg("expand1"), op.arg("expand2"), op.arg("sumdim")) != ([1, 3], [0], [2, 3]):
-        return unknown(walk, op)[0]
-    walk.contract((left, 1), (weight, 1))
-    walk.contract((right, 1), (weight, 2))
-    made = walk.get(weight)[0]
-    walk.mark(made, "out")
-    return [walk.join([walk.get(left)[0], walk.get(right)[0]]), made]
+        return unknown(ctx, op)[0]
+    ctx.contract((left, 1), (weight, 1))
+    ctx.contract((right, 1), (weight, 2))
+    made = ctx.get(weight)[0]
+    ctx.mark(made, "out")
+    return [ctx.join([ctx.get(left)[0], ctx.get(right)[0]]), made]
 
 
 FAMILIES: dict[Handler, str] = {

@@ -1,7 +1,7 @@
 """Numbers on modules that count what pruning removes: heads, groups, the width of pieces.
 
 Where a forward computes with `self.num_heads`, the dense network needs another number there. Which attributes
-these are is told by their value and by a word in their name; the proof finds out whether it was right.
+these are is told by their value and by a word in their name; the verifier finds out whether it was right.
 """
 
 from __future__ import annotations
@@ -12,33 +12,37 @@ import numpy as np
 from torch import nn
 
 from autoprune.structure.cost import Axis
-from autoprune.structure.graph import Counted
+from autoprune.structure.graph import CountAttribute
 from autoprune.structure.labels import LabelArray
-from autoprune.structure.propagate import Walk
+from autoprune.structure.propagate import Propagation
 
 PIECES: tuple[str, ...] = ("head", "group")
 PARTS = ("width", "split", "chunk")
 WIDTHS = ("attn", "inner", "all_head", "hidden", "out_dim", "dim_out", "val")
 
 
-def counted(walk: Walk, axis_of: Callable[[LabelArray], Axis]) -> tuple[Counted, ...]:
+def find_count_attributes(
+    propagation: Propagation, axis_of: Callable[[LabelArray], Axis]
+) -> tuple[CountAttribute, ...]:
     """All attributes that count channels of a group."""
-    rules = [(r.module, r.attribute, r.labels, r.per) for r in walk.rules]
-    known = [Counted(module=m, attribute=a, axis=axis_of(x), per=p) for m, a, x, p in rules]
-    return (*known, *_where_axes_split(walk, axis_of))
+    rules = [(r.module, r.attribute, r.labels, r.per) for r in propagation.unit_counts]
+    known = [CountAttribute(module=m, attribute=a, axis=axis_of(x), per=p) for m, a, x, p in rules]
+    return (*known, *_where_axes_split(propagation, axis_of))
 
 
-def _where_axes_split(walk: Walk, axis_of: Callable[[LabelArray], Axis]) -> list[Counted]:
+def _where_axes_split(
+    propagation: Propagation, axis_of: Callable[[LabelArray], Axis]
+) -> list[CountAttribute]:
     """Attributes of modules that split a channel axis and put it together: how many pieces, how wide."""
-    axes = [(s.op, np.unique(s.labels[s.labels >= 0]), PIECES) for s in walk.sites]
-    axes += [(op, labels, WIDTHS) for op, labels in walk.merges]
-    axes += [(op, pieces[0], PARTS) for op, pieces in walk.splits]
-    found: dict[tuple[str, str], Counted] = {}
+    axes = [(s.op, np.unique(s.labels[s.labels >= 0]), PIECES) for s in propagation.reshape_splits]
+    axes += [(op, labels, WIDTHS) for op, labels in propagation.reshape_merges]
+    axes += [(op, pieces[0], PARTS) for op, pieces in propagation.splits]
+    found: dict[tuple[str, str], CountAttribute] = {}
     for op, labels, words in axes:
-        module, axis = walk.recording.ops[op].module, axis_of(labels)
+        module, axis = propagation.recording.ops[op].module, axis_of(labels)
         if axis.per_unit:
-            for name in _counting_attributes(walk.modules[module], len(labels), words):
-                found[module, name] = Counted(module=module, attribute=name, axis=axis, per=1)
+            for name in _counting_attributes(propagation.modules[module], len(labels), words):
+                found[module, name] = CountAttribute(module=module, attribute=name, axis=axis, per=1)
     return list(found.values())
 
 
