@@ -1,10 +1,10 @@
 """The operator table: what each family of operators does to labels.
 
-One small function per family. It gets the propagation (`ctx`) and the operator, ties or freezes what must be, and returns
-the axes of the outputs. An operator that is not here freezes what it touches: unknown operators cost
-prunable channels, never correctness. To teach a new one, write its function and enter its names below
-(docs/structure.md shows how); operators that only move axes are in `shape_ops`,
-those that work over space in `space_ops`.
+One small function per family. It gets the propagation (`ctx`) and the operator, ties or freezes what must be,
+and returns the axes of the outputs. An operator that is not here freezes what it touches: unknown operators
+cost prunable channels, never correctness. To teach a new one, write its function and enter its names below
+(docs/structure.md shows how); operators that only move axes are in `shape_ops`, those that work over space in
+`space_ops`.
 """
 
 from __future__ import annotations
