@@ -178,8 +178,8 @@ class Finetune:
         weight_decay: of SGD, on weights of more than one dimension; never on norms and biases.
         warmup: share of the steps that raise the rate linearly from a tenth of it.
         distill: highest weight of the distillation loss against the original network, in [0, 1]; it shrinks
-            as the student catches up with its teacher (`train.lead`). 0 turns it off, and so does a loss of
-            the study's own, whose outputs may not be logits.
+            as the student catches up with its teacher (`training.finetune.distillation_weight`). 0 turns it
+            off, and so does a loss of the study's own, whose outputs may not be logits.
         temperature: of the distillation (Hinton et al. 2015, section 2).
         ema: share of the steps that an exponential average of the weights reaches back over, in [0, 1);
             0 gives the last step's weights.

@@ -1,11 +1,12 @@
 """Which units does autoprune remove, and which Torch-Pruning: top-1 without any fine-tuning, at equal MACs.
 
-For 30, 50 and 70 % of the multiply-adds removed: autoprune's decision (`screening.Descent`, its parts in
-further rows), and Torch-Pruning's {global, local} x {magnitude L2, L1, Taylor, Hessian}. Both sides see the
-same search and training images, and the test half is read only for the numbers of the page. Every variant of
-the rival is tried on the gate's samples first, and its best three a cell go on to the test, where the best of
-these counts. The rival's networks never cost less than autoprune's. Batch-norm statistics are estimated anew
-on the same 20 batches of 128 augmented training images on both sides; the mean over three such sets is told.
+For 30, 50 and 70 % of the multiply-adds removed: autoprune's decision (`screening.IterativeSearch`, its
+parts in further rows), and Torch-Pruning's {global, local} x {magnitude L2, L1, Taylor, Hessian}. Both sides
+see the same search and training images, and the test half is read only for the numbers of the page. Every
+variant of the rival is tried on the screening's samples first, and its best three a cell go on to the test,
+where the best of these counts. The rival's networks never cost less than autoprune's. Batch-norm statistics
+are estimated anew on the same 20 batches of 128 augmented training images on both sides; the mean over three
+such sets is told.
 
     AUTOPRUNE_DATA=DIR python benchmarks/bench_oneshot.py [--networks resnet20 vgg mobile resnet8 digits]
 
@@ -37,9 +38,8 @@ from autoprune.errors import UnreachableError
 from autoprune.plan import PruningPlan
 from autoprune.pruning import screening
 from autoprune.pruning.allocation import allocate
-from autoprune.pruning.fast_eval import evaluate_replayed
-from autoprune.pruning.probe import Bench
 from autoprune.pruning.sensitivity import SensitivityTable, sensitivity
+from autoprune.pruning.variants import VariantSetup, evaluate_fast
 from autoprune.structure.densify import densify
 from autoprune.structure.graph import ChannelGraph
 from autoprune.structure.tracing import trace
@@ -75,9 +75,9 @@ class Ground:
 
     case: Case
     graph: ChannelGraph
-    bench: Bench
+    bench: VariantSetup
     table: SensitivityTable
-    descent: screening.Descent
+    descent: screening.IterativeSearch
     test: Split
 
     @property
@@ -117,8 +117,8 @@ def prepare(name: str, folder: Path, cache: Path, num_samples: int) -> Ground:
         fresh = sensitivity(case.model, graph, data.search, calibration=data.train)
         kept.write_text(fresh.to_json())
     table = SensitivityTable.from_json(kept.read_text())
-    bench = screening.bench(case.model, graph, data.search, calibration=data.train)
-    descent = screening.Descent(
+    bench = screening.make_setup(case.model, graph, data.search, calibration=data.train)
+    descent = screening.IterativeSearch(
         bench, lambda m: trace(m, case.example).with_bounds_of(graph), metric="macs", table=table,
         finals=data.search,
     )  # fmt: skip
@@ -173,7 +173,7 @@ def theirs(ground: Ground, share: float, limit: float) -> Iterator[Row]:
         model, macs = oneshot_rival.prune(base, ground.case.example, variant, limit)
         took = time.process_time() - began
         recalibrate_(model, train, num_batches=ground.bench.num_batches, batch_size=128)
-        loss = evaluate_replayed(ground.bench, model).top1
+        loss = evaluate_fast(ground.bench, model).top1
         found.append((-loss, str(variant), model, macs, took))
         print("  tried", variant, f"{100 * loss:.1f}", f"{macs / ground.macs:.4f}", flush=True)
     for _, name, model, macs, took in sorted(found, key=lambda f: f[:2])[:BEST]:
@@ -183,12 +183,12 @@ def theirs(ground: Ground, share: float, limit: float) -> Iterator[Row]:
 def row(ground: Ground, share: float, way: str, made: tuple[nn.Module, float], seconds: float) -> Row:
     """Recalibrate and evaluate on the test, once a seed."""
     (model, macs), top1 = made, []
-    bench = screening.bench(
+    bench = screening.make_setup(
         ground.case.model, ground.graph, ground.test, calibration=None, num_samples=len(ground.test)
     )
     for seed in SEEDS:
         recalibrate_(model, ground.case.data.train, num_batches=20, batch_size=128, seed=1000 + seed)
-        top1.append(evaluate_replayed(bench, model).top1)
+        top1.append(evaluate_fast(bench, model).top1)
     return Row(
         network=ground.case.name, share=share, way=way, macs_share=macs / ground.macs, top1=tuple(top1),
         seconds=seconds,
@@ -197,8 +197,8 @@ def row(ground: Ground, share: float, way: str, made: tuple[nn.Module, float], s
 
 def page(ground: Ground, rows: list[Row], shares: Sequence[float]) -> str:
     """One network's table: a line a way, a column a cost, the rival's best of each cost in one line."""
-    intact = evaluate_replayed(
-        screening.bench(
+    intact = evaluate_fast(
+        screening.make_setup(
             ground.case.model, ground.graph, ground.test, calibration=None, num_samples=len(ground.test)
         ),
         ground.case.model,

@@ -232,7 +232,7 @@ def _write_analysis(folder: Path, document: str, table: SensitivityTable, found:
 def _measure(study: Study, on_event: OnEvent) -> tuple[SensitivityTable, tuple[Prospect, ...]]:
     from autoprune.data import derive_seed
     from autoprune.pipeline import understand
-    from autoprune.pruning import most_points, prospects, sensitivity
+    from autoprune.pruning import max_num_points, one_shot_prospects, sensitivity
     from autoprune.tasks import task_of
     from autoprune.training import resolve_device, train_baseline_
 
@@ -246,7 +246,7 @@ def _measure(study: Study, on_event: OnEvent) -> tuple[SensitivityTable, tuple[P
             task=task,
             on_epoch=lambda e: on_event(StageProgress(stage="baseline", round=0, done=e.epoch, total=total)),
         )  # fmt: skip
-    planned = most_points(known.graph, study.analysis.ratios, exact=study.analysis.exact)
+    planned = max_num_points(known.graph, study.analysis.ratios, exact=study.analysis.exact)
     on_event(StageStarted(stage="analysis", round=0, detail=f"{len(known.graph.groups)} groups"))
     measured = count(1)
     table = sensitivity(
@@ -258,7 +258,7 @@ def _measure(study: Study, on_event: OnEvent) -> tuple[SensitivityTable, tuple[P
         ),
     )  # fmt: skip
     on_event(StageStarted(stage="analysis", round=0, detail="how far it can go"))
-    found = prospects(
+    found = one_shot_prospects(
         known.model, known.graph, known.data.search, table, calibration=known.data.train,
         num_classes=known.data.num_classes, device=device, task=task,
     )  # fmt: skip

@@ -130,7 +130,7 @@ def findings_text(findings: Sequence[Finding]) -> RenderableType:
 
 def sensitivity_text(table: SensitivityTable, found: Sequence[Prospect] = ()) -> RenderableType:
     """How far the network can go; then the change of top-1 when one group alone loses some channels."""
-    from autoprune.pruning import COLUMNS, answer, cells, verdicts
+    from autoprune.pruning import COLUMNS, cells, free_and_fragile, prunability_sentence
 
     rows, base = cells(table.points), table.baseline
     used = [c for c in range(len(COLUMNS)) if any(row[c] is not None for row in rows.values())]
@@ -143,14 +143,19 @@ def sensitivity_text(table: SensitivityTable, found: Sequence[Prospect] = ()) ->
     took = f"{len(table.points)} points measured in {duration(table.seconds)}"
     how = f"{took}, 95 % intervals up to ± {widest:.1f}"
     notes = [how, *([f"whole evaluations, because {table.reason}"] if table.reason else [])]
-    free, fragile = verdicts(table.points)
+    free, fragile = free_and_fragile(table.points)
     said = [
         Text(f"{word}: {', '.join(names)}") for word, names in (("free", free), ("fragile", fragile)) if names
     ]
     silent = [Text(f"changed nothing when pruned: {', '.join(sorted(dead))}", BAD)] if dead else []
     if table.miscounted:
         silent.append(Text(f"did not cost what was predicted: {', '.join(table.miscounted)}", BAD))
-    front: list[RenderableType] = [Text(answer(found), "bold"), Text(), _prospects(found), Text()]
+    front: list[RenderableType] = [
+        Text(prunability_sentence(found), "bold"),
+        Text(),
+        _prospects(found),
+        Text(),
+    ]
     front = front if found else []
     return Group(*front, Text(head), Text("; ".join(notes), MUTED), Text(), shown, Text(), *said, *silent)
 

@@ -4,6 +4,7 @@ A `TensorSplit` keeps small images as bytes and does everything else (normalisin
 whole batches on the device: on two cores no worker process keeps up with that. A `LoaderSplit` takes any
 map-style dataset through torch's DataLoader. Both give the same batches for the same seed, whatever the
 number of workers, and both can say what they hold: `digest` for the record, `identities` to find overlaps.
+A `CachedSplit` loads the batches of another split once.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import hashlib
 from abc import ABC, abstractmethod
 from collections.abc import Hashable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -306,3 +308,58 @@ class _Seeded(Dataset[Any]):
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(derive_seed(self.seed, index))
             return self.dataset[index]
+
+
+CACHE_BYTES = 2**30  # of batches held; further ones are loaded again. A guess at what fits beside anything
+
+
+def cache_batches(split: Split) -> Split:
+    """The same split with its first batches held in memory; one that is in memory anyway is given back.
+
+    Plans are tried on the same samples again and again. For samples that are read from disk, decoding a
+    thousand images takes longer than running a network on them.
+    """
+    return split if isinstance(split, TensorSplit | CachedSplit) else CachedSplit(split)
+
+
+class CachedSplit(Split):
+    """Gives the same batches as `split`, those of an earlier pass from memory."""
+
+    def __init__(self, split: Split) -> None:
+        self.split = split
+        self._batches: dict[tuple[int, str, int | None, bool, tuple[int, int]], list[Batch]] = {}
+        self._num_bytes = 0
+
+    def __len__(self) -> int:
+        return len(self.split)
+
+    def take(self, indices: NDArray[np.int64]) -> Split:
+        """The split of these samples only, in this order."""
+        return CachedSplit(self.split.take(indices))
+
+    def batches(
+        self, batch_size: int, *, device: torch.device | str = "cpu", seed: int | None = None,
+        augment: bool = False, part: tuple[int, int] = WHOLE,
+    ) -> Iterator[Batch]:  # fmt: skip
+        """See `Split.batches`."""
+        held = self._batches.setdefault((batch_size, str(device), seed, augment, part), [])
+        for inputs, targets in held:
+            yield inputs.clone(), targets  # a network may write into its input
+        fresh = self.split.batches(batch_size, device=device, seed=seed, augment=augment, part=part)
+        for number, batch in enumerate(islice(fresh, len(held), None), len(held)):
+            if number == len(held) and self._num_bytes < CACHE_BYTES:
+                held.append((batch[0].clone(), batch[1]))
+                self._num_bytes += batch[0].nbytes + batch[1].nbytes
+            yield batch
+
+    def num_batches(self, batch_size: int) -> int:
+        """See `Split.num_batches`."""
+        return self.split.num_batches(batch_size)
+
+    def identities(self) -> Sequence[Hashable]:
+        """See `Split.identities`."""
+        return self.split.identities()
+
+    def digest(self) -> str:
+        """See `Split.digest`."""
+        return self.split.digest()

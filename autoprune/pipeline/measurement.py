@@ -18,7 +18,7 @@ from torch.nn.modules.conv import _ConvNd
 from autoprune.metrics import Evaluation
 from autoprune.record import ModelSummary
 from autoprune.structure import Cost
-from autoprune.training import borrowed
+from autoprune.training import model_mode
 
 WARM_UP = 5
 MIN_RUNS, MAX_RUNS = 15, 200
@@ -39,7 +39,7 @@ def measure_latency(
     """Both models on the same example, in turns, in evaluation mode and float32."""
     inputs = tuple(t.to(device) for t in example)
     models = (before, after)
-    with borrowed(before, device, training=False), borrowed(after, device, training=False):
+    with model_mode(before, device, training=False), model_mode(after, device, training=False):
         for model in models * WARM_UP:
             _run_ms(model, inputs, device)
         began, times = time.perf_counter(), list[list[float]]()

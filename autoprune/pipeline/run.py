@@ -24,7 +24,7 @@ from autoprune.location import Place
 from autoprune.pipeline.baseline import NONE, Work, begin, is_measured
 from autoprune.pipeline.delivery import deliver
 from autoprune.pipeline.preflight import Setup, fitting_threads, prepare, traced
-from autoprune.pruning import SensitivityPoint, SensitivityTable, most_points, sensitivity
+from autoprune.pruning import SensitivityPoint, SensitivityTable, max_num_points, sensitivity
 from autoprune.record import RunResult, SensitivityCell
 from autoprune.search import (
     FINAL_SHARE,
@@ -305,7 +305,7 @@ def _sensitivity(work: Work, state: State, number: int, ground: Ground) -> Sensi
     known = kept_points(original, checkpoint)
     if known is None and analysis.known is not None and current.round == 0:
         known = SensitivityTable.from_json(Path(analysis.known).read_text(encoding="utf-8"))
-    total = most_points(ground.graph, analysis.ratios, exact=analysis.exact)
+    total = max_num_points(ground.graph, analysis.ratios, exact=analysis.exact)
     done = count(1 + (len(known.points) if known else 0))
 
     def on_point(point: SensitivityPoint) -> None:

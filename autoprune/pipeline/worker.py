@@ -52,14 +52,14 @@ def work_on(
         UsageError: study, data or network are not those that the run was started with.
         RunError: the run has no coordinator any more.
     """
-    with distributed.joined_ranks() as rank:
+    with distributed.process_group() as rank:
         if rank > 0:
             _follow(study, place, protection)
             return 0
         try:
             return _lead(study, place, protection, on_event)
         finally:
-            distributed.announce(None)
+            distributed.send_job(None)
 
 
 def _lead(study: Study, place: Place, protection: Protection, on_event: ev.OnEvent) -> int:
@@ -86,12 +86,12 @@ def _follow(study: Study, place: Place, protection: Protection) -> None:
     ):  # fmt: skip
         store.guard_with(_forbidden)
         work = begin(setup, store, ev.ignore_event, "")
-        while (task := distributed.next_task()) is not None:
+        while (task := distributed.receive_job()) is not None:
             attempt = store.study(task.round)
             assert attempt is not None, "the first rank works on a round that is planned"
             job = ready.job(work, attempt)
             assert job is not None
-            with distributed.together():
+            with distributed.shared_work():
                 run_trial(job.ground, task.params, epochs=task.epochs, seed=task.seed)
 
 

@@ -1,17 +1,40 @@
-"""Rooms are described once all of them stand."""
+"""Deciding what to remove: how much each group is worth, which units go first, and how many of each group.
+
+Three concepts carry the room. A *criterion* scores every unit of a group, and the lowest scores go first. The
+*sensitivity* of a group is the accuracy that is lost when that group alone is pruned by a ratio. An
+*allocation* decides from both how many units each group keeps, so that the network costs what was asked for.
+
+Modules, in reading order:
+
+- `criteria`: one function per ranking criterion, and `score`, which applies one to all groups.
+- `partial_forward`: a recorded pass as a program that runs again only what changed weights reach.
+- `variants`: evaluates many pruned variants of one network on the same samples.
+- `sensitivity`: the sensitivity table; decides by bisection which ratios are measured.
+- `allocation`: a pruning plan of a given cost, from scores and a sensitivity table.
+- `screening`: compares plans of one cost by evaluating them, and searches for better ones.
+- `prunability`: how far a network can be pruned in one step, and which groups are fragile.
+"""
 
 from autoprune.pruning.allocation import STRATEGIES, allocate
 from autoprune.pruning.criteria import CRITERIA, Scores, score
-from autoprune.pruning.one_shot import prospects
-from autoprune.pruning.prunability import COLUMNS, Cell, Probed, Prospect, answer, cells, verdicts
-from autoprune.pruning.screening import bench, screen
+from autoprune.pruning.prunability import (
+    COLUMNS,
+    Cell,
+    MeasuredPoint,
+    Prospect,
+    cells,
+    free_and_fragile,
+    one_shot_prospects,
+    prunability_sentence,
+)
+from autoprune.pruning.screening import make_setup, rank_plans
 from autoprune.pruning.sensitivity import (
     SensitivityPoint,
     SensitivityTable,
-    most_points,
-    point_of,
+    max_num_points,
+    point_from_values,
+    point_values,
     sensitivity,
-    values_of,
 )
 
 __all__ = [
@@ -19,21 +42,21 @@ __all__ = [
     "CRITERIA",
     "STRATEGIES",
     "Cell",
-    "Probed",
+    "MeasuredPoint",
     "Prospect",
     "Scores",
     "SensitivityPoint",
     "SensitivityTable",
     "allocate",
-    "answer",
-    "bench",
     "cells",
-    "most_points",
-    "point_of",
-    "prospects",
+    "free_and_fragile",
+    "make_setup",
+    "max_num_points",
+    "one_shot_prospects",
+    "point_from_values",
+    "point_values",
+    "prunability_sentence",
+    "rank_plans",
     "score",
-    "screen",
     "sensitivity",
-    "values_of",
-    "verdicts",
 ]

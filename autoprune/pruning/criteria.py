@@ -24,7 +24,7 @@ from autoprune.data import Split
 from autoprune.errors import UsageError
 from autoprune.structure import ChannelGraph, Group, Member
 from autoprune.tasks import CLASSIFICATION, Loss, Task
-from autoprune.training import borrowed
+from autoprune.training import model_mode
 
 Values = NDArray[np.float64]
 Scores = dict[str, Values]
@@ -227,7 +227,7 @@ def _mean_over_batches(
     wanted = {m.name: named[m.name] for members in summed.values() for m in members}
     totals = {g.name: np.zeros(g.num_units) for g in ground.graph.groups}
     with (
-        borrowed(ground.model, ground.device, training=False), _batch_statistics(ground.model),
+        model_mode(ground.model, ground.device, training=False), _batch_statistics(ground.model),
         _differentiable(list(wanted.values())),
     ):  # fmt: skip
         batches = ground.split.batches(batch_size, device=ground.device, seed=ground.seed, augment=True)

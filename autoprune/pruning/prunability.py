@@ -1,8 +1,10 @@
-"""What an analysis says to people: which groups are fragile and which are free, and how far a network can go.
+"""How far a network can be pruned in one step, and which groups are fragile: what an analysis says to people.
 
-A share of the multiply-adds is *safe* where pruning to it in one step, without fine-tuning, loses little;
-*marginal* where at least half of what the network can do beyond guessing is left to start a fine-tuning from;
-*hopeless* below. `onestep` measures it. The borders are guesses that fit ResNet-20 on CIFAR-10.
+For falling shares of its multiply-adds the network is pruned as a trial would prune it, without fine-tuning:
+several criteria make a plan each, and the one that is best on a part of the samples is measured on all of
+them, with batch-norm statistics estimated anew. A share is *safe* where that loses little; *marginal* where
+at least half of what the network can do beyond guessing is left to start a fine-tuning from; *hopeless*
+below. The borders are guesses that fit ResNet-20 on CIFAR-10.
 """
 
 from __future__ import annotations
@@ -12,16 +14,29 @@ from dataclasses import dataclass
 from typing import Literal, Protocol
 
 import numpy as np
+import torch
+from torch import nn
+
+from autoprune.data import Split
+from autoprune.errors import UnreachableError
+from autoprune.pruning import screening
+from autoprune.pruning.criteria import score as score_units
+from autoprune.pruning.sensitivity import SensitivityTable
+from autoprune.structure import ChannelGraph, densify
+from autoprune.tasks import CLASSIFICATION, Task
+from autoprune.training import evaluate, recalibrate_
 
 Region = Literal["safe", "marginal", "hopeless"]
 SAFE_PP = 5.0  # lost without fine-tuning; one epoch brings such a network back. A guess
 MARGINAL = 0.5  # of what is above guessing
 COLUMNS = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
 NEAR = 0.05  # a point this close to a column is what the column shows
-FREE_PP, FRAGILE_PP = 1.0, 10.0  # lost when half of a group goes
+FREE_PP, FRAGILE_PP = 1.0, 10.0  # lost when half of a group goes; guesses
+SHARES = (0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3, 0.2)
+RECALIBRATE_BATCHES = 10
 
 
-class Probed(Protocol):
+class MeasuredPoint(Protocol):
     """A measured point, as a table or a record has it."""
 
     @property
@@ -56,15 +71,17 @@ class Prospect:
     region: Region
 
 
-def cells(points: Iterable[Probed], columns: Sequence[float] = COLUMNS) -> dict[str, list[Cell | None]]:
+def cells(
+    points: Iterable[MeasuredPoint], columns: Sequence[float] = COLUMNS
+) -> dict[str, list[Cell | None]]:
     """Per group its drops at these ratios: measured ones, and a rising line between them; None beyond."""
-    by_group: dict[str, list[Probed]] = {}
+    by_group: dict[str, list[MeasuredPoint]] = {}
     for point in points:
         by_group.setdefault(point.group, []).append(point)
     return {group: [_cell(found, c) for c in columns] for group, found in by_group.items()}
 
 
-def _cell(points: list[Probed], column: float) -> Cell | None:
+def _cell(points: list[MeasuredPoint], column: float) -> Cell | None:
     nearest = min(points, key=lambda p: abs(p.ratio - column))
     if abs(nearest.ratio - column) < NEAR:
         return Cell(drop_pp=nearest.drop_pp, is_measured=True)
@@ -72,7 +89,7 @@ def _cell(points: list[Probed], column: float) -> Cell | None:
     return None if drop is None else Cell(drop_pp=drop, is_measured=False)
 
 
-def drop_at(points: Iterable[Probed], ratio: float) -> float | None:
+def drop_at(points: Iterable[MeasuredPoint], ratio: float) -> float | None:
     """The drop at a ratio on a rising line through one group's points; None beyond the last."""
     ordered = sorted(points, key=lambda p: p.ratio)
     if not ordered or ratio > ordered[-1].ratio:
@@ -81,7 +98,7 @@ def drop_at(points: Iterable[Probed], ratio: float) -> float | None:
     return float(np.interp(ratio, [0.0, *(p.ratio for p in ordered)], rising))
 
 
-def verdicts(points: Iterable[Probed]) -> tuple[list[str], list[str]]:
+def free_and_fragile(points: Iterable[MeasuredPoint]) -> tuple[list[str], list[str]]:
     """The free groups and the fragile ones: losing half of them costs next to nothing, or very much."""
     half = {g: row[0] for g, row in cells(points, (0.5,)).items()}
     free = [g for g, c in half.items() if c is not None and c.drop_pp <= FREE_PP]
@@ -97,7 +114,7 @@ def region(top1: float, intact: float, num_classes: int) -> Region:
     return "marginal" if top1 - chance >= MARGINAL * (intact - chance) else "hopeless"
 
 
-def answer(found: Sequence[Prospect]) -> str:
+def prunability_sentence(found: Sequence[Prospect]) -> str:
     """How far this network can go, in one sentence."""
     least = {
         r: min((p.macs_share for p in found if p.region == r), default=None) for r in ("safe", "marginal")
@@ -116,3 +133,35 @@ def answer(found: Sequence[Prospect]) -> str:
         else "not tried further"
     )
     return f"In one step this network is {'; '.join(parts)}; {end}.".replace("%", " %")
+
+
+def one_shot_prospects(  # noqa: PLR0913 - where and on what to measure are the caller's to say
+    model: nn.Module, graph: ChannelGraph, split: Split, table: SensitivityTable, *,
+    calibration: Split, num_classes: int, criteria: Sequence[str] = screening.CRITERIA,
+    device: torch.device | str = "cpu", task: Task = CLASSIFICATION,
+) -> tuple[Prospect, ...]:  # fmt: skip
+    """Prune to ever smaller shares of the multiply-adds and measure, until it is hopeless."""
+    rankings = {
+        c: score_units(model, graph, c, split=calibration, device=device, task=task) for c in criteria
+    }
+    setup = screening.make_setup(model, graph, split, calibration=calibration, device=device, task=task)
+    whole, found = graph.cost().macs, list[Prospect]()
+    for share in SHARES:
+        try:
+            plan = screening.refine(
+                setup, rankings, metric="macs", limit=share * whole, table=table, tries=0
+            ).plan
+        except UnreachableError:
+            continue
+        pruned = densify(model, graph, plan)
+        recalibrate_(pruned, calibration, num_batches=RECALIBRATE_BATCHES, device=device)
+        after = evaluate(pruned, split, device=device, task=task)
+        found.append(
+            Prospect(
+                macs_share=graph.cost(plan).macs / whole, top1=after.top1, low=after.interval.low,
+                high=after.interval.high, region=region(after.top1, table.baseline.top1, num_classes),
+            )
+        )  # fmt: skip
+        if found[-1].region == "hopeless":
+            break
+    return tuple(found)

@@ -34,7 +34,7 @@ from autoprune.metrics import Evaluation, difference_pp
 from autoprune.plan import PruningPlan
 from autoprune.pruning.criteria import Scores
 from autoprune.pruning.criteria import score as score_units
-from autoprune.pruning.probe import Bench, Measured, choose_probe, miscounted
+from autoprune.pruning.variants import VariantResult, VariantSetup, choose_evaluator, miscounted
 from autoprune.structure import ChannelGraph
 from autoprune.tasks import CLASSIFICATION, Task
 
@@ -81,7 +81,7 @@ class SensitivityTable:
     """All probes, and the intact network on the same samples.
 
     Attributes:
-        method: `replay` or `whole` (see `probing`); `reason` says why not the first.
+        method: `partial` or `whole` (see `variants`); `reason` says why not the first.
         seconds: that the measurement took.
         miscounted: groups whose pruned network does not cost what was predicted.
         of: digest of the network and the data that were measured; empty where nobody noted it.
@@ -134,7 +134,7 @@ class SensitivityTable:
     def to_json(self) -> str:
         """A text form that `from_json` reads; numbers that are none become null."""
         baseline = {k: _plain(getattr(self.baseline, k)) for k in ("top1", "loss", "num_samples")}
-        points = [values_of(p) for p in self.points]
+        points = [point_values(p) for p in self.points]
         about = {n: getattr(self, n) for n in ("method", "reason", "seconds", "miscounted", "of")}
         return json.dumps({"autoprune_sensitivity": 1, "baseline": baseline, "points": points} | about)
 
@@ -149,7 +149,7 @@ class SensitivityTable:
             document = json.loads(text)
             if document["autoprune_sensitivity"] != 1:
                 raise ValueError
-            points = [point_of(p) for p in document["points"]]
+            points = [point_from_values(p) for p in document["points"]]
             about = {n: document[n] for n in ("method", "reason", "seconds", "of") if n in document}
             about["miscounted"] = tuple(document.get("miscounted", ()))
             return cls(points=tuple(points), baseline=Evaluation(**_number(document["baseline"])), **about)
@@ -218,25 +218,25 @@ def sensitivity(  # noqa: PLR0913 - one whole stage: each argument is a decision
     """
     _check(ratios, share)
     began = time.perf_counter()
-    bench = Bench(
+    setup = VariantSetup(
         model=model, graph=graph, split=split.subset(share, seed=0), calibration=calibration,
         device=torch.device(device), num_batches=RECALIBRATE_BATCHES, batch_size=RECALIBRATE_BATCH,
         task=task, exact=exact,
     )  # fmt: skip
-    of = fingerprint(bench, criterion)
+    of = fingerprint(setup, criterion)
     if known is not None and known.of not in ("", of):
         raise UsageError(
             "the known sensitivities are those of another network, or of other data", "measure them anew"
         )
     survey = _Survey(
-        graph=graph, ladders=_ladders(graph, ratios), collapse_pp=None if exact else collapse_pp,
+        graph=graph, ladders=ratio_counts(graph, ratios), collapse_pp=None if exact else collapse_pp,
         scores=score_units(model, graph, criterion, split=calibration, device=device, task=task),
         points={} if known is None else {(p.group, p.ratio): p for p in known.points},
     )  # fmt: skip
     wave = survey.next_wave()
     if not wave and known is not None and math.isfinite(known.baseline.top1):
         return replace(known, points=survey.table_points())
-    (probe, reason), wave_s = choose_probe(bench), 0.0
+    (probe, reason), wave_s = choose_evaluator(setup), 0.0
     while wave and (not survey.has_all() or time.perf_counter() - began + wave_s <= seconds):
         wave_began, plans = time.perf_counter(), [survey.plan(p) for p in wave]
         for planned, found in zip(wave, probe.measure(plans), strict=True):
@@ -246,16 +246,16 @@ def sensitivity(  # noqa: PLR0913 - one whole stage: each argument is a decision
         wave, wave_s = survey.next_wave(), time.perf_counter() - wave_began
     return SensitivityTable(
         points=survey.table_points(), baseline=probe.baseline, reason=reason,
-        method="whole" if reason else "replay", miscounted=miscounted(bench, survey.furthest()),
+        method="whole" if reason else "partial", miscounted=miscounted(setup, survey.furthest()),
         seconds=time.perf_counter() - began, of=of,
     )  # fmt: skip
 
 
-def fingerprint(bench: Bench, criterion: str) -> str:
+def fingerprint(setup: VariantSetup, criterion: str) -> str:
     """SHA-256 of what a point depends on but its group and ratio: weights, samples, how it is measured."""
-    splits = [s.digest() for s in (bench.split, bench.calibration) if s is not None]
-    found = hashlib.sha256(" ".join((*splits, criterion, str(bench.exact))).encode())
-    for name, tensor in bench.model.state_dict().items():
+    splits = [s.digest() for s in (setup.split, setup.calibration) if s is not None]
+    found = hashlib.sha256(" ".join((*splits, criterion, str(setup.exact))).encode())
+    for name, tensor in setup.model.state_dict().items():
         if isinstance(tensor, torch.Tensor):
             found.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
             found.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
@@ -270,19 +270,13 @@ class PlannedPoint:
     num_removed: int
 
 
-def planned_points(graph: ChannelGraph, ratios: Sequence[float]) -> list[PlannedPoint]:
-    """All probes that these ratios could ask for: whole units, at least one, each number once."""
-    ladders = _ladders(graph, ratios)
-    return [PlannedPoint(group=name, num_removed=n) for name, counts in ladders.items() for n in counts]
-
-
-def most_points(graph: ChannelGraph, ratios: Sequence[float], *, exact: bool = False) -> int:
+def max_num_points(graph: ChannelGraph, ratios: Sequence[float], *, exact: bool = False) -> int:
     """How many points `sensitivity` measures at most."""
-    ladders = _ladders(graph, ratios).values()
+    ladders = ratio_counts(graph, ratios).values()
     return sum(len(counts) if exact else min(MAX_POINTS, len(counts)) for counts in ladders)
 
 
-def _ladders(graph: ChannelGraph, ratios: Sequence[float]) -> dict[str, list[int]]:
+def ratio_counts(graph: ChannelGraph, ratios: Sequence[float]) -> dict[str, list[int]]:
     """Per group the numbers of removed units that these ratios mean."""
     ladders = {}
     for group in graph.groups:
@@ -348,7 +342,7 @@ class _Survey:
         kept = np.sort(np.argsort(self.scores[planned.group], kind="stable")[planned.num_removed :])
         return PruningPlan(keep={planned.group: kept}, num_units={planned.group: width})
 
-    def add(self, planned: PlannedPoint, found: Measured, baseline: Evaluation) -> SensitivityPoint:
+    def add(self, planned: PlannedPoint, found: VariantResult, baseline: Evaluation) -> SensitivityPoint:
         width = self.graph.group(planned.group).num_units
         left = self.graph.cost_of_counts({planned.group: width - planned.num_removed}).macs
         gain_pp, interval = difference_pp(found.evaluation, baseline)
@@ -391,12 +385,12 @@ def _check(ratios: Sequence[float], share: float) -> None:
         raise UsageError(f"ratios={tuple(ratios)} is not allowed", "give one or more ratios between 0 and 1")
 
 
-def values_of(point: SensitivityPoint) -> dict[str, Any]:
+def point_values(point: SensitivityPoint) -> dict[str, Any]:
     """A point as plain values; numbers that are none become null."""
     return {k: _plain(v) for k, v in asdict(point).items()}
 
 
-def point_of(values: dict[str, Any]) -> SensitivityPoint:
+def point_from_values(values: dict[str, Any]) -> SensitivityPoint:
     """The point of these values."""
     return SensitivityPoint(**_number(values))
 

@@ -19,7 +19,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import NullLocator, StrMethodFormatter
 
 from autoprune.formatting import METRICS, percent, signed
-from autoprune.pruning import COLUMNS, Cell, Probed, Prospect, cells
+from autoprune.pruning import COLUMNS, Cell, MeasuredPoint, Prospect, cells
 from autoprune.record import EpochPoint, RunRecord, TrialRecord
 from autoprune.report.narrative import delivered_trial
 
@@ -212,7 +212,7 @@ def sensitivity(record: RunRecord) -> Figure | None:
     return None if first is None else heat_map(first.sensitivity)
 
 
-def heat_map(points: Sequence[Probed]) -> Figure:
+def heat_map(points: Sequence[MeasuredPoint]) -> Figure:
     """Groups by ratio; what was not measured but read off a curve has a smaller, paler number."""
     rows = cells(points)
     used = [c for c in range(len(COLUMNS)) if any(row[c] is not None for row in rows.values())]

@@ -11,19 +11,19 @@ import math
 import optuna
 
 from autoprune.metrics import Evaluation
-from autoprune.pruning import SensitivityPoint, SensitivityTable, point_of, values_of
+from autoprune.pruning import SensitivityPoint, SensitivityTable, point_from_values, point_values
 
 KIND = "point"
 
 
 def keep_point(study: optuna.Study, checkpoint: str, point: SensitivityPoint) -> None:
     """Keep one point of the network in this checkpoint."""
-    study.set_user_attr(f"{KIND} {checkpoint} {point.group} {point.ratio!r}", values_of(point))
+    study.set_user_attr(f"{KIND} {checkpoint} {point.group} {point.ratio!r}", point_values(point))
 
 
 def kept_points(study: optuna.Study, checkpoint: str) -> SensitivityTable | None:
     """The points kept of this network, for `sensitivity` to go on from; None where there are none."""
     start = f"{KIND} {checkpoint} "
-    points = tuple(point_of(v) for key, v in study.user_attrs.items() if key.startswith(start))
+    points = tuple(point_from_values(v) for key, v in study.user_attrs.items() if key.startswith(start))
     nothing = Evaluation(top1=math.nan, loss=math.nan, num_samples=0)
     return SensitivityTable(points=points, baseline=nothing) if points else None

@@ -273,8 +273,8 @@ def _one_trial(job: RoundJob, study: optuna.Study, taken: Taken, known: Sequence
 def _tried(job: RoundJob, trial: optuna.Trial, params: TrialParams, seat: int) -> TrialResult:
     epochs = ladder(job.plan.epochs, longer=job.search.epochs is None)
     seed = derive_seed(job.ground.seed, seat)
-    distributed.announce(Task(round=job.plan.number, params=params, epochs=epochs, seed=seed))
-    with distributed.together():
+    distributed.send_job(Task(round=job.plan.number, params=params, epochs=epochs, seed=seed))
+    with distributed.shared_work():
         return run_trial(
             job.ground, params, epochs=epochs, seed=seed, goes_on=lambda climb: _goes_on(job, climb),
             seconds_left=lambda: job.meter.left().seconds,

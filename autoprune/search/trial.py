@@ -25,7 +25,7 @@ from autoprune.data import Data, Split, derive_seed
 from autoprune.errors import AutopruneError, RunError, TrialError, UnreachableError
 from autoprune.metrics import Evaluation
 from autoprune.plan import PruningPlan
-from autoprune.pruning import Scores, SensitivityTable, allocate, bench, score, screen
+from autoprune.pruning import Scores, SensitivityTable, allocate, make_setup, rank_plans, score
 from autoprune.record import EpochPoint, Rung, TrialRecord
 from autoprune.search.budget import Speed
 from autoprune.structure import ChannelGraph, densify, measure_latency_share
@@ -126,11 +126,11 @@ class Ground:
             return ways[0]
         try:
             plans = {way: self.choose(_untuned(prune_rate, *way)) for way in ways}
-            where = bench(
+            setup = make_setup(
                 self.model, self.graph, self.data.search, calibration=self.data.train, device=self.device,
                 task=task_of(self.study),
             )  # fmt: skip
-            best = screen(where, list(plans.values()))[0].plan
+            best = rank_plans(setup, list(plans.values()))[0].plan
         except RunError:
             raise
         except Exception:  # of the user's own functions
@@ -213,8 +213,8 @@ def run_trial(  # noqa: PLR0913 - one whole trial: each argument is a decision o
     except RunError:
         raise  # storage is away: that is not the trial's fault
     except Exception as error:
-        if distributed.size() > 1 and not isinstance(error, TrialError):
-            told = f"a trial failed on rank {distributed.part()[0]}: {_reason(error)}"
+        if distributed.world_size() > 1 and not isinstance(error, TrialError):
+            told = f"a trial failed on rank {distributed.rank_and_size()[0]}: {_reason(error)}"
             raise RunError(told, "torchrun ends the other ranks; start them again") from error
         # whatever the user's loader, loss or evaluate raises fails this trial alone
         with suppress(RuntimeError):
@@ -247,7 +247,7 @@ class _Trial:
         self, ground: Ground, params: TrialParams, seed: int, on_epoch: Callable[[EpochRecord], None] | None
     ) -> None:
         self.ground, self.params, self.seed, self.on_epoch = ground, params, seed, on_epoch
-        self.plan = distributed.from_first(lambda: ground.choose(params))
+        self.plan = distributed.from_rank_zero(lambda: ground.choose(params))
         self.model = densify(ground.model, ground.graph, self.plan)
         self.curve: list[EpochRecord] = []
         self.rungs: list[Rung] = []
@@ -269,10 +269,10 @@ class _Trial:
                 tops = tuple(r.top1 for r in self.rungs)
                 done = self.rungs[-1].epochs
                 climb = Climb(prune_rate=rate, cost_share=share, tops=tops, done=done, next_epochs=part)
-                if not distributed.from_first(partial(goes_on, climb)):
+                if not distributed.from_rank_zero(partial(goes_on, climb)):
                     break
             tuning_began = time.perf_counter()
-            self._climb(part, distributed.from_first(seconds_left))
+            self._climb(part, distributed.from_rank_zero(seconds_left))
             tuning_seconds += time.perf_counter() - tuning_began
             tuned = measure(ground, self.model)
             self.rungs.append(Rung(epochs=self.curve[-1].epoch, top1=tuned.top1))
@@ -297,7 +297,7 @@ class _Trial:
 
         def tell(record: EpochRecord) -> None:
             self.curve.append(replace(record, epoch=done + record.epoch))
-            distributed.from_first(self._tell)
+            distributed.from_rank_zero(self._tell)
 
         finetune_(
             self.model, ground.data.train, schedule=self.params.schedule(study.finetune.warmup),

@@ -2,8 +2,8 @@
 
 from autoprune.training.evaluation import (
     EVAL_BATCH,
-    borrowed,
     evaluate,
+    model_mode,
     recalibrate_,
     resolve_device,
 )
@@ -16,10 +16,10 @@ __all__ = [
     "EVAL_BATCH",
     "EpochRecord",
     "Schedule",
-    "borrowed",
     "evaluate",
     "finetune",
     "finetune_",
+    "model_mode",
     "recalibrate_",
     "resolve_device",
     "train_baseline_",

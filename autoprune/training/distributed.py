@@ -1,6 +1,6 @@
 """Several processes that run one trial together, as `torchrun` starts them; alone, everything is as it was.
 
-Inside `together` each rank takes its part of every batch, and what the parts give is joined so that the
+Inside `shared_work` each rank takes its part of every batch, and what the parts give is joined so that the
 result is that of one process with the same batches, but for the order in which floats are added: gradients
 by DistributedDataParallel, batch-norm statistics by synchronised sums, decisions by the first rank alone.
 """
@@ -25,11 +25,11 @@ from autoprune.errors import AutopruneError
 
 T = TypeVar("T")
 WAIT = timedelta(days=2)  # the other ranks wait while the first one waits for a round to be planned
-_TOGETHER: ContextVar[bool] = ContextVar("together", default=False)
+_SHARES_WORK: ContextVar[bool] = ContextVar("shared_work", default=False)
 
 
 @contextmanager
-def joined_ranks() -> Iterator[int]:
+def process_group() -> Iterator[int]:
     """Join the ranks that `torchrun` started, if it did; gives this process's rank."""
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
         yield 0
@@ -45,41 +45,41 @@ def joined_ranks() -> Iterator[int]:
 
 
 @contextmanager
-def together() -> Iterator[None]:
+def shared_work() -> Iterator[None]:
     """What is trained and evaluated in here is shared among the ranks; all of them have to come."""
-    token = _TOGETHER.set(dist.is_available() and dist.is_initialized())
+    token = _SHARES_WORK.set(dist.is_available() and dist.is_initialized())
     try:
         yield
     finally:
-        _TOGETHER.reset(token)
+        _SHARES_WORK.reset(token)
 
 
-def size() -> int:
+def world_size() -> int:
     """How many ranks share the work of this moment."""
-    return dist.get_world_size() if _TOGETHER.get() else 1
+    return dist.get_world_size() if _SHARES_WORK.get() else 1
 
 
-def part() -> tuple[int, int]:
-    """Which part of how many is this rank's."""
-    return (dist.get_rank() if _TOGETHER.get() else 0, size())
+def rank_and_size() -> tuple[int, int]:
+    """This rank's number, and how many ranks share the work of this moment."""
+    return (dist.get_rank() if _SHARES_WORK.get() else 0, world_size())
 
 
-def announce(task: object) -> None:
+def send_job(job: object) -> None:
     """The first rank tells the others what to do next; alone it tells nobody."""
     if dist.is_available() and dist.is_initialized():
-        dist.broadcast_object_list([task], src=0)
+        dist.broadcast_object_list([job], src=0)
 
 
-def next_task() -> Any:
+def receive_job() -> Any:
     """What the first rank announces."""
     box: list[Any] = [None]
     dist.broadcast_object_list(box, src=0)
     return box[0]
 
 
-def from_first(make: Callable[[], T]) -> T:
+def from_rank_zero(make: Callable[[], T]) -> T:
     """What the first rank makes, for all; an error meant for people is raised everywhere."""
-    if size() == 1:
+    if world_size() == 1:
         return make()
     box: list[Any] = [None, None]
     if dist.get_rank() == 0:
@@ -95,33 +95,35 @@ def from_first(make: Callable[[], T]) -> T:
     return made
 
 
-def sum_(tensor: Tensor) -> Tensor:
+def all_reduce_(tensor: Tensor) -> Tensor:
     """The sum over all ranks, in place."""
-    if size() > 1:
+    if world_size() > 1:
         dist.all_reduce(tensor)
     return tensor
 
 
 def mean(value: Tensor, count: int) -> Tensor:
     """The mean over all samples, of means over `count` samples on each rank; without gradients."""
-    if size() == 1:
+    if world_size() == 1:
         return value
-    both = sum_(torch.stack([value.detach().double() * count, torch.tensor(float(count)).to(value.device)]))
+    both = all_reduce_(
+        torch.stack([value.detach().double() * count, torch.tensor(float(count)).to(value.device)])
+    )
     return (both[0] / both[1]).to(value.dtype)
 
 
-def share_of_loss(loss: Tensor, count: int) -> Tensor:
+def scale_loss(loss: Tensor, count: int) -> Tensor:
     """Scale a rank's mean loss so that the mean of all ranks' gradients is that of the whole batch's loss."""
-    if size() == 1:
+    if world_size() == 1:
         return loss
-    whole = sum_(torch.tensor(float(count), device=loss.device))
-    return loss * (count * size() / whole)
+    whole = all_reduce_(torch.tensor(float(count), device=loss.device))
+    return loss * (count * world_size() / whole)
 
 
 @contextmanager
 def parallel(model: nn.Module) -> Iterator[nn.Module]:
     """What to call in place of the model while it trains: all ranks make the same step."""
-    if size() == 1:
+    if world_size() == 1:
         yield model
         return
     norms = [m for m in model.modules() if isinstance(m, _BatchNorm)]
@@ -164,11 +166,11 @@ class _Sum(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, tensor: Tensor) -> Tensor:
-        return sum_(tensor.clone())
+        return all_reduce_(tensor.clone())
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> Tensor:
-        return sum_(gradient.contiguous().clone())
+        return all_reduce_(gradient.contiguous().clone())
 
 
 @torch.no_grad()
@@ -185,14 +187,14 @@ def _remember(norm: _BatchNorm, average: Tensor, variance: Tensor) -> None:
 @torch.no_grad()
 def average_statistics_(norms: list[_BatchNorm], count: int) -> None:
     """Join cumulative averages over `count` batches on each rank into the average over all batches."""
-    if size() == 1:
+    if world_size() == 1:
         return
-    whole = sum_(torch.tensor(float(count), dtype=torch.float64))
+    whole = all_reduce_(torch.tensor(float(count), dtype=torch.float64))
     for norm in norms:
         assert norm.num_batches_tracked is not None
         for buffer in (norm.running_mean, norm.running_var):
             assert buffer is not None
             buffer.copy_(
-                sum_(buffer.double() * count if count else torch.zeros_like(buffer.double())) / whole
+                all_reduce_(buffer.double() * count if count else torch.zeros_like(buffer.double())) / whole
             )
         norm.num_batches_tracked.fill_(int(whole))

@@ -44,7 +44,7 @@ def resolve_device(name: str) -> torch.device:
 
 
 @contextmanager
-def borrowed(
+def model_mode(
     model: nn.Module, device: torch.device, *, training: bool, channels_last: bool = False
 ) -> Iterator[None]:
     """The model in a mode, on a device; every module's own mode, the device and the layout come back."""
@@ -81,11 +81,11 @@ def evaluate(
     Raises:
         UsageError: top-1 is asked for and the output is no table of logits, or the score is out of range.
     """
-    with borrowed(model, torch.device(device), training=False), torch.no_grad():
+    with model_mode(model, torch.device(device), training=False), torch.no_grad():
         score = task.score
         if score is None:
             return _evaluate_top1(model, split, device, batch_size, task.loss)
-        value = distributed.from_first(lambda: float(score(model, split, str(device))))
+        value = distributed.from_rank_zero(lambda: float(score(model, split, str(device))))
         if not 0 <= value <= 1:
             raise UsageError(
                 f"the study's evaluate returned {value}", "return a score from 0 to 1, higher is better"
@@ -97,7 +97,7 @@ def evaluate(
 def _evaluate_top1(
     model: nn.Module, split: Split, device: torch.device | str, batch_size: int, loss: Loss
 ) -> Evaluation:
-    place, count = distributed.part(), -(-len(split) // batch_size)
+    place, count = distributed.rank_and_size(), -(-len(split) // batch_size)
     hits, losses = torch.zeros(len(split), dtype=torch.int32), torch.zeros(count, dtype=torch.float64)
     for number, (inputs, targets) in zip(
         range(place[0], count, place[1]), _own_batches(split, batch_size, device), strict=True
@@ -105,7 +105,7 @@ def _evaluate_top1(
         output, start = model(inputs), number * batch_size
         losses[number] = float(loss(output, targets)) * len(inputs)
         hits[start : start + len(inputs)] = (logits_of(output).argmax(1) == targets).cpu()
-    correct, total = (distributed.sum_(t.to(device)).cpu().numpy() for t in (hits, losses))
+    correct, total = (distributed.all_reduce_(t.to(device)).cpu().numpy() for t in (hits, losses))
     return Evaluation(
         top1=float(correct.mean()), loss=float(total.sum()) / len(split), num_samples=len(split),
         correct=correct.astype(np.bool_),
@@ -114,7 +114,7 @@ def _evaluate_top1(
 
 def _own_batches(split: Split, batch_size: int, device: torch.device | str) -> Iterator[Batch]:
     """Every n-th batch, where n ranks evaluate together; the last one may be small."""
-    rank, size = distributed.part()
+    rank, size = distributed.rank_and_size()
     if size > 1:
         batch = np.arange(len(split)) // batch_size
         mine = np.flatnonzero(batch % size == rank).astype(np.int64)
@@ -145,14 +145,14 @@ def recalibrate_(
     if not norms or num_batches <= 0:
         return
     momenta = [norm.momentum for norm in norms]
-    with borrowed(model, torch.device(device), training=False), torch.no_grad():
+    with model_mode(model, torch.device(device), training=False), torch.no_grad():
         for norm in norms:
             norm.reset_running_stats()
             norm.momentum = None  # torch's sign for a cumulative average
             norm.training = True
         try:
             batches = split.batches(batch_size, device=device, seed=seed, augment=True)
-            rank, size = distributed.part()
+            rank, size = distributed.rank_and_size()
             mine = 0
             for number, (inputs, _) in zip(range(num_batches), batches, strict=False):
                 if number % size == rank:

@@ -29,8 +29,8 @@ from autoprune.errors import TrialError, UsageError
 from autoprune.tasks import CLASSIFICATION, Task, classification_loss, logits_of
 from autoprune.training import distributed
 from autoprune.training.evaluation import (
-    borrowed,
     evaluate,
+    model_mode,
     recalibrate_,
     resolve_device,
 )
@@ -116,16 +116,16 @@ def finetune_(  # noqa: PLR0913 - one whole stage: each argument is a decision o
         )
     num_steps = max(1, round(epochs * used.num_batches(settings.batch_size)))
     stepper = Stepper(model, settings)
-    plan = _Plan(
+    plan = _Training(
         stepper=stepper, scheduler=make_scheduler(stepper.sgd, schedule, num_steps),
-        pace=_Pace(num_steps, seconds), batch_size=settings.batch_size, seed=seed, device=place,
+        pace=_StepPacer(num_steps, seconds), batch_size=settings.batch_size, seed=seed, device=place,
         on_epoch=on_epoch, ema_steps=settings.ema * num_steps,
     )  # fmt: skip
     if settings.distill == 0 or not task.has_logits:
         teacher = None
     with ExitStack() as stack:
         if teacher is not None:
-            stack.enter_context(borrowed(teacher, place, training=False, channels_last=True))
+            stack.enter_context(model_mode(teacher, place, training=False, channels_last=True))
         records = _fit_(model, used, plan, _objective(settings, teacher, task))
     recalibrate_(
         model, used, num_batches=settings.recalibrate_batches, batch_size=settings.batch_size,
@@ -155,8 +155,10 @@ def train_baseline_(  # noqa: PLR0913 - as finetune_
     )  # fmt: skip
 
 
-def lead(student: Tensor, teacher: Tensor) -> Tensor:
-    """How far the teacher's loss on the labels is below the student's, as a share of it, in [0, 1].
+def distillation_weight(student: Tensor, teacher: Tensor) -> Tensor:
+    """The teacher's lead over the student, in [0, 1]: the factor of `settings.distill` for one batch.
+
+    The lead is how far the teacher's loss on the labels is below the student's, as a share of the latter.
 
     A teacher that was trained for long knows the training labels and leads all the way; one that the student
     has caught up with has nothing more to teach, and would hold it back. Measured: docs/log.md.
@@ -172,7 +174,7 @@ def distillation_loss(student_BC: Tensor, teacher_BC: Tensor, temperature: float
     return F.kl_div(student, teacher, reduction="batchmean", log_target=True) * temperature**2
 
 
-class _Pace:
+class _StepPacer:
     """How many steps of its schedule a training takes with each batch: one, or more when time gets short.
 
     Attributes:
@@ -185,7 +187,7 @@ class _Pace:
 
     def advance(self) -> int:
         """The number of steps to take with this batch, at most all that are left."""
-        wanted = 1 if math.isinf(self._end) else distributed.from_first(self._wanted)
+        wanted = 1 if math.isinf(self._end) else distributed.from_rank_zero(self._wanted)
         steps = min(wanted, self.left)
         self.left -= steps
         return steps
@@ -205,12 +207,12 @@ class _Pace:
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Plan:
+class _Training:
     """What `_fit_` needs beside the model and the data."""
 
     stepper: Stepper
     scheduler: LRScheduler
-    pace: _Pace
+    pace: _StepPacer
     batch_size: int
     seed: int
     device: torch.device
@@ -238,7 +240,7 @@ def _objective(settings: Finetune, teacher: nn.Module | None, task: Task) -> Obj
         with torch.no_grad():
             taught = teacher(inputs)
         own = label_loss(output, targets)
-        weight = settings.distill * lead(
+        weight = settings.distill * distillation_weight(
             *(distributed.mean(v, len(targets)) for v in (own, label_loss(taught, targets)))
         )
         distilled = distillation_loss(logits_of(output), logits_of(taught), settings.temperature)
@@ -247,29 +249,33 @@ def _objective(settings: Finetune, teacher: nn.Module | None, task: Task) -> Obj
     return objective
 
 
-def _fit_(model: nn.Module, split: Split, plan: _Plan, objective: Objective) -> list[EpochRecord]:
+def _fit_(model: nn.Module, split: Split, plan: _Training, objective: Objective) -> list[EpochRecord]:
     """The training loop, as long as the schedule lasts; one record a pass."""
     per_epoch, records, done = split.num_batches(plan.batch_size), list[EpochRecord](), 0
     cuda = range(torch.cuda.device_count()) if plan.device.type == "cuda" else ()
     with (
         torch.random.fork_rng(devices=list(cuda)),
-        borrowed(model, plan.device, training=True, channels_last=True),
+        model_mode(model, plan.device, training=True, channels_last=True),
         distributed.parallel(model) as forward,
     ):
         torch.manual_seed(plan.seed)
-        average = _Average(model, plan) if plan.averages else None
+        average = _WeightAverage(model, plan) if plan.averages else None
         while plan.pace.left:
             shuffle = derive_seed(plan.seed, len(records))
             batches = split.batches(
-                plan.batch_size, device=plan.device, seed=shuffle, augment=True, part=distributed.part()
+                plan.batch_size,
+                device=plan.device,
+                seed=shuffle,
+                augment=True,
+                part=distributed.rank_and_size(),
             )
             began = time.perf_counter()
-            passed = _epoch_(batches, plan, partial(objective, forward), average)
-            done += passed.steps
+            result = _epoch_(batches, plan, partial(objective, forward), average)
+            done += result.steps
             records.append(
                 EpochRecord(
-                    epoch=done / per_epoch, lr=passed.lr, train_loss=passed.loss,
-                    images_per_s=passed.samples / (time.perf_counter() - began),
+                    epoch=done / per_epoch, lr=result.lr, train_loss=result.loss,
+                    images_per_s=result.samples / (time.perf_counter() - began),
                 )
             )  # fmt: skip
             if plan.on_epoch is not None:
@@ -280,10 +286,10 @@ def _fit_(model: nn.Module, split: Split, plan: _Plan, objective: Objective) -> 
     return records
 
 
-class _Average:
+class _WeightAverage:
     """An exponential moving average of a model's weights."""
 
-    def __init__(self, model: nn.Module, plan: _Plan) -> None:
+    def __init__(self, model: nn.Module, plan: _Training) -> None:
         self.model = model
         decay = get_ema_multi_avg_fn(1 - 1 / plan.ema_steps)  # type: ignore[no-untyped-call]  # torch's
         self.mean = AveragedModel(model, multi_avg_fn=decay)
@@ -299,7 +305,7 @@ class _Average:
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Passed:
+class _EpochResult:
     """What one pass did: its mean loss, the last rate, how many steps and samples."""
 
     loss: float
@@ -309,9 +315,9 @@ class _Passed:
 
 
 def _epoch_(
-    batches: Iterator[tuple[Tensor, Tensor]], plan: _Plan, objective: Callable[[Tensor, Tensor], Tensor],
-    average: _Average | None,
-) -> _Passed:  # fmt: skip
+    batches: Iterator[tuple[Tensor, Tensor]], plan: _Training, objective: Callable[[Tensor, Tensor], Tensor],
+    average: _WeightAverage | None,
+) -> _EpochResult:  # fmt: skip
     """Train on the batches, or on as many of them as the schedule has steps for."""
     total, lr, samples, steps = torch.zeros((), device=plan.device), 0.0, 0, 0
     for inputs, targets in batches:
@@ -320,7 +326,7 @@ def _epoch_(
         with torch.autocast(plan.device.type, torch.bfloat16, enabled=uses_bf16(plan.device)):
             loss = objective(inputs, targets)
         plan.stepper.zero_grad()
-        distributed.share_of_loss(loss, len(targets)).backward()  # type: ignore[no-untyped-call]  # torch's gap
+        distributed.scale_loss(loss, len(targets)).backward()  # type: ignore[no-untyped-call]  # torch's gap
         lr = float(plan.stepper.sgd.param_groups[0]["lr"])
         plan.stepper.step()
         for _ in range(plan.pace.advance()):
@@ -328,13 +334,13 @@ def _epoch_(
         if average is not None:
             average.step()
         total += distributed.mean(loss.detach(), len(targets))
-        samples, steps = samples + len(inputs) * distributed.size(), steps + 1
+        samples, steps = samples + len(inputs) * distributed.world_size(), steps + 1
         if steps % CHECK_EVERY == 1:
             _check_finite(total, lr)
         if not plan.pace.left:
             break
     _check_finite(total, lr)
-    return _Passed(loss=float(total) / steps, lr=lr, steps=steps, samples=samples)
+    return _EpochResult(loss=float(total) / steps, lr=lr, steps=steps, samples=samples)
 
 
 def _check_finite(total: Tensor, lr: float) -> None:

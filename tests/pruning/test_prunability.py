@@ -4,7 +4,15 @@ from dataclasses import dataclass
 
 import pytest
 
-from autoprune.pruning.prunability import Prospect, Region, answer, cells, drop_at, region, verdicts
+from autoprune.pruning.prunability import (
+    Prospect,
+    Region,
+    cells,
+    drop_at,
+    free_and_fragile,
+    prunability_sentence,
+    region,
+)
 
 
 @dataclass(frozen=True)
@@ -37,7 +45,7 @@ def test_between_measured_points_a_rising_line_is_read() -> None:
 
 
 def test_groups_are_free_or_fragile_by_what_half_of_them_costs() -> None:
-    assert verdicts(POINTS) == (["free"], ["weak"])
+    assert free_and_fragile(POINTS) == (["free"], ["weak"])
 
 
 @pytest.mark.parametrize(
@@ -48,10 +56,10 @@ def test_regions_lie_between_the_intact_network_and_guessing(top1: float, kind: 
 
 
 def test_the_answer_names_the_least_share_of_each_region() -> None:
-    told = answer(
+    told = prunability_sentence(
         [prospect(0.9, "safe"), prospect(0.8, "safe"), prospect(0.5, "marginal"), prospect(0.4, "hopeless")]
     )
     assert "safe down to 80 % of the MACs" in told
     assert "marginal down to 50 %" in told
     assert "below that hopeless" in told
-    assert "small rounds" in answer([prospect(0.9, "hopeless")])
+    assert "small rounds" in prunability_sentence([prospect(0.9, "hopeless")])

@@ -11,9 +11,8 @@ from autoprune.errors import UnreachableError
 from autoprune.plan import PruningPlan
 from autoprune.pruning import screening
 from autoprune.pruning.criteria import score
-from autoprune.pruning.fast_eval import evaluate_replayed
-from autoprune.pruning.probe import Bench
 from autoprune.pruning.sensitivity import SensitivityTable, sensitivity
+from autoprune.pruning.variants import VariantSetup, evaluate_fast
 from autoprune.structure.densify import densify
 from autoprune.structure.graph import ChannelGraph
 from autoprune.structure.tracing import trace
@@ -39,8 +38,8 @@ def graph(net: TinyNet) -> ChannelGraph:
 
 
 @pytest.fixture(scope="module")
-def bench(net: TinyNet, graph: ChannelGraph) -> Bench:
-    made = screening.bench(net, graph, DATA.search, calibration=DATA.train)
+def setup(net: TinyNet, graph: ChannelGraph) -> VariantSetup:
+    made = screening.make_setup(net, graph, DATA.search, calibration=DATA.train)
     return replace(made, batch_size=64)
 
 
@@ -49,47 +48,51 @@ def table(net: TinyNet, graph: ChannelGraph) -> SensitivityTable:
     return sensitivity(net, graph, DATA.search, ratios=(0.25, 0.5, 0.75), calibration=DATA.train)
 
 
-def badness(bench: Bench, plan: PruningPlan) -> float:
-    return screening.screen(bench, [plan])[0].badness
+def loss_key(setup: VariantSetup, plan: PruningPlan) -> float:
+    return screening.rank_plans(setup, [plan])[0].loss_key
 
 
-def test_plans_are_tried_and_ordered_and_the_model_is_left_alone(bench: Bench, graph: ChannelGraph) -> None:
-    before = {n: t.clone() for n, t in bench.model.state_dict().items()}
+def test_plans_are_tried_and_ordered_and_the_model_is_left_alone(
+    setup: VariantSetup, graph: ChannelGraph
+) -> None:
+    before = {n: t.clone() for n, t in setup.model.state_dict().items()}
     plans = [PruningPlan.random(graph, ratio, 0) for ratio in (0.8, 0.1, 0.5)]
-    found = screening.screen(bench, plans)
+    found = screening.rank_plans(setup, plans)
     losses = [s.evaluation.loss for s in found]
     assert losses == sorted(losses)
     assert losses[0] < losses[-1]
     assert {id(s.plan) for s in found} == {id(p) for p in plans}
-    assert all(torch.equal(before[n], t) for n, t in bench.model.state_dict().items())
+    assert all(torch.equal(before[n], t) for n, t in setup.model.state_dict().items())
 
 
-def test_a_replayed_evaluation_is_the_networks_own(bench: Bench, graph: ChannelGraph) -> None:
-    pruned = densify(bench.model, graph, PruningPlan.random(graph, 0.4, 1))
-    quick, own = evaluate_replayed(bench, pruned), evaluate(pruned, bench.split)
+def test_a_replayed_evaluation_is_the_networks_own(setup: VariantSetup, graph: ChannelGraph) -> None:
+    pruned = densify(setup.model, graph, PruningPlan.random(graph, 0.4, 1))
+    quick, own = evaluate_fast(setup, pruned), evaluate(pruned, setup.split)
     assert quick.loss == pytest.approx(own.loss, rel=1e-4)
     np.testing.assert_array_equal(quick.correct, own.correct)
 
 
 def test_looking_further_never_ends_worse_and_keeps_to_the_cost(
-    bench: Bench, graph: ChannelGraph, table: SensitivityTable
+    setup: VariantSetup, graph: ChannelGraph, table: SensitivityTable
 ) -> None:
-    rankings = {c: score(bench.model, graph, c, split=DATA.train) for c in ("l1", "random")}
+    rankings = {c: score(setup.model, graph, c, split=DATA.train) for c in ("l1", "random")}
     limit = 0.4 * graph.cost().macs
     badnesses = []
     for tries in (0, 6):
-        found = screening.refine(bench, rankings, metric="macs", limit=limit, table=table, tries=tries)
+        found = screening.refine(setup, rankings, metric="macs", limit=limit, table=table, tries=tries)
         assert 0.39 <= graph.cost(found.plan).macs / graph.cost().macs <= 0.4
-        badnesses.append(found.badness)
-        assert badness(bench, found.plan) == pytest.approx(found.badness, rel=1e-5)
+        badnesses.append(found.loss_key)
+        assert loss_key(setup, found.plan) == pytest.approx(found.loss_key, rel=1e-5)
     assert badnesses[1] <= badnesses[0]
 
 
-def test_the_same_seed_finds_the_same(bench: Bench, graph: ChannelGraph, table: SensitivityTable) -> None:
-    rankings = {"l1": score(bench.model, graph, "l1")}
+def test_the_same_seed_finds_the_same(
+    setup: VariantSetup, graph: ChannelGraph, table: SensitivityTable
+) -> None:
+    rankings = {"l1": score(setup.model, graph, "l1")}
     limit = 0.4 * graph.cost().macs
     first, second = (
-        screening.refine(bench, rankings, metric="macs", limit=limit, table=table, tries=4, seed=3)
+        screening.refine(setup, rankings, metric="macs", limit=limit, table=table, tries=4, seed=3)
         for _ in range(2)
     )
     assert {n: k.tolist() for n, k in first.plan.keep.items()} == {
@@ -98,11 +101,11 @@ def test_the_same_seed_finds_the_same(bench: Bench, graph: ChannelGraph, table: 
 
 
 def test_a_descent_in_steps_gives_one_plan_of_the_first_network(
-    bench: Bench, graph: ChannelGraph, table: SensitivityTable
+    setup: VariantSetup, graph: ChannelGraph, table: SensitivityTable
 ) -> None:
     limit = 0.3 * graph.cost().macs
-    descent = screening.Descent(
-        bench, lambda m: trace(m, EXAMPLE).with_bounds_of(graph), metric="macs", table=table,
+    descent = screening.IterativeSearch(
+        setup, lambda m: trace(m, EXAMPLE).with_bounds_of(graph), metric="macs", table=table,
         criteria=("l1", "jacobian"),
     )  # fmt: skip
     found = descent.at(limit, tries=4)
@@ -110,16 +113,18 @@ def test_a_descent_in_steps_gives_one_plan_of_the_first_network(
     assert 0.28 <= graph.cost(found.plan).macs / graph.cost().macs <= 0.3
     assert found.plan.num_units == {g.name: g.num_units for g in graph.groups}
     direct = screening.refine(
-        bench, {c: score(bench.model, graph, c, split=DATA.train) for c in ("l1", "jacobian")},
+        setup, {c: score(setup.model, graph, c, split=DATA.train) for c in ("l1", "jacobian")},
         metric="macs", limit=limit, table=table, strategies=screening.STRATEGIES, tries=0,
     )  # fmt: skip
-    assert found.badness <= direct.badness, "plans straight from the first network compete"
+    assert found.loss_key <= direct.loss_key, "plans straight from the first network compete"
 
 
-def test_what_cannot_be_reached_is_said(bench: Bench, graph: ChannelGraph, table: SensitivityTable) -> None:
-    rankings = {"l1": score(bench.model, graph, "l1")}
+def test_what_cannot_be_reached_is_said(
+    setup: VariantSetup, graph: ChannelGraph, table: SensitivityTable
+) -> None:
+    rankings = {"l1": score(setup.model, graph, "l1")}
     with pytest.raises(UnreachableError):
-        screening.refine(bench, rankings, metric="macs", limit=1.0, table=table)
+        screening.refine(setup, rankings, metric="macs", limit=1.0, table=table)
 
 
 @pytest.mark.parametrize(("share", "steps"), [(0.95, 0), (0.8, 0), (0.7, 1), (0.5, 2), (0.3, 5)])

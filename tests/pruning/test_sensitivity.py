@@ -17,7 +17,7 @@ from autoprune.pruning.sensitivity import (
     SensitivityPoint,
     SensitivityTable,
     next_counts,
-    planned_points,
+    ratio_counts,
     sensitivity,
 )
 from autoprune.structure.cost import CostModel, Term
@@ -125,10 +125,11 @@ def test_an_own_score_is_measured(net: TinyNet, graph: ChannelGraph) -> None:
 
 
 def test_ratios_become_whole_units_each_once(graph: ChannelGraph) -> None:
-    assert len(planned_points(graph, (0.5, 0.5001, 0.25))) == 2 * len(graph.groups)
-    assert all(
-        0 < p.num_removed < graph.group(p.group).num_units for p in planned_points(graph, (0.01, 0.999))
-    )
+    counts = ratio_counts(graph, (0.5, 0.5001, 0.25))
+    assert list(counts) == [g.name for g in graph.groups]
+    assert all(len(c) == len(set(c)) == 2 for c in counts.values())
+    extremes = ratio_counts(graph, (0.01, 0.999))
+    assert all(0 < n < graph.group(name).num_units for name, c in extremes.items() for n in c)
 
 
 def test_predicted_loss_rises_from_zero_through_the_points() -> None:
@@ -191,7 +192,7 @@ def test_bisection_measures_where_a_curve_says_least() -> None:
 def test_exact_is_masking_and_evaluating_the_whole_network(net: TinyNet, graph: ChannelGraph) -> None:
     split, ratios = tiny_split(200, 2), (0.2, 0.4, 0.6, 0.8)
     exact = sensitivity(net, graph, split, ratios=ratios, exact=True)
-    assert exact.method == "replay"
+    assert exact.method == "partial"
     assert len(exact.points) == 4 * len(graph.groups)
     scores = score(net, graph, "l2")
     for point in exact.points:
@@ -242,7 +243,7 @@ def test_a_network_that_cannot_be_replayed_is_measured_whole(
     found = sensitivity(
         moody, trace(moody, torch.zeros(1, 1, 8, 8)), tiny_split(200, 2), ratios=(0.25, 0.5, 0.9)
     )
-    assert (found.method, table.method) == ("whole", "replay")
+    assert (found.method, table.method) == ("whole", "partial")
     assert "depends on the values" in found.reason
     assert [p.top1 for p in found.points] == [p.top1 for p in table.points]
     assert SensitivityTable.from_json(found.to_json()).reason == found.reason

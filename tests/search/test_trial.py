@@ -9,7 +9,7 @@ import torch
 from autoprune.config import Baseline
 from autoprune.errors import TrialError
 from autoprune.plan import PruningPlan
-from autoprune.pruning.screening import bench, screen
+from autoprune.pruning.screening import make_setup, rank_plans
 from autoprune.pruning.sensitivity import sensitivity
 from autoprune.search.trial import Climb, Ground, TrialParams, probe_speed, run_trial
 from autoprune.structure.densify import densify
@@ -75,8 +75,8 @@ def test_the_ranking_that_does_best_untuned_is_found_by_trying(ground: Ground) -
 
     def loss(way: tuple[str, str]) -> float:
         params = replace(PARAMS, prune_rate=0.4, criterion=way[0], strategy=way[1])
-        where = bench(ground.model, ground.graph, ground.data.search, calibration=ground.data.train)
-        return screen(where, [ground.choose(params)])[0].badness
+        setup = make_setup(ground.model, ground.graph, ground.data.search, calibration=ground.data.train)
+        return rank_plans(setup, [ground.choose(params)])[0].loss_key
 
     assert loss(best) == min(loss(way) for way in ways) < max(loss(way) for way in ways)
 

@@ -27,12 +27,12 @@ RANK = """
 import sys, torch
 from autoprune.training import distributed
 from tests.training.test_distributed import one_trial
-with distributed.joined_ranks() as rank, distributed.together():
-    assert distributed.part() == (rank, 2)
+with distributed.process_group() as rank, distributed.shared_work():
+    assert distributed.rank_and_size() == (rank, 2)
     found = one_trial(sys.argv[2])
     torch.save(found, f"{sys.argv[1]}/{rank}.pt")
     try:
-        distributed.from_first(lambda: (_ for _ in ()).throw(distributed.AutopruneError("stop", "now")))
+        distributed.from_rank_zero(lambda: (_ for _ in ()).throw(distributed.AutopruneError("stop", "now")))
     except distributed.AutopruneError as error:
         assert error.message == "stop"
 """

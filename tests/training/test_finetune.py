@@ -17,9 +17,9 @@ from autoprune.tasks import Task
 from autoprune.training.finetune import (
     EpochRecord,
     distillation_loss,
+    distillation_weight,
     evaluate,
     finetune_,
-    lead,
     recalibrate_,
     resolve_device,
     train_baseline_,
@@ -125,9 +125,9 @@ def test_the_average_of_the_weights_is_given_and_follows_them() -> None:
 
 
 def test_a_teacher_is_listened_to_as_far_as_it_knows_better() -> None:
-    assert float(lead(torch.tensor(2.0), torch.tensor(0.5))) == pytest.approx(0.75)
-    assert float(lead(torch.tensor(0.5), torch.tensor(2.0))) == 0
-    assert float(lead(torch.tensor(0.0), torch.tensor(0.0))) in (0.0, 1.0)
+    assert float(distillation_weight(torch.tensor(2.0), torch.tensor(0.5))) == pytest.approx(0.75)
+    assert float(distillation_weight(torch.tensor(0.5), torch.tensor(2.0))) == 0
+    assert float(distillation_weight(torch.tensor(0.0), torch.tensor(0.0))) in (0.0, 1.0)
     alone, _ = trained()
     ignorant = tiny_net()
     with torch.no_grad():

@@ -1,0 +1,521 @@
+"""Partial forward passes: running a recorded network again from where changed weights first matter.
+
+`make_program` turns a recording into a *program*: steps in which every value is made once (an operator in
+place makes a new value). A step that depends on weights alone is *constant* and runs once per set of
+weights. When some weights change, the *suffix* is what must run again: the constant steps and the others
+that these weights reach. The values that such steps read from outside the suffix are the *cut*; they are
+taken from one run of the whole program on the same batch. An `Executor` runs either.
+
+`fuse` gives a program that computes the same in fewer and faster steps, in float32:
+
+* A batch norm behind a convolution is folded into its weights (Jacob et al. 2018, section 3.2). Folding is a
+  constant step, so it runs again by itself when the weights or the statistics change.
+* On a CPU, the activation and the addition behind a convolution run inside it (oneDNN's post-operations).
+* Convolutions keep channels last in memory.
+
+A pass that draws random numbers, that reads values (`.item()`), or that writes into a tensor which is seen
+through another cannot be repeated; `make_program` says why.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from copy import copy
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from autoprune.structure import Op, Recording, Ref
+
+aten = torch.ops.aten
+Values = dict[int, Tensor]
+VIEWS = {aten.view.default: aten.reshape.default, aten._unsafe_view.default: aten.reshape.default}
+BATCH_NORMS = (aten.native_batch_norm.default, aten._native_batch_norm_legit_no_training.default)
+
+
+class NotRepeatableError(Exception):
+    """Why a recorded pass cannot be run again."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Step:
+    """One call: tensors among its arguments are Refs, `makes` are the values of its results."""
+
+    call: Callable[..., Any]
+    args: tuple[Any, ...]
+    kwargs: Mapping[str, Any] = field(default_factory=dict)
+    makes: tuple[int | None, ...]
+    reads: tuple[int, ...]
+
+    def run(self, values: Values) -> None:
+        """Compute the results from the values read, and add them."""
+        args = [_filled(a, values) for a in self.args]
+        kwargs = {n: _filled(a, values) for n, a in self.kwargs.items()}
+        result = self.call(*args, **kwargs)
+        results = result if isinstance(result, (tuple, list)) else (result,)
+        for number, tensor in zip(self.makes, results, strict=False):
+            if number is not None:
+                values[number] = tensor
+
+
+def make_step(
+    call: Callable[..., Any], args: Sequence[Any], makes: Sequence[int | None], **kwargs: Any
+) -> Step:
+    """A step that reads whatever tensors are among its arguments."""
+    reads = tuple(dict.fromkeys(_refs([*args, *kwargs.values()])))
+    return Step(call=call, args=tuple(args), kwargs=kwargs, makes=tuple(makes), reads=reads)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Program:
+    """A pass without writing in place.
+
+    Attributes:
+        parameters: value -> qualified name.
+        shapes: of the values that the recording knows.
+        num_values: all values are below.
+    """
+
+    steps: tuple[Step, ...]
+    parameters: Mapping[int, str]
+    inputs: tuple[int, ...]
+    outputs: tuple[int, ...]
+    shapes: Mapping[int, tuple[int, ...]]
+    num_values: int
+
+    def varying(self) -> set[int]:
+        """The values that depend on the input."""
+        return dependent_values(self.steps, set(self.inputs))
+
+    def makers(self) -> dict[int, Step]:
+        """The step that makes each value."""
+        return {v: s for s in self.steps for v in s.makes if v is not None}
+
+    def readers(self) -> dict[int, int]:
+        """How many steps read each value; an output has one reader more."""
+        counts = dict.fromkeys(self.outputs, 1)
+        for step in self.steps:
+            for value in step.reads:
+                counts[value] = counts.get(value, 0) + 1
+        return counts
+
+    def with_steps(self, steps: Iterable[Step], num_values: int) -> Program:
+        """The same program by other steps; what no output needs is left out."""
+        return replace(self, steps=_needed(tuple(steps), self.outputs), num_values=num_values)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Suffix:
+    """What must run again when some weights change.
+
+    Attributes:
+        constant: steps that depend on weights alone.
+        steps: the others, each with the values that nobody needs after it.
+        cut: values of the whole run that these read.
+        outputs: the program's outputs that change, by position.
+    """
+
+    constant: tuple[Step, ...]
+    steps: tuple[tuple[Step, tuple[int, ...]], ...]
+    cut: frozenset[int]
+    outputs: Mapping[int, int]
+
+
+def make_program(recording: Recording, device: torch.device) -> Program:
+    """Turn a recording into steps that can run on real tensors on `device`.
+
+    Raises:
+        NotRepeatableError: the pass cannot be repeated from its operators alone.
+    """
+    if not recording.is_meta:
+        raise NotRepeatableError("its forward pass depends on the values in it")
+    builder = _ProgramBuilder(recording, device)
+    for position, op in enumerate(recording.ops):
+        builder.add(position, op)
+    outputs = tuple(builder.current.get(r.index, r.index) for r in recording.outputs)
+    steps = _needed(tuple(builder.steps), outputs)
+    known = {*recording.parameters, *(r.index for r in recording.inputs)} | {
+        v for s in steps for v in s.makes if v
+    }
+    if unknown := {v for s in steps for v in s.reads} - known:
+        raise NotRepeatableError(f"it reads {len(unknown)} tensors that are neither weights nor inputs")
+    return Program(
+        steps=steps, parameters=dict(recording.parameters), inputs=tuple(r.index for r in recording.inputs),
+        outputs=outputs, shapes=builder.shapes, num_values=builder.num_values,
+    )  # fmt: skip
+
+
+def make_calibration_program(program: Program) -> tuple[Program, dict[int, str]]:
+    """The program whose batch norms use their batch's statistics, and give these out: value -> buffer name.
+
+    Variances are unbiased, as running variances are. A suffix of it can start from what a run of the given
+    program kept: then the norms above it stay as they are.
+    """
+    steps, names, number = [], dict[int, str](), program.num_values
+    for step in program.steps:
+        mean, var = (step.args[3], step.args[4]) if step.call in BATCH_NORMS else (None, None)
+        if not (isinstance(mean, Ref) and isinstance(var, Ref)):
+            steps.append(step)
+            continue
+        makes = (step.makes[0], number, number + 1)
+        names |= {number: program.parameters[mean.index], number + 1: program.parameters[var.index]}
+        steps.append(make_step(batch_normalize, (*step.args[:3], step.args[-1]), makes))
+        number += 2
+    return replace(program, outputs=tuple(names)).with_steps(steps, number), names
+
+
+def batch_normalize(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> tuple[Tensor, ...]:
+    """Batch norm by the batch's own statistics: the result, the mean (C,), the unbiased variance (C,)."""
+    y, mean, deviation = torch.native_batch_norm(x, weight, bias, None, None, True, 0.0, eps)
+    count = x.numel() // x.shape[1]
+    return y, mean, (deviation**-2 - eps) * (count / max(count - 1, 1))
+
+
+def find_suffix(program: Program, changed: Iterable[str]) -> Suffix:
+    """What must run again when the weights of these names change."""
+    names, varying = set(changed), program.varying()
+    dirty = dependent_values(program.steps, {v for v, n in program.parameters.items() if n in names})
+    steps = [s for s in program.steps if any(v in dirty for v in s.reads)]
+    moving = [s for s in steps if any(v in varying for v in s.reads)]
+    cut = frozenset(v for s in moving for v in s.reads if v in varying and v not in dirty)
+    outputs = {i: v for i, v in enumerate(program.outputs) if v in dirty}
+    return Suffix(
+        constant=tuple(s for s in steps if not any(v in varying for v in s.reads)),
+        steps=_with_releases(moving, {*cut, *outputs.values()} | (dirty - varying)),
+        cut=cut, outputs=outputs,
+    )  # fmt: skip
+
+
+class Executor:
+    """A program with one set of weights; `run` it whole, or a suffix of it with some weights changed.
+
+    Args:
+        program: what to run.
+        weights: by qualified name, on the device where it runs.
+        keep: values to keep from a whole run: the cuts of the suffixes to come.
+    """
+
+    def __init__(self, program: Program, weights: Mapping[str, Tensor], keep: Iterable[int] = ()) -> None:
+        self.program = program
+        varying = program.varying()
+        self.constants: Values = {v: weights[n] for v, n in program.parameters.items() if n in weights}
+        for step in program.steps:
+            if not any(v in varying for v in step.reads):
+                step.run(self.constants)
+        moving = [s for s in program.steps if any(v in varying for v in s.reads)]
+        self.steps = _with_releases(moving, {*keep, *program.outputs, *self.constants})
+
+    def restricted_to(self, values: Iterable[int]) -> Executor:
+        """The same with fewer steps: those that these values need."""
+        less, wanted = copy(self), set(values)
+        less.steps = _with_releases(
+            _needed(tuple(s for s, _ in self.steps), wanted), {*wanted, *self.constants}
+        )
+        return less
+
+    def run(self, *inputs: Tensor) -> Values:
+        """Every output and every value that is to be kept."""
+        values = dict(zip(self.program.inputs, inputs, strict=True))
+        return _run(self.steps, {**self.constants, **values})
+
+    def bind(self, suffix: Suffix, weights: Mapping[str, Tensor]) -> Values:
+        """The constants that change with these weights."""
+        values = {**self.constants}
+        values |= {v: weights[n] for v, n in self.program.parameters.items() if n in weights}
+        for step in suffix.constant:
+            step.run(values)
+        return values
+
+    def run_suffix(self, suffix: Suffix, bound: Values, kept: Values) -> dict[int, Tensor]:
+        """The outputs that change, by position."""
+        values = _run(suffix.steps, {**bound, **{v: kept[v] for v in suffix.cut}})
+        return {i: values[v] for i, v in suffix.outputs.items()}
+
+
+def dependent_values(steps: Iterable[Step], start: set[int]) -> set[int]:
+    """All values that depend on these."""
+    found = set(start)
+    for step in steps:
+        if any(v in found for v in step.reads):
+            found.update(v for v in step.makes if v is not None)
+    return found
+
+
+def _run(steps: Iterable[tuple[Step, tuple[int, ...]]], values: Values) -> Values:
+    for step, releases in steps:
+        step.run(values)
+        for value in releases:
+            del values[value]
+    return values
+
+
+def _with_releases(steps: Sequence[Step], keep: set[int]) -> tuple[tuple[Step, tuple[int, ...]], ...]:
+    """Each step with the values that nobody needs after it."""
+    seen, found = set(keep), []
+    for step in reversed(steps):
+        mine = {v for v in (*step.reads, *step.makes) if v is not None}
+        found.append((step, tuple(mine - seen)))
+        seen |= mine
+    return tuple(reversed(found))
+
+
+def _needed(steps: tuple[Step, ...], outputs: Iterable[int]) -> tuple[Step, ...]:
+    needed, found = set(outputs), []
+    for step in reversed(steps):
+        if any(v in needed for v in step.makes):
+            found.append(step)
+            needed.update(step.reads)
+    return tuple(reversed(found))
+
+
+class _ProgramBuilder:
+    """Rewrites a recording's operators, one after the other."""
+
+    def __init__(self, recording: Recording, device: torch.device) -> None:
+        self.recording, self.device = recording, device
+        self.steps: list[Step] = []
+        self.current: dict[int, int] = {}  # Ref -> its value now, where that is not the Ref's own
+        self.root: dict[int, int] = {}  # view -> what it looks into
+        self.num_values = len(recording.shapes)
+        self.shapes = dict(enumerate(recording.shapes))
+        self.last_read = {r.index: i for i, op in enumerate(recording.ops) for r in op.inputs}
+        self.last_read |= dict.fromkeys((r.index for r in recording.outputs), len(recording.ops))
+
+    def add(self, position: int, op: Op) -> None:
+        if torch.Tag.nondeterministic_seeded in op.call.tags:
+            raise NotRepeatableError(f"{op.name} in {op.module or 'the network'} is random")
+        if op.call is aten.as_strided.default:
+            raise NotRepeatableError(f"as_strided in {op.module or 'the network'} asks for one memory layout")
+        schema = op.call._schema
+        written = [a.name for a in schema.arguments if a.alias_info is not None and a.alias_info.is_write]
+        call, args, kwargs = self._call(op)
+        if written:
+            call = self._functional(op, written, position)
+            first = op.inputs[0].index
+            self.current[first] = self._new(self.recording.shapes[first])
+        elif any(r.alias_info is not None for r in schema.returns) and op.inputs:
+            source = op.inputs[0].index
+            root = self.root.get(source, source)
+            views = (r.index for r in op.outputs if r is not None)
+            self.root |= {view: root for view in views if view != source}
+        makes = [None if r is None else self.current.get(r.index, r.index) for r in op.outputs]
+        self.steps.append(make_step(call, args, makes, **kwargs))
+
+    def _call(self, op: Op) -> tuple[Any, list[Any], dict[str, Any]]:
+        """The operator, its positional arguments and the others, in terms of values."""
+        args, kwargs, is_positional = [], {}, True
+        for argument in op.call._schema.arguments:
+            if argument.name not in op.arguments:
+                is_positional = False
+                continue
+            value = self._value(op.arguments[argument.name])
+            if is_positional and not argument.kwarg_only:
+                args.append(value)
+            else:
+                kwargs[argument.name] = value
+        return VIEWS.get(op.call, op.call), args, kwargs
+
+    def _value(self, argument: Any) -> Any:
+        if isinstance(argument, Ref):
+            return Ref(self.current.get(argument.index, argument.index))
+        if isinstance(argument, list):
+            return [self._value(a) for a in argument]
+        return self.device if argument == torch.device("meta") else argument
+
+    def _functional(self, op: Op, written: list[str], position: int) -> Any:
+        """The operator that gives its result out where this one writes it into its first input."""
+        packet = getattr(aten, op.name, None)
+        if written != [op.call._schema.arguments[0].name] or not hasattr(packet, op.overload):
+            raise NotRepeatableError(f"{op.name} in {op.module or 'the network'} writes in place")
+        target = op.inputs[0].index
+        root = self.root.get(target, target)
+        others = ({r for r, to in self.root.items() if to == root} | {root}) - {target}
+        if any(self.last_read.get(r, -1) > position for r in others) or root in self.recording.parameters:
+            raise NotRepeatableError(
+                f"{op.name} in {op.module or 'the network'} writes into a tensor that has another view"
+            )
+        return getattr(packet, op.overload)
+
+    def _new(self, shape: tuple[int, ...]) -> int:
+        self.num_values += 1
+        self.shapes[self.num_values - 1] = shape
+        return self.num_values - 1
+
+
+def _filled(argument: Any, values: Values) -> Any:
+    if isinstance(argument, Ref):
+        return values[argument.index]
+    if isinstance(argument, (list, tuple)):
+        return [_filled(a, values) for a in argument]
+    return argument
+
+
+def _refs(arguments: Any) -> Iterator[int]:
+    for argument in arguments:
+        if isinstance(argument, Ref):
+            yield argument.index
+        elif isinstance(argument, (list, tuple)):
+            yield from _refs(argument)
+
+
+CONVOLUTION = aten.convolution.default
+ACTIVATIONS: dict[Any, Callable[[Step], tuple[str, list[float]]]] = {
+    aten.relu.default: lambda s: ("relu", []),
+    aten.silu.default: lambda s: ("swish", []),
+    aten.hardswish.default: lambda s: ("hardswish", []),
+    aten.hardtanh.default: lambda s: ("hardtanh", [float(v) for v in (s.args[1:] or (-1, 1))]),
+}
+
+
+def fuse(program: Program, weights: dict[str, Tensor], device: torch.device) -> Program:
+    """The faster program; results differ by rounding only. float32 on a CPU fuses most."""
+    rewriting = _Fuser(program)
+    rewriting.fold_norms()
+    is_float32 = all(w.dtype == torch.float32 for w in weights.values() if w.is_floating_point())
+    if device.type == "cpu" and is_float32 and torch.backends.mkldnn.is_available():  # type: ignore[no-untyped-call]
+        rewriting.fuse_convolutions()
+    return rewriting.result()
+
+
+def to_channels_last(weights: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The same weights, those of two-dimensional convolutions with channels last."""
+    return {
+        n: w.contiguous(memory_format=torch.channels_last) if w.ndim == 4 else w for n, w in weights.items()
+    }
+
+
+@dataclass(eq=False)
+class _Convolution:
+    """A convolution on its way to be one fused step; `value` is what it makes so far."""
+
+    step: Step
+    value: int
+    weight: Any
+    bias: Any
+    other: int | None = None
+    activation: tuple[str, list[float]] = field(default_factory=lambda: ("none", []))
+
+
+class _Fuser:
+    def __init__(self, program: Program) -> None:
+        self.program, self.varying = program, program.varying()
+        self.steps = list(program.steps)
+        self.num_values = program.num_values
+
+    def result(self) -> Program:
+        return self.program.with_steps(self.steps, self.num_values)
+
+    def fold_norms(self) -> None:
+        """Fold every batch norm that alone reads a convolution with constant weights."""
+        makers, readers, folded = self.program.makers(), self.program.readers(), dict[int, list[Step]]()
+        for step in self.steps:
+            before = makers.get(step.reads[0]) if step.call in BATCH_NORMS and step.reads else None
+            if before is None or not self._folds(before, step) or readers[step.reads[0]] > 1:
+                continue
+            weight, bias, self.num_values = self.num_values, self.num_values + 1, self.num_values + 2
+            args = [before.args[1], before.args[2], *step.args[1:5], step.args[-1]]
+            rest = (before.args[0], Ref(weight), Ref(bias), *before.args[3:])
+            folded[id(step)] = [
+                make_step(fold_weights, args, (weight, bias)),
+                make_step(CONVOLUTION, rest, step.makes[:1]),
+            ]
+        self.steps = [new for step in self.steps for new in folded.get(id(step), [step])]
+
+    def _folds(self, convolution: Step, norm: Step) -> bool:
+        if convolution.call is not CONVOLUTION or convolution.args[6]:
+            return False
+        constants = [*convolution.args[1:3], *norm.args[1:5]]
+        is_training = norm.call is aten.native_batch_norm.default and norm.args[5]
+        return not is_training and not any(isinstance(a, Ref) and a.index in self.varying for a in constants)
+
+    def fuse_convolutions(self) -> None:
+        """Give convolutions of images the additions and activations that follow them."""
+        program = self.result()
+        self.steps, readers = list(program.steps), program.readers()
+        open_ones: dict[int, _Convolution] = {}
+        done: list[Step | _Convolution] = []
+        for step in self.steps:
+            if self._is_plain(step):
+                convolution = _Convolution(
+                    step=step, value=_made(step), weight=step.args[1], bias=step.args[2]
+                )
+                open_ones[convolution.value] = convolution
+                done.append(convolution)
+                continue
+            grown = next((c for c in self._grown(step, open_ones, readers)), None)
+            if grown is None:
+                done.append(step)
+                continue
+            done.remove(grown)  # it runs where its last part ran: by then all that it reads is there
+            done.append(grown)
+            del open_ones[grown.value]
+            grown.value = _made(step)
+            if grown.activation[0] == "none":
+                open_ones[grown.value] = grown
+        self.steps = [_pointwise(c) if isinstance(c, _Convolution) else c for c in done]
+
+    def _is_plain(self, step: Step) -> bool:
+        if step.call is not CONVOLUTION or step.args[6] or any(step.args[7]):
+            return False
+        x, weight = step.args[0], step.args[1]
+        shape = self.program.shapes.get(x.index, ())
+        return len(shape) == 4 and x.index in self.varying and weight.index not in self.varying
+
+    def _grown(
+        self, step: Step, known: dict[int, _Convolution], readers: dict[int, int]
+    ) -> Iterator[_Convolution]:
+        """The convolution that can do this step as well, changed so that it does."""
+        for value in step.reads:
+            convolution = known.get(value)
+            if convolution is None or readers[value] > 1:
+                continue
+            if step.call in ACTIVATIONS and (convolution.other is None or step.call is aten.relu.default):
+                convolution.activation = ACTIVATIONS[step.call](step)
+                yield convolution
+            elif self._adds(step) and convolution.other is None:
+                convolution.other = step.reads[1] if step.reads[0] == value else step.reads[0]
+                yield convolution
+
+    def _adds(self, step: Step) -> bool:
+        """Whether a step adds two different activations of one shape."""
+        if step.call is not aten.add.Tensor or step.kwargs or len(step.reads) != 2 or len(step.args) != 2:
+            return False
+        shapes = [self.program.shapes.get(v) for v in step.reads]
+        return shapes[0] == shapes[1] and shapes[0] is not None and all(v in self.varying for v in step.reads)
+
+
+def fold_weights(  # noqa: PLR0913 - a convolution's and a norm's own arguments
+    weight: Tensor, bias: Tensor | None, scale: Tensor | None, shift: Tensor | None, mean: Tensor,
+    var: Tensor, eps: float,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """Weight and bias of the one convolution that does what a convolution and a batch norm do."""
+    factor = torch.rsqrt(var + eps) if scale is None else scale * torch.rsqrt(var + eps)
+    offset = -mean * factor if bias is None else (bias - mean) * factor
+    return (
+        weight * factor.view(-1, *[1] * (weight.ndim - 1)),
+        offset if shift is None else offset + shift,
+    )
+
+
+def _made(step: Step) -> int:
+    value = step.makes[0]
+    assert value is not None
+    return value
+
+
+def _pointwise(convolution: _Convolution) -> Step:
+    """The fused step, or the convolution as it was where nothing was fused into it."""
+    (name, scalars), old = convolution.activation, convolution.step
+    if name == "none" and convolution.other is None:
+        return old
+    stride, padding, dilation, groups = old.args[3], old.args[4], old.args[5], old.args[8]
+    settings = [list(padding), list(stride), list(dilation), groups]
+    head = [old.args[0], convolution.weight, convolution.bias]
+    if convolution.other is None:
+        args = [*head, *settings, name, scalars, ""]
+        return make_step(torch.ops.mkldnn._convolution_pointwise.default, args, (convolution.value,))
+    after: list[Any] = [None if name == "none" else name, [], None]
+    args = [head[0], Ref(convolution.other), *head[1:], *settings, "add", 1.0, *after]
+    return make_step(torch.ops.mkldnn._convolution_pointwise.binary, args, (convolution.value,))
