@@ -244,7 +244,7 @@ def _heat_cell(axes: Axes, place: tuple[int, int], cell: Cell, worst: float, *, 
 
 
 def write_analysis_plots(
-    points: Sequence[Probed], prospects: Sequence[Prospect], intact: float, folder: Path
+    points: Sequence[MeasuredPoint], prospects: Sequence[Prospect], intact: float, folder: Path
 ) -> None:
     """Write the pictures of an analysis, `sensitivity.png` and `outlook.png`, into a folder.
 
