@@ -23,7 +23,7 @@ SECRETS = ("password", "passfile", "sslpassword")
 
 
 @dataclass(frozen=True, kw_only=True)
-class Place:
+class RunLocation:
     """Where one run is kept.
 
     Attributes:
@@ -59,30 +59,34 @@ class Place:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Run:
+class RunReference:
     """A run that somebody named: its place, and its name where that was given."""
 
-    place: Place
+    location: RunLocation
     name: str | None
 
 
-def find_run(text: str, artifacts: str | None = None) -> Run:
+def parse_run(text: str, artifacts: str | None = None) -> RunReference:
     """Read `RUN`.
 
     Raises:
         UsageError: the text is no such place, names no run, or holds a password.
     """
     if "://" not in text:
-        return Run(place=Place(folder=Path(text), artifacts=checked_artifacts(artifacts)), name=None)
+        return RunReference(
+            location=RunLocation(folder=Path(text), artifacts=parse_artifact_url(artifacts)), name=None
+        )
     address, _, name = text.partition("#")
-    database = checked_database(address)
+    database = parse_database_url(address)
     if not name:
         raise UsageError(f"{database} names no run", f"write {database}#name")
-    place = Place(folder=Path("runs") / name, database=database, artifacts=checked_artifacts(artifacts))
-    return Run(place=place, name=name)
+    location = RunLocation(
+        folder=Path("runs") / name, database=database, artifacts=parse_artifact_url(artifacts)
+    )
+    return RunReference(location=location, name=name)
 
 
-def checked_database(text: str) -> str:
+def parse_database_url(text: str) -> str:
     """A PostgreSQL URL without secrets.
 
     Raises:
@@ -98,7 +102,7 @@ def checked_database(text: str) -> str:
     return url.set(drivername="postgresql").render_as_string()
 
 
-def checked_artifacts(text: str | None) -> str | None:
+def parse_artifact_url(text: str | None) -> str | None:
     """An `s3://bucket/prefix` or a folder.
 
     Raises:

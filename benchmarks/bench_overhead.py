@@ -4,7 +4,7 @@
     python benchmarks/bench_overhead.py growth [--trials 1000] [--whole] [--sampler tpe]
     python benchmarks/bench_overhead.py run RUN
 
-`storage`: every process takes seats, is suggested five parameters, stores a record of ten epochs, and tells;
+`storage`: every process takes slots, is suggested five parameters, stores a record of ten epochs, and tells;
 nothing is trained. `growth`: the same alone, the first hundred trials of a study against its last hundred;
 with `--whole` all that a round does beside pruning and training, the sampler's advice included.
 `run`: of a finished run's time between its first trial and its last model, the share outside analyses,
@@ -30,12 +30,19 @@ from unittest.mock import patch
 import optuna
 
 from autoprune import events as ev
-from autoprune.location import Place, checked_database
+from autoprune.location import RunLocation, parse_database_url
 from autoprune.record import EpochPoint, Rung, TrialRecord
 from autoprune.search.history import RESULT, read_plan, read_trials
-from autoprune.storage.retry import open_storage
-from autoprune.storage.run_store import FINAL, RunStore, name_in, put, quiet_optuna, scored
-from autoprune.storage.trial_slots import sit, take, tell
+from autoprune.storage.database import open_storage
+from autoprune.storage.run_store import (
+    FINAL,
+    RunStore,
+    completed_trials,
+    quiet_optuna,
+    run_name_at,
+    set_attrs,
+)
+from autoprune.storage.trial_slots import claim_slot, finish_trial, start_trial
 
 ROOT = Path(__file__).resolve().parents[1]
 EPOCH = EpochPoint(epoch=1.0, lr=0.1, train_loss=1.0, images_per_s=100.0)
@@ -50,9 +57,9 @@ def open_study(where: str, *, create: bool = False) -> optuna.Study:
         backend = optuna.storages.journal.JournalFileBackend(rest)
         storage: optuna.storages.BaseStorage = optuna.storages.JournalStorage(backend)
     else:
-        database = None if kind == "sqlite" else checked_database(where)
+        database = None if kind == "sqlite" else parse_database_url(where)
         folder = Path(rest) if kind == "sqlite" else Path("unused")
-        storage = open_storage(Place(folder=folder, database=database))
+        storage = open_storage(RunLocation(folder=folder, database=database))
     if create:
         return optuna.create_study(study_name="bench/round-01", storage=storage, direction="maximize")
     return optuna.load_study(study_name="bench/round-01", storage=storage)
@@ -60,18 +67,18 @@ def open_study(where: str, *, create: bool = False) -> optuna.Study:
 
 def one_trial(study: optuna.Study, planned: int, owner: int) -> bool:
     """Everything that a trial asks of the storage."""
-    taken = take(study, planned, owner)
+    taken = claim_slot(study, planned, owner)
     if taken is None:
         return False
-    trial = sit(study, taken, POINT)
+    trial = start_trial(study, taken, POINT)
     trial.suggest_float("prune_rate", 0.1, 0.4)
     trial.suggest_float("lr", 1e-3, 0.1, log=True)
     for name, choices in CHOICES.items():
         trial.suggest_categorical(name, choices)
     record = TrialRecord(number=-1, state="running", params={}, top1=0.9, epochs=(EPOCH,) * 10, seconds=1.0)
-    put(trial, checkpoint="0" * 64)
-    put(trial, **{RESULT: record})
-    tell(study, trial, 0.5)
+    set_attrs(trial, checkpoint="0" * 64)
+    set_attrs(trial, **{RESULT: record})
+    finish_trial(study, trial, 0.5)
     return True
 
 
@@ -111,7 +118,7 @@ def storage_cost(where: str, workers: int, planned: int) -> list[float]:
 
 
 @contextmanager
-def places(*, with_postgres: bool) -> Iterator[list[str]]:
+def locations(*, with_postgres: bool) -> Iterator[list[str]]:
     """A kind of storage each, in a temporary folder."""
     with tempfile.TemporaryDirectory() as folder:
         kinds = ["sqlite", "journal"]
@@ -129,7 +136,7 @@ def storage(args: argparse.Namespace) -> None:
     """One line for every storage and number of workers."""
     print(f"{'storage':12} workers  trials  median ms  mean ms  worst ms  trials/s")
     for workers in args.workers:
-        with places(with_postgres=args.postgres) as found:
+        with locations(with_postgres=args.postgres) as found:
             for where in found:
                 kind = where.partition(":")[0]
                 if kind == "sqlite":
@@ -221,8 +228,8 @@ def overhead_of(store: RunStore) -> tuple[float, float]:
     rounds = list(store.rounds())
     final = store.study(FINAL)
     assert final is not None, "the run is not finished"
-    first = min(t.datetime_start for t in scored(rounds[0]) if t.datetime_start)
-    last = max(t.datetime_complete for t in scored(final) if t.datetime_complete)
+    first = min(t.datetime_start for t in completed_trials(rounds[0]) if t.datetime_start)
+    last = max(t.datetime_complete for t in completed_trials(final) if t.datetime_complete)
     work = sum(t.seconds for study in rounds for t in read_trials(study))
     work += sum(read_plan(study).analysis_seconds for study in rounds[1:])
     return (last - first).total_seconds(), work + final.user_attrs["seconds"]
@@ -230,9 +237,9 @@ def overhead_of(store: RunStore) -> tuple[float, float]:
 
 def run(args: argparse.Namespace) -> None:
     """A finished run's overhead; one process ran it, without a pause."""
-    with closing(RunStore(args.run, name_in(args.run))) as store:
+    with closing(RunStore(args.run, run_name_at(args.run))) as store:
         wall, work = overhead_of(store)
-        trials = sum(len(scored(study)) for study in store.rounds())
+        trials = sum(len(completed_trials(study)) for study in store.rounds())
     print(f"{args.run}: {trials} trials, {wall:.1f} s, of which {100 * (1 - work / wall):.2f} % overhead")
 
 

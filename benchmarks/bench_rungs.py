@@ -18,7 +18,7 @@ from scipy.stats import spearmanr
 
 from autoprune.record import RoundRecord
 from autoprune.search.history import read_run
-from autoprune.storage.run_store import RunStore, name_in, quiet_optuna
+from autoprune.storage.run_store import RunStore, quiet_optuna, run_name_at
 
 FEW = 4  # pairs; fewer say nothing
 
@@ -36,7 +36,7 @@ def main() -> None:
 
 
 def _line(folder: Path) -> str:
-    with quiet_optuna(), closing(RunStore(folder, name_in(folder))) as store:
+    with quiet_optuna(), closing(RunStore(folder, run_name_at(folder))) as store:
         rounds = read_run(store).rounds
     trials = [t for r in rounds for t in r.trials if t.rungs]
     pairs = [pair for r in rounds for pair in _pairs(r)]

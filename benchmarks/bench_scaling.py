@@ -26,7 +26,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from autoprune.search.history import read_plan, read_trials
-from autoprune.storage.run_store import RunStore, name_in, quiet_optuna, scored
+from autoprune.storage.run_store import RunStore, completed_trials, quiet_optuna, run_name_at
 from autoprune.storage.trial_slots import OWNER
 
 WORKERS = (1, 2, 4, 8, 16, 32, 64)
@@ -71,7 +71,7 @@ class Scaled:
 
 def times_of(folder: Path) -> Times:
     """Read a run."""
-    with closing(RunStore(folder, name_in(folder))) as store:
+    with closing(RunStore(folder, run_name_at(folder))) as store:
         rounds = list(store.rounds())
         trials = [t.seconds for study in rounds for t in read_trials(study) if t.top1 is not None]
         return Times(trials=trials, between=sum(read_plan(s).analysis_seconds for s in rounds) / len(rounds))
@@ -107,9 +107,9 @@ def show_simulation(args: argparse.Namespace) -> None:
 
 def measured(folder: Path) -> Measured:
     """Of the first round, from when the last worker began until the first one found no trial any more."""
-    with closing(RunStore(folder, name_in(folder))) as store:
+    with closing(RunStore(folder, run_name_at(folder))) as store:
         spans: dict[int, list[tuple[float, float]]] = {}
-        for trial in scored(next(iter(store.rounds()))):
+        for trial in completed_trials(next(iter(store.rounds()))):
             assert trial.datetime_start is not None
             assert trial.datetime_complete is not None
             span = (trial.datetime_start.timestamp(), trial.datetime_complete.timestamp())

@@ -24,8 +24,8 @@ import torchvision
 from autoprune.config import Protection
 from autoprune.crypto.keys import keygen
 from autoprune.plan import PruningPlan
+from autoprune.storage.checkpoint_cipher import run_cipher
 from autoprune.storage.run_store import RunStore, quiet_optuna
-from autoprune.storage.sealing import run_seal
 
 NETWORKS = ("mobilenet_v2", "resnet18", "resnet50")
 PLAN = PruningPlan(keep={}, num_units={})
@@ -36,11 +36,11 @@ def times(store: RunStore, model: torch.nn.Module) -> tuple[float, float]:
     with torch.no_grad():
         next(model.parameters()).add_(1e-3)
     began = time.perf_counter()
-    artifact = store.save(model, PLAN)
+    artifact = store.save_checkpoint(model, PLAN)
     saved = time.perf_counter()
-    store.load(artifact)
+    store.load_checkpoint(artifact)
     done = time.perf_counter()
-    store.forget(artifact)
+    store.delete_checkpoint(artifact)
     return saved - began, done - saved
 
 
@@ -67,7 +67,7 @@ def main() -> None:
         key = Path(folder) / "key"
         protection = Protection(run_recipients=(keygen(key),), run_identities=(str(key),))
         plain = RunStore(Path(folder) / "plain", "a", create=True)
-        sealed = RunStore(Path(folder) / "sealed", "a", create=True, seal=run_seal(protection))
+        sealed = RunStore(Path(folder) / "sealed", "a", create=True, cipher=run_cipher(protection))
         rows = [row(name, plain, sealed, arguments.repeat) for name in NETWORKS]
         plain.close()
         sealed.close()

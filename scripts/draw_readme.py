@@ -19,7 +19,7 @@ from PIL import Image
 
 from autoprune.report import plots
 from autoprune.search.history import read_run
-from autoprune.storage.run_store import RunStore, name_in, quiet_optuna
+from autoprune.storage.run_store import RunStore, quiet_optuna, run_name_at
 
 TARGET = Path(__file__).resolve().parents[1] / "docs" / "run.png"
 DPI = 110
@@ -42,7 +42,7 @@ def main() -> None:
     parser.add_argument("run", type=Path)
     parser.add_argument("--out", type=Path, default=TARGET)
     arguments = parser.parse_args()
-    with quiet_optuna(), closing(RunStore(arguments.run, name_in(arguments.run))) as store:
+    with quiet_optuna(), closing(RunStore(arguments.run, run_name_at(arguments.run))) as store:
         record = read_run(store)
     drawn = plots.draw_all(record)
     parts = [picture(drawn["path"], 7.0, 3.6), picture(drawn["widths"], 4.2, 3.6)]

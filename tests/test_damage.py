@@ -15,11 +15,12 @@ from autoprune import events as ev
 from autoprune.cli.main import main
 from autoprune.config import Protection
 from autoprune.errors import AutopruneError, RunError
+from autoprune.location import DATABASE
 from autoprune.pipeline.run import run
 from autoprune.search.controller import replay
 from autoprune.search.history import outcomes, read_goal, read_plan
-from autoprune.storage.membership import HeldError
-from autoprune.storage.run_store import DATABASE, RunStore, put, quiet_optuna, scored
+from autoprune.storage.membership import RunLockedError
+from autoprune.storage.run_store import RunStore, completed_trials, quiet_optuna, set_attrs
 from tests.tiny import tiny_study
 
 LOG = f"{DATABASE}-wal"
@@ -63,7 +64,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
         for number in range(TRIALS):
             trial = study.ask()
             trial.suggest_float("x", 0, 1)
-            put(trial, **written(number))
+            set_attrs(trial, **written(number))
             study.tell(trial, float(number))
         shutil.copytree(base / "closed", base / "at-work")
         store.close()
@@ -78,13 +79,13 @@ def found_in(folder: Path) -> list[int] | None:
             study = store.study(1)
             if study is None:
                 return []
-            trials = scored(study)
+            trials = completed_trials(study)
             for trial in trials:
                 expected = written(trial.number)
                 assert {k: trial.user_attrs[k] for k in expected} == expected
                 assert trial.value == trial.number
             study.tell(study.ask(), 99.0)
-            assert scored(study)[-1].value == 99
+            assert completed_trials(study)[-1].value == 99
             return [t.number for t in trials]
     except AutopruneError:
         return None
@@ -126,7 +127,7 @@ def test_a_value_that_is_damaged_is_an_error_for_people(folders: tuple[Path, Pat
         study = store.study(1)
         assert study is not None
         with pytest.raises(RunError, match="malformed value") as caught:
-            scored(study)
+            completed_trials(study)
     assert ".recover" in caught.value.hint
 
 
@@ -147,7 +148,7 @@ def test_a_run_goes_on_from_the_last_good_commit_of_a_damaged_log(seed: int, tmp
     log.write_bytes(DAMAGES[seed % 4](log.read_bytes(), dice))
     try:
         again = run(tiny_study(), out=copy, resume=True, protection=Protection(plain=True))
-    except HeldError:
+    except RunLockedError:
         raise  # that is no damage, and would end this test at once
     except AutopruneError:
         return
@@ -155,5 +156,5 @@ def test_a_run_goes_on_from_the_last_good_commit_of_a_damaged_log(seed: int, tmp
     assert again.after.top1 == result.after.top1
     with closing(RunStore(copy, "tiny")) as store:
         replay(read_goal(store), tiny_study().control, outcomes(store))
-        assert all(len(scored(study)) <= read_plan(study).trials for study in store.rounds())
+        assert all(len(completed_trials(study)) <= read_plan(study).trials for study in store.rounds())
     assert main(["verify", str(copy / "model.autoprune")]) == 0

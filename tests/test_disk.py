@@ -27,7 +27,7 @@ from autoprune import events as ev
 from autoprune.config import Protection
 from autoprune.errors import AutopruneError
 from autoprune.pipeline.run import run
-from autoprune.location import Place
+from autoprune.location import RunLocation
 from autoprune.config import Search
 from tests.tiny import tiny_study, trained_net
 
@@ -36,8 +36,8 @@ study = tiny_study(model=trained_net, baseline=None, target="macs=0.7", max_drop
 disk, kind, out = Path(sys.argv[1]), sys.argv[2], Path(sys.argv[3])
 # The database alone is on the small disk, or the checkpoints alone.
 places = {
-    "database": Place(folder=disk / "run", artifacts=str(out / "artifacts")),
-    "checkpoints": Place(folder=out / "run", artifacts=str(disk / "artifacts")),
+    "database": RunLocation(folder=disk / "run", artifacts=str(out / "artifacts")),
+    "checkpoints": RunLocation(folder=out / "run", artifacts=str(disk / "artifacts")),
 }
 filler = disk / "filler"
 
@@ -70,17 +70,17 @@ READ_ONLY = """
 import io, subprocess, sys
 from pathlib import Path
 from autoprune.errors import AutopruneError
-from autoprune.storage.retry import open_artifacts
+from autoprune.storage.blobs import open_blobs
 from autoprune.storage.run_store import RunStore, quiet_optuna
 
 disk = Path(sys.argv[1])
 with quiet_optuna():
     store = RunStore(disk / "run", "a", create=True)
     store.create_study(1, {})
-    store.artifacts.write("x", io.BytesIO(b"x"))
+    store.blobs.write("x", io.BytesIO(b"x"))
     store.close()
     subprocess.run(["mount", "-o", "remount,ro", str(disk)], check=True)
-    for what in (lambda: open_artifacts(str(disk / "run" / "artifacts")).write("y", io.BytesIO(b"y")),
+    for what in (lambda: open_blobs(str(disk / "run" / "artifacts")).write("y", io.BytesIO(b"y")),
                  lambda: RunStore(disk / "run", "a").create_study(2, {})):
         try:
             what()

@@ -21,8 +21,8 @@ from autoprune.cli.main import main
 from autoprune.errors import UsageError
 from autoprune.search.controller import Decision, RoundOutcome, decide, start
 from autoprune.search.history import CHECKPOINT, RESULT, read_goal, read_plan, read_run, summaries
-from autoprune.storage.run_store import RunStore, name_in, scored
-from autoprune.storage.trial_slots import SEAT
+from autoprune.storage.run_store import RunStore, completed_trials, run_name_at
+from autoprune.storage.trial_slots import SLOT
 from tests.tiny import tiny_study
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -91,7 +91,7 @@ def run_and_die(words: list[str], dice: random.Random, kind: str, stage: str) ->
 def finished_trials(out: Path) -> dict[tuple[str, int], Any]:
     """What every trial that was told complete says."""
     try:
-        with closing(RunStore(out, name_in(out))) as store:
+        with closing(RunStore(out, run_name_at(out))) as store:
             return {
                 (study.study_name, t.number): (
                     t.params,
@@ -100,7 +100,7 @@ def finished_trials(out: Path) -> dict[tuple[str, int], Any]:
                     t.user_attrs.get(CHECKPOINT),
                 )
                 for study in store.rounds()
-                for t in scored(study)
+                for t in completed_trials(study)
             }
     except UsageError:
         return {}
@@ -117,9 +117,9 @@ def check(out: Path, before: dict[tuple[str, int], Any]) -> None:
         goal = read_goal(store)
         state = start(goal, control)
         for study in store.rounds():
-            seats = [t.user_attrs[SEAT] for t in scored(study)]
-            assert sorted(seats) == list(range(len(seats)))
-            assert len(seats) <= read_plan(study).trials
+            slots = [t.user_attrs[SLOT] for t in completed_trials(study)]
+            assert sorted(slots) == list(range(len(slots)))
+            assert len(slots) <= read_plan(study).trials
             told = study.user_attrs
             if "action" not in told:
                 continue
@@ -130,7 +130,7 @@ def check(out: Path, before: dict[tuple[str, int], Any]) -> None:
             for one in state.path:
                 attempt = store.study(one.round)
                 assert attempt is not None
-                store.load(attempt.trials[one.trial].user_attrs[CHECKPOINT])
+                store.load_checkpoint(attempt.trials[one.trial].user_attrs[CHECKPOINT])
 
 
 def killed_again_and_again(folder: Path, moments: Sequence[tuple[str, str]]) -> list[tuple[str, str]]:
@@ -160,7 +160,7 @@ def killed_again_and_again(folder: Path, moments: Sequence[tuple[str, str]]) -> 
         assert record.after is not None
         final = store.study("final")
         assert final is not None
-        assert len(scored(final)) == 1
+        assert len(completed_trials(final)) == 1
     assert json.loads(done.stdout)["after"]["top1"] == record.after.top1
     parts = [p.name for p in (out / "artifacts").iterdir() if p.name.endswith(".part")]
     assert parts == [], "half-written files are swept up"

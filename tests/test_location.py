@@ -10,26 +10,27 @@ from pathlib import Path
 import pytest
 
 from autoprune.errors import RunError, UsageError
-from autoprune.location import Place, checked_artifacts, checked_database, find_run
-from autoprune.storage.retry import open_artifacts, open_storage
+from autoprune.location import RunLocation, parse_artifact_url, parse_database_url, parse_run
+from autoprune.storage.blobs import open_blobs
+from autoprune.storage.database import open_storage
 
 
 def test_a_folder_holds_all_of_a_run(tmp_path: Path) -> None:
-    found = find_run(str(tmp_path / "runs" / "a"))
+    found = parse_run(str(tmp_path / "runs" / "a"))
     assert found.name is None
-    assert found.place.is_local
-    assert found.place.url == f"sqlite:///{tmp_path}/runs/a/study.sqlite3"
-    assert found.place.checkpoints("a") == str(tmp_path / "runs" / "a" / "artifacts")
+    assert found.location.is_local
+    assert found.location.url == f"sqlite:///{tmp_path}/runs/a/study.sqlite3"
+    assert found.location.checkpoints("a") == str(tmp_path / "runs" / "a" / "artifacts")
 
 
 def test_a_database_holds_many_runs_by_name() -> None:
-    found = find_run("postgresql://ann@db.site:5433/prune#night", "s3://models/night/")
+    found = parse_run("postgresql://ann@db.site:5433/prune#night", "s3://models/night/")
     assert found.name == "night"
-    assert not found.place.is_local
-    assert str(found.place) == "postgresql://ann@db.site:5433/prune"
-    assert found.place.url == "postgresql+psycopg://ann@db.site:5433/prune"
-    assert found.place.checkpoints("night") == "s3://models/night/night"
-    assert found.place.folder == Path("runs/night")
+    assert not found.location.is_local
+    assert str(found.location) == "postgresql://ann@db.site:5433/prune"
+    assert found.location.url == "postgresql+psycopg://ann@db.site:5433/prune"
+    assert found.location.checkpoints("night") == "s3://models/night/night"
+    assert found.location.folder == Path("runs/night")
 
 
 @pytest.mark.parametrize(
@@ -42,7 +43,7 @@ def test_a_database_holds_many_runs_by_name() -> None:
 )
 def test_a_password_in_a_url_is_refused_and_not_repeated(url: str) -> None:
     with pytest.raises(UsageError) as caught:
-        find_run(url)
+        parse_run(url)
     assert "hunter2" not in str(caught.value)
     assert "PGPASSWORD" in caught.value.hint
 
@@ -57,30 +58,30 @@ def test_a_password_in_a_url_is_refused_and_not_repeated(url: str) -> None:
 )
 def test_what_is_no_place_is_refused(text: str, told: str) -> None:
     with pytest.raises(UsageError, match=told):
-        find_run(text)
+        parse_run(text)
 
 
 @pytest.mark.parametrize("text", ["gs://bucket/a", "s3://", "s3://key:secret@bucket/a", "https://host/b"])
 def test_an_artifact_store_is_s3_or_a_folder(text: str) -> None:
     with pytest.raises(UsageError, match="--artifacts") as caught:
-        checked_artifacts(text)
+        parse_artifact_url(text)
     assert "secret" not in caught.value.message
-    assert checked_artifacts("shared") == str(Path.cwd() / "shared")
+    assert parse_artifact_url("shared") == str(Path.cwd() / "shared")
 
 
 def test_a_database_that_is_not_there_is_told_at_once() -> None:
-    place = Place(folder=Path("x"), database=checked_database("postgresql://127.0.0.1:1/none"))
+    location = RunLocation(folder=Path("x"), database=parse_database_url("postgresql://127.0.0.1:1/none"))
     with pytest.raises(UsageError, match="cannot be opened") as caught:
-        open_storage(place)
+        open_storage(location)
     assert "PGPASSWORD" in caught.value.hint
 
 
 def test_a_missing_client_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     for missing in ("psycopg", "boto3"):
         monkeypatch.setitem(sys.modules, missing, None)
-    place = Place(folder=Path("x"), database="postgresql://127.0.0.1:1/none")
+    location = RunLocation(folder=Path("x"), database="postgresql://127.0.0.1:1/none")
     for opens, missing in (
-        (lambda: open_storage(place), "psycopg"), (lambda: open_artifacts("s3://b/p"), "boto3"),
+        (lambda: open_storage(location), "psycopg"), (lambda: open_blobs("s3://b/p"), "boto3"),
     ):  # fmt: skip
         with pytest.raises(UsageError, match=f"{missing}, which is missing") as caught:
             opens()
@@ -89,7 +90,7 @@ def test_a_missing_client_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs Linux's full device")
 def test_a_full_disk_leaves_no_half_checkpoint(tmp_path: Path) -> None:
-    store = open_artifacts(str(tmp_path / "artifacts"))
+    store = open_blobs(str(tmp_path / "artifacts"))
     (tmp_path / "artifacts").mkdir()
     part = tmp_path / "artifacts" / f".x.{os.getpid()}.part"
     part.symlink_to("/dev/full")
@@ -101,7 +102,7 @@ def test_a_full_disk_leaves_no_half_checkpoint(tmp_path: Path) -> None:
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root writes everywhere")
 def test_a_read_only_folder_is_named(tmp_path: Path) -> None:
-    store = open_artifacts(str(tmp_path / "artifacts"))
+    store = open_blobs(str(tmp_path / "artifacts"))
     store.write("y", io.BytesIO(b"y"))
     (tmp_path / "artifacts").chmod(0o500)
     with pytest.raises(RunError, match="Permission denied"):
@@ -111,4 +112,4 @@ def test_a_read_only_folder_is_named(tmp_path: Path) -> None:
 def test_a_place_that_cannot_be_made_is_named(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(RunError, match="Not a directory"):
-        open_artifacts(str(tmp_path / "file" / "artifacts")).write("x", io.BytesIO(b"x"))
+        open_blobs(str(tmp_path / "file" / "artifacts")).write("x", io.BytesIO(b"x"))

@@ -18,12 +18,12 @@ import pytest
 from autoprune import events as ev
 from autoprune.config import Protection, Search
 from autoprune.errors import ArtifactError, RunError, UsageError
-from autoprune.location import Place, checked_database
+from autoprune.location import RunLocation, parse_database_url
 from autoprune.pipeline.run import run
 from autoprune.plan import PruningPlan
 from autoprune.report.dashboard import Dashboard, find_runs, open_dashboard
-from autoprune.storage.membership import HeldError, joined
-from autoprune.storage.run_store import RunStore, put, quiet_optuna, scored
+from autoprune.storage.membership import RunLockedError, join_run
+from autoprune.storage.run_store import RunStore, completed_trials, quiet_optuna, set_attrs
 from autoprune.storage.trial_slots import OWNER
 from tests.report.test_dashboard import CHROMIUM, Page, visit
 from tests.services import Postgres, Relay, postgres, postgres_programs, s3
@@ -78,15 +78,15 @@ def bucket() -> Iterator[Relay]:
 
 
 @pytest.fixture
-def place(database: Postgres, bucket: Relay, tmp_path: Path) -> Place:
-    return Place(
-        folder=tmp_path / "out", database=checked_database(database.url), artifacts="s3://models/night"
+def location(database: Postgres, bucket: Relay, tmp_path: Path) -> RunLocation:
+    return RunLocation(
+        folder=tmp_path / "out", database=parse_database_url(database.url), artifacts="s3://models/night"
     )
 
 
 @pytest.fixture
-def store(place: Place) -> Iterator[RunStore]:
-    with quiet_optuna(), closing(RunStore(place, f"run{time.time_ns()}", create=True)) as made:
+def store(location: RunLocation) -> Iterator[RunStore]:
+    with quiet_optuna(), closing(RunStore(location, f"run{time.time_ns()}", create=True)) as made:
         yield made
 
 
@@ -106,42 +106,42 @@ def while_away(server: Postgres | Relay, seconds: float) -> threading.Thread:
 def test_a_run_lives_in_a_database_and_a_bucket(store: RunStore) -> None:
     study = store.create_study(0, {"floor": 0.5})
     trial = study.ask()
-    artifact = store.save(tiny_net(), PLAN)
-    put(trial, checkpoint=artifact)
+    artifact = store.save_checkpoint(tiny_net(), PLAN)
+    set_attrs(trial, checkpoint=artifact)
     study.tell(trial, 0.9)
-    assert store.load(artifact).is_of(tiny_net())
-    assert [t.value for t in scored(study)] == [0.9]
-    with closing(RunStore(store.place, store.name)) as other:
+    assert store.load_checkpoint(artifact).matches(tiny_net())
+    assert [t.value for t in completed_trials(study)] == [0.9]
+    with closing(RunStore(store.location, store.name)) as other:
         found = other.study(0)
         assert found is not None
         assert found.user_attrs["floor"] == 0.5
-    store.forget(artifact)
+    store.delete_checkpoint(artifact)
     with pytest.raises(ArtifactError, match="missing in s3://models/night/"):
-        store.load(artifact)
+        store.load_checkpoint(artifact)
 
 
 def test_a_damaged_object_is_refused(store: RunStore) -> None:
     import io
 
-    artifact = store.save(tiny_net(), PLAN)
-    with store.artifacts.open_reader(artifact) as file:
+    artifact = store.save_checkpoint(tiny_net(), PLAN)
+    with store.blobs.open_reader(artifact) as file:
         content = bytearray(file.read())
     for damaged in (content[:-9], bytes([content[0] ^ 1]) + content[1:]):
-        store.artifacts.write(artifact, io.BytesIO(damaged))
+        store.blobs.write(artifact, io.BytesIO(damaged))
         with pytest.raises(ArtifactError, match="damaged"):
-            store.load(artifact)
-    assert store.save(tiny_net(), PLAN) == artifact
-    store.load(artifact)
+            store.load_checkpoint(artifact)
+    assert store.save_checkpoint(tiny_net(), PLAN) == artifact
+    store.load_checkpoint(artifact)
 
 
 def test_two_runs_share_a_database_and_each_has_one_coordinator(store: RunStore) -> None:
     with (
-        closing(RunStore(store.place, "another", create=True)) as other,
-        closing(RunStore(store.place, store.name)) as second,
-        joined(store, "coordinator"),
-        joined(other, "coordinator"),
-        pytest.raises(HeldError),
-        joined(second, "coordinator"),
+        closing(RunStore(store.location, "another", create=True)) as other,
+        closing(RunStore(store.location, store.name)) as second,
+        join_run(store, "coordinator"),
+        join_run(other, "coordinator"),
+        pytest.raises(RunLockedError),
+        join_run(second, "coordinator"),
     ):
         pytest.fail("there are two")
 
@@ -149,7 +149,7 @@ def test_two_runs_share_a_database_and_each_has_one_coordinator(store: RunStore)
 def test_a_stopped_database_is_waited_for(store: RunStore, database: Postgres) -> None:
     study = store.create_study(1, {})
     trial = study.ask()
-    with joined(store, "coordinator") as me:
+    with join_run(store, "coordinator") as me:
         back = while_away(database, 20)
         began = time.monotonic()
         trial.suggest_float("x", 0, 1)
@@ -157,31 +157,31 @@ def test_a_stopped_database_is_waited_for(store: RunStore, database: Postgres) -
         took = time.monotonic() - began
         back.join()
         assert took > 5
-        assert [t.value for t in scored(study)] == [1.0]
+        assert [t.value for t in completed_trials(study)] == [1.0]
         me.check()
 
 
 def test_an_object_store_that_refuses_is_waited_for(store: RunStore, bucket: Relay) -> None:
     back = while_away(bucket, 20)
     began = time.monotonic()
-    artifact = store.save(tiny_net(), PLAN)
+    artifact = store.save_checkpoint(tiny_net(), PLAN)
     assert time.monotonic() - began > 5
     back.join()
-    assert store.load(artifact).is_of(tiny_net())
+    assert store.load_checkpoint(artifact).matches(tiny_net())
 
 
-def test_a_missing_bucket_and_a_wrong_name_are_told(place: Place, database: Postgres) -> None:
+def test_a_missing_bucket_and_a_wrong_name_are_told(location: RunLocation, database: Postgres) -> None:
     from dataclasses import replace
 
     with pytest.raises(RunError, match="no-such-bucket"):
-        RunStore(replace(place, artifacts="s3://no-such-bucket/a"), "a", create=True)
-    wrong = replace(place, database=database.url.replace("/postgres", "/nothing"))
+        RunStore(replace(location, artifacts="s3://no-such-bucket/a"), "a", create=True)
+    wrong = replace(location, database=database.url.replace("/postgres", "/nothing"))
     with pytest.raises(UsageError, match="cannot be opened"):
         RunStore(wrong, "a")
 
 
 def test_a_run_goes_on_after_a_minute_without_database_and_one_without_store(
-    place: Place, database: Postgres, bucket: Relay
+    location: RunLocation, database: Postgres, bucket: Relay
 ) -> None:
     threads: list[threading.Thread] = []
     events: list[ev.Event] = []
@@ -193,29 +193,29 @@ def test_a_run_goes_on_after_a_minute_without_database_and_one_without_store(
             threads.append(while_away(database if finished == 1 else bucket, 60))
 
     study = tiny_study(name=f"away{time.time_ns()}", search=Search(trials=3, epochs=0.3), max_drop=20.0)
-    result = run(study, out=place, protection=Protection(plain=True), on_event=take_away)
+    result = run(study, out=location, protection=Protection(plain=True), on_event=take_away)
     for thread in threads:
         thread.join()
     assert result.reached
-    assert result.model_file.parent == place.folder
+    assert result.model_file.parent == location.folder
     assert len(threads) == 2
     assert all(not t.failure for r in result.record.rounds for t in r.trials)
-    with closing(RunStore(place, study.name)) as kept:
+    with closing(RunStore(location, study.name)) as kept:
         assert len(kept.artifacts.names()) <= 2 + len(result.record.rounds)
-    again = run(study, out=place, protection=Protection(plain=True), resume=True)
+    again = run(study, out=location, protection=Protection(plain=True), resume=True)
     assert again.after == result.after
     with pytest.raises(UsageError, match="never overwritten"):
-        run(study, out=place, protection=Protection(plain=True))
+        run(study, out=location, protection=Protection(plain=True))
 
 
-def test_a_worker_joins_a_run_in_a_database_by_its_name_alone(place: Place, tmp_path: Path) -> None:
+def test_a_worker_joins_a_run_in_a_database_by_its_name_alone(location: RunLocation, tmp_path: Path) -> None:
     name = f"shared{time.time_ns()}"
     file, go = tmp_path / "in_a_database.py", tmp_path / "go"
     file.write_text(SHARED.format(name=name, go=str(go)), encoding="utf-8")
     command = [sys.executable, "-m", "autoprune"]
-    words = ["run", file, "--storage", place.database, "--artifacts", place.artifacts,
+    words = ["run", file, "--storage", location.database, "--artifacts", location.artifacts,
              "--out", tmp_path / "out", "--plain", "--quiet"]  # fmt: skip
-    whole = f"{place.database}#{name}"
+    whole = f"{location.database}#{name}"
     with subprocess.Popen([*command, *words], cwd=ROOT) as coordinator:
         limit = time.monotonic() + 300
         while subprocess.run([*command, "status", whole], cwd=ROOT, capture_output=True).returncode:
@@ -223,7 +223,7 @@ def test_a_worker_joins_a_run_in_a_database_by_its_name_alone(place: Place, tmp_
         with subprocess.Popen(
             [*command, "worker", whole], cwd=ROOT, stderr=subprocess.PIPE, text=True
         ) as worker:
-            with closing(RunStore(place, name)) as store:
+            with closing(RunStore(location, name)) as store:
                 owners: set[int] = set()
                 while len(owners) < 2:
                     assert time.monotonic() < limit + 300
@@ -253,8 +253,8 @@ def test_the_dashboard_shows_the_runs_of_a_database(
 
     for name in ("shown-first", "shown-second"):
         study = tiny_study(name=name, search=Search(trials=2, epochs=0.5), max_drop=60.0)
-        where = Place(
-            folder=tmp_path / name, database=checked_database(database.url), artifacts="s3://models/x"
+        where = RunLocation(
+            folder=tmp_path / name, database=parse_database_url(database.url), artifacts="s3://models/x"
         )
         run(
             study,

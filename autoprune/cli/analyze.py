@@ -88,12 +88,12 @@ def doctor(
     With a study, half a minute of its own training and evaluation is measured, too.
     """
     from autoprune.cli.doctor import examine
-    from autoprune.location import Place, checked_artifacts, checked_database
+    from autoprune.location import RunLocation, parse_artifact_url, parse_database_url
 
-    database = None if storage is None else checked_database(storage)
-    place = Place(folder=out, database=database, artifacts=checked_artifacts(artifacts))
+    database = None if storage is None else parse_database_url(storage)
+    location = RunLocation(folder=out, database=database, artifacts=parse_artifact_url(artifacts))
     named = None if study is None else (lambda: choose_study(study, None, None, None))
-    findings = examine(place, named)
+    findings = examine(location, named)
     if as_json:
         sys.stdout.write(json.dumps([asdict(f) for f in findings], indent=1) + "\n")
     else:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 from autoprune.errors import AutopruneError
 from autoprune.formatting import plural
-from autoprune.location import Place
+from autoprune.location import RunLocation
 
 if TYPE_CHECKING:
     from autoprune.config import Study
@@ -35,16 +35,16 @@ class Finding:
     advice: str = ""
 
 
-def examine(place: Place, study: Callable[[], Study] | None = None) -> list[Finding]:
+def examine(location: RunLocation, study: Callable[[], Study] | None = None) -> list[Finding]:
     """Look at everything.
 
     Args:
-        place: where runs would be written to.
+        location: where runs would be written to.
         study: measured for half a minute, too.
     """
     checks: list[Callable[[], Finding]] = [
-        _python, _packages, _processor, _memory, _accelerator, lambda: _storage(place),
-        lambda: _artifacts(place), _key,
+        _python, _packages, _processor, _memory, _accelerator, lambda: _storage(location),
+        lambda: _artifacts(location), _key,
     ]  # fmt: skip
     if study is not None:
         checks.append(lambda: _speed(study))
@@ -107,10 +107,10 @@ def _accelerator() -> Finding:
     return Finding(name="accelerator", found="none: training runs on the processor")
 
 
-def _storage(place: Place) -> Finding:
-    if not place.is_local:
-        return _database(place)
-    parent = _parent(place.folder)
+def _storage(location: RunLocation) -> Finding:
+    if not location.is_local:
+        return _database(location)
+    parent = _parent(location.folder)
     try:
         with tempfile.TemporaryDirectory(dir=parent) as folder:
             _write_and_read(Path(folder))
@@ -121,35 +121,35 @@ def _storage(place: Place) -> Finding:
     return Finding(name="storage", found=f"a run's database can be made in {parent.absolute()}")
 
 
-def _database(place: Place) -> Finding:
+def _database(location: RunLocation) -> Finding:
     from autoprune.storage import open_storage, quiet_optuna
 
     try:
         with quiet_optuna():
-            storage = open_storage(place)
+            storage = open_storage(location)
             number = len(storage.get_all_studies())
             storage.engine.dispose()
     except AutopruneError as error:
         return Finding(name="storage", found=error.message, ok=False, advice=error.hint)
-    return Finding(name="storage", found=f"{place} is reached; it holds {number} Optuna studies")
+    return Finding(name="storage", found=f"{location} is reached; it holds {number} Optuna studies")
 
 
-def _artifacts(place: Place) -> Finding:
+def _artifacts(location: RunLocation) -> Finding:
     """Write a file where checkpoints would go, read it back, and take it away."""
-    from autoprune.storage import open_artifacts
+    from autoprune.storage import open_blobs
 
     try:
-        with tempfile.TemporaryDirectory(dir=_parent(place.folder)) as folder:
-            store = open_artifacts(place.artifacts or folder)
+        with tempfile.TemporaryDirectory(dir=_parent(location.folder)) as folder:
+            store = open_blobs(location.artifacts or folder)
             store.write(PROBE, io.BytesIO(b"written by autoprune doctor"))
             with store.open_reader(PROBE) as stream:
                 stream.read()
             store.remove(PROBE)
     except (AutopruneError, OSError) as error:
         hint = error.hint if isinstance(error, AutopruneError) else "choose another place for checkpoints"
-        told = error.message if isinstance(error, AutopruneError) else f"{place.checkpoints}: {error}"
+        told = error.message if isinstance(error, AutopruneError) else f"{location.checkpoints}: {error}"
         return Finding(name="checkpoints", found=told, ok=False, advice=hint)
-    where = place.artifacts or _parent(place.folder).absolute()
+    where = location.artifacts or _parent(location.folder).absolute()
     return Finding(name="checkpoints", found=f"can be written, read and removed in {where}")
 
 

@@ -78,11 +78,11 @@ def worker(
 
     Network, data and settings have to be those that the run was started with, which is checked.
     """
-    from autoprune.location import find_run
+    from autoprune.location import parse_run
     from autoprune.pipeline import work_on
     from autoprune.storage import read_run_header
 
-    told = read_run_header(find_run(run, artifacts))
+    told = read_run_header(parse_run(run, artifacts))
     with sigterm_interrupts(), event_display(quiet=quiet) as on_event:
         given = _given(told, study)
         chosen = given.study if device is None else replace(given.study, device=device)
@@ -90,7 +90,7 @@ def worker(
         if run_identity:
             protection = replace(protection, run_identities=tuple(run_identity))
         try:
-            number = work_on(chosen, told.place, protection=protection, on_event=on_event)
+            number = work_on(chosen, told.location, protection=protection, on_event=on_event)
         except KeyboardInterrupt:
             raise StoppedError(
                 "interrupted; the run goes on without this worker", "the same command joins again"

@@ -53,7 +53,7 @@ from autoprune.report import answer, caution, comparison
 
 if TYPE_CHECKING:
     from autoprune.config import Study
-    from autoprune.location import Place
+    from autoprune.location import RunLocation
     from autoprune.record import RunResult
 
 NOT_REACHED = 3
@@ -175,9 +175,9 @@ def run(
     with sigterm_interrupts(), event_display(quiet=quiet or dry_run) as on_event:
         on_event = event_writer(sys.stdout, on_event) if events else on_event
         chosen = changed(choose_study(study, model, weights, data), exclude, only, **given)
-        place = _place(out or Path("runs") / chosen.name, storage, artifacts)
+        location = _place(out or Path("runs") / chosen.name, storage, artifacts)
         if dry_run:
-            return _show_plan(chosen, place, protection, resume=resume, as_json=as_json)
+            return _show_plan(chosen, location, protection, resume=resume, as_json=as_json)
         on_event(
             StageStarted(stage="check", round=0, detail="data, network, keys, and that it can be delivered")
         )
@@ -185,13 +185,13 @@ def run(
         from autoprune.pipeline import run as run_study
 
         try:
-            with local_workers(place, chosen.name, workers, on_event) as told:
+            with local_workers(location, chosen.name, workers, on_event) as told:
                 result = run_study(
-                    chosen, out=place, resume=resume, protection=protection, on_event=told,
+                    chosen, out=location, resume=resume, protection=protection, on_event=told,
                     command=_command(words), sources=digests(study, model),
                 )  # fmt: skip
         except KeyboardInterrupt:
-            raise _interrupted(place, chosen.name, words) from None
+            raise _interrupted(location, chosen.name, words) from None
     return _show_result(result, as_json=as_json, events=events)
 
 
@@ -199,20 +199,20 @@ def _command(words: list[str]) -> str:
     return shlex.join(["autoprune", *(w for w in words if w != "--resume")])
 
 
-def _place(folder: Path, storage: str | None, artifacts: str | None) -> Place:
-    from autoprune.location import Place, checked_artifacts, checked_database
+def _place(folder: Path, storage: str | None, artifacts: str | None) -> RunLocation:
+    from autoprune.location import RunLocation, parse_artifact_url, parse_database_url
 
-    database = None if storage is None else checked_database(storage)
-    return Place(folder=folder, database=database, artifacts=checked_artifacts(artifacts))
+    database = None if storage is None else parse_database_url(storage)
+    return RunLocation(folder=folder, database=database, artifacts=parse_artifact_url(artifacts))
 
 
-def _interrupted(place: Place, name: str, words: list[str]) -> StoppedError:
-    from autoprune.storage import names_in
+def _interrupted(location: RunLocation, name: str, words: list[str]) -> StoppedError:
+    from autoprune.storage import run_names_at
 
-    if name not in names_in(place):
+    if name not in run_names_at(location):
         return StoppedError("interrupted; nothing was measured yet", f"start again: {_command(words)}")
     return StoppedError(
-        f"interrupted; everything finished so far is kept in {place}",
+        f"interrupted; everything finished so far is kept in {location}",
         f"go on with: {_command(words)} --resume",
     )
 
@@ -286,12 +286,14 @@ def read_secret(descriptor: int) -> str:
     return secret
 
 
-def _show_plan(study: Study, place: Place, protection: Protection, *, resume: bool, as_json: bool) -> int:
+def _show_plan(
+    study: Study, location: RunLocation, protection: Protection, *, resume: bool, as_json: bool
+) -> int:
     from autoprune.pipeline import make_plan, prepare
-    from autoprune.storage import run_seal
+    from autoprune.storage import run_cipher
 
-    run_seal(protection)
-    plan = make_plan(prepare(study, out=place, resume=resume, protection=protection))
+    run_cipher(protection)
+    plan = make_plan(prepare(study, out=location, resume=resume, protection=protection))
     if as_json:
         sys.stdout.write(json.dumps(asdict(plan), indent=1) + "\n")
     else:
@@ -326,16 +328,16 @@ def report(
     as_json: AsJson = False,
 ) -> None:
     """Make a run's report again from its storage, also while it goes on."""
-    from autoprune.location import find_run
+    from autoprune.location import parse_run
     from autoprune.report import to_json, write_report
     from autoprune.search import read_run
     from autoprune.storage import RunStore, read_run_header
 
-    told = read_run_header(find_run(run, artifacts))
-    with closing(RunStore(told.place, told.name)) as store:
+    told = read_run_header(parse_run(run, artifacts))
+    with closing(RunStore(told.location, told.name)) as store:
         record = read_run(store)
-    told.place.folder.mkdir(parents=True, exist_ok=True)
-    page = write_report(record, told.place.folder)
+    told.location.folder.mkdir(parents=True, exist_ok=True)
+    page = write_report(record, told.location.folder)
     sys.stdout.write(to_json(record) if as_json else f"{page}\n")
     if open_:
         webbrowser.open(page.resolve().as_uri())
@@ -343,11 +345,11 @@ def report(
 
 def status(run: RunPlace, artifacts: Artifacts = None, as_json: AsJson = False) -> None:
     """Say where a run stands: what it is at, rounds, trials, decisions, who works on it, time left."""
-    from autoprune.location import find_run
+    from autoprune.location import parse_run
     from autoprune.pipeline import read_status
     from autoprune.report import to_json
 
-    told = read_status(find_run(run, artifacts))
+    told = read_status(parse_run(run, artifacts))
     if as_json:
         document = json.loads(to_json(told.record)) if told.record else {"record": None}
         known = {"processes": [asdict(p) for p in told.processes], "seconds_left": told.seconds_left}

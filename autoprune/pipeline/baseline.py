@@ -21,7 +21,7 @@ from autoprune.pipeline.preflight import Setup, environment, measured_baseline, 
 from autoprune.plan import PruningPlan
 from autoprune.record import FrozenPart, SplitSummary
 from autoprune.search import Goal, Meter, checkpoint_of, pack, read_goal, spent, tell_budget
-from autoprune.storage import Presence, RunStore
+from autoprune.storage import Member, RunStore
 from autoprune.tasks import task_of
 from autoprune.training import evaluate, train_baseline_
 
@@ -41,7 +41,7 @@ class Work:
     goal: Goal
     meter: Meter
     on_event: ev.OnEvent
-    me: Presence | None = None
+    me: Member | None = None
 
     @property
     def leads(self) -> bool:
@@ -87,7 +87,7 @@ def _measure_baseline(setup: Setup, store: RunStore, on_event: ev.OnEvent, given
     goal = Goal(baseline_top1=found.top1, max_drop_pp=study.max_drop, target_share=setup.target_share)
     attributes = {
         **given,
-        "artifacts": store.place.artifacts,
+        "artifacts": store.location.artifacts,
         "started": started,
         "settings": plain_settings(study),
         "target": study.target,
@@ -100,7 +100,9 @@ def _measure_baseline(setup: Setup, store: RunStore, on_event: ev.OnEvent, given
         "environment": environment(setup.device),
         "seconds": time.perf_counter() - began,
     }
-    store.create_study(0, attributes, (store.save(setup.model, PruningPlan.full(setup.graph)), found.top1))
+    store.create_study(
+        0, attributes, (store.save_checkpoint(setup.model, PruningPlan.full(setup.graph)), found.top1)
+    )
 
 
 def _train(setup: Setup, on_event: ev.OnEvent) -> None:
@@ -132,8 +134,8 @@ def _take_up(setup: Setup, store: RunStore) -> None:
     digests = [split.digest for split in _splits(setup)]
     if digests != [split["digest"] for split in baseline.user_attrs["data"]]:
         raise UsageError("the data are not those that the run was started with", hint)
-    checkpoint = store.load(checkpoint_of(store, 0, 0))
-    if setup.study.baseline is None and not checkpoint.is_of(setup.model):
+    checkpoint = store.load_checkpoint(checkpoint_of(store, 0, 0))
+    if setup.study.baseline is None and not checkpoint.matches(setup.model):
         raise UsageError("the network's weights are not those that the run was started with", hint)
     checkpoint.load_into_(setup.model)
 

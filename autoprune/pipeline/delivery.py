@@ -46,7 +46,7 @@ from autoprune.search import (
     tell_budget,
     unpack,
 )
-from autoprune.storage import CHECKPOINT, FINAL, scored
+from autoprune.storage import CHECKPOINT, FINAL, completed_trials
 from autoprune.structure import densify, verify
 from autoprune.tasks import task_of
 from autoprune.training import EpochRecord, evaluate, finetune_
@@ -128,14 +128,14 @@ def _last_chance(work: Work, state: State) -> tuple[State, Finished] | None:
 def _with_checkpoint(work: Work, number: int) -> list[int]:
     attempt = work.store.study(number)
     assert attempt is not None
-    kept = {t.number: t.user_attrs.get(CHECKPOINT) for t in scored(attempt)}
-    return [number for number, artifact in kept.items() if artifact and work.store.holds(artifact)]
+    kept = {t.number: t.user_attrs.get(CHECKPOINT) for t in completed_trials(attempt)}
+    return [number for number, artifact in kept.items() if artifact and work.store.has_checkpoint(artifact)]
 
 
 def _made(work: Work, promoted: Promotion) -> Finished:
     """A trial's model, made from the original and proven equal to it."""
     setup = work.setup
-    checkpoint = work.store.load(checkpoint_of(work.store, promoted.round, promoted.trial))
+    checkpoint = work.store.load_checkpoint(checkpoint_of(work.store, promoted.round, promoted.trial))
     model = densify(setup.model, setup.graph, checkpoint.plan)
     checkpoint.load_into_(model)
     if promoted.round:
@@ -203,7 +203,7 @@ def _keep(work: Work, state: State, finished: Finished, began: float) -> None:
         "tuning": finished.tuning,
         "seconds": time.perf_counter() - began,
     }
-    kept = work.store.save(finished.model, finished.plan)
+    kept = work.store.save_checkpoint(finished.model, finished.plan)
     work.store.create_study(FINAL, attributes, (kept, finished.search_top1))
 
 
@@ -211,8 +211,8 @@ def _kept(work: Work) -> Finished:
     """What an earlier process finished."""
     study = work.store.study(FINAL)
     assert study is not None
-    done = scored(study)[0]
-    checkpoint = work.store.load(done.user_attrs[CHECKPOINT])
+    done = completed_trials(study)[0]
+    checkpoint = work.store.load_checkpoint(done.user_attrs[CHECKPOINT])
     model = densify(work.setup.model, work.setup.graph, checkpoint.plan)
     checkpoint.load_into_(model)
     assert done.value is not None

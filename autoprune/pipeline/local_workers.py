@@ -9,13 +9,13 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 
 from autoprune import events as ev
-from autoprune.location import Place
+from autoprune.location import RunLocation
 
 END_S = 30  # what a worker may take to end
 
 
 @contextmanager
-def local_workers(place: Place, name: str, count: int, on_event: ev.OnEvent) -> Iterator[ev.OnEvent]:
+def local_workers(location: RunLocation, name: str, count: int, on_event: ev.OnEvent) -> Iterator[ev.OnEvent]:
     """Have `count` processes run trials, this one included; gives what the run should tell its events.
 
     They start when the original is measured, and share the processor's cores evenly.
@@ -30,7 +30,7 @@ def local_workers(place: Place, name: str, count: int, on_event: ev.OnEvent) -> 
 
     def told(event: ev.Event) -> None:
         if isinstance(event, ev.BaselineMeasured):
-            started.extend(_start(place, name, each) for _ in range(count - 1))
+            started.extend(_start(location, name, each) for _ in range(count - 1))
         on_event(event)
 
     torch.set_num_threads(each)
@@ -41,10 +41,10 @@ def local_workers(place: Place, name: str, count: int, on_event: ev.OnEvent) -> 
         _end(started)
 
 
-def _start(place: Place, name: str, threads: int) -> subprocess.Popen[bytes]:
-    run = str(place.folder) if place.is_local else f"{place.database}#{name}"
+def _start(location: RunLocation, name: str, threads: int) -> subprocess.Popen[bytes]:
+    run = str(location.folder) if location.is_local else f"{location.database}#{name}"
     words = [sys.executable, "-m", "autoprune", "worker", run, "--quiet"]
-    words += ["--artifacts", place.artifacts] if place.artifacts else []
+    words += ["--artifacts", location.artifacts] if location.artifacts else []
     shared = {"OMP_NUM_THREADS": str(threads), "MKL_NUM_THREADS": str(threads)}
     return subprocess.Popen(  # noqa: S603 - our own command line
         words, env=os.environ | shared, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL,

@@ -26,7 +26,7 @@ from autoprune.crypto import check_protection, sign_manifest
 from autoprune.data import Data
 from autoprune.errors import AutopruneError, ConfigError, RunError, UnreachableError, UsageError
 from autoprune.formatting import milliseconds
-from autoprune.location import Place
+from autoprune.location import RunLocation
 from autoprune.metrics import Evaluation, wilson_interval
 from autoprune.pruning import CRITERIA, STRATEGIES
 from autoprune.search import Goal, forecast, start
@@ -128,7 +128,7 @@ def understand(study: Study) -> Understood:
 def prepare(
     study: Study,
     *,
-    out: Path | Place | None = None,
+    out: Path | RunLocation | None = None,
     resume: bool = False,
     protection: Protection | None = None,
 ) -> Setup:
@@ -250,18 +250,18 @@ def make_plan(setup: Setup) -> RunPlan:
     )  # fmt: skip
 
 
-def check_place(out: Path | Place, name: str, *, resume: bool) -> None:
+def check_place(out: Path | RunLocation, name: str, *, resume: bool) -> None:
     """See that a run may be kept there: in an empty or new folder, or, to resume, where there is one.
 
     Raises:
         UsageError: it may not.
     """
-    place = out if isinstance(out, Place) else Place(folder=out)
-    folder, there = place.folder, has_run(place, name)
+    location = out if isinstance(out, RunLocation) else RunLocation(folder=out)
+    folder, there = location.folder, has_run(location, name)
     if there and not resume:
         hint = f"continue the run {name!r} with --resume, or choose another --out"
-        raise UsageError(f"{place} exists; a run is never overwritten", hint)
-    if place.is_local and not there and folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise UsageError(f"{location} exists; a run is never overwritten", hint)
+    if location.is_local and not there and folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise UsageError(f"{folder} exists; a run is never overwritten", "choose another --out")
     parent = next(p for p in (folder, *folder.absolute().parents) if p.exists())
     if not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK):

@@ -20,7 +20,7 @@ from autoprune import events as ev
 from autoprune.config import Protection, Study
 from autoprune.data import derive_seed
 from autoprune.errors import RunError
-from autoprune.location import Place
+from autoprune.location import RunLocation
 from autoprune.pipeline.baseline import NONE, Work, begin, is_measured
 from autoprune.pipeline.delivery import deliver
 from autoprune.pipeline.preflight import Setup, fitting_threads, prepare, traced
@@ -62,16 +62,16 @@ from autoprune.search import (
 from autoprune.storage import (
     CHECKPOINT,
     FINAL,
-    Presence,
+    CheckpointCipher,
+    Member,
     RunStore,
-    Seal,
+    completed_trials,
+    count_working,
     has_run,
-    joined,
-    num_working,
-    put,
+    join_run,
     quiet_optuna,
-    run_seal,
-    scored,
+    run_cipher,
+    set_attrs,
 )
 from autoprune.structure import densify, verify, with_latency_model
 from autoprune.tasks import task_of
@@ -83,7 +83,7 @@ ANALYSIS_PART = 0.25  # of the time left: there an analysis is cut short, and no
 def run(  # noqa: PLR0913 - the whole product: each argument is a decision of its caller
     study: Study,
     *,
-    out: Path | str | Place | None = None,
+    out: Path | str | RunLocation | None = None,
     resume: bool = False,
     protection: Protection = Protection(),  # noqa: B008 - frozen, never changed
     on_event: ev.OnEvent = ev.ignore_event,
@@ -106,13 +106,15 @@ def run(  # noqa: PLR0913 - the whole product: each argument is a decision of it
         HeldError: another process coordinates this run.
         RunError: the run cannot go on; what was finished is kept.
     """
-    place = out if isinstance(out, Place) else Place(folder=Path(out or Path("runs") / study.name))
-    resume = resume and has_run(place, study.name)
-    seal = run_seal(protection)
-    setup = prepare(study, out=place, resume=resume, protection=protection)
-    with quiet_optuna(), fitting_threads(setup), _led(place, study.name, seal) as me:
+    location = (
+        out if isinstance(out, RunLocation) else RunLocation(folder=Path(out or Path("runs") / study.name))
+    )
+    resume = resume and has_run(location, study.name)
+    cipher = run_cipher(protection)
+    setup = prepare(study, out=location, resume=resume, protection=protection)
+    with quiet_optuna(), fitting_threads(setup), _led(location, study.name, cipher) as me:
         store = me.store
-        on_event(_run_started(setup, place.folder, resume=resume))
+        on_event(_run_started(setup, location.folder, resume=resume))
         work = replace(begin(setup, store, on_event, command, sources), me=me)
         state = replay(work.goal, study.control, outcomes(store))
         while state.ended is None:
@@ -121,14 +123,14 @@ def run(  # noqa: PLR0913 - the whole product: each argument is a decision of it
             search_round(job, attempt, known_points(job))  # Pruning and Fine-tuning
             state = judge(work, job, attempt).state
         result = deliver(work, state, protection)  # Transformation
-        store.keep_only(_needed(store, state))
+        store.delete_checkpoints_except(_needed(store, state))
         return result
 
 
 def stand(work: Work, state: State) -> Ground:
     """The dense network that the next round starts from, with its graph."""
     setup, start = work.setup, state.current
-    checkpoint = work.store.load(checkpoint_of(work.store, start.round, start.trial))
+    checkpoint = work.store.load_checkpoint(checkpoint_of(work.store, start.round, start.trial))
     model = densify(setup.model, setup.graph, checkpoint.plan)
     checkpoint.load_into_(model)
     graph = traced(setup.study, model, setup.example).with_bounds_of(setup.graph)
@@ -154,7 +156,7 @@ def analyse(work: Work, state: State, ground: Ground) -> tuple[RoundJob, optuna.
     number = state.round + 1
     attempt = next((a for n, a in enumerate(work.store.rounds(), 1) if n == number), None)
     if attempt is not None and work.leads and _was_in_vain(attempt):
-        work.store.drop_study(number)  # what made all its trials fail may be mended
+        work.store.delete_study(number)  # what made all its trials fail may be mended
         attempt = None
     table = _known_table(work, state, ground) if attempt is None else _table_of(attempt)
     if attempt is None:
@@ -178,7 +180,7 @@ def analyse(work: Work, state: State, ground: Ground) -> tuple[RoundJob, optuna.
 
 def _was_in_vain(attempt: optuna.Study) -> bool:
     """Whether all trials of a round were run, and failed in the same way."""
-    return len(scored(attempt)) >= read_plan(attempt).trials and same_failure(attempt) is not None
+    return len(completed_trials(attempt)) >= read_plan(attempt).trials and same_failure(attempt) is not None
 
 
 def known_points(job: RoundJob) -> list[Point]:
@@ -209,10 +211,10 @@ def judge(work: Work, job: RoundJob, attempt: optuna.Study) -> Decision:
     outcome = RoundOutcome(trials=summaries(attempt), budget_left=enough)
     decision = decide(work.goal, study.control, job.state, outcome)
     if decision.promoted is not None:
-        plan = work.store.load(checkpoint_of(work.store, job.plan.number, decision.promoted)).plan
+        plan = work.store.load_checkpoint(checkpoint_of(work.store, job.plan.number, decision.promoted)).plan
         verify(work.setup.model, work.setup.graph, plan, work.setup.example)
     work.store.guard()
-    put(
+    set_attrs(
         attempt, budget_left=outcome.budget_left, promoted=decision.promoted, reason=decision.reason,
         action=decision.action,
     )  # fmt: skip
@@ -228,16 +230,16 @@ def judge(work: Work, job: RoundJob, attempt: optuna.Study) -> Decision:
 
 
 @contextmanager
-def _led(place: Place, name: str, seal: Seal | None) -> Iterator[Presence]:
+def _led(location: RunLocation, name: str, cipher: CheckpointCipher | None) -> Iterator[Member]:
     """The run's store, coordinated by this process alone.
 
     A run that ends before its original was measured leaves nothing behind.
     """
-    is_new = not place.folder.exists()
-    place.folder.mkdir(parents=True, exist_ok=True)
-    store, leads = RunStore(place, name, create=True, seal=seal), False
+    is_new = not location.folder.exists()
+    location.folder.mkdir(parents=True, exist_ok=True)
+    store, leads = RunStore(location, name, create=True, cipher=cipher), False
     try:
-        with joined(store, "coordinator") as me:
+        with join_run(store, "coordinator") as me:
             leads = True
             store.guard_with(me.check)
             yield me
@@ -247,7 +249,7 @@ def _led(place: Place, name: str, seal: Seal | None) -> Iterator[Presence]:
         if not has_begun:
             store.erase()
             if is_new:
-                place.folder.rmdir()
+                location.folder.rmdir()
 
 
 def _run_started(setup: Setup, out: Path, *, resume: bool) -> ev.RunStarted:
@@ -287,7 +289,7 @@ def _effort(work: Work, state: State, ground: Ground, analysis_s: float) -> Effo
     speed = replace(_speed(work, ground), analysis_s=later_s / rounds)
     return plan_round(
         left, speed, work.setup.study.search, rounds, state.epochs_scale,
-        at_least=_worthwhile_epochs(work), workers=max(1, num_working(work.store)),
+        at_least=_worthwhile_epochs(work), workers=max(1, count_working(work.store)),
     )  # fmt: skip
 
 
@@ -368,7 +370,7 @@ def _needed(store: RunStore, state: State) -> set[str]:
     final = store.study(FINAL)
     assert final is not None
     path = {checkpoint_of(store, p.round, p.trial) for p in (*state.path, state.best)}
-    return path | {checkpoint_of(store, 0, 0), scored(final)[0].user_attrs[CHECKPOINT]}
+    return path | {checkpoint_of(store, 0, 0), completed_trials(final)[0].user_attrs[CHECKPOINT]}
 
 
 def _forget_losers(work: Work, attempt: optuna.Study, decision: Decision) -> None:
@@ -381,8 +383,8 @@ def _forget_losers(work: Work, attempt: optuna.Study, decision: Decision) -> Non
     below = [t for t in summaries(attempt) if t.top1 < work.goal.floor and is_near(work.goal, t.top1)]
     if below:
         needed.add((number, max(below, key=lambda t: t.top1).number))
-    losers = [t for t in scored(attempt) if (number, t.number) not in needed]
+    losers = [t for t in completed_trials(attempt) if (number, t.number) not in needed]
     kept = {checkpoint_of(work.store, r, t) for r, t in needed}
     for trial in losers:
         if (artifact := trial.user_attrs.get(CHECKPOINT)) and artifact not in kept:
-            work.store.forget(artifact)
+            work.store.delete_checkpoint(artifact)

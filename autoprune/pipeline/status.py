@@ -15,11 +15,19 @@ from optuna.trial import TrialState
 
 from autoprune.config import Budget, Control
 from autoprune.formatting import duration
-from autoprune.location import DATABASE, Place, Run
+from autoprune.location import DATABASE, RunLocation, RunReference
 from autoprune.pipeline.baseline import is_measured
 from autoprune.record import RoundRecord, RunRecord
 from autoprune.search import checkpoint_of, kept_points, outcomes, read_goal, read_run, replay, spent
-from autoprune.storage import PROCESSES, Process, RunStore, members, quiet_optuna, read_run_header, studies_in
+from autoprune.storage import (
+    PROCESSES,
+    Process,
+    RunStore,
+    list_processes,
+    quiet_optuna,
+    read_run_header,
+    study_names_at,
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,7 +40,7 @@ class RunStatus:
         seconds_left: of a budget in time; what the present trial has used of it is not counted yet.
     """
 
-    place: Place
+    location: RunLocation
     name: str
     record: RunRecord | None
     processes: tuple[Process, ...]
@@ -40,7 +48,7 @@ class RunStatus:
     now: str
 
 
-def read_status(run: Run) -> RunStatus:
+def read_status(run: RunReference) -> RunStatus:
     """Read how a run stands.
 
     Raises:
@@ -50,8 +58,8 @@ def read_status(run: Run) -> RunStatus:
     if beginning is not None:
         return beginning
     told = read_run_header(run)
-    with quiet_optuna(), closing(RunStore(told.place, told.name)) as store:
-        record, processes = read_run(store), members(store)
+    with quiet_optuna(), closing(RunStore(told.location, told.name)) as store:
+        record, processes = read_run(store), list_processes(store)
         used = spent(store).seconds
         seconds = Budget.parse(record.study["budget"]).counted(used).seconds
         left = None if seconds is None or record.outcome else max(0.0, seconds - used)
@@ -60,26 +68,30 @@ def read_status(run: Run) -> RunStatus:
         again = f"{record.command} --resume" if record.command else "run(..., resume=True)"
         now = f"nobody works on it; it was left at {now}; go on with: {again}"
     return RunStatus(
-        place=told.place, name=told.name, record=record, processes=processes, seconds_left=left, now=now
+        location=told.location, name=told.name, record=record, processes=processes, seconds_left=left, now=now
     )
 
 
-def _beginning(run: Run) -> RunStatus | None:
+def _beginning(run: RunReference) -> RunStatus | None:
     """A run whose original is not measured yet: all that there is of it are its processes."""
-    if run.place.is_local and not (run.place.folder / DATABASE).is_file():
+    if run.location.is_local and not (run.location.folder / DATABASE).is_file():
         return None
-    begun = [s.removesuffix(f"/{PROCESSES}") for s in studies_in(run.place) if s.endswith(f"/{PROCESSES}")]
+    begun = [
+        s.removesuffix(f"/{PROCESSES}") for s in study_names_at(run.location) if s.endswith(f"/{PROCESSES}")
+    ]
     name = run.name or min(begun, default=None)
     if name is None or name not in begun:
         return None
-    with quiet_optuna(), closing(RunStore(run.place, name)) as store:
+    with quiet_optuna(), closing(RunStore(run.location, name)) as store:
         if is_measured(store):
             return None
-        processes = members(store)
+        processes = list_processes(store)
     now = "its original is being trained or measured; nothing is decided yet"
     if not _at_work(processes):
         now = "it was stopped before its original was measured; start it again"
-    return RunStatus(place=run.place, name=name, record=None, processes=processes, seconds_left=None, now=now)
+    return RunStatus(
+        location=run.location, name=name, record=None, processes=processes, seconds_left=None, now=now
+    )
 
 
 def _at_work(processes: tuple[Process, ...]) -> bool:

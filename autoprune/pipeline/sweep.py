@@ -23,7 +23,7 @@ from typing import IO
 from autoprune.errors import AutopruneError
 from autoprune.report import Job, JobResult, JobState
 from autoprune.search import read_run
-from autoprune.storage import RunStore, name_in
+from autoprune.storage import RunStore, run_name_at
 
 OVERHEAD = 0.1  # of a job's time: export and report come on top of a budget; a guess
 LATE = 1.5  # times its part of the time: then a job hangs, and is ended
@@ -56,7 +56,7 @@ def look(job: Job, out: Path) -> JobResult:
     """What is known about a job, from its folder alone."""
     folder = out / job.name
     try:
-        with closing(RunStore(folder, name_in(folder))) as store:
+        with closing(RunStore(folder, run_name_at(folder))) as store:
             record = read_run(store)
     except AutopruneError:
         return JobResult(job=job, state="waiting", folder=folder, record=None)

@@ -17,31 +17,31 @@ import optuna
 from autoprune import events as ev
 from autoprune.config import Protection, Study
 from autoprune.errors import RunError
-from autoprune.location import Place
+from autoprune.location import RunLocation
 from autoprune.pipeline.baseline import Work, begin
 from autoprune.pipeline.preflight import fitting_threads, prepare
 from autoprune.pipeline.run import analyse, known_points, stand
 from autoprune.search import RoundJob, State, is_decided, outcomes, replay, run_trial, search_round
 from autoprune.storage import (
     FINAL,
-    GRACE_S,
-    BuriedError,
-    Presence,
+    GRACE_PERIOD_S,
+    Member,
+    MembershipLostError,
     RunStore,
-    joined,
-    members,
+    join_run,
+    list_processes,
     quiet_optuna,
-    run_seal,
+    run_cipher,
 )
 from autoprune.training import distributed
 
-LONELY_S = 2 * GRACE_S  # without a coordinator for this long, nothing will come any more
+LONELY_S = 2 * GRACE_PERIOD_S  # without a coordinator for this long, nothing will come any more
 POLL_S = 2.0
 
 
 def work_on(
     study: Study,
-    place: Place,
+    location: RunLocation,
     *,
     protection: Protection = Protection(),  # noqa: B008 - frozen, never changed
     on_event: ev.OnEvent = ev.ignore_event,
@@ -54,35 +54,35 @@ def work_on(
     """
     with distributed.process_group() as rank:
         if rank > 0:
-            _follow(study, place, protection)
+            _follow(study, location, protection)
             return 0
         try:
-            return _lead(study, place, protection, on_event)
+            return _lead(study, location, protection, on_event)
         finally:
             distributed.send_job(None)
 
 
-def _lead(study: Study, place: Place, protection: Protection, on_event: ev.OnEvent) -> int:
+def _lead(study: Study, location: RunLocation, protection: Protection, on_event: ev.OnEvent) -> int:
     done = _Count(on_event)
     setup = prepare(study, resume=True)
     with (
         quiet_optuna(), fitting_threads(setup),
-        closing(RunStore(place, study.name, seal=run_seal(protection))) as store,
+        closing(RunStore(location, study.name, cipher=run_cipher(protection))) as store,
     ):  # fmt: skip
         work = begin(setup, store, ev.ignore_event, "")
         while store.study(FINAL) is None:
-            with suppress(BuriedError), joined(store, "worker") as me:
+            with suppress(MembershipLostError), join_run(store, "worker") as me:
                 _work(replace(work, me=me, on_event=done), me)
                 break
     return done.number
 
 
-def _follow(study: Study, place: Place, protection: Protection) -> None:
+def _follow(study: Study, location: RunLocation, protection: Protection) -> None:
     """Train what the first rank announces; nothing is written here."""
     setup, ready = prepare(study, resume=True), _Ready()
     with (
         quiet_optuna(), fitting_threads(setup),
-        closing(RunStore(place, study.name, seal=run_seal(protection))) as store,
+        closing(RunStore(location, study.name, cipher=run_cipher(protection))) as store,
     ):  # fmt: skip
         store.guard_with(_forbidden)
         work = begin(setup, store, ev.ignore_event, "")
@@ -116,7 +116,7 @@ class _Count:
         self._on_event(event)
 
 
-def _work(work: Work, me: Presence) -> None:
+def _work(work: Work, me: Member) -> None:
     alone, ready = _Alone(work.store), _Ready()
     while work.store.study(FINAL) is None:
         attempt = next((a for a in work.store.rounds() if not is_decided(a)), None)
@@ -159,7 +159,7 @@ class _Alone:
         Raises:
             RunError: there was none for `LONELY_S`.
         """
-        if any(p.role == "coordinator" and p.state == "working" for p in members(self._store)):
+        if any(p.role == "coordinator" and p.state == "working" for p in list_processes(self._store)):
             self._since = time.monotonic()
         elif time.monotonic() - self._since > LONELY_S:
             raise RunError(

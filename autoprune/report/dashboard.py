@@ -21,11 +21,11 @@ from wsgiref.simple_server import WSGIRequestHandler, WSGIServer, make_server
 import optuna
 
 from autoprune.errors import AutopruneError, UsageError
-from autoprune.location import DATABASE, Place, Run, checked_database, find_run
+from autoprune.location import DATABASE, RunLocation, RunReference, parse_database_url, parse_run
 from autoprune.report.campaign_view import Campaign, views
 from autoprune.report.view_storage import StudyView, ViewArtifacts, ViewStorage
 from autoprune.search import read_run
-from autoprune.storage import BASELINE, RunStore, like_run, quiet_optuna, read_run_header
+from autoprune.storage import BASELINE, RunStore, quiet_optuna, read_run_header, suggest_run
 
 if TYPE_CHECKING:
     from wsgiref.types import StartResponse, WSGIApplication, WSGIEnvironment
@@ -42,7 +42,7 @@ class ShownRun:
     """A run in the list."""
 
     label: str
-    place: Place
+    location: RunLocation
     name: str
 
 
@@ -57,7 +57,7 @@ def find_runs(text: str) -> list[ShownRun]:
         hint = (
             "name a database with runs in it"
             if "://" in text
-            else f"{like_run(Path(text))} A folder above will do"
+            else f"{suggest_run(Path(text))} A folder above will do"
         )
         raise UsageError(f"there is no run in {text}", hint)
     return found
@@ -66,31 +66,31 @@ def find_runs(text: str) -> list[ShownRun]:
 def _in_folders(folder: Path) -> list[ShownRun]:
     levels = ("/".join(["*"] * depth + [DATABASE]) for depth in range(DEPTH + 1))
     files = [f for level in levels for f in sorted(folder.glob(level))]
-    places = [Place(folder=f.parent) for f in sorted(files, key=lambda f: f.stat().st_mtime)]
+    locations = [RunLocation(folder=f.parent) for f in sorted(files, key=lambda f: f.stat().st_mtime)]
     return [
-        ShownRun(label=place.folder.resolve().name, place=place, name=name)
-        for place in places
-        for name in _names(place)
+        ShownRun(label=location.folder.resolve().name, location=location, name=name)
+        for location in locations
+        for name in _names(location)
     ]
 
 
 def _in_database(text: str) -> list[ShownRun]:
     address, _, wanted = text.partition("#")
-    database = checked_database(address)
-    names = _names(Place(folder=Path(), database=database))
+    database = parse_database_url(address)
+    names = _names(RunLocation(folder=Path(), database=database))
     return [
-        ShownRun(label=n, place=find_run(f"{database}#{n}").place, name=n)
+        ShownRun(label=n, location=parse_run(f"{database}#{n}").location, name=n)
         for n in names
         if not wanted or n == wanted
     ]
 
 
-def _names(place: Place) -> list[str]:
+def _names(location: RunLocation) -> list[str]:
     """The runs in a storage; one that has not begun yet is none."""
     from autoprune.storage import open_storage
 
     with quiet_optuna(), suppress(AutopruneError):
-        storage = open_storage(place)
+        storage = open_storage(location)
         try:
             names = [s.study_name for s in storage.get_all_studies()]
         finally:
@@ -112,7 +112,7 @@ class Gallery:
         return [view for run in find_runs(self._text) for view in self._views(run)]
 
     def _views(self, run: ShownRun) -> list[StudyView]:
-        key, changed = f"{run.place}#{run.name}", _last_change(run.place)
+        key, changed = f"{run.location}#{run.name}", _last_change(run.location)
         known = self._seen.get(key)
         if known is None or known[0] != changed:
             with suppress(AutopruneError, KeyError):  # a study that is just being made
@@ -125,7 +125,7 @@ class Gallery:
 
 def read_views(run: ShownRun, link: Callable[[str], str]) -> list[StudyView]:
     """A run's studies as they are to be seen."""
-    with quiet_optuna(), closing(RunStore(run.place, run.name)) as store:
+    with quiet_optuna(), closing(RunStore(run.location, run.name)) as store:
         record = read_run(store)
         trials = {
             name.removeprefix(f"{run.name}/"): optuna.load_study(
@@ -144,20 +144,20 @@ def read_views(run: ShownRun, link: Callable[[str], str]) -> list[StudyView]:
 
 def _plan(run: ShownRun, artifact: str) -> bytes:
     try:
-        place = read_run_header(
-            Run(place=run.place, name=run.name)
-        ).place  # it knows where the checkpoints are
-        with quiet_optuna(), closing(RunStore(place, run.name)) as store:
-            return store.load(artifact).plan.to_json().encode()
+        location = read_run_header(
+            RunReference(location=run.location, name=run.name)
+        ).location  # it knows where the checkpoints are
+        with quiet_optuna(), closing(RunStore(location, run.name)) as store:
+            return store.load_checkpoint(artifact).plan.to_json().encode()
     except AutopruneError as error:  # encrypted, away, or forgotten after the decision
         return json.dumps({"unavailable": error.message}).encode()
 
 
-def _last_change(place: Place) -> float:
+def _last_change(location: RunLocation) -> float:
     """When a folder's database was written; another database is asked every time."""
-    if not place.is_local:
+    if not location.is_local:
         return time.monotonic()
-    files = (place.folder / name for name in (DATABASE, f"{DATABASE}-wal"))
+    files = (location.folder / name for name in (DATABASE, f"{DATABASE}-wal"))
     return max((f.stat().st_mtime for f in files if f.exists()), default=0.0)
 
 

@@ -33,7 +33,7 @@ from autoprune.record import (
 )
 from autoprune.search.budget import Speed
 from autoprune.search.controller import Goal, RoundOutcome, TrialSummary
-from autoprune.storage import CHECKPOINT, FINAL, RunStore, is_withdrawn, scored
+from autoprune.storage import CHECKPOINT, FINAL, RunStore, completed_trials, is_withdrawn
 
 RESULT = "result"  # a trial's record, complete but for number, state and params
 STATES: dict[TrialState, Any] = {TrialState.COMPLETE: "complete", TrialState.RUNNING: "running"}
@@ -170,7 +170,7 @@ def spent(store: RunStore) -> Spent:
 def _busy_seconds(study: optuna.Study) -> float:
     """The time in which trials that were finished ran, counted once where several ran at a time."""
     total, until = 0.0, 0.0
-    for trial in sorted(scored(study), key=lambda t: t.datetime_start or datetime.min):
+    for trial in sorted(completed_trials(study), key=lambda t: t.datetime_start or datetime.min):
         if trial.datetime_start is None or trial.datetime_complete is None:
             continue
         began, ended = trial.datetime_start.timestamp(), trial.datetime_complete.timestamp()

@@ -32,21 +32,21 @@ from autoprune.search.proposals import Past, Point, Space, advise, make_sampler,
 from autoprune.search.trial import Climb, Ground, TrialParams, TrialResult, failed_record, run_trial
 from autoprune.storage import (
     CHECKPOINT,
-    NOBODY,
+    NO_OWNER,
     OWNER,
     POINT,
     POLL_S,
-    Presence,
+    Member,
     RunStore,
-    Taken,
-    Watch,
-    free_,
-    put,
-    running,
-    scored,
-    sit,
-    take,
-    tell,
+    Slot,
+    StaleMonitor,
+    claim_slot,
+    completed_trials,
+    finish_trial,
+    release_stale,
+    running_trials,
+    set_attrs,
+    start_trial,
 )
 from autoprune.training import EpochRecord, distributed
 
@@ -71,12 +71,12 @@ class RoundJob:
     meter: Meter
     speed: Speed
     on_event: ev.OnEvent
-    me: Presence | None = None
+    me: Member | None = None
 
     @property
     def owner(self) -> int:
         """The name of this process on its trials."""
-        return NOBODY if self.me is None else self.me.number
+        return NO_OWNER if self.me is None else self.me.number
 
     @property
     def search(self) -> Search:
@@ -111,27 +111,27 @@ def search_round(job: RoundJob, study: optuna.Study, known: Sequence[Point]) -> 
         known: points to start with, most promising first.
     """
     leads = job.me is None or job.me.role == "coordinator"
-    watch, told = Watch(job.store), {t.number for t in scored(study)}
+    monitor, told = StaleMonitor(job.store), {t.number for t in completed_trials(study)}
     while True:
         if job.me is not None:
             job.me.check()
         if leads:
-            free_(study, _alive(job, watch))
+            release_stale(study, _alive(job, monitor))
         goes_on = not _is_served(job, study) and _affordable(job, study)
-        taken = take(study, job.plan.trials, job.owner) if goes_on else None
+        taken = claim_slot(study, job.plan.trials, job.owner) if goes_on else None
         if taken is not None:
             _one_trial(job, study, taken, known)
         _tell_finished(job, study, told)
         if taken is None:
-            if not leads or not running(study):
+            if not leads or not running_trials(study):
                 return
             time.sleep(POLL_S)
 
 
-def _alive(job: RoundJob, watch: Watch) -> set[int]:
+def _alive(job: RoundJob, monitor: StaleMonitor) -> set[int]:
     if job.me is None:
         return set()
-    return {p.number for p in watch.look() if p.state in ("working", "silent")}
+    return {p.number for p in monitor.refresh() if p.state in ("working", "silent")}
 
 
 def _tell_finished(job: RoundJob, study: optuna.Study, told: set[int]) -> None:
@@ -147,7 +147,7 @@ def next_point(job: RoundJob, study: optuna.Study, known: Sequence[Point], seat:
 
     Once a trial has recovered at the ceiling, the rate stays there.
     """
-    seat, space = len(scored(study)) if seat is None else seat, job.space
+    seat, space = len(completed_trials(study)) if seat is None else seat, job.space
     settled = _is_settled(job, study)
     points = settled_points(known, space) if settled and known else known
     if seat < len(points):
@@ -207,13 +207,13 @@ def _reaches(record: TrialRecord, job: RoundJob) -> bool:
 
 
 def _own(study: optuna.Study) -> list[Past]:
-    return [Past(point=t.params, value=t.value) for t in scored(study) if t.value is not None]
+    return [Past(point=t.params, value=t.value) for t in completed_trials(study) if t.value is not None]
 
 
 def _under_way(study: optuna.Study) -> list[Past]:
     """What others try at this moment, with the worst value so far, so that it is not tried twice."""
-    worst = min((t.value for t in scored(study) if t.value is not None), default=FAILED_VALUE)
-    under_way = [t.user_attrs[POINT] for t in running(study) if POINT in t.user_attrs]
+    worst = min((t.value for t in completed_trials(study) if t.value is not None), default=FAILED_VALUE)
+    under_way = [t.user_attrs[POINT] for t in running_trials(study) if POINT in t.user_attrs]
     return [Past(point=point, value=worst) for point in under_way]
 
 
@@ -229,7 +229,7 @@ def _earlier(job: RoundJob) -> list[Past]:
     plan = read_plan(before)
     same = plan.started_from == job.plan.started_from
     factor = 1.0 if same else job.plan.ceiling / plan.ceiling
-    values = {t.number: t.value for t in scored(before)}
+    values = {t.number: t.value for t in completed_trials(before)}
     return [
         Past(
             point=t.params | {"prune_rate": factor * t.params["prune_rate"]},
@@ -258,13 +258,15 @@ def value_of(record: TrialRecord, job: RoundJob) -> float:
     return max(FAILED_VALUE, min(-1e-9, record.top1 - job.plan.floor))
 
 
-def _one_trial(job: RoundJob, study: optuna.Study, taken: Taken, known: Sequence[Point]) -> None:
-    point = taken.again or next_point(job, study, known, taken.seat)
-    trial = sit(study, taken, point)
+def _one_trial(job: RoundJob, study: optuna.Study, taken: Slot, known: Sequence[Point]) -> None:
+    point = taken.retry_point or next_point(job, study, known, taken.number)
+    trial = start_trial(study, taken, point)
     try:
         params = suggest(trial, job.space)
         job.on_event(ev.TrialStarted(round=job.plan.number, trial=trial.number, params=trial.params))
-        result = _spared(taken) if taken.deaths >= MAX_DEATHS else _tried(job, trial, params, taken.seat)
+        result = (
+            _spared(taken) if taken.num_deaths >= MAX_DEATHS else _tried(job, trial, params, taken.number)
+        )
         _keep(job, study, trial, result)
     except UpdateFinishedTrialError:
         job.on_event(ev.Note(message=f"trial {trial.number} was given to another process: left out here"))
@@ -282,9 +284,9 @@ def _tried(job: RoundJob, trial: optuna.Trial, params: TrialParams, seat: int) -
         )  # fmt: skip
 
 
-def _spared(taken: Taken) -> TrialResult:
+def _spared(taken: Slot) -> TrialResult:
     """A trial that killed process after process is not tried once more."""
-    reason = f"{taken.deaths} processes died running it (out of memory?)"
+    reason = f"{taken.num_deaths} processes died running it (out of memory?)"
     return TrialResult(record=failed_record(reason, seconds=1e-3), model=None, plan=None)
 
 
@@ -324,11 +326,11 @@ def _keep(job: RoundJob, study: optuna.Study, trial: optuna.Trial, result: Trial
     if record.top1 is not None and is_near(job.goal, record.top1):
         assert result.model is not None
         assert result.plan is not None
-        put(trial, **{CHECKPOINT: job.store.save(result.model, result.plan)})
+        set_attrs(trial, **{CHECKPOINT: job.store.save_checkpoint(result.model, result.plan)})
     if record.epochs:
         job.meter.spend(record.epochs[-1].epoch)
-    put(trial, **{RESULT: _with_verdict(record, job)})
-    if not tell(study, trial, value_of(record, job)):
+    set_attrs(trial, **{RESULT: _with_verdict(record, job)})
+    if not finish_trial(study, trial, value_of(record, job)):
         raise UpdateFinishedTrialError
     tell_budget(job.meter, job.on_event)
 
@@ -365,7 +367,7 @@ def _affordable(job: RoundJob, study: optuna.Study) -> bool:
     took = [t.seconds for t in read_trials(study) if t.epochs and t.epochs[-1].epoch <= planned]
     estimate = job.speed.trial_of(job.plan.epochs)
     job.meter.epochs = max(job.meter.epochs, spent(job.store).epochs)
-    reserved = job.plan.epochs * sum(t.user_attrs.get(OWNER) != job.owner for t in running(study))
+    reserved = job.plan.epochs * sum(t.user_attrs.get(OWNER) != job.owner for t in running_trials(study))
     is_first = job.plan.number == 1 and not study.get_trials(deepcopy=False)
     keep = 0.0 if is_first else FINAL_SHARE  # without a trial there is nothing to tune
     return job.meter.affords(max(took) if took else estimate, job.plan.epochs + reserved, keep=keep)

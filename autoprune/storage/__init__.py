@@ -1,84 +1,106 @@
-"""Rooms are described once all of them stand."""
+"""Where the state of a run lives: its Optuna storage and its artifact store, and nothing else.
 
+A run is a set of Optuna studies in one database, and of checkpoints in one folder or bucket. Any process that
+reaches both can continue the run, so this room is also where processes agree on who does what: a study of
+processes with heartbeats, and slots for the trials of a round. It is the only room that uses Optuna's private
+names.
+
+In reading order:
+
+* `run_store`: the studies and checkpoints of one run; the one class that the rest of the package works with.
+* `run_header`: how a run was started, for those who join it or look at it.
+* `database`: Optuna's RDB storage on SQLite or PostgreSQL, repeated while the database is away.
+* `blobs`: checkpoints in a folder or an S3 bucket.
+* `retry`: how long is waited, and what is said meanwhile.
+* `checkpoint_cipher`: checkpoints encrypted at rest.
+* `membership`: the processes of a run, one of which coordinates it.
+* `trial_slots`: how any number of processes share the planned trials of a round without a lock.
+* `optuna_private`: the private names of Optuna, each with its reason.
+"""
+
+from autoprune.storage.blobs import open_blobs
+from autoprune.storage.checkpoint_cipher import run_cipher
+from autoprune.storage.database import GRACE_PERIOD_S, close_storage, open_storage
 from autoprune.storage.membership import (
     POLL_S,
     PROCESSES,
-    BuriedError,
-    Presence,
+    Member,
+    MembershipLostError,
     Process,
-    Watch,
-    joined,
-    members,
-    num_working,
+    StaleMonitor,
+    count_working,
+    join_run,
+    list_processes,
 )
-from autoprune.storage.retry import GRACE_S, open_artifacts, open_storage
+from autoprune.storage.optuna_private import cached_records
 from autoprune.storage.run_header import RunHeader, read_run_header
 from autoprune.storage.run_store import (
     BASELINE,
     CHECKPOINT,
     FINAL,
+    CheckpointCipher,
     RunStore,
-    Seal,
+    completed_trials,
     has_run,
-    like_run,
-    name_in,
-    names_in,
-    put,
     quiet_optuna,
-    scored,
-    studies_in,
+    run_name_at,
+    run_names_at,
+    set_attrs,
+    study_names_at,
+    suggest_run,
 )
-from autoprune.storage.sealing import run_seal
 from autoprune.storage.trial_slots import (
-    NOBODY,
+    NO_OWNER,
     OWNER,
     POINT,
-    Taken,
-    free_,
+    Slot,
+    claim_slot,
+    finish_trial,
     is_withdrawn,
-    running,
-    sit,
-    take,
-    tell,
+    release_stale,
+    running_trials,
+    start_trial,
 )
 
 __all__ = [
     "BASELINE",
     "CHECKPOINT",
     "FINAL",
-    "GRACE_S",
-    "NOBODY",
+    "GRACE_PERIOD_S",
+    "NO_OWNER",
     "OWNER",
     "POINT",
     "POLL_S",
     "PROCESSES",
-    "BuriedError",
-    "Presence",
+    "CheckpointCipher",
+    "Member",
+    "MembershipLostError",
     "Process",
     "RunHeader",
     "RunStore",
-    "Seal",
-    "Taken",
-    "Watch",
-    "free_",
+    "Slot",
+    "StaleMonitor",
+    "cached_records",
+    "claim_slot",
+    "close_storage",
+    "completed_trials",
+    "count_working",
+    "finish_trial",
     "has_run",
     "is_withdrawn",
-    "joined",
-    "like_run",
-    "members",
-    "name_in",
-    "names_in",
-    "num_working",
-    "open_artifacts",
+    "join_run",
+    "list_processes",
+    "open_blobs",
     "open_storage",
-    "put",
     "quiet_optuna",
     "read_run_header",
-    "run_seal",
-    "running",
-    "scored",
-    "sit",
-    "studies_in",
-    "take",
-    "tell",
+    "release_stale",
+    "run_cipher",
+    "run_name_at",
+    "run_names_at",
+    "running_trials",
+    "set_attrs",
+    "start_trial",
+    "study_names_at",
+    "suggest_run",
 ]

@@ -18,12 +18,13 @@ from autoprune import events as ev
 from autoprune.artifact.writer import open_artifact
 from autoprune.config import Baseline, Control, Protection, Search
 from autoprune.errors import ArtifactError, ConfigError, RunError, UnreachableError, UsageError
+from autoprune.location import ARTIFACTS, DATABASE
 from autoprune.pipeline.delivery import is_slower, latency_share
 from autoprune.pipeline.preflight import make_plan, prepare
 from autoprune.pipeline.run import run
 from autoprune.record import RunResult
 from autoprune.search.history import read_run
-from autoprune.storage.run_store import ARTIFACTS, DATABASE, RunStore
+from autoprune.storage.run_store import RunStore
 from autoprune.training.evaluation import evaluate
 from autoprune.training.finetune import train_baseline_
 from tests.tiny import TinyNet, tiny_data, tiny_net, tiny_study

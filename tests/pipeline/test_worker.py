@@ -21,13 +21,13 @@ from autoprune.cli.main import main
 from autoprune.cli.options import digests
 from autoprune.cli.study_file import load_study
 from autoprune.errors import UsageError
-from autoprune.location import Place
+from autoprune.location import DATABASE, RunLocation
 from autoprune.record import TrialRecord
 from autoprune.search.controller import replay
 from autoprune.search.history import outcomes, read_goal, read_plan, read_trials
-from autoprune.storage.membership import members
+from autoprune.storage.membership import list_processes
 from autoprune.storage.run_header import RunHeader
-from autoprune.storage.run_store import DATABASE, RunStore
+from autoprune.storage.run_store import RunStore
 from autoprune.storage.trial_slots import OWNER
 from tests.tiny import tiny_study
 
@@ -57,10 +57,10 @@ study = tiny_study(
 # As `python -m autoprune`, but heartbeats are so frequent that a test can wait for one to be missed.
 QUICK = """
 import sys
-from autoprune.storage import retry
+from autoprune.storage import database
 from autoprune.storage import membership
-retry.BEAT_S = membership.BEAT_S = 0.5
-retry.GRACE_S = membership.GRACE_S = 4
+database.HEARTBEAT_S = membership.HEARTBEAT_S = 0.5
+database.GRACE_PERIOD_S = membership.GRACE_PERIOD_S = 4
 from autoprune.cli.main import main
 sys.exit(main(sys.argv[1:]))
 """
@@ -138,8 +138,8 @@ def test_local_workers_share_the_trials(tmp_path: Path) -> None:
     trials = check_round(out)
     assert len([t for t in trials if t.top1 is not None]) == 16
     with closing(RunStore(out, "tiny")) as store:
-        assert [p.role for p in members(store)] == ["coordinator", "worker"]
-        assert all(p.state in ("ended", "gone") for p in members(store))
+        assert [p.role for p in list_processes(store)] == ["coordinator", "worker"]
+        assert all(p.state in ("ended", "gone") for p in list_processes(store))
     assert len([line for line in progress.splitlines() if "round 1 trial" in line]) == 16, "all are told"
     status = subprocess.run(
         [sys.executable, "-m", "autoprune", "status", out, "--json"],
@@ -226,7 +226,7 @@ def test_a_worker_takes_every_option_of_the_runs_command() -> None:
     words = "digits --exclude conv1 --only 'layer*' --norms rescale --round-to 4 --target macs=0.4 "
     words += "--max-drop 2 --budget 5m --seed 3 --device cpu"
     told = RunHeader(
-        place=Place(folder=Path("runs/digits")), name="digits", command=f"autoprune run {words}",
+        location=RunLocation(folder=Path("runs/digits")), name="digits", command=f"autoprune run {words}",
         sources=digests("digits", None),
     )  # fmt: skip
     wanted = replace(

@@ -20,9 +20,9 @@ from PIL import Image
 from autoprune import events as ev
 from autoprune.config import Protection, Search
 from autoprune.errors import UsageError
+from autoprune.location import DATABASE
 from autoprune.pipeline.run import run
 from autoprune.report.dashboard import Dashboard, find_runs, open_dashboard
-from autoprune.storage.run_store import DATABASE
 from tests.tiny import tiny_study
 
 PLAIN = Protection(plain=True)

@@ -40,8 +40,8 @@ from autoprune.search.round import (
     value_of,
 )
 from autoprune.search.trial import Climb, run_trial
-from autoprune.storage.run_store import RunStore, put, quiet_optuna, scored
-from autoprune.storage.trial_slots import SEAT, free_, sit, take, tell
+from autoprune.storage.run_store import RunStore, completed_trials, quiet_optuna, set_attrs
+from autoprune.storage.trial_slots import SLOT, claim_slot, finish_trial, release_stale, start_trial
 from tests.tiny import tiny_study
 
 
@@ -60,8 +60,8 @@ def first_round(work: Work) -> tuple[RoundJob, optuna.Study]:
 def test_a_round_runs_its_planned_trials_and_keeps_models_inside_the_floor(work: Work) -> None:
     job, study = first_round(work)
     search_round(job, study, known_points(job))
-    assert len(scored(study)) == 3
-    for record, trial in zip(read_trials(study), scored(study), strict=True):
+    assert len(completed_trials(study)) == 3
+    for record, trial in zip(read_trials(study), completed_trials(study), strict=True):
         assert record.state == "complete"
         assert record.top1 is not None
         assert (CHECKPOINT in trial.user_attrs) == (record.top1 >= job.goal.floor - 1e-9)
@@ -88,8 +88,8 @@ def test_a_later_round_starts_from_the_best_of_the_last_and_knows_its_trials(wor
     assert deep == best.params | {"prune_rate": 0.2}
     assert safe["prune_rate"] == pytest.approx(0.1)
     earlier = _earlier(later)
-    assert [p.point["lr"] for p in earlier] == [t.params["lr"] for t in scored(study)]
-    assert [p.value for p in earlier] == pytest.approx([t.value for t in scored(study)])
+    assert [p.point["lr"] for p in earlier] == [t.params["lr"] for t in completed_trials(study)]
+    assert [p.value for p in earlier] == pytest.approx([t.value for t in completed_trials(study)])
     point = next_point(later, attempt, [])
     assert SHALLOW * 0.2 <= point["prune_rate"] <= 0.2
     assert point == next_point(later, attempt, [])
@@ -126,16 +126,16 @@ def test_a_round_ends_at_the_target_unless_more_trials_cost_little(
         meter=Meter(Budget(epochs=budget)),
     )  # fmt: skip
     assert not _is_served(job, study)
-    seat = take(study, 1, job.owner)
+    seat = claim_slot(study, 1, job.owner)
     assert seat is not None
-    trial = sit(study, seat, known_points(job)[0])
+    trial = start_trial(study, seat, known_points(job)[0])
     suggest(trial, job.space)
     record = TrialRecord(
         number=0, state="running", params={}, prune_rate=job.plan.ceiling, top1=0.9, recovered=True,
         cost_share=job.goal.target_share, seconds=1.0,
     )  # fmt: skip
-    put(trial, **{RESULT: record})
-    tell(study, trial, 0.5)
+    set_attrs(trial, **{RESULT: record})
+    finish_trial(study, trial, 0.5)
     assert _is_served(job, study) is enough
     small = replace(job, meter=Meter(Budget(epochs=8 * ladder(5.0, longer=False)[0])))
     assert not _is_served(small, study) or epochs < TELLING_EPOCHS, "an eighth of the budget for one more"
@@ -146,17 +146,17 @@ def test_a_round_ends_at_the_target_unless_more_trials_cost_little(
 def test_a_trial_that_was_killed_between_two_suggestions_is_tried_again_whole(work: Work) -> None:
     job, study = first_round(work)
     point = known_points(job)[0]
-    taken = take(study, 3, owner=7)
+    taken = claim_slot(study, 3, owner=7)
     assert taken is not None
-    trial = sit(study, taken, point)
+    trial = start_trial(study, taken, point)
     trial.suggest_float("prune_rate", SHALLOW * job.space.ceiling, job.space.ceiling)
     (now,) = _under_way(study)
     assert now.point == point, "others know at once what it will try"
     assert job.space.holds(next_point(job, study, []))
-    free_(study, alive=())
-    again = take(study, 3, owner=8)
+    release_stale(study, alive=())
+    again = claim_slot(study, 3, owner=8)
     assert again is not None
-    assert (again.seat, again.deaths, again.again) == (taken.seat, 1, point)
+    assert (again.number, again.num_deaths, again.retry_point) == (taken.number, 1, point)
 
 
 def test_a_run_without_any_trial_may_use_what_is_kept_for_the_final_tuning(work: Work) -> None:
@@ -164,7 +164,7 @@ def test_a_run_without_any_trial_may_use_what_is_kept_for_the_final_tuning(work:
     short = replace(job, meter=Meter(Budget(epochs=1.2 * job.plan.epochs)))
     assert _affordable(short, study)
     assert not _affordable(replace(short, meter=Meter(Budget(epochs=0.9 * job.plan.epochs))), study)
-    taken = take(study, job.plan.trials, owner=7)
+    taken = claim_slot(study, job.plan.trials, owner=7)
     assert taken is not None
     assert not _affordable(short, study)
 
@@ -190,12 +190,12 @@ def test_a_short_budget_goes_to_a_near_miss_at_the_target_once_something_is_safe
     )  # fmt: skip
     decided = []
     for number, record in enumerate((miss, milder)):
-        seat = take(study, 4, short.owner)
+        seat = claim_slot(study, 4, short.owner)
         assert seat is not None
-        trial = sit(study, seat, known_points(short)[number])
+        trial = start_trial(study, seat, known_points(short)[number])
         suggest(trial, short.space)
-        put(trial, **{RESULT: record})
-        tell(study, trial, 0.1)
+        set_attrs(trial, **{RESULT: record})
+        finish_trial(study, trial, 0.1)
         decided.append((should_tune_near_miss(short, study), _is_served(short, study)))
     assert decided == [(False, False), (True, True)]
     assert not should_tune_near_miss(replace(short, meter=Meter(Budget(epochs=200.0))), study), (
@@ -230,7 +230,7 @@ def test_a_trial_below_every_gain_so_far_is_given_up(work: Work) -> None:
         trial = study.ask()
         rungs = (Rung(epochs=1, top1=0.5), Rung(epochs=3, top1=0.5 + gain))
         record = TrialRecord(number=0, state="complete", params={}, top1=0.5, rungs=rungs)
-        put(trial, **{RESULT: record})
+        set_attrs(trial, **{RESULT: record})
         study.tell(trial, -0.1)
     assert _goes_on(job, climb(job.plan.floor - 0.019))
     assert not _goes_on(job, climb(job.plan.floor - 0.021))
@@ -256,7 +256,7 @@ def test_a_diverged_trial_fails_alone(work: Work) -> None:
     (trial,) = read_trials(study)
     assert trial.state == "failed"
     assert "diverged" in trial.failure
-    assert scored(study)[0].value == FAILED_VALUE
+    assert completed_trials(study)[0].value == FAILED_VALUE
 
 
 def test_whatever_is_raised_fails_the_trial_alone(work: Work) -> None:
@@ -278,7 +278,7 @@ def test_whatever_is_raised_fails_the_trial_alone(work: Work) -> None:
         assert "memory" in result.record.failure
         assert result.model is None
     told = run_trial(failing(OSError("no such image")).ground, params, epochs=(0.1,), seed=0).record.failure
-    assert told.startswith("OSError: no such image (test_search.py:")
+    assert told.startswith("OSError: no such image (test_round.py:")
     with pytest.raises(RunError):  # storage is away: that is not the trial's fault
         run_trial(failing(RunError("no database", "wait")).ground, params, epochs=(0.1,), seed=0)
 
@@ -315,56 +315,56 @@ def test_a_round_goes_on_after_a_failure_and_all_failing_alike_is_noticed(work: 
 
 def test_a_seat_is_taken_once_and_given_back(work: Work) -> None:
     job, study = first_round(work)
-    first, second = take(study, 3, owner=5), take(study, 3, owner=6)
+    first, second = claim_slot(study, 3, owner=5), claim_slot(study, 3, owner=6)
     assert first is not None
     assert second is not None
-    assert (first.seat, second.seat) == (0, 1)
+    assert (first.number, second.number) == (0, 1)
     point = known_points(job)[0]
-    trial = sit(study, first, point)
+    trial = start_trial(study, first, point)
     assert suggest(trial, job.space) == params_of(point, job.plan.ceiling)
-    assert [t.number for t in free_(study, alive={6})] == [0]
-    assert not tell(study, trial, 0.5), "who slept cannot overwrite"
+    assert [t.number for t in release_stale(study, alive={6})] == [0]
+    assert not finish_trial(study, trial, 0.5), "who slept cannot overwrite"
     with pytest.raises(UpdateFinishedTrialError):
-        put(trial, **{RESULT: {}})
-    again = take(study, 3, owner=6)
+        set_attrs(trial, **{RESULT: {}})
+    again = claim_slot(study, 3, owner=6)
     assert again is not None
-    assert (again.seat, again.again, again.deaths) == (0, point, 1)
-    assert take(study, 3, owner=7) is not None
-    assert take(study, 3, owner=8) is None
-    assert scored(study) == []
+    assert (again.number, again.retry_point, again.num_deaths) == (0, point, 1)
+    assert claim_slot(study, 3, owner=7) is not None
+    assert claim_slot(study, 3, owner=8) is None
+    assert completed_trials(study) == []
 
 
-SITTER = """
+CLAIMER = """
 import sys
 from pathlib import Path
-from autoprune.storage.trial_slots import take
+from autoprune.storage.trial_slots import claim_slot
 from autoprune.storage.run_store import RunStore
 study = RunStore(Path(sys.argv[1]), "tiny").study(9)
 sys.stdin.readline()
-while (taken := take(study, 40, owner=int(sys.argv[2]))) is not None:
-    study.tell(taken.trial.number, 1.0)
+while (slot := claim_slot(study, 40, owner=int(sys.argv[2]))) is not None:
+    study.tell(slot.trial.number, 1.0)
 """
 
 
 def test_many_processes_never_take_more_seats_than_planned(work: Work) -> None:
     study = work.store.create_study(9, {})
-    command = [sys.executable, "-c", SITTER, str(work.store.folder)]
+    command = [sys.executable, "-c", CLAIMER, str(work.store.folder)]
     sitters = [subprocess.Popen([*command, str(n)], stdin=subprocess.PIPE, text=True) for n in range(3)]
     for sitter in sitters:
         sitter.communicate("\n")
     assert [s.returncode for s in sitters] == [0] * 3
-    seats = [t.user_attrs[SEAT] for t in scored(study)]
-    assert sorted(seats) == list(range(40))
+    slots = [t.user_attrs[SLOT] for t in completed_trials(study)]
+    assert sorted(slots) == list(range(40))
 
 
 def test_a_seat_that_kills_every_process_counts_as_failed(work: Work) -> None:
     job, study = first_round(work)
     for _ in range(MAX_DEATHS):
-        assert take(study, 1, owner=3) is not None
-        free_(study, alive=())
+        assert claim_slot(study, 1, owner=3) is not None
+        release_stale(study, alive=())
     search_round(replace(job, plan=replace(job.plan, trials=1)), study, known_points(job))
     assert "processes died" in read_trials(study)[-1].failure
-    assert scored(study)[0].value == FAILED_VALUE
+    assert completed_trials(study)[0].value == FAILED_VALUE
 
 
 def test_values_are_lexicographic(work: Work) -> None:

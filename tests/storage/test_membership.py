@@ -14,18 +14,24 @@ import optuna
 import pytest
 
 from autoprune.errors import RunError
-from autoprune.storage import membership, retry
-from autoprune.storage.membership import BuriedError, HeldError, Watch, joined, members
+from autoprune.storage import database, membership
+from autoprune.storage.membership import (
+    MembershipLostError,
+    RunLockedError,
+    StaleMonitor,
+    join_run,
+    list_processes,
+)
 from autoprune.storage.run_store import RunStore, quiet_optuna
 
 HOLDER = """
 import sys, time
 from pathlib import Path
-from autoprune.storage import retry
+from autoprune.storage import database
 from autoprune.storage import membership
 from autoprune.storage.run_store import RunStore
-membership.BEAT_S = float(sys.argv[3])
-with membership.joined(RunStore(Path(sys.argv[1]), "a"), sys.argv[2]) as me:
+membership.HEARTBEAT_S = float(sys.argv[3])
+with membership.join_run(RunStore(Path(sys.argv[1]), "a"), sys.argv[2]) as me:
     print("in", flush=True)
     sys.stdin.readline()
     me.check()
@@ -55,24 +61,24 @@ def other(store: RunStore, role: str = "coordinator", beat: float = 10) -> Itera
 def test_the_second_coordinator_is_refused_with_name_and_age(store: RunStore) -> None:
     with other(store) as holder:
         time.sleep(1.1)
-        with pytest.raises(HeldError) as caught, joined(store, "coordinator"):
+        with pytest.raises(RunLockedError) as caught, join_run(store, "coordinator"):
             pytest.fail("there are two")
         assert f"(process {holder.pid}), since " in caught.value.message
         assert "autoprune worker" in caught.value.hint
-        with joined(store, "worker"):  # workers are welcome
-            states = [(p.role, p.state) for p in members(store)]
+        with join_run(store, "worker"):  # workers are welcome
+            states = [(p.role, p.state) for p in list_processes(store)]
         assert states == [("coordinator", "working"), ("coordinator", "ended"), ("worker", "working")]
         holder.communicate("\n")
-    with joined(store, "coordinator"):
-        assert members(store)[0].state == "ended"
+    with join_run(store, "coordinator"):
+        assert list_processes(store)[0].state == "ended"
 
 
 def test_a_killed_coordinator_is_replaced_at_once(store: RunStore) -> None:
     with other(store) as holder:
         holder.send_signal(signal.SIGKILL)
         holder.wait()
-    with joined(store, "coordinator") as me:
-        assert [p.state for p in members(store)] == ["gone", "working"]
+    with join_run(store, "coordinator") as me:
+        assert [p.state for p in list_processes(store)] == ["gone", "working"]
         me.check()
 
 
@@ -84,20 +90,20 @@ def test_who_could_not_say_goodbye_does_not_hold_the_run_against_itself(
     def full(*_: object, **__: object) -> None:
         raise RunError("database or disk is full", "make room")
 
-    with monkeypatch.context() as patched, joined(store, "coordinator") as me:
+    with monkeypatch.context() as patched, join_run(store, "coordinator") as me:
         patched.setattr(me._study, "tell", full)
-    with joined(store, "coordinator"):
-        assert [p.state for p in members(store)] == ["gone", "working"]
+    with join_run(store, "coordinator"):
+        assert [p.state for p in list_processes(store)] == ["gone", "working"]
 
 
 def test_a_sleeper_is_replaced_and_notices_it(store: RunStore, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(membership, "BEAT_S", 1)
+    monkeypatch.setattr(membership, "HEARTBEAT_S", 1)
     store.storage.grace_period = 3
     with other(store, beat=1) as sleeper:
         sleeper.send_signal(signal.SIGSTOP)
         time.sleep(5)  # longer than the grace period
         began = time.monotonic()
-        with joined(store, "coordinator"):
+        with join_run(store, "coordinator"):
             assert time.monotonic() - began >= 2, "a silence has to last two beats"
             sleeper.send_signal(signal.SIGCONT)
             _, told = sleeper.communicate("\n")
@@ -106,23 +112,23 @@ def test_a_sleeper_is_replaced_and_notices_it(store: RunStore, monkeypatch: pyte
 
 
 def test_a_jump_of_the_clock_buries_nobody(store: RunStore, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(membership, "BEAT_S", 0.5)
-    with joined(store, "worker") as me:
-        watch = Watch(store)
+    monkeypatch.setattr(membership, "HEARTBEAT_S", 0.5)
+    with join_run(store, "worker") as me:
+        monitor = StaleMonitor(store)
         store.storage.grace_period = -3600  # as if the database's clock had jumped an hour ahead
-        assert [p.state for p in watch.look()] == ["silent"]
-        store.storage.grace_period = retry.GRACE_S
+        assert [p.state for p in monitor.refresh()] == ["silent"]
+        store.storage.grace_period = database.GRACE_PERIOD_S
         time.sleep(1.1)
-        assert [p.state for p in watch.look()] == ["working"]
+        assert [p.state for p in monitor.refresh()] == ["working"]
         me.check()
 
 
 def test_the_buried_stay_buried(store: RunStore) -> None:
-    with joined(store, "worker") as me:
+    with join_run(store, "worker") as me:
         study = optuna.load_study(study_name="a/processes", storage=store.storage)
         from optuna.trial import TrialState
 
         study.tell(me.number, state=TrialState.FAIL)
-        with pytest.raises(BuriedError):
+        with pytest.raises(MembershipLostError):
             me.check()
-    assert [p.state for p in members(store)] == ["gone"]
+    assert [p.state for p in list_processes(store)] == ["gone"]

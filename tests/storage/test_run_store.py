@@ -14,16 +14,15 @@ import torch
 from optuna.exceptions import DuplicatedStudyError
 
 from autoprune.errors import ArtifactError, RunError, UsageError
+from autoprune.location import ARTIFACTS, DATABASE
 from autoprune.plan import PruningPlan
 from autoprune.storage.run_store import (
-    ARTIFACTS,
-    DATABASE,
+    WHOLE,
     RunStore,
-    fail_left_running_,
-    name_in,
-    put,
+    completed_trials,
     quiet_optuna,
-    scored,
+    run_name_at,
+    set_attrs,
 )
 from tests.tiny import tiny_net
 
@@ -50,41 +49,41 @@ def store(tmp_path: Path):
 
 def test_a_checkpoint_comes_back_as_it_went(store: RunStore) -> None:
     model = tiny_net()
-    artifact = store.save(model, PLAN)
-    checkpoint = store.load(artifact)
+    artifact = store.save_checkpoint(model, PLAN)
+    checkpoint = store.load_checkpoint(artifact)
     assert checkpoint.plan == PLAN
-    assert checkpoint.is_of(model)
+    assert checkpoint.matches(model)
     other = tiny_net()
     torch.nn.init.zeros_(other.conv1.weight)
-    assert not checkpoint.is_of(other)
+    assert not checkpoint.matches(other)
     checkpoint.load_into_(other)
-    assert checkpoint.is_of(other)
+    assert checkpoint.matches(other)
 
 
 def test_equal_content_is_kept_once(store: RunStore) -> None:
-    assert store.save(tiny_net(), PLAN) == store.save(tiny_net(), PLAN)
+    assert store.save_checkpoint(tiny_net(), PLAN) == store.save_checkpoint(tiny_net(), PLAN)
     assert len(list((store.folder / ARTIFACTS).iterdir())) == 1
 
 
 @pytest.mark.parametrize("at", [0, 20, -1])
 def test_a_damaged_checkpoint_is_refused_and_saved_again(store: RunStore, at: int) -> None:
-    artifact = store.save(tiny_net(), PLAN)
+    artifact = store.save_checkpoint(tiny_net(), PLAN)
     path = store.folder / ARTIFACTS / artifact
     content = bytearray(path.read_bytes())
     content[at] ^= 1
     path.write_bytes(content)
     with pytest.raises(ArtifactError, match="damaged"):
-        store.load(artifact)
-    assert store.save(tiny_net(), PLAN) == artifact
-    store.load(artifact)
+        store.load_checkpoint(artifact)
+    assert store.save_checkpoint(tiny_net(), PLAN) == artifact
+    store.load_checkpoint(artifact)
 
 
 def test_a_missing_checkpoint_is_named(store: RunStore) -> None:
-    artifact = store.save(tiny_net(), PLAN)
-    store.forget(artifact)
-    store.forget(artifact)
+    artifact = store.save_checkpoint(tiny_net(), PLAN)
+    store.delete_checkpoint(artifact)
+    store.delete_checkpoint(artifact)
     with pytest.raises(ArtifactError, match="missing"):
-        store.load(artifact)
+        store.load_checkpoint(artifact)
 
 
 def test_studies_are_found_by_round(store: RunStore) -> None:
@@ -92,7 +91,7 @@ def test_studies_are_found_by_round(store: RunStore) -> None:
     store.create_study(1, {"floor": 0.5})
     store.create_study(2, {"floor": 0.4})
     assert [s.study_name for s in store.rounds()] == ["a/round-01", "a/round-02"]
-    store.drop_study(2)
+    store.delete_study(2)
     assert store.study(2) is None
     with pytest.raises(DuplicatedStudyError):
         store.create_study(1, {})
@@ -105,11 +104,11 @@ def test_a_study_whose_making_was_interrupted_is_none_and_is_made_again(
     whole = optuna.Study.set_user_attr
 
     def killed(study: optuna.Study, key: str, value: object) -> None:
-        if key == "made":
+        if key == WHOLE:
             raise KeyboardInterrupt
         whole(study, key, value)
 
-    artifact = store.save(tiny_net(), PLAN)
+    artifact = store.save_checkpoint(tiny_net(), PLAN)
     monkeypatch.setattr(optuna.Study, "set_user_attr", killed)
     with pytest.raises(KeyboardInterrupt):
         store.create_study(1, {"floor": 0.5}, (artifact, 0.9))
@@ -119,7 +118,7 @@ def test_a_study_whose_making_was_interrupted_is_none_and_is_made_again(
     store.create_study(1, {"floor": 0.4}, (artifact, 0.8))
     (study,) = store.rounds()
     assert study.user_attrs["floor"] == 0.4
-    assert [(t.value, t.user_attrs["checkpoint"]) for t in scored(study)] == [(0.8, artifact)]
+    assert [(t.value, t.user_attrs["checkpoint"]) for t in completed_trials(study)] == [(0.8, artifact)]
 
 
 def test_a_study_that_was_made_again_is_not_taken_for_the_old_one(store: RunStore) -> None:
@@ -130,14 +129,14 @@ def test_a_study_that_was_made_again_is_not_taken_for_the_old_one(store: RunStor
     with closing(RunStore(store.folder, "a")) as other:
         seen = other.study(1)
         assert seen is not None
-        assert [t.value for t in scored(seen)] == [0, 1, 2]
-        store.drop_study(1)
+        assert [t.value for t in completed_trials(seen)] == [0, 1, 2]
+        store.delete_study(1)
         new = store.create_study(1, {})
         assert new._study_id == old._study_id
         new.tell(new.ask(), 7)
         again = other.study(1)
         assert again is not None
-        assert [t.value for t in scored(again)] == [7]
+        assert [t.value for t in completed_trials(again)] == [7]
 
 
 def test_finished_trials_are_read_from_the_database_once(
@@ -158,7 +157,7 @@ def test_finished_trials_are_read_from_the_database_once(
         monkeypatch.setattr(other.storage, "_get_trials", counted)
         for _ in range(3):
             (found,) = other.rounds()
-            assert len(scored(found)) == 3
+            assert len(completed_trials(found)) == 3
     assert read == [3, 0, 0]
 
 
@@ -179,23 +178,12 @@ def test_workers_never_share_an_enqueued_trial(store: RunStore) -> None:
     assert sorted(asked) == [n / 24 for n in range(24)]
 
 
-def test_trials_of_a_killed_process_are_given_back(store: RunStore) -> None:
-    study = store.create_study(1, {})
-    done, left = study.ask(), study.ask()
-    left.suggest_float("x", 0, 1)
-    study.tell(done, 1.0)
-    study.enqueue_trial({"x": 0.25})
-    assert [t.params for t in fail_left_running_(study)] == [left.params]
-    assert [t.number for t in scored(study)] == [0]
-    assert fail_left_running_(study) == []
-
-
 def test_dataclasses_become_plain_values(store: RunStore) -> None:
     from autoprune.record import EpochPoint
 
     study = store.create_study(1, {})
     point = EpochPoint(epoch=1, lr=0.1, train_loss=2.0, images_per_s=3.0)
-    put(study, points=(point,), one=point)
+    set_attrs(study, points=(point,), one=point)
     assert study.user_attrs["points"] == [study.user_attrs["one"]]
     assert study.user_attrs["one"]["lr"] == 0.1
 
@@ -204,12 +192,12 @@ def test_a_folder_without_a_run_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="there is no run"):
         RunStore(tmp_path, "a")
     with pytest.raises(UsageError, match="there is no run"):
-        name_in(tmp_path)
+        run_name_at(tmp_path)
 
 
 def test_another_runs_folder_is_refused(store: RunStore) -> None:
     store.create_study(0, {})
-    assert name_in(store.folder) == "a"
+    assert run_name_at(store.folder) == "a"
     with pytest.raises(UsageError, match="holds the run 'a'"):
         RunStore(store.folder, "b")
 
@@ -237,9 +225,9 @@ def test_a_damaged_tail_of_the_log_is_recovered_and_a_damaged_database_is_named(
         with closing(RunStore(copy, "a")) as found:
             again = found.study(1)
             assert again is not None
-            assert 0 < len(scored(again)) <= 3
+            assert 0 < len(completed_trials(again)) <= 3
             again.tell(again.ask(), 9)
-            assert scored(again)[-1].value == 9
+            assert completed_trials(again)[-1].value == 9
         content = (tmp_path / "r" / DATABASE).read_bytes()
         for damaged in (b"no database at all" * 400, content[:4096] + b"\xff" * (len(content) - 4096)):
             (tmp_path / "r" / DATABASE).write_bytes(damaged)

@@ -15,10 +15,11 @@ from autoprune.config import Protection, Search
 from autoprune.crypto.keys import default_recipient, keygen, read_identities
 from autoprune.crypto.signing import signing_keygen
 from autoprune.errors import ArtifactError, UsageError
+from autoprune.location import ARTIFACTS
 from autoprune.pipeline.run import run
 from autoprune.plan import PruningPlan
-from autoprune.storage.run_store import ARTIFACTS, RunStore, quiet_optuna
-from autoprune.storage.sealing import run_seal
+from autoprune.storage.checkpoint_cipher import run_cipher
+from autoprune.storage.run_store import RunStore, quiet_optuna
 from tests.tiny import tiny_net, tiny_study
 
 PLAN = PruningPlan(keep={}, num_units={})
@@ -32,7 +33,7 @@ def own_key(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def sealed_store(folder: Path, protection: Protection, *, create: bool = False) -> RunStore:
     with quiet_optuna():
-        return RunStore(folder, "a", create=create, seal=run_seal(protection))
+        return RunStore(folder, "a", create=create, cipher=run_cipher(protection))
 
 
 def test_a_sealed_checkpoint_is_closed_on_the_disk_and_opens_again(tmp_path: Path) -> None:
@@ -40,13 +41,13 @@ def test_a_sealed_checkpoint_is_closed_on_the_disk_and_opens_again(tmp_path: Pat
     protection = Protection(run_recipients=(own, colleague), run_identities=(str(tmp_path / "own"),))
     store = sealed_store(tmp_path / "run", protection, create=True)
     model = tiny_net()
-    artifact = store.save(model, PLAN)
-    assert store.save(model, PLAN) == artifact, "equal content is kept once"
+    artifact = store.save_checkpoint(model, PLAN)
+    assert store.save_checkpoint(model, PLAN) == artifact, "equal content is kept once"
     (file,) = (tmp_path / "run" / ARTIFACTS).iterdir()
     content = file.read_bytes()
     assert content.startswith(AGE)
     assert model.conv1.weight.detach().numpy().tobytes()[:64] not in content
-    assert store.load(artifact).is_of(model)
+    assert store.load_checkpoint(artifact).matches(model)
     plaintext = pyrage.decrypt(content, read_identities(tmp_path / "colleague"))
     assert set(load_safetensors(plaintext)) == set(model.state_dict())
     store.close()
@@ -55,7 +56,7 @@ def test_a_sealed_checkpoint_is_closed_on_the_disk_and_opens_again(tmp_path: Pat
 def test_damage_and_a_missing_key_are_told_apart_from_each_other(tmp_path: Path) -> None:
     protection = Protection(run_recipients=(default_recipient(),))
     store = sealed_store(tmp_path / "run", protection, create=True)
-    artifact = store.save(tiny_net(), PLAN)
+    artifact = store.save_checkpoint(tiny_net(), PLAN)
     store.close()
     without = sealed_store(tmp_path / "run", Protection())
     with pytest.raises(UsageError, match="are encrypted"):
@@ -67,23 +68,23 @@ def test_damage_and_a_missing_key_are_told_apart_from_each_other(tmp_path: Path)
     file.write_bytes(content)
     store = sealed_store(tmp_path / "run", protection)
     with pytest.raises(ArtifactError, match="damaged"):
-        store.load(artifact)
-    assert store.save(tiny_net(), PLAN) == artifact, "a damaged one is written again"
-    assert store.load(artifact).is_of(tiny_net())
+        store.load_checkpoint(artifact)
+    assert store.save_checkpoint(tiny_net(), PLAN) == artifact, "a damaged one is written again"
+    assert store.load_checkpoint(artifact).matches(tiny_net())
     store.close()
 
 
 def test_what_the_run_could_not_read_again_is_refused_before_it_starts(tmp_path: Path) -> None:
     stranger = keygen(tmp_path / "stranger")
     with pytest.raises(UsageError, match="there is no key file"):
-        run_seal(Protection(run_recipients=(stranger,)))
+        run_cipher(Protection(run_recipients=(stranger,)))
     default_recipient()
     with pytest.raises(UsageError, match="could not read its own checkpoints"):
-        run_seal(Protection(run_recipients=(stranger,)))
+        run_cipher(Protection(run_recipients=(stranger,)))
     with pytest.raises(UsageError, match="without --encrypt-run"):
-        run_seal(Protection(run_identities=(str(tmp_path / "stranger"),)))
+        run_cipher(Protection(run_identities=(str(tmp_path / "stranger"),)))
     with pytest.raises(UsageError, match="--plain"):
-        run_seal(Protection(run_recipients=(stranger,), plain=True))
+        run_cipher(Protection(run_recipients=(stranger,), plain=True))
     with pytest.raises(UsageError):
         run(tiny_study(), out=tmp_path / "r", protection=Protection(run_recipients=(stranger,)))
     assert not (tmp_path / "r").exists()
@@ -112,7 +113,7 @@ def test_a_run_leaves_no_open_weights_and_goes_on_only_with_its_key(tmp_path: Pa
 @pytest.mark.skipif(not shutil.which("age"), reason="the age tool (Debian package age) is not here")
 def test_the_age_tool_opens_a_checkpoint(tmp_path: Path) -> None:
     store = sealed_store(tmp_path / "run", Protection(run_recipients=(default_recipient(),)), create=True)
-    file = tmp_path / "run" / ARTIFACTS / store.save(tiny_net(), PLAN)
+    file = tmp_path / "run" / ARTIFACTS / store.save_checkpoint(tiny_net(), PLAN)
     store.close()
     command = ["age", "--decrypt", "--identity", str(tmp_path / "own.txt"), str(file)]
     done = subprocess.run(command, capture_output=True, check=True)

@@ -1,7 +1,7 @@
-"""A run's checkpoints encrypted at rest: age again, to public keys whose secret the run can reach.
+"""The encryption of a run's checkpoints at rest, by age, to public keys whose secret key the run can reach.
 
-What lies on the disk between two rounds is then as closed as the delivered file. The run reads its own
-checkpoints through an identity; that it can is tried before anything starts.
+What lies on the disk between two rounds is then as well protected as the delivered file. The run reads its
+own checkpoints with an identity, and that it can is tried before anything starts.
 """
 
 from __future__ import annotations
@@ -14,15 +14,15 @@ import pyrage
 from autoprune.config import Protection
 from autoprune.crypto import default_identity_path, read_identities, read_recipients
 from autoprune.errors import ArtifactError, UsageError
-from autoprune.storage.run_store import Seal
+from autoprune.storage.run_store import CheckpointCipher
 
-TRIED = b"can be read again"
+PROBE = b"can be read again"
 
 
-def run_seal(protection: Protection) -> Seal | None:
-    """How this run's checkpoints are encrypted and opened; None where they are not encrypted.
+def run_cipher(protection: Protection) -> CheckpointCipher | None:
+    """Return the cipher of this run's checkpoints, None where they are not encrypted.
 
-    Key files are read once, here: one that is a pipe or is taken away later will do.
+    Key files are read once, here, so that a key may come through a pipe or be taken away later.
 
     Raises:
         UsageError: a key cannot be read, no key opens what the run writes, or only half of it is asked for.
@@ -38,25 +38,27 @@ def run_seal(protection: Protection) -> Seal | None:
             "--encrypt-run and --plain are given: checkpoints closed, and the result open beside them",
             "leave one of them out",
         )
-    recipients = read_recipients(protection.run_recipients)
-    identities = _identities(protection.run_identities)
-    seal = _seal(recipients, identities)
+    recipients, identities = (
+        read_recipients(protection.run_recipients),
+        _identities(protection.run_identities),
+    )
+    cipher = _cipher(recipients, identities)
     try:
-        seal.open(seal.close(TRIED))
+        cipher.decrypt(cipher.encrypt(PROBE))
     except ArtifactError:
         raise UsageError(
             "the run could not read its own checkpoints: no key at hand opens what is encrypted to "
             f"{', '.join(r if len(r) < 24 else r[:20] + '...' for r in protection.run_recipients)}",
             "name the secret key with --run-identity, or add your own public key with another --encrypt-run",
         ) from None
-    return seal
+    return cipher
 
 
-def _seal(recipients: Sequence[Any], identities: Sequence[Any]) -> Seal:
-    def close(content: bytes) -> bytes:
+def _cipher(recipients: Sequence[Any], identities: Sequence[Any]) -> CheckpointCipher:
+    def encrypt(content: bytes) -> bytes:
         return bytes(pyrage.encrypt(content, recipients))
 
-    def open_(content: bytes) -> bytes:
+    def decrypt(content: bytes) -> bytes:
         try:
             return bytes(pyrage.decrypt(content, identities))
         except pyrage.DecryptError:
@@ -65,7 +67,7 @@ def _seal(recipients: Sequence[Any], identities: Sequence[Any]) -> Seal:
                 "name the key that the run was started with: --run-identity FILE",
             ) from None
 
-    return Seal(close=close, open=open_)
+    return CheckpointCipher(encrypt=encrypt, decrypt=decrypt)
 
 
 def _identities(given: Sequence[str]) -> list[Any]:
