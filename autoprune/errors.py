@@ -79,4 +79,4 @@ class UnreachableError(UsageError):
 
 
 class TrialError(AutopruneError):
-    """One trial failed (its loss is no number); the run goes on without it."""
+    """One trial failed (its training diverged, for instance); the run goes on without it."""

@@ -25,9 +25,10 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from autoprune.config import Baseline, Finetune
 from autoprune.data import Split, derive_seed
-from autoprune.errors import TrialError, UsageError
+from autoprune.errors import UsageError
 from autoprune.tasks import CLASSIFICATION, Task, classification_loss, logits_of
 from autoprune.training import distributed
+from autoprune.training.divergence import LossWatch, check_finite, check_losses, check_weights, loss_of_zeros
 from autoprune.training.evaluation import (
     evaluate,
     model_mode,
@@ -104,7 +105,7 @@ def finetune_(  # noqa: PLR0913 - one whole stage: each argument is a decision o
         on_epoch: told of every record as it is made.
 
     Raises:
-        TrialError: the loss is no longer a number.
+        TrialError: the training diverged (see `autoprune.training.divergence`).
         UsageError: nothing in the model can be trained, or a setting cannot take effect.
     """
     place = torch.device(device)
@@ -119,18 +120,21 @@ def finetune_(  # noqa: PLR0913 - one whole stage: each argument is a decision o
     plan = _Training(
         stepper=stepper, scheduler=make_scheduler(stepper.sgd, schedule, num_steps),
         pace=_StepPacer(num_steps, seconds), batch_size=settings.batch_size, seed=seed, device=place,
-        on_epoch=on_epoch, ema_steps=settings.ema * num_steps,
+        on_epoch=on_epoch, ema_steps=settings.ema * num_steps, watch=LossWatch(num_steps, place),
     )  # fmt: skip
     if settings.distill == 0 or not task.has_logits:
         teacher = None
     with ExitStack() as stack:
         if teacher is not None:
             stack.enter_context(model_mode(teacher, place, training=False, channels_last=True))
-        records = _fit_(model, used, plan, _objective(settings, teacher, task))
+        objective = _objective(settings, teacher, task)
+        records = _fit_(model, used, plan, objective)
+        check_losses(plan.watch, lambda: _loss_of_zeros(model, used, plan, objective), schedule.lr)
     recalibrate_(
         model, used, num_batches=settings.recalibrate_batches, batch_size=settings.batch_size,
         device=place, seed=seed,
     )  # fmt: skip
+    check_weights(model, schedule.lr)
     return records
 
 
@@ -141,7 +145,7 @@ def train_baseline_(  # noqa: PLR0913 - as finetune_
     """Train a network from scratch, in place: one cycle of the learning rate, up and down.
 
     Raises:
-        TrialError: the loss is no longer a number.
+        TrialError: the training diverged.
         UsageError: nothing in the model can be trained.
     """
     schedule = Schedule(lr=baseline.lr, decay="linear", warmup=BASELINE_WARMUP)
@@ -218,6 +222,7 @@ class _Training:
     device: torch.device
     on_epoch: OnEpoch | None
     ema_steps: float
+    watch: LossWatch
 
     @property
     def averages(self) -> bool:
@@ -329,23 +334,24 @@ def _epoch_(
         distributed.scale_loss(loss, len(targets)).backward()  # type: ignore[no-untyped-call]  # torch's gap
         lr = float(plan.stepper.sgd.param_groups[0]["lr"])
         plan.stepper.step()
+        value = distributed.mean(loss.detach(), len(targets))
+        plan.watch.see(value, plan.pace.left)
         for _ in range(plan.pace.advance()):
             plan.scheduler.step()
         if average is not None:
             average.step()
-        total += distributed.mean(loss.detach(), len(targets))
+        total += value
         samples, steps = samples + len(inputs) * distributed.world_size(), steps + 1
         if steps % CHECK_EVERY == 1:
-            _check_finite(total, lr)
+            check_finite(total, lr)
         if not plan.pace.left:
             break
-    _check_finite(total, lr)
+    check_finite(total, lr)
     return _EpochResult(loss=float(total) / steps, lr=lr, steps=steps, samples=samples)
 
 
-def _check_finite(total: Tensor, lr: float) -> None:
-    if not math.isfinite(float(total)):
-        raise TrialError(
-            f"training diverged: the loss is {float(total)} at a learning rate of {lr:.3g}",
-            "lower the learning rate's range",
-        )
+
+def _loss_of_zeros(model: nn.Module, split: Split, plan: _Training, objective: Objective) -> float:
+    """The level of a network that knows nothing, on the first batch."""
+    batches = split.batches(plan.batch_size, device=plan.device, seed=plan.seed, part=distributed.rank_and_size())
+    return loss_of_zeros(model, next(iter(batches)), objective)

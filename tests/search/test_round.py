@@ -43,6 +43,7 @@ from autoprune.search.trial import Climb, run_trial
 from autoprune.storage.run_store import RunStore, completed_trials, quiet_optuna, set_attrs
 from autoprune.storage.trial_slots import SLOT, claim_slot, finish_trial, release_stale, start_trial
 from tests.tiny import tiny_study
+from tests.training.test_divergence import scaled
 
 
 @pytest.fixture
@@ -248,9 +249,13 @@ def test_a_trial_for_which_time_is_short_hurries_to_its_end(work: Work) -> None:
     assert trial.epochs[-1].lr < 0.3 * max(e.lr for e in trial.epochs), "the schedule came near its end"
 
 
-def test_a_diverged_trial_fails_alone(work: Work) -> None:
+@pytest.mark.parametrize("way", ["rates that no arithmetic survives", "finite losses that stay far too high"])
+def test_a_diverged_trial_fails_alone(work: Work, way: str) -> None:
     job, study = first_round(work)
     hot = replace(job.ground.study, search=Search(trials=1, epochs=1, lr=(1e9, 1e10)))
+    if way.startswith("finite"):
+        mild = Search(trials=1, epochs=1, lr=(1e-12, 1e-11), criteria=("l1",))
+        hot = replace(hot, search=mild, loss=scaled(lambda step: 1e6 if step > 1 else 1.0))
     job = replace(job, ground=replace(job.ground, study=hot), plan=replace(job.plan, trials=1, epochs=1.0))
     search_round(job, study, [])
     (trial,) = read_trials(study)
