@@ -48,7 +48,7 @@ class LossWatch:
         self._lowest = torch.full((), math.inf, device=device)
 
     def see(self, loss: Tensor, steps_left: int) -> None:
-        """Take in the loss of one step, when `steps_left` of the schedule, this one included, were to come."""
+        """Take in the loss of one step, with which `steps_left` steps of the schedule were to come."""
         if self._first is None:
             self._first = loss.float().clone()
         elif 2 * steps_left <= self._num_steps:

@@ -353,5 +353,6 @@ def _epoch_(
 
 def _loss_of_zeros(model: nn.Module, split: Split, plan: _Training, objective: Objective) -> float:
     """The level of a network that knows nothing, on the first batch."""
-    batches = split.batches(plan.batch_size, device=plan.device, seed=plan.seed, part=distributed.rank_and_size())
+    part = distributed.rank_and_size()
+    batches = split.batches(plan.batch_size, device=plan.device, seed=plan.seed, part=part)
     return loss_of_zeros(model, next(iter(batches)), objective)

@@ -129,7 +129,7 @@ def flat(state: dict[str, Tensor]) -> Tensor:
     return torch.cat([tensor.double().flatten() for tensor in state.values()])
 
 
-@pytest.mark.parametrize("case", CASES, ids=[f"{kind}-{'float64' if exact else 'as it runs'}" for kind, exact in CASES])
+@pytest.mark.parametrize("case", CASES, ids=[f"{k}-{'float64' if e else 'as it runs'}" for k, e in CASES])
 def test_two_ranks_give_what_one_process_gives(
     case: tuple[str, bool], ranks: tuple[list[Any], list[Any]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
