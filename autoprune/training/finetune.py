@@ -350,7 +350,6 @@ def _epoch_(
     return _EpochResult(loss=float(total) / steps, lr=lr, steps=steps, samples=samples)
 
 
-
 def _loss_of_zeros(model: nn.Module, split: Split, plan: _Training, objective: Objective) -> float:
     """The level of a network that knows nothing, on the first batch."""
     part = distributed.rank_and_size()
