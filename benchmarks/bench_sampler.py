@@ -183,8 +183,8 @@ def _analysed(ground: Ground, kept: Path) -> Ground:
     if not kept.exists():
         study = ground.study
         table = sensitivity(
-            ground.model, ground.graph, ground.data.search, ratios=study.analysis.ratios,
-            share=study.analysis.share, calibration=ground.data.train, device=ground.device,
+            ground.model, ground.graph, ground.data.search, settings=study.analysis,
+            calibration=ground.data.train, device=ground.device,
         )  # fmt: skip
         kept.write_text(table.to_json(), encoding="utf-8")
     return replace(ground, table=SensitivityTable.from_json(kept.read_text(encoding="utf-8")))

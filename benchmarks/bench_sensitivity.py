@@ -33,7 +33,7 @@ from autoprune.data.splits import IMAGENET, Split
 from autoprune.metrics import Evaluation
 from autoprune.plan import PruningPlan
 from autoprune.pruning.criteria import Scores, score
-from autoprune.pruning.sensitivity import TENTHS, SensitivityTable, sensitivity
+from autoprune.pruning.sensitivity import ANALYSIS, SensitivityTable, sensitivity
 from autoprune.structure.densify import masked
 from autoprune.structure.graph import ChannelGraph
 from autoprune.structure.tracing import trace
@@ -125,7 +125,7 @@ def measure(name: str, model: nn.Module, split: Split, train: Split, num_plain: 
     """Both sides of one case, the plain loop's evaluations before and after the other's."""
     graph = trace(model, torch.zeros(1, 3, 32, 32))
     scores, (batch, slower) = score(model, graph, "l2"), best_batch(model, split)
-    probes = [(g.name, r) for g in graph.groups for r in TENTHS]
+    probes = [(g.name, r) for g in graph.groups for r in ANALYSIS.ratios]
     picked = [probes[i] for i in np.linspace(0, len(probes) - 1, num_plain).round().astype(int)]
     clock, ours, again = Clock(), Clock(), Clock()
     with ours.running():

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from autoprune.config import Protection, Search
+from autoprune.config import Analysis, Protection, Search
 from autoprune.pipeline.run import run
 from autoprune.plan import PruningPlan
 from autoprune.pruning.sensitivity import sensitivity
@@ -70,7 +70,9 @@ def test_sensitivity_on_the_gpu_is_that_of_the_cpu() -> None:
     model, data = tiny_net(), tiny_data()
     graph = trace(model, torch.zeros(1, 1, 8, 8))
     there, here = (
-        sensitivity(model, graph, data.search, ratios=(0.3, 0.6), calibration=data.train, device=d)
+        sensitivity(
+            model, graph, data.search, settings=Analysis(ratios=(0.3, 0.6)), calibration=data.train, device=d
+        )
         for d in (CUDA, torch.device("cpu"))
     )
     for a, b in zip(there.points, here.points, strict=True):

@@ -250,8 +250,8 @@ def _measure(study: Study, on_event: OnEvent) -> tuple[SensitivityTable, tuple[P
     on_event(StageStarted(stage="analysis", round=0, detail=f"{len(known.graph.groups)} groups"))
     measured = count(1)
     table = sensitivity(
-        known.model, known.graph, known.data.search, ratios=study.analysis.ratios, share=study.analysis.share,
-        exact=study.analysis.exact, calibration=known.data.train, device=device,
+        known.model, known.graph, known.data.search, settings=study.analysis,
+        calibration=known.data.train, device=device,
         task=task,
         on_point=lambda p: on_event(
             StageProgress(stage="analysis", round=0, done=next(measured), total=planned, detail=p.group)

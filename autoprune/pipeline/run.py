@@ -318,8 +318,8 @@ def _sensitivity(work: Work, state: State, number: int, ground: Ground) -> Sensi
         )
 
     return sensitivity(
-        ground.model, ground.graph, ground.data.search, ratios=analysis.ratios, share=analysis.share,
-        exact=analysis.exact, calibration=ground.data.train, device=ground.device,
+        ground.model, ground.graph, ground.data.search, settings=analysis,
+        calibration=ground.data.train, device=ground.device,
         task=task_of(study), on_point=on_point, known=known,
         seconds=ANALYSIS_PART * work.meter.left(keep=FINAL_SHARE).seconds,
     )  # fmt: skip

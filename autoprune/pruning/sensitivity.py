@@ -28,6 +28,7 @@ from numpy.typing import NDArray
 from scipy.interpolate import PchipInterpolator
 from torch import nn
 
+from autoprune.config import Analysis
 from autoprune.data import Split
 from autoprune.errors import ArtifactError, UsageError
 from autoprune.metrics import Evaluation, difference_pp
@@ -38,13 +39,33 @@ from autoprune.pruning.variants import VariantResult, VariantSetup, choose_evalu
 from autoprune.structure import ChannelGraph
 from autoprune.tasks import CLASSIFICATION, Task
 
-MIN_SHARE = 0.5
+MIN_SHARE = 0.5  # of the search split; config.Analysis.share has the same bound
 RECALIBRATE_BATCHES, RECALIBRATE_BATCH = 4, 128  # measured: 10 choose no better (docs/analysis.md)
-TENTHS = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
-FIRST = 0.4  # where a curve is measured first, as a share of its ratios
-MIN_POINTS, MAX_POINTS = 2, 3  # per group; measured: nine choose no better (docs/analysis.md)
-WORTH = 4.0  # rise of the drop in pp times the ratio that lies between, for a third point
-COLLAPSE_PP = 20.0
+ANALYSIS = Analysis()
+CRITERION = "l2"  # of the units that go first; any other ranks them much alike alone in a group: a guess
+
+
+@dataclass(frozen=True, kw_only=True)
+class Bisection:
+    """Which ratios of a group are measured.
+
+    Attributes:
+        first: where a curve is measured first, as a share of its ratios; a guess.
+        min_points, max_points: per group; measured: nine choose no better (docs/analysis.md).
+        worth: for a third point, the rise of the drop in percentage points times the share of the ratios
+            between its neighbours; measured: docs/analysis.md.
+        collapse_pp: drop of top-1, in percentage points, beyond which a curve is not followed: such a network
+            is broken, whatever the figure. A guess.
+    """
+
+    first: float = 0.4
+    min_points: int = 2
+    max_points: int = 3
+    worth: float = 4.0
+    collapse_pp: float = 20.0
+
+
+BISECTION = Bisection()
 # Slope beyond the last ratio measured over the slope to there: networks break, they do not bend. Measured on
 # ResNet-20/CIFAR-10 at half the MACs without fine-tuning: loss 1.47 with 1; 1.40 with 2, 4 and 8.
 BEYOND = 2.0
@@ -181,16 +202,15 @@ class _Curve:
         return np.asarray(inside + slope * np.maximum(ratios - last, 0.0), dtype=np.float64)
 
 
-def sensitivity(  # noqa: PLR0913 - one whole stage: each argument is a decision of its caller
-    model: nn.Module, graph: ChannelGraph, split: Split, *, ratios: Sequence[float] = TENTHS,
-    share: float = 1.0, criterion: str = "l2", calibration: Split | None = None,
-    device: torch.device | str = "cpu", task: Task = CLASSIFICATION,
-    on_point: Callable[[SensitivityPoint], None] | None = None, exact: bool = False,
-    collapse_pp: float = COLLAPSE_PP, known: SensitivityTable | None = None, seconds: float = math.inf,
+def sensitivity(  # noqa: PLR0913 - public: the network, the data, and what a caller may leave out
+    model: nn.Module, graph: ChannelGraph, split: Split, *, settings: Analysis = ANALYSIS,
+    calibration: Split | None = None, device: torch.device | str = "cpu", task: Task = CLASSIFICATION,
+    known: SensitivityTable | None = None, seconds: float = math.inf,
+    on_point: Callable[[SensitivityPoint], None] | None = None,
 ) -> SensitivityTable:  # fmt: skip
-    """Measure how much accuracy each group alone is worth.
+    """Measure how much accuracy each group alone is worth; its units of the least l2 norm go first.
 
-    Of a group's `ratios` two or three are measured, found by bisection, each on all samples; the curve
+    Of a group's ratios two or three are measured, chosen by bisection, each on all samples; the curve
     between them is interpolated. Cost: about a tenth of evaluating the network once per group and ratio;
     see docs/analysis.md.
 
@@ -198,68 +218,66 @@ def sensitivity(  # noqa: PLR0913 - one whole stage: each argument is a decision
         model: the network that `graph` was traced from; left as it was found.
         graph: its groups.
         split: the search split.
-        ratios: shares of a group's units removed, each in (0, 1).
-        share: of the split that is looked at, at least half.
-        criterion: which units go first.
-        calibration: training data that estimate the batch-norm statistics of each probe anew, and feed a
-            criterion that wants data; None leaves the statistics alone.
+        settings: which ratios, on which share of the split. With `exact` every ratio is measured, by the
+            network's own arithmetic: the result is that of masking each group and evaluating the whole
+            network, to the sample. Its field `known` is a run's, which hands over the table as `known`.
+        calibration: training data that estimate the batch-norm statistics of each variant anew; None leaves
+            the statistics alone.
         device: where to run.
-        task: what is measured.
-        on_point: told of every point as it is measured.
-        exact: measure every ratio, by the network's own arithmetic: the result is that of masking each group
-            and evaluating the whole network, to the sample.
-        collapse_pp: drop of top-1, in percentage points, beyond which a curve is not followed.
-        known: points that this very network was measured at before, to go on from; where they are all that
-            is wanted and their table has a baseline, nothing is measured.
-        seconds: that it shall take: once each group has a point, further ones are measured only within them.
+        task: its loss and score are measured.
+        known: points of this very network that were measured before; they are not measured again. Where they
+            are all that is wanted and their table has a baseline, nothing is measured.
+        seconds: the time allowed: once each group has a point, further ones are measured only within it.
+        on_point: called with every point as it is measured.
 
     Raises:
         UsageError: the share is less than half, a ratio is no ratio, or `known` is of something else.
     """
-    _check(ratios, share)
+    _check(settings)
     began = time.perf_counter()
     setup = VariantSetup(
-        model=model, graph=graph, split=split.subset(share, seed=0), calibration=calibration,
+        model=model, graph=graph, split=split.subset(settings.share, seed=0), calibration=calibration,
         device=torch.device(device), num_batches=RECALIBRATE_BATCHES, batch_size=RECALIBRATE_BATCH,
-        task=task, exact=exact,
+        task=task, exact=settings.exact,
     )  # fmt: skip
-    of = fingerprint(setup, criterion)
+    of = fingerprint(setup)
     if known is not None and known.of not in ("", of):
         raise UsageError(
             "the known sensitivities are those of another network, or of other data", "measure them anew"
         )
     survey = _Survey(
-        graph=graph, ladders=ratio_counts(graph, ratios), collapse_pp=None if exact else collapse_pp,
-        scores=score_units(model, graph, criterion, split=calibration, device=device, task=task),
+        graph=graph, counts=ratio_counts(graph, settings.ratios),
+        bisection=None if settings.exact else BISECTION,
+        scores=score_units(model, graph, CRITERION, split=calibration, device=device, task=task),
         points={} if known is None else {(p.group, p.ratio): p for p in known.points},
     )  # fmt: skip
-    wave = survey.next_wave()
-    if not wave and known is not None and math.isfinite(known.baseline.top1):
+    pending = survey.next_points()
+    if not pending and known is not None and math.isfinite(known.baseline.top1):
         return replace(known, points=survey.table_points())
-    (probe, reason), wave_s = choose_evaluator(setup), 0.0
-    while wave and (not survey.has_all() or time.perf_counter() - began + wave_s <= seconds):
-        wave_began, plans = time.perf_counter(), [survey.plan(p) for p in wave]
-        for planned, found in zip(wave, probe.measure(plans), strict=True):
-            point = survey.add(planned, found, probe.baseline)
+    (evaluator, reason), pass_s = choose_evaluator(setup), 0.0
+    while pending and (not survey.has_all() or time.perf_counter() - began + pass_s <= seconds):
+        pass_began, plans = time.perf_counter(), [survey.plan(p) for p in pending]
+        for planned, result in zip(pending, evaluator.measure(plans), strict=True):
+            point = survey.add(planned, result, evaluator.baseline)
             if on_point is not None:
                 on_point(point)
-        wave, wave_s = survey.next_wave(), time.perf_counter() - wave_began
+        pending, pass_s = survey.next_points(), time.perf_counter() - pass_began
     return SensitivityTable(
-        points=survey.table_points(), baseline=probe.baseline, reason=reason,
+        points=survey.table_points(), baseline=evaluator.baseline, reason=reason,
         method="whole" if reason else "partial", miscounted=miscounted(setup, survey.furthest()),
         seconds=time.perf_counter() - began, of=of,
     )  # fmt: skip
 
 
-def fingerprint(setup: VariantSetup, criterion: str) -> str:
+def fingerprint(setup: VariantSetup) -> str:
     """SHA-256 of what a point depends on but its group and ratio: weights, samples, how it is measured."""
     splits = [s.digest() for s in (setup.split, setup.calibration) if s is not None]
-    found = hashlib.sha256(" ".join((*splits, criterion, str(setup.exact))).encode())
+    digest = hashlib.sha256(" ".join((*splits, CRITERION, str(setup.exact))).encode())
     for name, tensor in setup.model.state_dict().items():
         if isinstance(tensor, torch.Tensor):
-            found.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-            found.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
-    return found.hexdigest()
+            digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+            digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -272,44 +290,43 @@ class PlannedPoint:
 
 def max_num_points(graph: ChannelGraph, ratios: Sequence[float], *, exact: bool = False) -> int:
     """How many points `sensitivity` measures at most."""
-    ladders = ratio_counts(graph, ratios).values()
-    return sum(len(counts) if exact else min(MAX_POINTS, len(counts)) for counts in ladders)
+    per_group = ratio_counts(graph, ratios).values()
+    return sum(len(counts) if exact else min(BISECTION.max_points, len(counts)) for counts in per_group)
 
 
 def ratio_counts(graph: ChannelGraph, ratios: Sequence[float]) -> dict[str, list[int]]:
     """Per group the numbers of removed units that these ratios mean."""
-    ladders = {}
+    per_group = {}
     for group in graph.groups:
         most = group.num_units - group.min_keep
         counts = {min(most, max(1, round(r * group.num_units))) for r in ratios}
-        ladders[group.name] = sorted(n for n in counts if n > 0)
-    return ladders
+        per_group[group.name] = sorted(n for n in counts if n > 0)
+    return per_group
 
 
-def next_counts(counts: Sequence[int], drops: Mapping[int, float], collapse_pp: float | None) -> list[int]:
+def next_counts(counts: Sequence[int], drops: Mapping[int, float], bisection: Bisection | None) -> list[int]:
     """What to measure next of one group: the middle of the interval in which its curve says least.
 
     Args:
         counts: numbers of removed units, rising.
         drops: those measured, and their drop.
-        collapse_pp: a drop beyond it is no better known by measuring it. None measures all counts; so do
-            three of them or fewer.
+        bisection: None measures all counts; so do `max_points` of them or fewer.
     """
-    if collapse_pp is None or len(counts) <= MAX_POINTS:
+    if bisection is None or len(counts) <= bisection.max_points:
         return [n for n in counts if n not in drops]
-    if not drops or len(drops) >= MAX_POINTS:
-        return [] if drops else [counts[int(FIRST * len(counts))]]
-    known = [i for i, n in enumerate(counts) if n in drops]
-    lost = [drops[counts[i]] if drops[counts[i]] <= collapse_pp else collapse_pp for i in known]
-    places, heights = [-1, *known, len(counts)], np.maximum.accumulate([0.0, *lost, collapse_pp])
+    if not drops or len(drops) >= bisection.max_points:
+        return [] if drops else [counts[int(bisection.first * len(counts))]]
+    measured, limit = [i for i, n in enumerate(counts) if n in drops], bisection.collapse_pp
+    capped = [drops[counts[i]] if drops[counts[i]] <= limit else limit for i in measured]
+    positions, heights = [-1, *measured, len(counts)], np.maximum.accumulate([0.0, *capped, limit])
     gaps = [
         ((heights[k + 1] - heights[k]) * (high - low) / (len(counts) + 1), low, high)
-        for k, (low, high) in enumerate(pairwise(places))
-        if high - low > 1 and (len(known) < MIN_POINTS or high < len(counts))
+        for k, (low, high) in enumerate(pairwise(positions))
+        if high - low > 1 and (len(measured) < bisection.min_points or high < len(counts))
     ]
     area, low, high = max(gaps, default=(0.0, 0, 0))
-    worth = area > 0 if len(known) < MIN_POINTS else area >= WORTH
-    return [counts[(low + high) // 2]] if worth else []
+    is_worth_it = area > 0 if len(measured) < bisection.min_points else area >= bisection.worth
+    return [counts[(low + high) // 2]] if is_worth_it else []
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -317,25 +334,25 @@ class _Survey:
     """What one table will hold, and what it holds already."""
 
     graph: ChannelGraph
-    ladders: dict[str, list[int]]
-    collapse_pp: float | None
+    counts: dict[str, list[int]]
+    bisection: Bisection | None
     scores: Scores
     points: dict[tuple[str, float], SensitivityPoint]
 
-    def next_wave(self) -> list[PlannedPoint]:
+    def next_points(self) -> list[PlannedPoint]:
         """What can be measured in one pass: for each group what its curve says is next."""
-        wave = []
+        pending = []
         for group in self.graph.groups:
-            counts, width = self.ladders[group.name], group.num_units
-            found = {n: self.points.get((group.name, n / width)) for n in counts}
-            drops = {n: p.drop_pp for n, p in found.items() if p is not None}
-            following = next_counts(counts, drops, self.collapse_pp)
-            wave += [PlannedPoint(group=group.name, num_removed=n) for n in following]
-        return wave
+            counts, width = self.counts[group.name], group.num_units
+            points = {n: self.points.get((group.name, n / width)) for n in counts}
+            drops = {n: p.drop_pp for n, p in points.items() if p is not None}
+            following = next_counts(counts, drops, self.bisection)
+            pending += [PlannedPoint(group=group.name, num_removed=n) for n in following]
+        return pending
 
     def has_all(self) -> bool:
         """Whether each group that can be pruned has a point."""
-        return {name for name, counts in self.ladders.items() if counts} <= {name for name, _ in self.points}
+        return {name for name, counts in self.counts.items() if counts} <= {name for name, _ in self.points}
 
     def plan(self, planned: PlannedPoint) -> PruningPlan:
         width = self.graph.group(planned.group).num_units
@@ -363,7 +380,7 @@ class _Survey:
                     group=name, num_removed=max(n for n in counts if (name, n / width) in self.points)
                 )
             )
-            for name, counts in self.ladders.items()
+            for name, counts in self.counts.items()
             for width in [self.graph.group(name).num_units]
             if any((name, n / width) in self.points for n in counts)
         ]
@@ -371,11 +388,12 @@ class _Survey:
     def table_points(self) -> tuple[SensitivityPoint, ...]:
         """By group, in the graph's order, and ratio."""
         names = [g.name for g in self.graph.groups]
-        mine = (p for p in self.points.values() if p.group in self.ladders)
+        mine = (p for p in self.points.values() if p.group in self.counts)
         return tuple(sorted(mine, key=lambda p: (names.index(p.group), p.ratio)))
 
 
-def _check(ratios: Sequence[float], share: float) -> None:
+def _check(settings: Analysis) -> None:
+    ratios, share = settings.ratios, settings.share
     if not MIN_SHARE <= share <= 1:
         raise UsageError(
             f"sensitivity on a share of {share:g} of the search split is not allowed",

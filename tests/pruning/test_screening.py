@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from autoprune.config import Baseline
+from autoprune.config import Analysis, Baseline
 from autoprune.errors import UnreachableError
 from autoprune.plan import PruningPlan
 from autoprune.pruning import screening
@@ -45,7 +45,9 @@ def setup(net: TinyNet, graph: ChannelGraph) -> VariantSetup:
 
 @pytest.fixture(scope="module")
 def table(net: TinyNet, graph: ChannelGraph) -> SensitivityTable:
-    return sensitivity(net, graph, DATA.search, ratios=(0.25, 0.5, 0.75), calibration=DATA.train)
+    return sensitivity(
+        net, graph, DATA.search, settings=Analysis(ratios=(0.25, 0.5, 0.75)), calibration=DATA.train
+    )
 
 
 def loss_key(setup: VariantSetup, plan: PruningPlan) -> float:

@@ -8,12 +8,13 @@ import numpy as np
 import pytest
 import torch
 
-from autoprune.config import Baseline
+from autoprune.config import Analysis, Baseline
 from autoprune.errors import ArtifactError, UsageError
 from autoprune.metrics import Evaluation
 from autoprune.plan import PruningPlan
 from autoprune.pruning.criteria import score
 from autoprune.pruning.sensitivity import (
+    BISECTION,
     SensitivityPoint,
     SensitivityTable,
     next_counts,
@@ -50,7 +51,7 @@ def graph(net: TinyNet) -> ChannelGraph:
 
 @pytest.fixture(scope="module")
 def table(net: TinyNet, graph: ChannelGraph) -> SensitivityTable:
-    return sensitivity(net, graph, tiny_split(200, 2), ratios=(0.25, 0.5, 0.9))
+    return sensitivity(net, graph, tiny_split(200, 2), settings=Analysis(ratios=(0.25, 0.5, 0.9)))
 
 
 def test_every_group_is_measured_alone_on_all_samples(graph: ChannelGraph, table: SensitivityTable) -> None:
@@ -70,7 +71,9 @@ def test_every_group_is_measured_alone_on_all_samples(graph: ChannelGraph, table
 
 def test_the_model_is_left_as_it_was(net: TinyNet, graph: ChannelGraph) -> None:
     before, state = {n: t.clone() for n, t in net.state_dict().items()}, torch.get_rng_state()
-    sensitivity(net, graph, tiny_split(40, 2), ratios=(0.5,), calibration=tiny_split(128, 1))
+    sensitivity(
+        net, graph, tiny_split(40, 2), settings=Analysis(ratios=(0.5,)), calibration=tiny_split(128, 1)
+    )
     assert all(torch.equal(before[n], t) for n, t in net.state_dict().items())
     assert torch.equal(torch.get_rng_state(), state)
 
@@ -78,8 +81,8 @@ def test_the_model_is_left_as_it_was(net: TinyNet, graph: ChannelGraph) -> None:
 def test_calibration_brings_probes_back(net: TinyNet, graph: ChannelGraph, table: SensitivityTable) -> None:
     seen: list[SensitivityPoint] = []
     again = sensitivity(
-        net, graph, tiny_split(200, 2), ratios=(0.25, 0.5, 0.9), calibration=tiny_split(320, 1),
-        on_point=seen.append,
+        net, graph, tiny_split(200, 2), settings=Analysis(ratios=(0.25, 0.5, 0.9)),
+        calibration=tiny_split(320, 1), on_point=seen.append,
     )  # fmt: skip
     assert tuple(seen) == again.points
     assert np.mean([p.loss for p in again.points]) < np.mean([p.loss for p in table.points])
@@ -89,18 +92,18 @@ def test_a_probe_that_changes_nothing_says_so(net: TinyNet, graph: ChannelGraph)
     dead = tiny_net().eval()
     with torch.no_grad():
         dead.conv3.weight.zero_()
-    points = sensitivity(dead, graph, tiny_split(40, 2), ratios=(0.5,)).points
+    points = sensitivity(dead, graph, tiny_split(40, 2), settings=Analysis(ratios=(0.5,))).points
     assert {p.group: p.changed for p in points} == {"conv1": True, "conv2": False}
 
 
 def test_a_probe_that_costs_something_else_says_so(net: TinyNet, graph: ChannelGraph) -> None:
     split = tiny_split(40, 2)
-    assert sensitivity(net, graph, split, ratios=(0.5,)).miscounted == ()
+    assert sensitivity(net, graph, split, settings=Analysis(ratios=(0.5,))).miscounted == ()
     rigid = CostModel(  # right about the whole network, and blind to what is removed
         axes=graph.cost_model.axes, macs=[Term(constant=graph.cost().macs, axes=())], params=[],
         size_bytes=[], num_groups=len(graph.groups),
     )  # fmt: skip
-    table = sensitivity(net, replace(graph, cost_model=rigid), split, ratios=(0.5,))
+    table = sensitivity(net, replace(graph, cost_model=rigid), split, settings=Analysis(ratios=(0.5,)))
     assert set(table.miscounted) == {g.name for g in graph.groups}
     assert SensitivityTable.from_json(table.to_json()).miscounted == table.miscounted
 
@@ -108,17 +111,17 @@ def test_a_probe_that_costs_something_else_says_so(net: TinyNet, graph: ChannelG
 def test_less_than_half_of_the_data_is_refused(net: TinyNet, graph: ChannelGraph) -> None:
     split = tiny_split(40, 2)
     with pytest.raises(UsageError, match=r"a share of 0\.4 of the search split"):
-        sensitivity(net, graph, split, share=0.4)
+        sensitivity(net, graph, split, settings=Analysis(share=0.4))
     for ratios in ((), (0.0,), (1.0,)):
         with pytest.raises(UsageError, match="ratios"):
-            sensitivity(net, graph, split, ratios=ratios)
-    half = sensitivity(net, graph, split, share=0.5, ratios=(0.5,))
+            sensitivity(net, graph, split, settings=Analysis(ratios=ratios))
+    half = sensitivity(net, graph, split, settings=Analysis(share=0.5, ratios=(0.5,)))
     assert half.baseline.num_samples == 20
 
 
 def test_an_own_score_is_measured(net: TinyNet, graph: ChannelGraph) -> None:
     task = Task(score=lambda m, s, d: 0.1 if m is net else 0.0625)
-    table = sensitivity(net, graph, tiny_split(40, 2), ratios=(0.5,), task=task)
+    table = sensitivity(net, graph, tiny_split(40, 2), settings=Analysis(ratios=(0.5,)), task=task)
     assert all(p.drop_pp == pytest.approx(3.75) for p in table.points)
     assert table.loss_at("conv2", 0.5) == pytest.approx(0.0375), "no loss, so the score's own drop"
     assert SensitivityTable.from_json(table.to_json()).loss_at("conv2", 0.5) == pytest.approx(0.0375)
@@ -175,7 +178,7 @@ def test_a_table_survives_as_text_and_as_a_frame(table: SensitivityTable) -> Non
 
 def measured_counts(curve: Callable[[int], float]) -> list[int]:
     counts, drops = list(range(1, 10)), dict[int, float]()
-    while following := next_counts(counts, drops, 20.0):
+    while following := next_counts(counts, drops, BISECTION):
         drops |= {n: curve(n) for n in following}
     return sorted(drops)
 
@@ -186,12 +189,12 @@ def test_bisection_measures_where_a_curve_says_least() -> None:
     assert measured_counts(lambda n: 0.0 if n < 6 else 90.0) == [4, 5, 7], "a cliff: close to it"
     assert measured_counts(lambda n: math.nan) == [1, 2, 4], "no number is as bad as any"
     assert next_counts([*range(9)], {}, None) == [*range(9)], "exact measures all"
-    assert next_counts([1, 2, 3], {2: 0.0}, 20.0) == [1, 3], "few are all measured"
+    assert next_counts([1, 2, 3], {2: 0.0}, BISECTION) == [1, 3], "few are all measured"
 
 
 def test_exact_is_masking_and_evaluating_the_whole_network(net: TinyNet, graph: ChannelGraph) -> None:
     split, ratios = tiny_split(200, 2), (0.2, 0.4, 0.6, 0.8)
-    exact = sensitivity(net, graph, split, ratios=ratios, exact=True)
+    exact = sensitivity(net, graph, split, settings=Analysis(ratios=ratios, exact=True))
     assert exact.method == "partial"
     assert len(exact.points) == 4 * len(graph.groups)
     scores = score(net, graph, "l2")
@@ -201,7 +204,7 @@ def test_exact_is_masking_and_evaluating_the_whole_network(net: TinyNet, graph: 
         plan = PruningPlan(keep={point.group: kept}, num_units={point.group: width})
         whole = evaluate(masked(net, graph, plan), split)
         assert (point.top1, point.loss) == (whole.top1, pytest.approx(whole.loss, abs=1e-7))
-    fast = sensitivity(net, graph, split, ratios=ratios)
+    fast = sensitivity(net, graph, split, settings=Analysis(ratios=ratios))
     measured = {(p.group, p.ratio): p for p in exact.points}
     assert 0 < len(fast.points) < len(exact.points)
     for point in fast.points:
@@ -241,7 +244,10 @@ def test_a_network_that_cannot_be_replayed_is_measured_whole(
     moody = Moody()
     moody.load_state_dict(net.state_dict())
     found = sensitivity(
-        moody, trace(moody, torch.zeros(1, 1, 8, 8)), tiny_split(200, 2), ratios=(0.25, 0.5, 0.9)
+        moody,
+        trace(moody, torch.zeros(1, 1, 8, 8)),
+        tiny_split(200, 2),
+        settings=Analysis(ratios=(0.25, 0.5, 0.9)),
     )
     assert (found.method, table.method) == ("whole", "partial")
     assert "depends on the values" in found.reason

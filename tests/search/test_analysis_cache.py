@@ -26,7 +26,7 @@ PLAIN = Protection(plain=True)
 def test_a_stopped_analysis_goes_on_where_it_was() -> None:
     net, split, study = tiny_net().eval(), tiny_split(200, 2), optuna.create_study()
     graph = trace(net, torch.zeros(1, 1, 8, 8))
-    whole = sensitivity(net, graph, split, ratios=RATIOS)
+    whole = sensitivity(net, graph, split, settings=Analysis(ratios=RATIOS))
 
     def stop_at(count: int) -> Callable[[SensitivityPoint], None]:
         def on_point(point: SensitivityPoint) -> None:
@@ -39,16 +39,20 @@ def test_a_stopped_analysis_goes_on_where_it_was() -> None:
 
     fresh: list[SensitivityPoint] = []
     with pytest.raises(KeyboardInterrupt):
-        sensitivity(net, graph, split, ratios=RATIOS, on_point=stop_at(2))
+        sensitivity(net, graph, split, settings=Analysis(ratios=RATIOS), on_point=stop_at(2))
     assert kept_points(study, "second") is None
     fresh.clear()
     known = kept_points(study, "first")
     assert known is not None
-    table = sensitivity(net, graph, split, ratios=RATIOS, known=known, on_point=stop_at(99))
+    table = sensitivity(
+        net, graph, split, settings=Analysis(ratios=RATIOS), known=known, on_point=stop_at(99)
+    )
     assert len(fresh) == len(whole.points) - 2
     assert table.points == whole.points
     assert table.baseline.top1 == whole.baseline.top1
-    again = sensitivity(net, graph, split, ratios=RATIOS, known=kept_points(study, "first"))
+    again = sensitivity(
+        net, graph, split, settings=Analysis(ratios=RATIOS), known=kept_points(study, "first")
+    )
     assert again.points == whole.points
     assert np.isfinite(again.baseline.loss)
 
@@ -80,7 +84,9 @@ def test_an_analysis_is_used_by_a_run_of_the_same_network_and_refused_by_another
 
     graph = trace(network(), torch.zeros(1, 1, 8, 8))
     data = tiny_data()
-    table = sensitivity(network().eval(), graph, data.search, ratios=(0.5,), calibration=data.train)
+    table = sensitivity(
+        network().eval(), graph, data.search, settings=Analysis(ratios=(0.5,)), calibration=data.train
+    )
     file = tmp_path / "analysis.json"
     file.write_text(table.to_json())
     given = Analysis(ratios=(0.5,), known=str(file))

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from autoprune.config import Baseline
+from autoprune.config import Analysis, Baseline
 from autoprune.errors import TrialError
 from autoprune.plan import PruningPlan
 from autoprune.pruning.screening import make_setup, rank_plans
@@ -30,7 +30,9 @@ def ground() -> Ground:
         study=study, data=data, device=torch.device("cpu"), metric="macs", original=model,
         original_cost=graph.cost().macs, target_cost=graph.cost().macs // 2, model=model, graph=graph,
         plan=PruningPlan.full(graph), seed=1,
-        table=sensitivity(model, graph, data.search, ratios=(0.5,), calibration=data.train),
+        table=sensitivity(
+            model, graph, data.search, settings=Analysis(ratios=(0.5,)), calibration=data.train
+        ),
     )  # fmt: skip
 
 
@@ -104,7 +106,7 @@ def test_the_plan_is_told_for_the_original(ground: Ground) -> None:
     first = PruningPlan(keep={"conv2": np.arange(1, 13)}, num_units={"conv2": 16})
     model = densify(ground.model, ground.graph, first)
     graph = trace(model, torch.zeros(1, 1, 8, 8))
-    table = sensitivity(model, graph, ground.data.search, ratios=(0.5,))
+    table = sensitivity(model, graph, ground.data.search, settings=Analysis(ratios=(0.5,)))
     later = replace(ground, model=model, graph=graph, plan=first, table=table, cached_scores={})
     result = run_trial(later, replace(PARAMS, prune_rate=0.2), epochs=(0.1,), seed=0)
     assert result.plan is not None
