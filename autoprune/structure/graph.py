@@ -20,7 +20,8 @@ from autoprune.errors import UsageError
 from autoprune.plan import PruningPlan
 from autoprune.structure.cost import Axis, Cost, CostModel, Product
 from autoprune.structure.labels import Role
-from autoprune.structure.patches.reshape_patch import CallSite, SizeCorrection
+from autoprune.structure.patches.forward_mode import CallSite
+from autoprune.structure.patches.reshape_patch import SizeCorrection
 from autoprune.structure.recorder import Recording
 
 

@@ -12,6 +12,7 @@ back the Ref that it was given.
 
 from __future__ import annotations
 
+import linecache
 import os
 import sys
 import traceback
@@ -35,10 +36,7 @@ from autoprune.structure.copying import named_modules, named_tensors
 from autoprune.structure.meta_shapes import Rule, rule
 
 TORCH_FOLDER = str(Path(torch.__file__).parent) + "/"
-PASSING = {
-    str(Path(__file__).parent / "patches" / name)
-    for name in ("reshape_patch.py", "channel_gather.py", "norm_patch.py")
-}
+CALL_MARKER = "PASSES_CALLS_ON"  # a global of modules whose functions pass the user's calls on
 META = torch.device("meta")
 UNSAFE_VIEW = torch.ops.aten._unsafe_view.default  # a view, though its schema does not say so
 
@@ -328,7 +326,7 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
                     arguments=arguments,
                     outputs=tuple(self.ref(t) if isinstance(t, Tensor) else None for t in outputs),
                     module=self.stack[-1],
-                    where=where(sys._getframe(1)),
+                    where=source_line(sys._getframe(1)),
                     is_pointwise=kind.is_pointwise,
                     is_in_place=kind.is_in_place,
                     makes=kind.makes,
@@ -411,19 +409,27 @@ def _refs(values: Any) -> Iterator[Ref]:
 
 def _last_line(error: BaseException | None) -> str:
     """Where an error without a message arose: the innermost line that is not torch's."""
-    frames = traceback.extract_tb(error.__traceback__ if error else None)
-    own = [f for f in frames if not _passes_on(f.filename)] or frames
-    return f"no message, at {Path(own[-1].filename).name}:{own[-1].lineno}: {own[-1].line}" if own else ""
+    frames = list(traceback.walk_tb(error.__traceback__ if error else None))
+    own = [(f, line) for f, line in frames if not _passes_on(f)] or frames
+    if not own:
+        return ""
+    frame, line = own[-1]
+    file = frame.f_code.co_filename
+    return f"no message, at {Path(file).name}:{line}: {linecache.getline(file, line).strip()}"
 
 
-def where(frame: FrameType) -> str:
-    """`file:line` of the innermost frame that is neither torch's own nor passes a call on."""
-    while frame.f_back is not None and _passes_on(frame.f_code.co_filename):
+def source_line(frame: FrameType) -> str:
+    """`file:line` of the innermost frame that is neither torch's own nor passes a call on.
+
+    Functions pass calls on if their module has a global `PASSES_CALLS_ON`: the modes that replace calls in a
+    patched forward (`patches.forward_mode`). Without skipping them, all calls of such a module would seem to
+    be on a few lines of ours. "in torch" where no line of the user's is on the way.
+    """
+    while frame.f_back is not None and _passes_on(frame):
         frame = frame.f_back
     file = frame.f_code.co_filename
     return "in torch" if file == __file__ else f"{file.rpartition(os.sep)[2]}:{frame.f_lineno}"
 
 
-@cache
-def _passes_on(file: str) -> bool:
-    return file.startswith(TORCH_FOLDER) or file in PASSING
+def _passes_on(frame: FrameType) -> bool:
+    return frame.f_code.co_filename.startswith(TORCH_FOLDER) or CALL_MARKER in frame.f_globals

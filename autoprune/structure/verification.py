@@ -155,7 +155,7 @@ class _Verifier:
             return graph, None
         reason, dense = self._run(graph, graph.groups)
         gathered = {n: m for n, m in named_modules(dense).items() if isinstance(m, GatherPatch)}
-        graph = replace(graph, gathered={n: m.autoprune_calls.found for n, m in gathered.items()})
+        graph = replace(graph, gathered={n: m.autoprune_calls.sites for n, m in gathered.items()})
         candidates = dict.fromkeys((graph.reshaped.keys() | graph.split.keys()) - gathered.keys())
         if reason is None or not candidates:
             return graph, reason
@@ -164,7 +164,7 @@ class _Verifier:
         loosened = {
             n: m.autoprune_sizes for n, m in named_modules(dense).items() if isinstance(m, ReshapePatch)
         }
-        needed = {n: w.found for n, w in loosened.items() if w.found or w.has_split}
+        needed = {n: s.needed for n, s in loosened.items() if s.needed or s.corrects_split}
         return replace(graph, loosened=loose.loosened if reason else needed), reason
 
     def failing(

@@ -1,27 +1,26 @@
-"""Modules that split and shuffle channels unequally: their dense forward gathers by index.
+"""Modules that split and shuffle channels unevenly: their dense forward gathers channels by index.
 
-A ragged module (`shuffles`) changes to a subclass of its own. In its forward, a reshape that begins a shuffle
-reads its channels by index, already in their new order, and makes one part of them all; what follows then
-only moves an axis of length 1 about. Splits get the lengths that the labels predict. Which call is which is
-found out by a pass without values: the calls on each line come in the order in which the propagation saw
-them.
+A ragged module (`channel_shuffle`) changes to a patched class (`forward_mode`). In its forward, a reshape
+that begins a shuffle reads its channels by index, already in their new order, and makes one part of them all;
+the reshapes and permutations that follow then only move an axis of length 1. Splits get the lengths that the
+labels predict. Which call is which is found out by a pass without values: the calls on each line come in the
+order in which the propagation met them.
 """
 
 from __future__ import annotations
 
 import math
-import sys
-from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
 
-from autoprune.structure.patches.reshape_patch import RESHAPES, SPLITS, mix_in_
-from autoprune.structure.recorder import where
+from autoprune.structure.patches.forward_mode import CallSite, PatchMode, mix_in_
+from autoprune.structure.patches.reshape_patch import RESHAPES, SPLITS
+
+PASSES_CALLS_ON = True  # see `recorder.source_line`
 
 SHUFFLES = (torch.channel_shuffle, nn.functional.channel_shuffle)
 ALL_SPLITS = (*SPLITS, torch.chunk, Tensor.chunk)
@@ -35,7 +34,8 @@ class PrunedCall:
     Attributes:
         sizes: the shape that a reshape makes of the example, or the lengths of a split's pieces.
         given: the axes of a reshape whose lengths must be given.
-        dim: the axis that is gathered, by the positions `order`; None where nothing is.
+        dim: the axis that is gathered, by the positions `order`, int64 (kept,); None where nothing is
+            gathered.
     """
 
     sizes: tuple[int, ...]
@@ -44,7 +44,7 @@ class PrunedCall:
     order: Tensor | None = None
 
     def run(self, func: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
-        """The call, with what it got."""
+        """The call `func(*args, **kwargs)` with the pruned lengths."""
         if func in ALL_SPLITS:
             return _split(self.sizes, func, *args, **kwargs)
         x, *rest = args
@@ -69,17 +69,17 @@ def _split(sizes: Sequence[int], func: Callable[..., Any], x: Tensor, asked: Any
 
 @dataclass
 class PrunedCalls:
-    """All calls of a ragged module.
+    """All watched calls of a ragged module.
 
     Attributes:
-        by_line: in the order in which they come on each line; None where nothing changes.
-        numbers: number of the call in a pass -> its line and place there; None while that is found out.
-        found: what was found out in the last pass.
+        by_line: line -> its calls, in the order in which they come in a pass; None where nothing changes.
+        numbers: number of the call in a pass -> its site; None while that is found out.
+        sites: the same, as the last pass had it.
     """
 
     by_line: Mapping[str, Sequence[PrunedCall | None]]
-    numbers: Mapping[int, tuple[str, int]] | None
-    found: dict[int, tuple[str, int]] = field(default_factory=dict)
+    numbers: Mapping[int, CallSite] | None
+    sites: dict[int, CallSite] = field(default_factory=dict)
 
     def gather_by(self, index: Tensor) -> PrunedCall | None:
         """The call that gathers channels by this very tensor."""
@@ -93,51 +93,42 @@ class GatherPatch:
     autoprune_calls: PrunedCalls
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """The class's own forward."""
+        """The user's forward, under the mode."""
         with _GatherMode(self.autoprune_calls):
             return super().forward(*args, **kwargs)  # type: ignore[misc]
 
 
-class _GatherMode(TorchFunctionMode):
-    """Replaces the calls of one forward pass."""
+class _GatherMode(PatchMode):
+    """Replaces the reshapes, splits and shuffles of one forward pass."""
 
     def __init__(self, calls: PrunedCalls) -> None:
         super().__init__()
         self.calls = calls
-        self.number = 0
-        self.seen: Counter[str] = Counter()
 
-    def __torch_function__(
-        self,
-        func: Callable[..., Any],
-        types: Sequence[type],
-        args: Sequence[Any] = (),
-        kwargs: Mapping[str, Any] | None = None,
-    ) -> Any:
+    def replace(self, func: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
+        """The pruned call, where the call is one that changes."""
         if func in WATCHED:
-            self.number += 1
-            at = self._place()
-            call = self.calls.by_line[at[0]][at[1]] if at is not None else None
+            site = self._known_site(self.count_call())
+            call = self.calls.by_line[site[0]][site[1]] if site is not None else None
             if call is not None:
-                return call.run(func, args, kwargs or {})
-        return func(*args, **(kwargs or {}))
+                return call.run(func, args, kwargs)
+        return func(*args, **kwargs)
 
-    def _place(self) -> tuple[str, int] | None:
-        if torch.compiler.is_dynamo_compiling():  # a compiler cannot see lines
-            return (self.calls.numbers or {}).get(self.number)
-        line = where(sys._getframe(1))
-        turn, self.seen[line] = self.seen[line], self.seen[line] + 1
+    def _known_site(self, site: CallSite) -> CallSite | None:
+        if torch.compiler.is_dynamo_compiling():
+            return (self.calls.numbers or {}).get(self.num_calls)
+        line, turn = site
         if turn >= len(self.calls.by_line.get(line, ())):
             return None
-        self.calls.found[self.number] = (line, turn)
-        return line, turn
+        self.calls.sites[self.num_calls] = site
+        return site
 
 
 def patch_gathers_(
     module: nn.Module,
     by_line: Mapping[str, Sequence[PrunedCall | None]],
-    numbers: Mapping[int, tuple[str, int]] | None,
+    numbers: Mapping[int, CallSite] | None,
 ) -> None:
-    """Change a module to its gathered class; see `Calls` for the arguments."""
+    """Change a module to its patched class; see `PrunedCalls` for the arguments."""
     vars(module)["autoprune_calls"] = PrunedCalls(by_line, numbers)
     mix_in_(module, GatherPatch)

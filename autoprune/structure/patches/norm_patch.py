@@ -1,12 +1,13 @@
-"""Means over fewer channels that still compute what the masked original does.
+"""Layer norms and means over fewer channels that still compute what the masked original does.
 
 A layer norm divides by the number of its channels. With some of them removed, their zeros still count in the
-masked network: mean and variance are sums over what is left, divided by the original number. So a pruned
-module changes to a subclass whose layer norm does that (Ba et al. 2016, equation 3, with a fixed H). It is
-slower than the fused operator, which is why widths behind a layer norm stay as they are unless asked for.
+masked network: mean and variance are sums over what is left, divided by the original number. So a patched
+module (`forward_mode`) normalises that way (Ba et al. 2016, "Layer Normalization", equation 3, with a fixed
+H). It is slower than the fused operator, which is why widths behind a layer norm stay unless the user asks
+for them (`norms="rescale"`).
 
 The same goes for a mean over channels that are zero where they are removed, as in global response
-normalisation (Woo et al. 2023, section 3.1): there it costs nothing, and is always done.
+normalisation (Woo et al. 2023, "ConvNeXt V2", section 3.1). There it costs nothing, and is always done.
 """
 
 from __future__ import annotations
@@ -17,44 +18,39 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
 
-from autoprune.structure.patches.reshape_patch import mix_in_
+from autoprune.structure.patches.forward_mode import PatchMode, mix_in_
+
+PASSES_CALLS_ON = True  # see `recorder.source_line`
+
+MEANS = (torch.mean, Tensor.mean)
 
 
 class NormPatch:
-    """Mixed in before a module's class: statistics are taken over `autoprune_norm_width` channels."""
+    """Mixed in before the user's class: statistics are taken over `autoprune_norm_width` channels."""
 
     autoprune_norm_width: int
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """The class's own forward."""
+        """The user's forward, under the mode."""
         with _NormMode(self.autoprune_norm_width, is_norm=isinstance(self, nn.LayerNorm)):
             return super().forward(*args, **kwargs)  # type: ignore[misc]
 
 
-class _NormMode(TorchFunctionMode):
+class _NormMode(PatchMode):
     """Replaces layer norm over the last axis, and means over what is left of the channels."""
 
     def __init__(self, width: int, *, is_norm: bool) -> None:
         super().__init__()
         self.width, self.is_norm = width, is_norm
 
-    def __torch_function__(
-        self,
-        func: Callable[..., Any],
-        types: Sequence[type],
-        args: Sequence[Any] = (),
-        kwargs: Mapping[str, Any] | None = None,
-    ) -> Any:
+    def replace(self, func: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
+        """Means and layer norms that count the original width."""
         if func is F.layer_norm and self.is_norm:  # not those of modules in a module that takes a mean
-            return layer_norm_of_width(*args, width=self.width, **(kwargs or {}))
+            return layer_norm_of_width(*args, width=self.width, **kwargs)
         if func in MEANS:
-            return mean_of_width(*args, width=self.width, **(kwargs or {}))
-        return func(*args, **(kwargs or {}))
-
-
-MEANS = (torch.mean, Tensor.mean)
+            return mean_of_width(*args, width=self.width, **kwargs)
+        return func(*args, **kwargs)
 
 
 def mean_of_width(x: Tensor, dim: Any = None, keepdim: bool = False, *, width: int) -> Tensor:
@@ -83,7 +79,7 @@ def layer_norm_of_width(
 
 def patch_norm_(module: nn.Module, width: int) -> None:
     """Change a module whose parameters are sliced already, so that its statistics count `width` channels."""
-    if not isinstance(module, NormPatch):
+    if not isinstance(module, NormPatch):  # one of an earlier pruning counts the original's width for good
         vars(module)["autoprune_norm_width"] = width
         mix_in_(module, NormPatch)
     if isinstance(module, nn.LayerNorm):
