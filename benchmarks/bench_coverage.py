@@ -15,7 +15,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
 import signal
 import subprocess
 import sys
@@ -25,13 +24,13 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from datetime import date
-from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import coverage_models
 from coverage_table import OURS, PEER, Row, Rows, page, read_rows, write_rows
+from machine import commit, memory_gb, processor, versions
 
 HERE = Path(__file__).resolve().parent
 WORKER = HERE / "coverage_worker.py"
@@ -143,7 +142,7 @@ def measure(name: str, tool: str, limits: Limits, *, norms: str = "keep") -> Row
         tool=tool,
         process_s=time.time() - began,
         process_peak_mb=peak / 1e6,
-        commit=_commit(),
+        commit=commit(),
         date=date.today().isoformat(),
         **known,
     )
@@ -201,49 +200,17 @@ def _line(row: Row) -> str:
 
 
 def _environment(args: argparse.Namespace, rows: Rows) -> list[str]:
-    packages = ["torch", "torchvision", "timm", "torch-pruning"]
     options = ["--no-peer"] if args.no_peer else []
     options += ["--norms", args.norms] if args.norms != "keep" else []
     command = " ".join(["python benchmarks/bench_coverage.py", *args.models, *options])
     commits = ", ".join(sorted({r.commit for r in rows.values()}))
     return [
-        f"hardware: {_processor()}, {os.cpu_count()} cores, {_memory_gb():.0f} GB; "
+        f"hardware: {processor()}, {os.cpu_count()} cores, {memory_gb():.0f} GB; "
         f"{os.environ.get('OMP_NUM_THREADS', '1')} thread, {args.jobs} process at a time",
-        f"versions: Python {platform.python_version()}, " + ", ".join(f"{p} {_version(p)}" for p in packages),
+        f"versions: {versions('torch', 'torchvision', 'timm', 'torch-pruning')}",
         f"autoprune at {commits}; limits {args.limit_s:.0f} s wall and {args.limit_gb:.0f} GB a process",
         f"command: `{command}`, {date.today().isoformat()}, weights and units removed from seed 0",
     ]
-
-
-def _processor() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text("utf-8").splitlines()
-    except OSError:
-        return platform.processor() or platform.machine()
-    return next(
-        (line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "unknown"
-    )
-
-
-def _memory_gb() -> float:
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 1e9
-
-
-def _version(package: str) -> str:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return "absent"
-
-
-def _commit() -> str:
-    try:
-        result = subprocess.run(
-            ["git", "describe", "--always", "--dirty"], cwd=HERE, capture_output=True, text=True, check=True
-        )
-    except (OSError, subprocess.CalledProcessError):
-        return "unknown"
-    return result.stdout.strip()
 
 
 if __name__ == "__main__":

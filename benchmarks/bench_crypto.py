@@ -15,16 +15,15 @@ import argparse
 import hashlib
 import json
 import os
-import platform
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
-from datetime import date
-from importlib.metadata import version
 from pathlib import Path
+
+from machine import headline
 
 from autoprune.artifact.container import container_chunks
 from autoprune.artifact.manifest import Architecture, Manifest, MemberDigest
@@ -126,14 +125,12 @@ def measure(operation: str, folder: Path, size: int) -> Row:
 
 def page(rows: list[Row], size: int, where: str) -> str:
     """The results as a page."""
-    cpu = platform.processor() or platform.machine()
     command = " ".join(["python benchmarks/bench_crypto.py", *sys.argv[1:]])
     lines = [
         f"# Encrypting {size / 1e9:.1f} GB of weights",
         "",
-        f"{date.today().isoformat()}, {os.cpu_count()} cores ({cpu}), Python {platform.python_version()}, "
-        f"pyrage {version('pyrage')}; one run each, {where}; writing includes fsync; "
-        f"load average {os.getloadavg()[0]:.1f}, other work ran beside it.",
+        headline("pyrage"),
+        f"One run each, {where}; writing includes fsync.",
         "",
         f"    {command}",
         "",

@@ -19,11 +19,11 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from datetime import date
 from pathlib import Path
 
 import numpy as np
 import torch
+from machine import headline
 from torch import nn
 from torchvision import models
 
@@ -32,7 +32,7 @@ from autoprune.structure import timings
 from autoprune.structure.densify import densify
 from autoprune.structure.graph import ChannelGraph
 from autoprune.structure.latency import measure_latency_share, with_latency_model
-from autoprune.structure.timings import Timings, device_name
+from autoprune.structure.timings import Timings
 from autoprune.structure.tracing import trace
 from studies.models import resnet20
 
@@ -92,14 +92,12 @@ def rows(name: str, round_to: int, num_plans: int, device: torch.device) -> list
 
 def page(found: list[Row], command: str, device: torch.device) -> str:
     """The tables, with what the numbers depend on in the first lines."""
-    where = f"{device_name(device)}, {torch.get_num_threads()} of {os.cpu_count()} cores used"
     kinds = dict.fromkeys((r.network, r.round_to) for r in found)
     return "\n".join(
         [
             "# Latency: predicted against measured" + (", CPU seconds" if "--cpu-time" in command else ""),
             "",
-            f"{date.today()}, {where}, torch {torch.__version__}; load average "
-            f"{os.getloadavg()[0]:.1f} at the end.",
+            headline("torch", device=str(device)),
             "",
             f"    {command}",
             "",

@@ -19,7 +19,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
@@ -29,7 +28,7 @@ import numpy as np
 import oneshot_models
 import oneshot_rival
 import torch
-from bench_sensitivity import cpu_info
+from machine import dated_page, headline
 from oneshot_models import Case
 from torch import nn
 
@@ -232,25 +231,14 @@ def cell(rows: list[Row], way: str, share: float) -> str:
 
 def write(folder: Path, pages: list[str], networks: str) -> None:
     """The page in results/."""
-    cpu = next((x.split(":")[1].strip() for x in cpu_info() if x.startswith("model name")), "")
-    date = time.strftime("%Y-%m-%d")
     head = (
         "# Pruned in one go, without fine-tuning: autoprune and Torch-Pruning at equal MACs\n\n"
-        f"{date}, {cpu or platform.machine()}, one thread, torch {torch.__version__}, "
-        f"torch-pruning {torch_pruning_version()}, Python {platform.python_version()}. Top-1 in percent on "
+        f"{headline('torch', 'torch-pruning')}\n\nTop-1 in percent on "
         "test images that no decision saw, mean and range over three calibration seeds. Command: "
         f"`AUTOPRUNE_DATA=DIR python benchmarks/bench_oneshot.py --networks {networks}`; its first lines say "
         'what is compared. "Untried" rows are single allocations, without the gate and without steps.\n\n'
     )
-    path = folder / f"oneshot_{platform.machine()}_{date}.md"
-    path.write_text(head + "\n".join(pages), encoding="utf-8")
-
-
-def torch_pruning_version() -> str:
-    """The installed distribution's: the module says 1.6.0 in 1.6.1."""
-    from importlib.metadata import version
-
-    return version("torch-pruning")
+    dated_page(folder, "oneshot").write_text(head + "\n".join(pages), encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -28,6 +28,7 @@ from typing import Any
 from unittest.mock import patch
 
 import optuna
+from subcommands import Subcommand, run_subcommand
 
 from autoprune import events as ev
 from autoprune.location import RunLocation, parse_database_url
@@ -38,7 +39,6 @@ from autoprune.storage.run_store import (
     FINAL,
     RunStore,
     completed_trials,
-    quiet_optuna,
     run_name_at,
     set_attrs,
 )
@@ -237,39 +237,43 @@ def overhead_of(store: RunStore) -> tuple[float, float]:
 
 def run(args: argparse.Namespace) -> None:
     """A finished run's overhead; one process ran it, without a pause."""
-    with closing(RunStore(args.run, run_name_at(args.run))) as store:
+    folder = args.run_folder
+    with closing(RunStore(folder, run_name_at(folder))) as store:
         wall, work = overhead_of(store)
         trials = sum(len(completed_trials(study)) for study in store.rounds())
-    print(f"{args.run}: {trials} trials, {wall:.1f} s, of which {100 * (1 - work / wall):.2f} % overhead")
+    share = 1 - work / wall
+    print(f"{folder}: {trials} trials, {wall:.1f} s, of which {100 * share:.2f} % overhead")
 
 
-def main() -> None:
-    """Choose what to measure."""
-    if sys.argv[1] == "worker":
-        with quiet_optuna():
-            worker(sys.argv[2], int(sys.argv[3]), int(sys.argv[4]))
-        return
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    commands = parser.add_subparsers(required=True)
-    one = commands.add_parser("storage")
-    one.add_argument("--postgres", action="store_true")
-    one.add_argument("--trials", type=int, default=64)
-    one.add_argument("--workers", type=int, nargs="+", default=[1, 4, 8])
-    one.set_defaults(what=storage)
-    two = commands.add_parser("growth")
-    two.add_argument("--trials", type=int, default=1000)
-    two.add_argument("--whole", action="store_true")
-    two.add_argument("--sampler", default="tpe")
-    two.set_defaults(what=growth)
-    three = commands.add_parser("run")
-    three.add_argument("run", type=Path)
-    three.set_defaults(what=run)
-    args = parser.parse_args()
-    with quiet_optuna():
-        args.what(args)
+def _storage_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--postgres", action="store_true")
+    parser.add_argument("--trials", type=int, default=64)
+    parser.add_argument("--workers", type=int, nargs="+", default=[1, 4, 8])
 
+
+def _growth_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--trials", type=int, default=1000)
+    parser.add_argument("--whole", action="store_true")
+    parser.add_argument("--sampler", default="tpe")
+
+
+def _run_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("run_folder", metavar="run", type=Path)
+
+
+def _worker_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("where")
+    parser.add_argument("planned", type=int)
+    parser.add_argument("owner", type=int)
+
+
+SUBCOMMANDS = {
+    "storage": Subcommand(run=storage, add_options=_storage_options),
+    "growth": Subcommand(run=growth, add_options=_growth_options),
+    "run": Subcommand(run=run, add_options=_run_options),
+    # one of the processes that `storage` starts
+    "worker": Subcommand(run=lambda a: worker(a.where, a.planned, a.owner), add_options=_worker_options),
+}
 
 if __name__ == "__main__":
-    main()
+    run_subcommand(__doc__, SUBCOMMANDS)

@@ -25,8 +25,10 @@ from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 
+from subcommands import Subcommand, run_subcommand
+
 from autoprune.search.history import read_plan, read_trials
-from autoprune.storage.run_store import RunStore, completed_trials, quiet_optuna, run_name_at
+from autoprune.storage.run_store import RunStore, completed_trials, run_name_at
 from autoprune.storage.trial_slots import OWNER
 
 WORKERS = (1, 2, 4, 8, 16, 32, 64)
@@ -91,10 +93,10 @@ def simulate(times: Times, workers: int, planned: int, dice: random.Random) -> S
 
 def show_simulation(args: argparse.Namespace) -> None:
     """A line for every number of trials in a round and of workers."""
-    times = times_of(args.run)
+    times = times_of(args.run_folder)
     middle = sorted(times.trials)[len(times.trials) // 2]
     longest = max(times.trials)
-    print(f"{args.run}: {len(times.trials)} trials, median {middle:.1f} s, longest {longest:.1f} s; "
+    print(f"{args.run_folder}: {len(times.trials)} trials, median {middle:.1f} s, longest {longest:.1f} s; "
           f"{times.between:.1f} s between rounds")  # fmt: skip
     print("trials a round  workers  trials/h  speed-up  waiting")
     for planned in args.trials:
@@ -141,25 +143,22 @@ def measure(args: argparse.Namespace) -> None:
               flush=True)  # fmt: skip
 
 
-def main() -> None:
-    """Choose what to do."""
-    look = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=look)
-    commands = parser.add_subparsers(required=True)
-    one = commands.add_parser("simulate")
-    one.add_argument("run", type=Path)
-    one.add_argument("--trials", type=int, nargs="+", default=[8, 16, 24, 48])
-    one.add_argument("--seed", type=int, default=0)
-    one.set_defaults(what=show_simulation)
-    two = commands.add_parser("measure")
-    two.add_argument("--trials", type=int, default=24)
-    two.add_argument("--workers", type=int, nargs="+", default=[1, 2])
-    two.add_argument("--out", type=Path)
-    two.set_defaults(what=measure)
-    args = parser.parse_args()
-    with quiet_optuna():
-        args.what(args)
+def _simulate_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("run_folder", metavar="run", type=Path)
+    parser.add_argument("--trials", type=int, nargs="+", default=[8, 16, 24, 48])
+    parser.add_argument("--seed", type=int, default=0)
 
+
+def _measure_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--trials", type=int, default=24)
+    parser.add_argument("--workers", type=int, nargs="+", default=[1, 2])
+    parser.add_argument("--out", type=Path)
+
+
+SUBCOMMANDS = {
+    "simulate": Subcommand(run=show_simulation, add_options=_simulate_options),
+    "measure": Subcommand(run=measure, add_options=_measure_options),
+}
 
 if __name__ == "__main__":
-    main()
+    run_subcommand(__doc__, SUBCOMMANDS)

@@ -9,17 +9,14 @@ once.
 from __future__ import annotations
 
 import argparse
-import os
-import platform
 import statistics
 import tempfile
 import time
-from datetime import date
-from importlib.metadata import version
 from pathlib import Path
 
 import torch
 import torchvision
+from machine import headline
 
 from autoprune.config import Protection
 from autoprune.crypto.keys import keygen
@@ -74,9 +71,8 @@ def main() -> None:
     lines = [
         "# Checkpoints encrypted at rest",
         "",
-        f"{date.today().isoformat()}, {os.cpu_count()} cores ({platform.processor() or platform.machine()}), "
-        f"{torch.get_num_threads()} thread, pyrage {version('pyrage')}, "
-        f"load average {os.getloadavg()[0]:.1f}; medians of {arguments.repeat}, in milliseconds.",
+        headline("torch", "pyrage"),
+        f"Medians of {arguments.repeat}, in milliseconds.",
         "",
         "    python benchmarks/bench_seal.py",
         "",

@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import argparse
 import os
-import platform
 import sys
 import time
 from collections.abc import Iterator
@@ -26,6 +25,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from machine import dated_page, headline
 from torch import nn
 
 from autoprune.data.sources import load_data
@@ -180,28 +180,16 @@ def largest(table: SensitivityTable, found: dict[tuple[str, float], Evaluation])
 
 def write(folder: Path, rows: list[Row], cases: str) -> None:
     """The page in results/."""
-    date = time.strftime("%Y-%m-%d")
-    cpu = next(
-        (x.split(":")[1].strip() for x in cpu_info() if x.startswith("model name")), platform.machine()
-    )
     text = (
-        f"# Sensitivity against the plain loop\n\n{date}, {cpu}, one thread, torch {torch.__version__}, "
-        f"Python {platform.python_version()}. Other work ran on the machine, so CPU seconds are compared. "
+        f"# Sensitivity against the plain loop\n\n{headline('torch')}\n\n"
+        "Other work may have run on the machine, so CPU seconds are compared. "
         "Command: "
         f"`python benchmarks/bench_sensitivity.py --cases {cases}`; its first lines say what columns mean. "
         '"Ours recalibrated": with batch-norm recalibration before every point, as a run does it, still '
         "against the plain loop without.\n\n"
     )
     lines = [f"| {' | '.join(COLUMNS)} |", "|---" * len(COLUMNS) + "|", *(r.line() for r in rows)]
-    (folder / f"sensitivity_{platform.machine()}_{date}.md").write_text(
-        text + "\n".join(lines) + "\n", "utf-8"
-    )
-
-
-def cpu_info() -> list[str]:
-    """Lines of /proc/cpuinfo where there is one."""
-    path = Path("/proc/cpuinfo")
-    return path.read_text().splitlines() if path.exists() else []
+    dated_page(folder, "sensitivity").write_text(text + "\n".join(lines) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,7 @@
-"""What a results page says about where it was measured."""
+"""What a results page says about where it was measured: hardware, versions, commit, load.
+
+torch is imported only where threads or a GPU are named: the coverage benchmark's own process does without it.
+"""
 
 from __future__ import annotations
 
@@ -6,37 +9,64 @@ import os
 import platform
 import subprocess
 from datetime import date
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-
-import torch
 
 HERE = Path(__file__).resolve().parent
 
 
 def headline(*packages: str, device: str = "cpu") -> str:
-    """Date, hardware, versions, commit and load, in two lines."""
-    versions = ", ".join(f"{p} {version(p)}" for p in packages)
+    """Date, hardware, load, versions and commit, in two lines: the first ones of a page."""
     return (
         f"{date.today().isoformat()}, {_hardware(device)}; load {os.getloadavg()[0]:.1f} at the end\n"
-        f"(Python {platform.python_version()}, {versions}, commit {commit()})."
+        f"({versions(*packages)}, commit {commit()})."
     )
 
 
+def dated_page(folder: Path, subject: str) -> Path:
+    """The path of a page that is named after its subject, the kind of processor and the date."""
+    return folder / f"{subject}_{platform.machine()}_{date.today().isoformat()}.md"
+
+
+def versions(*packages: str) -> str:
+    """Python's version and those of distributions, which need not be what a module calls its own."""
+    return ", ".join([f"Python {platform.python_version()}", *(f"{p} {_version(p)}" for p in packages)])
+
+
 def commit() -> str:
-    """Of the working tree, in short."""
+    """The working tree's commit, shortened; with `-dirty` where files differ from it."""
     command = ["git", "-C", str(HERE), "describe", "--always", "--dirty"]
-    return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
 
 
 def processor() -> str:
-    """As Linux names it."""
-    lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    return next(line.split(":")[1].strip() for line in lines if line.startswith("model name"))
+    """The processor's name, as Linux gives it; elsewhere what Python knows."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        lines = []
+    names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    return next(names, platform.processor() or platform.machine())
+
+
+def memory_gb() -> float:
+    """The machine's memory in units of 10^9 bytes."""
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 1e9
+
+
+def _version(package: str) -> str:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return "absent"
 
 
 def _hardware(device: str) -> str:
+    import torch
+
     if device.startswith("cuda"):
         return torch.cuda.get_device_name(device)
-    threads = torch.get_num_threads()
-    return f"{processor()}, {threads} of {os.cpu_count()} cores"
+    return f"{processor()}, {torch.get_num_threads()} of {os.cpu_count()} cores"
