@@ -34,15 +34,14 @@ def dashboard(
 ) -> None:  # fmt: skip
     """Show runs in the browser, finished or still going on; Ctrl-C ends it.
 
-    It is optuna-dashboard over a view of the runs: nothing that is clicked there changes a run.
+    It is optuna-dashboard, for this machine alone and read-only: nothing that is clicked changes a run.
     """
     from autoprune.report import open_dashboard
 
-    shown = open_dashboard(runs, port)
-    names = ", ".join(dict.fromkeys(run.label for run in shown.runs))
-    sys.stdout.write(f"{shown.address}\n")
+    server = open_dashboard(runs, port)
+    sys.stdout.write(f"{server.address}\n")
     sys.stdout.flush()
-    sys.stderr.write(f"shows {names}; Ctrl-C ends it\n")
+    sys.stderr.write(f"shows {', '.join(server.runs)}; Ctrl-C ends it\n")
     if not no_browser:
-        webbrowser.open(shown.address)
-    shown.serve()
+        webbrowser.open(server.address)
+    server.serve()

@@ -26,7 +26,7 @@ from autoprune.pipeline.measurement import measure_latency, summarise, with_late
 from autoprune.pipeline.preflight import Setup
 from autoprune.plan import PruningPlan
 from autoprune.record import Difference, ModelSummary, Outcome, RunRecord, RunResult, Tuning
-from autoprune.report import write_report
+from autoprune.report import annotate_studies, write_report
 from autoprune.search import (
     MAX_EPOCHS,
     MIN_EPOCHS,
@@ -83,6 +83,7 @@ def deliver(work: Work, state: State, protection: Protection) -> RunResult:
     record = read_run(work.store)
     model_file = _write_model(work, finished, record, protection)
     report = write_report(record, work.store.folder)
+    annotate_studies(work.store)
     assert record.after is not None
     assert record.outcome is not None
     work.on_event(

@@ -26,6 +26,7 @@ from autoprune.pipeline.delivery import deliver
 from autoprune.pipeline.preflight import Setup, fitting_threads, prepare, traced
 from autoprune.pruning import SensitivityPoint, SensitivityTable, max_num_points, sensitivity
 from autoprune.record import RunResult, SensitivityCell
+from autoprune.report import annotate_studies
 from autoprune.search import (
     FINAL_SHARE,
     MIN_EPOCHS,
@@ -120,6 +121,7 @@ def run(  # noqa: PLR0913 - the whole product: each argument is a decision of it
         while state.ended is None:
             ground = stand(work, state)
             job, attempt = analyse(work, state, ground)  # Analysis
+            annotate_studies(store)  # the round that begins, and the one that was just decided
             search_round(job, attempt, known_points(job))  # Pruning and Fine-tuning
             state = judge(work, job, attempt).state
         result = deliver(work, state, protection)  # Transformation

@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING
 import lazy_loader
 
 if TYPE_CHECKING:
+    from autoprune.report.annotations import annotate_studies as annotate_studies
     from autoprune.report.dashboard import open_dashboard as open_dashboard
     from autoprune.report.narrative import ComparisonRow as ComparisonRow
     from autoprune.report.narrative import answer as answer
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
 __getattr__, __dir__, __all__ = lazy_loader.attach(
     __name__,
     submod_attrs={
+        "annotations": ["annotate_studies"],
         "dashboard": ["open_dashboard"],
         "narrative": ["ComparisonRow", "answer", "caution", "comparison"],
         "page": ["to_json", "write_report"],

@@ -1,173 +1,203 @@
 """`autoprune dashboard`: optuna-dashboard over any number of runs, on this machine alone, to look at.
 
-The runs are read again while they go on; nothing that is clicked reaches them (`view_storage`). The server
-has no users and no passwords, so it listens on the loopback address, answers only to its names, and takes no
-request that would change something.
+A run's studies hold what there is to see (`annotations`); here they are served. The server has no users and
+no passwords, so it listens on the loopback address, answers only to its names, and takes no request that
+would change something.
 """
 
 from __future__ import annotations
 
-import json
+import copy
 import threading
-import time
-from collections.abc import Callable, Iterable, Sequence
-from contextlib import closing, suppress
+from collections.abc import Callable, Container, Iterable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from socketserver import ThreadingMixIn
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 from wsgiref.simple_server import WSGIRequestHandler, WSGIServer, make_server
 
-import optuna
+from optuna.storages import BaseStorage
 
 from autoprune.errors import AutopruneError, UsageError
-from autoprune.location import DATABASE, RunLocation, RunReference, parse_database_url, parse_run
-from autoprune.report.campaign_view import Campaign, views
-from autoprune.report.view_storage import StudyView, ViewArtifacts, ViewStorage
-from autoprune.search import read_run
-from autoprune.storage import BASELINE, RunStore, quiet_optuna, read_run_header, suggest_run
+from autoprune.location import DATABASE, RunLocation, parse_database_url
+from autoprune.report.annotations import SUMMARY
+from autoprune.storage import PROCESSES, open_storage, quiet_optuna, run_names_at, suggest_run
 
 if TYPE_CHECKING:
     from wsgiref.types import StartResponse, WSGIApplication, WSGIEnvironment
+
+    from optuna.study import StudyDirection
+    from optuna.study._frozen import FrozenStudy
+    from optuna.trial import FrozenTrial, TrialState
 
 HOST = "127.0.0.1"
 NAMES = ("127.0.0.1", "localhost")
 PORT = 8080
 TRIED_PORTS = 50
 DEPTH = 3  # folders below the given one in which runs are looked for: runs/sweep/study/
+MAX_IDS = 10**9  # of one storage; with a million storages an id is still exact in a browser (2**53)
 
 
 @dataclass(frozen=True, kw_only=True)
-class ShownRun:
-    """A run in the list."""
+class Source:
+    """A storage with runs in it.
 
-    label: str
+    Attributes:
+        label: of the run that it holds; None where there may be several, each under its own name.
+        name: of the one run that is wanted of it; None is all.
+        version: differs where another database took the location of an earlier one.
+    """
+
     location: RunLocation
-    name: str
+    label: str | None = None
+    name: str | None = None
+    version: int = 0
 
 
-def find_runs(text: str) -> list[ShownRun]:
-    """The runs that `text` names: a run's folder, a folder of runs, or a database with runs in it.
+def find_sources(text: str) -> list[Source]:
+    """The storages that `text` names: a run's folder, a folder of runs, or a database."""
+    if "://" in text:
+        address, _, name = text.partition("#")
+        return [
+            Source(
+                location=RunLocation(folder=Path(), database=parse_database_url(address)), name=name or None
+            )
+        ]
+    folder = Path(text)
+    levels = ("/".join(["*"] * depth + [DATABASE]) for depth in range(DEPTH + 1))
+    files = [(f, f.stat()) for level in levels for f in folder.glob(level)]
+    return [
+        Source(
+            location=RunLocation(folder=file.parent), label=_label(file.parent, folder), version=stat.st_ino
+        )
+        for file, stat in sorted(files, key=lambda f: f[1].st_mtime)
+    ]
+
+
+def _label(run: Path, folder: Path) -> str:
+    return folder.resolve().name if run == folder else str(run.relative_to(folder))
+
+
+def find_labels(text: str) -> list[str]:
+    """What the runs that `text` names are called in the list.
 
     Raises:
         UsageError: there is none.
     """
-    found = _in_database(text) if "://" in text else _in_folders(Path(text))
-    if not found:
-        hint = (
-            "name a database with runs in it"
-            if "://" in text
-            else f"{suggest_run(Path(text))} A folder above will do"
+    labels = [source.label or name for source in find_sources(text) for name in _names(source)]
+    if not labels:
+        hint = f"{suggest_run(Path(text))} A folder above will do"
+        raise UsageError(
+            f"there is no run in {text}", "name a database with runs in it" if "://" in text else hint
         )
-        raise UsageError(f"there is no run in {text}", hint)
-    return found
+    return labels
 
 
-def _in_folders(folder: Path) -> list[ShownRun]:
-    levels = ("/".join(["*"] * depth + [DATABASE]) for depth in range(DEPTH + 1))
-    files = [f for level in levels for f in sorted(folder.glob(level))]
-    locations = [RunLocation(folder=f.parent) for f in sorted(files, key=lambda f: f.stat().st_mtime)]
-    return [
-        ShownRun(label=location.folder.resolve().name, location=location, name=name)
-        for location in locations
-        for name in _names(location)
-    ]
-
-
-def _in_database(text: str) -> list[ShownRun]:
-    address, _, wanted = text.partition("#")
-    database = parse_database_url(address)
-    names = _names(RunLocation(folder=Path(), database=database))
-    return [
-        ShownRun(label=n, location=parse_run(f"{database}#{n}").location, name=n)
-        for n in names
-        if not wanted or n == wanted
-    ]
-
-
-def _names(location: RunLocation) -> list[str]:
-    """The runs in a storage; one that has not begun yet is none."""
-    from autoprune.storage import open_storage
-
+def _names(source: Source) -> list[str]:
+    """The runs in a storage; one that is damaged or just being made shows none."""
     with quiet_optuna(), suppress(AutopruneError):
-        storage = open_storage(location)
-        try:
-            names = [s.study_name for s in storage.get_all_studies()]
-        finally:
-            storage.remove_session()
-            storage.engine.dispose()
-        return [n.removesuffix(BASELINE) for n in names if n.endswith(BASELINE)]
+        return [name for name in run_names_at(source.location) if source.name in (None, name)]
     return []
 
 
-class Gallery:
-    """All runs that `text` names, read again where their storage has changed."""
+class RunsStorage(BaseStorage):
+    """The studies of several runs as one Optuna storage, to be read: every change is refused.
 
-    def __init__(self, text: str) -> None:
-        self._text = text
-        self._seen: dict[str, tuple[float, list[StudyView]]] = {}
-        self.storage = ViewStorage(self._look)
+    Each run keeps its own storage. A study's id is the number of its storage times `MAX_IDS` plus its id
+    there, and its name says how it stands.
 
-    def _look(self) -> list[StudyView]:
-        return [view for run in find_runs(self._text) for view in self._views(run)]
+    Args:
+        find: the storages at this moment; one that is new is opened at the next look.
+    """
 
-    def _views(self, run: ShownRun) -> list[StudyView]:
-        key, changed = f"{run.location}#{run.name}", _last_change(run.location)
-        known = self._seen.get(key)
-        if known is None or known[0] != changed:
-            with suppress(AutopruneError, KeyError):  # a study that is just being made
-                known = self._seen[key] = (changed, read_views(run, self._link))
-        return known[1] if known else []
+    def __init__(self, find: Callable[[], Sequence[Source]]) -> None:
+        self._find = find
+        self._lock = threading.Lock()
+        self._storages: dict[Source, BaseStorage] = {}
 
-    def _link(self, key: str) -> str:
-        return f"/dashboard/studies/{self.storage.id_of(key)}"
+    def _open(self, source: Source) -> tuple[int, BaseStorage]:
+        with self._lock, quiet_optuna():
+            if source not in self._storages:
+                self._storages[source] = open_storage(source.location)
+            return list(self._storages).index(source), self._storages[source]
+
+    def _own(self, study_id: int) -> tuple[BaseStorage, int]:
+        number, own_id = divmod(study_id, MAX_IDS)
+        storages = list(self._storages.values())
+        if number >= len(storages):
+            raise KeyError(study_id)
+        return storages[number], own_id
+
+    def get_all_studies(self) -> list[FrozenStudy]:
+        """All studies but those that list a run's processes, run by run."""
+        studies: list[FrozenStudy] = []
+        for source in self._find():
+            with suppress(AutopruneError):  # a database that is damaged or just being made
+                studies += self._labelled(source)
+        return studies
+
+    def _labelled(self, source: Source) -> Iterator[FrozenStudy]:
+        number, storage = self._open(source)
+        for study in storage.get_all_studies():
+            run, _, part = study.study_name.partition("/")
+            if part != PROCESSES and source.name in (None, run):
+                shown = copy.copy(study)
+                summary = study.user_attrs.get(SUMMARY, "")
+                shown.study_name = f"{source.label or run}/{part}  {summary}".rstrip()
+                shown._study_id = number * MAX_IDS + study._study_id
+                yield shown
+
+    def get_study_id_from_name(self, study_name: str) -> int:
+        """The id of the study that is called so now."""
+        for study in self.get_all_studies():
+            if study.study_name == study_name:
+                return study._study_id
+        raise KeyError(study_name)
+
+    def get_study_name_from_id(self, study_id: int) -> str:
+        """What the study is called now."""
+        for study in self.get_all_studies():
+            if study._study_id == study_id:
+                return study.study_name
+        raise KeyError(study_id)
+
+    def get_study_directions(self, study_id: int) -> list[StudyDirection]:
+        """As its own storage says."""
+        storage, own_id = self._own(study_id)
+        return storage.get_study_directions(own_id)
+
+    def get_study_user_attrs(self, study_id: int) -> dict[str, Any]:
+        """As its own storage says."""
+        storage, own_id = self._own(study_id)
+        return storage.get_study_user_attrs(own_id)
+
+    def get_study_system_attrs(self, study_id: int) -> dict[str, Any]:
+        """As its own storage says: note, figures, the objective's name."""
+        storage, own_id = self._own(study_id)
+        return storage.get_study_system_attrs(own_id)
+
+    def get_all_trials(
+        self, study_id: int, deepcopy: bool = True, states: Container[TrialState] | None = None
+    ) -> list[FrozenTrial]:
+        """As its own storage says, with the trials' ids there."""
+        storage, own_id = self._own(study_id)
+        return storage.get_all_trials(own_id, deepcopy=deepcopy, states=states)
+
+    def _refuse(self, *args: Any, **kwargs: Any) -> NoReturn:
+        raise UsageError("the dashboard shows runs and changes none", "use the autoprune command")
+
+    get_trial = _refuse  # a trial's id is not unique here, and no page asks by it
+    create_new_study = delete_study = set_study_user_attr = set_study_system_attr = _refuse
+    create_new_trial = set_trial_param = set_trial_state_values = set_trial_intermediate_value = _refuse
+    set_trial_user_attr = set_trial_system_attr = _refuse
 
 
-def read_views(run: ShownRun, link: Callable[[str], str]) -> list[StudyView]:
-    """A run's studies as they are to be seen."""
-    with quiet_optuna(), closing(RunStore(run.location, run.name)) as store:
-        record = read_run(store)
-        trials = {
-            name.removeprefix(f"{run.name}/"): optuna.load_study(
-                study_name=name, storage=store.storage
-            ).get_trials(deepcopy=False)
-            for name in optuna.get_all_study_names(store.storage)
-            if name.startswith(f"{run.name}/")
-        }
-    return views(
-        Campaign(
-            label=run.label, record=record, trials=trials, link=link,
-            plan_of=lambda artifact: _plan(run, artifact),
-        )
-    )  # fmt: skip
-
-
-def _plan(run: ShownRun, artifact: str) -> bytes:
-    try:
-        location = read_run_header(
-            RunReference(location=run.location, name=run.name)
-        ).location  # it knows where the checkpoints are
-        with quiet_optuna(), closing(RunStore(location, run.name)) as store:
-            return store.load_checkpoint(artifact).plan.to_json().encode()
-    except AutopruneError as error:  # encrypted, away, or forgotten after the decision
-        return json.dumps({"unavailable": error.message}).encode()
-
-
-def _last_change(location: RunLocation) -> float:
-    """When a folder's database was written; another database is asked every time."""
-    if not location.is_local:
-        return time.monotonic()
-    files = (location.folder / name for name in (DATABASE, f"{DATABASE}-wal"))
-    return max((f.stat().st_mtime for f in files if f.exists()), default=0.0)
-
-
-def application(gallery: Gallery) -> WSGIApplication:
-    """The dashboard, read-only and for this machine's own names."""
+def application(text: str) -> WSGIApplication:
+    """The dashboard over the runs that `text` names, read-only and for this machine's own names."""
     import optuna_dashboard
 
-    inner: WSGIApplication = optuna_dashboard.wsgi(
-        gallery.storage, artifact_store=ViewArtifacts(gallery.storage)
-    )
+    inner: WSGIApplication = optuna_dashboard.wsgi(RunsStorage(lambda: find_sources(text)))
 
     def guarded(environ: WSGIEnvironment, start: StartResponse) -> Iterable[bytes]:
         host = str(environ.get("HTTP_HOST", "")).rpartition(":")
@@ -197,10 +227,10 @@ class _Silent(WSGIRequestHandler):
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Dashboard:
-    """A server that is bound, and answers once `serve` is called."""
+    """A server that is bound to a port, and answers once `serve` is called; `runs` are what it shows."""
 
     server: WSGIServer
-    runs: Sequence[ShownRun]
+    runs: Sequence[str]
 
     @property
     def address(self) -> str:
@@ -226,8 +256,8 @@ def open_dashboard(text: str, port: int | None = None) -> Dashboard:
     Raises:
         UsageError: there is no run, or the port is taken.
     """
-    runs = find_runs(text)
-    app = application(Gallery(text))
+    runs = find_labels(text)
+    app = application(text)
     for candidate in [port] if port is not None else range(PORT, PORT + TRIED_PORTS):
         with suppress(OSError):
             server = make_server(HOST, candidate, app, server_class=_Server, handler_class=_Silent)

@@ -97,6 +97,15 @@ def delivered_trial(record: RunRecord) -> tuple[RoundRecord, TrialRecord] | None
     return min(made, key=lambda m: (abs((m[1].top1 or 0.0) - known), -m[0].number), default=None)
 
 
+def trial_status(trial: TrialRecord) -> str:
+    """What came of a trial: `running`, `promoted`, `recovered`, `below the floor`, or why it failed."""
+    if trial.state == "running":
+        return "running"
+    if trial.state == "failed":
+        return trial.failure or "failed"
+    return "promoted" if trial.promoted else "recovered" if trial.recovered else "below the floor"
+
+
 def caution(record: RunRecord) -> str:
     """What to know where the test split lost more than was allowed on the search split; empty otherwise."""
     after, found = record.after, record.difference

@@ -124,8 +124,9 @@ def _render(record: RunRecord, out: Path, svgs: Mapping[str, str]) -> str:
     page = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     page.filters |= {
         "percent": formatting.percent, "duration": formatting.duration, "size": formatting.size,
-        "setting": formatting.setting, "plural": formatting.plural, "when": _when, "fate": fate,
-        "keep_units_together": keep_units_together, "sentence": _sentence, "shown": _shown,
+        "setting": formatting.setting, "plural": formatting.plural, "when": _when,
+        "trial_status": narrative.trial_status, "keep_units_together": keep_units_together,
+        "sentence": _sentence, "shown": _shown,
     }  # fmt: skip
     template = page.from_string(read_asset("report.html.j2"))
     return template.render(
@@ -199,15 +200,6 @@ def _when(started: str) -> str:
         return datetime.fromisoformat(started).strftime("%Y-%m-%d %H:%M %Z").strip()
     except ValueError:
         return started
-
-
-def fate(trial: TrialRecord) -> str:
-    """What became of a trial, in a word or its failure."""
-    if trial.state == "running":
-        return "running"
-    if trial.state == "failed":
-        return trial.failure or "failed"
-    return "promoted" if trial.promoted else "recovered" if trial.recovered else "below the floor"
 
 
 def _delivered(out: Path) -> list[DeliveredFile]:

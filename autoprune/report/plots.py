@@ -18,10 +18,10 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import NullLocator, StrMethodFormatter
 
-from autoprune.formatting import METRICS, percent, signed
+from autoprune.formatting import percent, signed
 from autoprune.pruning import COLUMNS, Cell, MeasuredPoint, Prospect, cells
-from autoprune.record import EpochPoint, RunRecord, TrialRecord
-from autoprune.report.narrative import delivered_trial
+from autoprune.record import RunRecord
+from autoprune.report.series import PathSeries, path_series, schedules, width_series
 
 # Name of the CSS variable -> its colour on white. All differ, since the SVG is searched for them.
 COLOURS = {
@@ -85,30 +85,25 @@ def to_svg(figure: Figure, name: str) -> str:
 
 def path(record: RunRecord) -> Figure | None:
     """Accuracy over cost: every trial, the promoted line, the floor and the target."""
-    trials = [t for r in record.rounds for t in r.trials if t.top1 is not None and t.cost_share is not None]
-    if not trials:
+    series = path_series(record)
+    if series is None:
         return None
     figure = Figure(figsize=(WIDTH_IN, 4.0))
     axes = figure.add_subplot()
-    metric = METRICS.get(record.target_metric, record.target_metric)
-    start = 100 * record.before.search_top1
-    bottom = _bottom(trials, start, 100 * record.floor)
-    _dots(axes, trials, bottom)
-    _promoted_line(axes, record, start)
-    _delivered(axes, record, bottom)
-    axes.axhline(100 * record.floor, color=COLOURS["bad"], linewidth=1, dashes=(5, 3))
-    axes.axvline(100 * record.target_share, color=COLOURS["muted"], linewidth=1, dashes=(2, 2))
-    axes.set_xlim(102, min(100 * record.target_share, *(100 * _share(t) for t in trials)) - 4)
-    ends = [100 * record.after.search_top1] if record.after else []
-    top = max([start, *ends, *(100 * _top1(t) for t in trials)])
-    axes.set_ylim(bottom, top + 0.16 * (top - bottom))
-    axes.annotate(f"floor {percent(record.floor)}", (0, 100 * record.floor), (3, 3), va="bottom", ha="left",
+    _dots(axes, series)
+    _promoted_line(axes, series)
+    _delivered(axes, series)
+    axes.axhline(series.floor, color=COLOURS["bad"], linewidth=1, dashes=(5, 3))
+    axes.axvline(series.target, color=COLOURS["muted"], linewidth=1, dashes=(2, 2))
+    axes.set_xlim(102, min(series.target, *(p.left for p in series.trials)) - 4)
+    axes.set_ylim(series.bottom, series.top)
+    axes.annotate(f"floor {percent(record.floor)}", (0, series.floor), (3, 3), va="bottom", ha="left",
                   xycoords=("axes fraction", "data"), textcoords="offset points", color=COLOURS["bad"],
                   fontsize=8.5)  # fmt: skip
-    axes.annotate(f"target {percent(record.target_share, 0)}", (100 * record.target_share, 1), (4, -3),
+    axes.annotate(f"target {percent(record.target_share, 0)}", (series.target, 1), (4, -3),
                   xycoords=("data", "axes fraction"), textcoords="offset points", va="top",
                   color=COLOURS["muted"], fontsize=8.5)  # fmt: skip
-    axes.set_xlabel(f"{metric} left, % of the original")
+    axes.set_xlabel(f"{series.metric} left, % of the original")
     axes.set_ylabel("top-1 on the search split, %")
     legend_above(axes)
     return figure
@@ -120,61 +115,43 @@ def legend_above(axes: Axes) -> None:
                 borderaxespad=0.4, handletextpad=0.4, columnspacing=1.4)  # fmt: skip
 
 
-def _top1(trial: TrialRecord) -> float:
-    return trial.top1 if trial.top1 is not None else 0.0
-
-
-def _share(trial: TrialRecord) -> float:
-    return trial.cost_share if trial.cost_share is not None else 1.0
-
-
-def _bottom(trials: list[TrialRecord], start: float, floor: float) -> float:
-    """Keep the floor's neighbourhood readable: what fell far below it is drawn at the lower edge."""
-    room = max(start - floor, 0.5)
-    lowest = min(100 * _top1(t) for t in trials)
-    return max(min(lowest, floor) - 0.3 * room, floor - 4 * room)
-
-
-def _dots(axes: Axes, trials: list[TrialRecord], bottom: float) -> None:
+def _dots(axes: Axes, series: PathSeries) -> None:
+    bottom = series.bottom
+    above = [p for p in series.trials if p.top1 >= bottom]
     kinds = (
-        ("recovered", [t for t in trials if t.recovered], "o", COLOURS["good"], COLOURS["good"]),
-        ("below its floor", [t for t in trials if not t.recovered and 100 * _top1(t) >= bottom],
-         "o", "none", COLOURS["muted"]),
-        ("lower still", [t for t in trials if 100 * _top1(t) < bottom], "v", "none", COLOURS["muted"]),
-    )  # fmt: skip
-    for label, chosen, marker, face, edge in kinds:
-        if chosen:
-            axes.scatter([100 * _share(t) for t in chosen],
-                         [max(100 * _top1(t), bottom + 0.05) for t in chosen],
+        ("recovered", [p for p in series.trials if p.trial.recovered], "o", COLOURS["good"], COLOURS["good"]),
+        ("below its floor", [p for p in above if not p.trial.recovered], "o", "none", COLOURS["muted"]),
+        ("lower still", [p for p in series.trials if p.top1 < bottom], "v", "none", COLOURS["muted"]),
+    )
+    for label, points, marker, face, edge in kinds:
+        if points:
+            axes.scatter([p.left for p in points], [max(p.top1, bottom + 0.05) for p in points],
                          s=26, marker=marker, facecolors=face, edgecolors=edge, linewidths=1.1, label=label,
                          zorder=3, clip_on=False)  # fmt: skip
 
 
-def _promoted_line(axes: Axes, record: RunRecord, start: float) -> None:
-    points = [(100.0, start)]
-    for one in record.rounds:
-        winner = next((t for t in one.trials if t.promoted), None)
-        if winner is not None:
-            points.append((100 * _share(winner), 100 * _top1(winner)))
-            axes.annotate(str(one.number), points[-1], (-7, 6), textcoords="offset points", ha="center",
-                          fontsize=9, fontweight="bold", color=COLOURS["accent"])  # fmt: skip
-    axes.plot(*zip(*points, strict=True), color=COLOURS["accent"], linewidth=1.8, zorder=4,
+def _promoted_line(axes: Axes, series: PathSeries) -> None:
+    line = [(100.0, series.original), *((p.left, p.top1) for p in series.promoted)]
+    for point in series.promoted:
+        axes.annotate(str(point.round), (point.left, point.top1), (-7, 6), textcoords="offset points",
+                      ha="center", fontsize=9, fontweight="bold", color=COLOURS["accent"])  # fmt: skip
+    axes.plot(*zip(*line, strict=True), color=COLOURS["accent"], linewidth=1.8, zorder=4,
               label="promoted, by round",
               marker="o", markersize=6.5, markerfacecolor=COLOURS["paper"], markeredgewidth=1.8)  # fmt: skip
-    axes.annotate("original", points[0], (-5, 9), textcoords="offset points", ha="left", fontsize=8.5,
+    axes.annotate("original", line[0], (-5, 9), textcoords="offset points", ha="left", fontsize=8.5,
                   color=COLOURS["accent"])  # fmt: skip
 
 
-def _delivered(axes: Axes, record: RunRecord, bottom: float) -> None:
+def _delivered(axes: Axes, series: PathSeries) -> None:
     """What came of the trial that was tuned at the end, with the way from there."""
-    made = delivered_trial(record)
-    if made is None or record.after is None:
+    point = series.delivered
+    if point is None:
         return
-    share, ends = 100 * _share(made[1]), 100 * record.after.search_top1
-    axes.plot([share, share], [max(bottom, 100 * _top1(made[1])), ends], color=COLOURS["accent"],
-              linewidth=1.2, linestyle=":", zorder=4)  # fmt: skip
-    axes.plot([share], [ends], "D", color=COLOURS["accent"], markersize=6.5, zorder=5, linestyle="none",
-              label="delivered")  # fmt: skip
+    start = max(series.bottom, 100 * (point.trial.top1 or 0.0))
+    axes.plot([point.left, point.left], [start, point.top1], color=COLOURS["accent"], linewidth=1.2,
+              linestyle=":", zorder=4)  # fmt: skip
+    axes.plot([point.left], [point.top1], "D", color=COLOURS["accent"], markersize=6.5, zorder=5,
+              linestyle="none", label="delivered")  # fmt: skip
 
 
 def widths(record: RunRecord) -> Figure | None:
@@ -182,8 +159,8 @@ def widths(record: RunRecord) -> Figure | None:
     after = record.after
     if after is None or not after.widths:
         return None
-    names = [n for n in record.before.widths if n in after.widths]
-    old, new = [record.before.widths[n] for n in names], [after.widths[n] for n in names]
+    series = width_series(record.before.widths, after.widths)
+    names, old, new = [w.name for w in series], [w.before for w in series], [w.after for w in series]
     figure = Figure(figsize=(WIDTH_IN, 0.7 + 0.2 * min(len(names), MAX_LABELLED)))
     axes = figure.add_subplot()
     rows = range(len(names))
@@ -290,7 +267,7 @@ def curves(record: RunRecord) -> Figure | None:
     for one in sorted(trials, key=lambda t: t.promoted):
         look = {"color": COLOURS["accent"], "linewidth": 1.8} if one.promoted else {
             "color": COLOURS["muted"], "linewidth": 0.8, "alpha": 0.55}  # fmt: skip
-        for part in _schedules(one):
+        for part in schedules(one):
             epochs = [p.epoch for p in part]
             left.plot(epochs, [p.train_loss for p in part], marker="o", markersize=2.5, **look)
             right.plot(epochs, [p.lr for p in part], marker="o", markersize=2.5, **look)
@@ -304,18 +281,6 @@ def curves(record: RunRecord) -> Figure | None:
         axes.set_xlabel("epochs of fine-tuning")
         axes.set_xlim(left=0)
     return figure
-
-
-def _schedules(trial: TrialRecord) -> Iterator[Sequence[EpochPoint]]:
-    """A trial's curve in pieces: a schedule that starts again is a line of its own."""
-    ends, part = {rung.epochs for rung in trial.rungs}, list[EpochPoint]()
-    for point in trial.epochs:
-        part.append(point)
-        if point.epoch in ends:
-            yield part
-            part = []
-    if part:
-        yield part
 
 
 def tuning(record: RunRecord) -> Figure | None:
