@@ -41,7 +41,8 @@ FINAL = "final"
 BASELINE = "/round-00"
 PLAN_KEY = "autoprune_plan"
 # Set last: a study that has it is whole. Its value tells a study from a later one of the same name.
-WHOLE = "whole"
+# The stored key is that of version 0.1.0, whose runs are still read and resumed.
+WHOLE = "made"
 CHECKPOINT = "checkpoint"  # a trial's attribute: the id of its model's checkpoint
 SUFFIX, ENCRYPTED_SUFFIX = ".safetensors", ".age"
 
