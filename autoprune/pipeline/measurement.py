@@ -1,14 +1,14 @@
 """What a model is, in numbers: accuracy, cost, widths, and how long one example takes.
 
-Latency is measured for two models in turns, so that slow drifts of the machine stay out of the comparison.
-Single runs vary far more upwards than downwards (other work, clock changes), hence median and quartiles.
+Latency is measured for two models in turns (`time_interleaved`). Single runs vary far more upwards than
+downwards (other work, clock changes), hence median and quartiles.
 """
 
 from __future__ import annotations
 
 import math
-import time
 from dataclasses import dataclass, replace
+from functools import partial
 
 import numpy as np
 import torch
@@ -17,10 +17,9 @@ from torch.nn.modules.conv import _ConvNd
 
 from autoprune.metrics import Evaluation
 from autoprune.record import ModelSummary
-from autoprune.structure import Cost
+from autoprune.structure import Cost, time_interleaved
 from autoprune.training import model_mode
 
-WARM_UP = 5
 MIN_RUNS, MAX_RUNS = 15, 200
 SECONDS = 2.0  # for both models together
 
@@ -38,15 +37,10 @@ def measure_latency(
 ) -> tuple[Latency, Latency]:
     """Both models on the same example, in turns, in evaluation mode and float32."""
     inputs = tuple(t.to(device) for t in example)
-    models = (before, after)
+    calls = [partial(model, *inputs) for model in (before, after)]
     with model_mode(before, device, training=False), model_mode(after, device, training=False):
-        for model in models * WARM_UP:
-            _run_ms(model, inputs, device)
-        began, times = time.perf_counter(), list[list[float]]()
-        while len(times) < MIN_RUNS or (len(times) < MAX_RUNS and time.perf_counter() - began < SECONDS):
-            times.append([_run_ms(model, inputs, device) for model in models])
-    columns = np.array(times).T
-    first, second = (_summary(column) for column in columns)
+        times = time_interleaved(calls, device, runs=MAX_RUNS, seconds=SECONDS, min_runs=MIN_RUNS)
+    first, second = (_summary(1000 * column) for column in times.T)
     return first, second
 
 
@@ -72,15 +66,6 @@ def widths(model: nn.Module) -> dict[str, int]:
         for name, module in model.named_modules()
         if isinstance(module, nn.Linear | _ConvNd)
     }
-
-
-def _run_ms(model: nn.Module, inputs: tuple[Tensor, ...], device: torch.device) -> float:
-    began = time.perf_counter()
-    with torch.no_grad():
-        model(*inputs)
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    return 1000 * (time.perf_counter() - began)
 
 
 def _summary(times_ms: np.ndarray[tuple[int, ...], np.dtype[np.float64]]) -> Latency:

@@ -6,7 +6,7 @@ from autoprune.structure.graph import ChannelGraph, Frozen, Group, Member
 from autoprune.structure.labels import BEHIND_LAYER_NORM
 from autoprune.structure.latency import measure_latency_share, with_latency_model
 from autoprune.structure.recorder import Op, Recording, Ref, record
-from autoprune.structure.timings import device_name
+from autoprune.structure.timings import device_name, time_interleaved
 from autoprune.structure.tracing import trace
 
 __all__ = [
@@ -25,6 +25,7 @@ __all__ = [
     "masked_tensors",
     "measure_latency_share",
     "record",
+    "time_interleaved",
     "trace",
     "verify",
     "with_latency_model",

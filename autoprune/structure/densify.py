@@ -8,7 +8,8 @@ function; `verify` measures by how much they differ.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+import copy
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -19,7 +20,6 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 
 from autoprune.errors import UsageError, VerificationError
 from autoprune.plan import PruningPlan
-from autoprune.structure.copying import collector_paused, copy_model, named_modules
 from autoprune.structure.graph import ChannelGraph, Group, RaggedCall, UnitReordering
 from autoprune.structure.patches.attention import patch_attention_
 from autoprune.structure.patches.channel_gather import PrunedCall, patch_gathers_
@@ -45,9 +45,8 @@ def densify(model: nn.Module, graph: ChannelGraph, plan: PruningPlan) -> nn.Modu
             tensor = tensor.index_select(dim, torch.from_numpy(keep).to(tensor.device))
         return tensor if name in cuts else tensor.clone()
 
-    with collector_paused():
-        cuts = _kept_positions(graph, plan)
-        return _with_sizes_updated(copy_model(model, cut), graph, plan)
+    cuts = _kept_positions(graph, plan)
+    return _with_sizes_updated(copy_model(model, cut), graph, plan)
 
 
 def densify_on_meta(model: nn.Module, graph: ChannelGraph, plan: PruningPlan) -> nn.Module:
@@ -71,6 +70,26 @@ def masked(model: nn.Module, graph: ChannelGraph, plan: PruningPlan) -> nn.Modul
         return _with_zeros(tensor, zeros.get(name, []))
 
     return copy_model(model, zero)
+
+
+def copy_model(model: nn.Module, change: Callable[[str, Tensor], Tensor]) -> nn.Module:
+    """A copy of a module tree in which `change(name, tensor)` stands for each parameter and buffer.
+
+    A tensor that has several names is changed once and stays one tensor. Memory: only what `change` makes, as
+    `copy.deepcopy` finds these tensors copied already.
+    """
+    memo: dict[int, Any] = {}
+    for name, parameter in model.named_parameters():
+        data = change(name, parameter.detach())
+        memo[id(parameter)] = nn.Parameter(data, requires_grad=parameter.requires_grad)
+    for name, buffer in model.named_buffers():
+        memo.setdefault(id(buffer), change(name, buffer.detach()))
+    for module in model.modules():
+        # Deepcopy refuses what a forward left on a module: such tensors are no leaves of autograd's graph.
+        for value in vars(module).values():
+            if isinstance(value, Tensor) and id(value) not in memo:
+                memo[id(value)] = value.detach().clone()
+    return copy.deepcopy(model, memo)
 
 
 def masked_tensors(
@@ -181,7 +200,7 @@ def _kept_positions(graph: ChannelGraph, plan: PruningPlan) -> dict[str, dict[in
 
 def _with_sizes_updated(model: nn.Module, graph: ChannelGraph, plan: PruningPlan) -> nn.Module:
     counts = {name: len(kept) for name, kept in plan.keep.items()}
-    modules = named_modules(model)
+    modules = dict(model.named_modules())
     changed = {m.name.rpartition(".")[0] for g, _ in _removals(graph, plan) for m in g.members}
     for counter in graph.counted:
         value = graph.length(counter.axis, counts) // counter.per

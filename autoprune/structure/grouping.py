@@ -13,7 +13,6 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from autoprune.structure.channel_shuffle import channel_shuffle
-from autoprune.structure.copying import named_modules, named_tensors
 from autoprune.structure.cost import Axis, CostModel, Product, Term
 from autoprune.structure.graph import (
     ChannelGraph,
@@ -64,7 +63,7 @@ def build(
         refused: labels that did not prove, with reasons.
         ragged: modules whose shuffles tie nothing, besides those of an earlier pruning.
     """
-    modules = named_modules(model)
+    modules = dict(model.named_modules())
     ragged |= {n for n, m in modules.items() if isinstance(m, GatherPatch)}
     propagation = Propagation(
         recording, modules, TABLE, choices, ragged=ragged, rescales_norms=options.rescales_norms
@@ -446,7 +445,7 @@ def _runs(values: NDArray[np.int64], keys: NDArray[np.int64]) -> list[NDArray[np
 def _tensors(model: nn.Module) -> list[tuple[str, Tensor, bool]]:
     """Every parameter and buffer once, under its first name."""
     found: dict[int, tuple[str, Tensor, bool]] = {}
-    for are_buffers, tensors in enumerate(named_tensors(model)):
+    for are_buffers, tensors in enumerate((model.named_parameters(), model.named_buffers())):
         for name, tensor in tensors:
             found.setdefault(id(tensor), (name, tensor, bool(are_buffers)))
     return list(found.values())

@@ -19,7 +19,6 @@ from numpy.typing import NDArray
 from torch import nn
 
 from autoprune.plan import PruningPlan
-from autoprune.structure.copying import named_modules
 from autoprune.structure.graph import Group
 from autoprune.structure.labels import LabelArray
 from autoprune.structure.patches.channel_gather import GatherPatch
@@ -142,10 +141,10 @@ class ReplacedModules:
 
 def find_replaced_modules(original: nn.Module, dense: nn.Module) -> ReplacedModules:
     """Which modules of a pruned copy were exchanged for ours."""
-    kinds = {name: _own_class(module) for name, module in named_modules(original).items()}
-    found = {n: m for n, m in named_modules(dense).items() if _own_class(m) is not kinds.get(n)}
+    kinds = {name: _own_class(module) for name, module in original.named_modules()}
+    found = {n: m for n, m in dense.named_modules() if _own_class(m) is not kinds.get(n)}
     alone = frozenset(n for n, m in found.items() if isinstance(m, NormPatch))
-    gathered = {n for n, m in named_modules(dense).items() if isinstance(m, GatherPatch)}
+    gathered = {n for n, m in dense.named_modules() if isinstance(m, GatherPatch)}
     return ReplacedModules(alone, frozenset(found) - alone, frozenset(gathered))
 
 

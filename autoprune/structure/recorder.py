@@ -32,7 +32,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from autoprune.errors import TraceError
-from autoprune.structure.copying import named_modules, named_tensors
 from autoprune.structure.meta_shapes import Rule, rule
 
 TORCH_FOLDER = str(Path(torch.__file__).parent) + "/"
@@ -171,7 +170,7 @@ def record_on_meta(model: nn.Module, example_inputs: tuple[Any, ...]) -> Recordi
     state = dict(_named_tensors(model))
     for tensor in state.values():
         tensor.requires_grad_(False)  # torch multiplies by other operators where gradients may be wanted
-    for module in named_modules(model).values():
+    for module in model.modules():
         module.training = False
     with torch.no_grad(), _slow_attention():
         recorder.run(lambda: model(*moved), state, moved)
@@ -208,8 +207,7 @@ def _run_real(model: nn.Module, inputs: tuple[Any, ...], recorder: _Recorder) ->
 
 
 def _named_tensors(model: nn.Module) -> list[tuple[str, Tensor]]:
-    parameters, buffers = named_tensors(model)
-    return [*parameters, *buffers]
+    return [*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]
 
 
 @contextmanager
@@ -219,7 +217,7 @@ def _quiet(model: nn.Module) -> Iterator[None]:
     A forward pass may keep things on its modules (weight_norm's weight, a cached position table); what it
     kept here has no values, so every module's attributes are put back.
     """
-    before = [(module, _attributes(module)) for module in named_modules(model).values()]
+    before = [(module, _attributes(module)) for module in model.modules()]
     try:
         for module, _ in before:
             module.training = False
@@ -261,7 +259,7 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def __init__(self, model: nn.Module) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.recording = Recording()
-        self.names = {id(m): name for name, m in named_modules(model).items()}
+        self.names = {id(m): name for name, m in model.named_modules()}
         self.is_meta = False
         self.stack: list[str] = [""]
         self.refs: dict[int, Ref] = {}

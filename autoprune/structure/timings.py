@@ -1,7 +1,8 @@
-"""Time what runs on a device, and keep what was timed.
+"""Timing calls on a device, and a table of what was timed.
 
-Calls are timed in turns, so that slow drifts of the machine stay out of the comparison. Timings of single
-operators are kept in a table on disk, one for each device, number of threads and version of torch.
+`time_interleaved` is the one timing loop of the package. It runs the calls that are compared in turns, so
+that slow drifts of the machine (clock, temperature, other work) meet all of them alike. `Timings` holds the
+seconds of single operators in a file, one for each device, number of threads and version of torch.
 """
 
 from __future__ import annotations
@@ -24,17 +25,17 @@ from numpy.typing import NDArray
 Call = Callable[[], object]
 Seconds = NDArray[np.float64]
 
-WARM_UP = 3
-MIN_RUNS = 9
-SAMPLE_S = 2e-4  # shorter runs are timed several at a time: the clock and the queue cost microseconds
+WARM_UP = 3  # calls before the clock counts: libraries load, caches fill, cuDNN chooses its algorithm
+MIN_RUNS = 9  # a guess: the fewest of which a least value or a quartile says something
+SAMPLE_S = 2e-4  # shorter calls are timed several at a time: reading the clock costs microseconds
 VERSION = 1
 
 
 @dataclass(kw_only=True)
 class Timings:
-    """Seconds of operators on one device; kept in a file unless `path` is None.
+    """Seconds of operators on one device, kept in a file unless `path` is None.
 
-    A file that cannot be read, or is no such table, is ignored and written anew.
+    A file that cannot be read, or is no such table, is ignored and written anew: it can always be made again.
     """
 
     path: Path | None
@@ -43,23 +44,24 @@ class Timings:
 
     @classmethod
     def of(cls, device: torch.device) -> Timings:
-        """The user's table for this device."""
-        given = os.environ.get("XDG_CACHE_HOME", "")
-        folder = Path(given) if given.startswith("/") else Path.home() / ".cache"
+        """The user's table for this device, in `$XDG_CACHE_HOME/autoprune` or `~/.cache/autoprune`."""
+        cache = os.environ.get("XDG_CACHE_HOME", "")
+        # The XDG base directory specification: a relative path is invalid and ignored.
+        folder = Path(cache) if cache.startswith("/") else Path.home() / ".cache"
         name = f"{device_name(device)} {torch.get_num_threads()} threads torch {torch.__version__}"
         slug = re.sub(r"[^a-z0-9.]+", "-", name.lower()).strip("-")
         path = folder / "autoprune" / f"latency-{slug}.json"
         return cls(path=path, seconds=_read(path))
 
     def get(self, key: str, measure: Callable[[], float]) -> float:
-        """The seconds under `key`, measured if they are not known."""
+        """The seconds under `key`; `measure` is called if the table lacks them."""
         if key not in self.seconds:
             self.seconds[key] = measure()
             self.is_changed = True
         return self.seconds[key]
 
     def save(self) -> None:
-        """Write the table beside the old one and rename it; another process' timings are kept."""
+        """Merge the table with what another process wrote meanwhile, and replace the file in one step."""
         if self.path is None or not self.is_changed:
             return
         document = {"version": VERSION, "seconds": _read(self.path) | self.seconds}
@@ -71,22 +73,29 @@ class Timings:
         self.is_changed = False
 
 
-def time_interleaved(calls: Sequence[Call], device: torch.device, *, runs: int, seconds: float) -> Seconds:
-    """Seconds of each call, (runs, calls): every run makes each of them once, every other in reverse order.
+def time_interleaved(
+    calls: Sequence[Call], device: torch.device, *, runs: int, seconds: float, min_runs: int = MIN_RUNS
+) -> Seconds:
+    """Seconds of each call, float64 (runs made, calls), without gradients.
 
-    At least `MIN_RUNS`, at most `runs`, and about `seconds` in all. Calls shorter than the clock is exact are
-    repeated within a run.
+    Every run makes each call once, every other run in reverse order. Calls shorter than `SAMPLE_S` are
+    repeated within a run, and their mean counts. Before the first run every call is made `WARM_UP` times.
+
+    Args:
+        calls: what is timed. On a GPU each is waited for.
+        runs: the most runs that are made.
+        seconds: after about so many no further run starts, once `min_runs` are made.
     """
     times: list[list[float]] = []
     with torch.no_grad():
         for _ in range(WARM_UP):
-            first = [_seconds(call, device, 1) for call in calls]
-        repeats = [max(1, math.ceil(SAMPLE_S / max(s, 1e-7))) for s in first]
+            warm = [_seconds(call, device, 1) for call in calls]
+        repeats = [max(1, math.ceil(SAMPLE_S / max(s, 1e-7))) for s in warm]
         began = time.perf_counter()
-        while len(times) < MIN_RUNS or (len(times) < runs and time.perf_counter() - began < seconds):
-            order = range(len(calls))[:: 1 if len(times) % 2 else -1]  # other work comes in a rhythm, too
-            took = {i: _seconds(calls[i], device, repeats[i]) for i in order}
-            times.append([took[i] for i in range(len(calls))])
+        while len(times) < min_runs or (len(times) < runs and time.perf_counter() - began < seconds):
+            order = range(len(calls))[:: 1 if len(times) % 2 else -1]  # other work may have a rhythm, too
+            by_call = {i: _seconds(calls[i], device, repeats[i]) for i in order}
+            times.append([by_call[i] for i in range(len(calls))])
     return np.array(times)
 
 

@@ -19,7 +19,6 @@ from torch import Tensor, nn
 
 from autoprune.config import Norms
 from autoprune.errors import UsageError
-from autoprune.structure.copying import collector_paused, named_modules
 from autoprune.structure.graph import ChannelGraph
 from autoprune.structure.grouping import TraceOptions
 from autoprune.structure.recorder import record
@@ -54,8 +53,7 @@ def trace(
     options = TraceOptions(
         kept=_excluded(model, exclude, only), round_to=round_to, rescales_norms=norms == "rescale"
     )
-    with collector_paused():
-        return verify_graph(model, inputs, record(model, inputs), options)
+    return verify_graph(model, inputs, record(model, inputs), options)
 
 
 def _like(pattern: str, names: Sequence[str]) -> str:
@@ -65,7 +63,7 @@ def _like(pattern: str, names: Sequence[str]) -> str:
 
 def _excluded(model: nn.Module, exclude: Sequence[str], only: Sequence[str]) -> dict[str, str]:
     """Modules whose channels stay at the user's wish, with the wish."""
-    names = [name for name in named_modules(model) if name]
+    names = [name for name, _ in model.named_modules() if name]
     matched: dict[str, set[str]] = {}
     for pattern in (*exclude, *only):
         hits = {n for n in names if fnmatchcase(n, pattern) or n.startswith(pattern + ".") or n == pattern}

@@ -23,8 +23,7 @@ from torch.utils._pytree import tree_map_only
 
 from autoprune.plan import PruningPlan
 from autoprune.structure.channel_shuffle import find_ragged_modules
-from autoprune.structure.copying import copy_model, named_modules
-from autoprune.structure.densify import densify, densify_on_meta, largest_gap, masked, outputs
+from autoprune.structure.densify import copy_model, densify, densify_on_meta, largest_gap, masked, outputs
 from autoprune.structure.graph import ChannelGraph, Group
 from autoprune.structure.grouping import TraceOptions, build
 from autoprune.structure.labels import LabelArray
@@ -154,16 +153,14 @@ class _Verifier:
         if not self.propagation.recording.is_meta or not graph.groups:
             return graph, None
         reason, dense = self._run(graph, graph.groups)
-        gathered = {n: m for n, m in named_modules(dense).items() if isinstance(m, GatherPatch)}
+        gathered = {n: m for n, m in dense.named_modules() if isinstance(m, GatherPatch)}
         graph = replace(graph, gathered={n: m.autoprune_calls.sites for n, m in gathered.items()})
         candidates = dict.fromkeys((graph.reshaped.keys() | graph.split.keys()) - gathered.keys())
         if reason is None or not candidates:
             return graph, reason
         loose = replace(graph, loosened=candidates)
         reason, dense = self._run(loose, graph.groups)
-        loosened = {
-            n: m.autoprune_sizes for n, m in named_modules(dense).items() if isinstance(m, ReshapePatch)
-        }
+        loosened = {n: m.autoprune_sizes for n, m in dense.named_modules() if isinstance(m, ReshapePatch)}
         needed = {n: s.needed for n, s in loosened.items() if s.needed or s.corrects_split}
         return replace(graph, loosened=loose.loosened if reason else needed), reason
 

@@ -14,8 +14,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from autoprune.structure.copying import named_modules
-
 
 class PrunedMultiheadAttention(nn.MultiheadAttention):
     """`nn.MultiheadAttention` with any number of heads of one width (Vaswani et al. 2017, section 3.2.2)."""
@@ -99,7 +97,7 @@ def _patch_multihead_(module: nn.MultiheadAttention) -> None:
 
 def patch_attention_(model: nn.Module, changed: Iterable[str]) -> None:
     """Mend the attention modules of a dense copy, given the names of the modules whose tensors shrank."""
-    modules = named_modules(model)
+    modules = dict(model.named_modules())
     owners = {name for n in changed for name in (n, n.rpartition(".")[0])}
     for name in sorted(owners & modules.keys()):
         module = modules[name]
