@@ -13,10 +13,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from autoprune.artifact.strict_json import StrictJsonError, decode, parse, plain
 from autoprune.errors import ArtifactError, AutopruneError
 from autoprune.plan import PruningPlan
 from autoprune.record import ModelSummary, RunRecord
+from autoprune.serialization import SerializationError, from_plain, parse_json, to_plain
 
 FORMAT_VERSION = 1
 MAX_MANIFEST = 32 << 20
@@ -130,7 +130,7 @@ class Manifest:
 
     def to_json(self) -> str:
         """The manifest as JSON, with the paths of this machine cut down to file names."""
-        document = {"format_version": FORMAT_VERSION, **plain(self)}
+        document = {"format_version": FORMAT_VERSION, **to_plain(replace(self, plan=None))}
         document["plan"] = None if self.plan is None else json.loads(self.plan.to_json())
         tidy = _without_paths(document)
         return json.dumps(tidy, separators=(",", ":"), allow_nan=False, ensure_ascii=False)
@@ -143,15 +143,14 @@ class Manifest:
             ArtifactError: another format version, or anything that version 1 does not allow.
         """
         try:
-            document = parse(data)
+            document = parse_json(data)
             if not isinstance(document, dict):
-                raise StrictJsonError("it is no object")
+                raise SerializationError("it is no object")
             _check_version(document.pop("format_version", None))
             plan = _decode_plan(document.get("plan"))
-            result = decode(cls, {**document, "plan": None}, "manifest")
-        except StrictJsonError as error:
+            result = from_plain(cls, {**document, "plan": None}, exact=True)
+        except SerializationError as error:
             raise _refused(str(error)) from None
-        assert isinstance(result, cls)
         return replace(result, plan=plan)
 
 

@@ -17,8 +17,8 @@ from typing import Any
 import torch
 
 from autoprune.artifact.container import Container
-from autoprune.artifact.strict_json import StrictJsonError, parse
 from autoprune.errors import ArtifactError
+from autoprune.serialization import SerializationError, parse_json
 
 ROOT = "archive/"
 MODEL = ROOT + "models/model.json"
@@ -132,8 +132,8 @@ def check_program(data: bytes) -> None:
 
 def _json(archive: Container, name: str) -> Any:
     try:
-        return parse(archive.read(name, limit=MAX_JSON))
-    except StrictJsonError:
+        return parse_json(archive.read(name, limit=MAX_JSON))
+    except SerializationError:
         raise _refused(f"{name} is no plain JSON") from None
 
 

@@ -6,40 +6,26 @@ Each line is an object: `event` (the event's name in snake_case), `time` (UTC), 
 
 from __future__ import annotations
 
-import json
-import math
 import re
-from collections.abc import Mapping
-from dataclasses import asdict
 from datetime import UTC, datetime
-from pathlib import Path
 from typing import Any, TextIO
 
 from autoprune.events import Event, OnEvent
+from autoprune.serialization import to_json, to_plain
 
 
 def event_writer(stream: TextIO, beside: OnEvent) -> OnEvent:
     """A event_display that writes every event to a stream at once, and tells `beside` too."""
 
     def write(event: Event) -> None:
-        write_line(stream, re.sub(r"(?<!^)(?=[A-Z])", "_", type(event).__name__).lower(), asdict(event))
+        write_line(stream, re.sub(r"(?<!^)(?=[A-Z])", "_", type(event).__name__).lower(), event)
         beside(event)
 
     return write
 
 
-def write_line(stream: TextIO, name: str, values: Mapping[str, Any]) -> None:
-    """One line; a number that is not finite becomes null."""
+def write_line(stream: TextIO, name: str, values: Any) -> None:
+    """One line: the fields of a dataclass, or a dict; a number that is not finite becomes null."""
     now = datetime.now(UTC).isoformat(timespec="milliseconds")
-    stream.write(json.dumps({"event": name, "time": now, **_plain(values)}, allow_nan=False) + "\n")
+    stream.write(to_json({"event": name, "time": now, **to_plain(values)}) + "\n")
     stream.flush()
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, float):
-        return value if math.isfinite(value) else None
-    if isinstance(value, Mapping):
-        return {str(k): _plain(v) for k, v in value.items()}
-    if isinstance(value, list | tuple):
-        return [_plain(v) for v in value]
-    return str(value) if isinstance(value, Path) else value

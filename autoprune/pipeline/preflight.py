@@ -11,7 +11,7 @@ import os
 import platform
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass, fields
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -30,6 +30,7 @@ from autoprune.location import RunLocation
 from autoprune.metrics import Evaluation, wilson_interval
 from autoprune.pruning import CRITERIA, STRATEGIES
 from autoprune.search import Goal, forecast, start
+from autoprune.serialization import to_plain
 from autoprune.storage import has_run
 from autoprune.structure import ChannelGraph, device_name, trace, with_latency_model
 from autoprune.tasks import task_of
@@ -370,9 +371,7 @@ def _plain(value: Any) -> Any:
         return type(value).__qualname__
     if isinstance(value, Callable):  # type: ignore[arg-type]  # any callable
         return getattr(value, "__qualname__", type(value).__qualname__)
-    if hasattr(value, "__dataclass_fields__"):
-        return {name: _plain(v) for name, v in asdict(value).items()}
-    return [_plain(v) for v in value] if isinstance(value, tuple | list) else value
+    return to_plain(value)
 
 
 def _threads() -> str:

@@ -6,11 +6,9 @@ also while the run goes on. The page needs no network and no script; it follows 
 
 from __future__ import annotations
 
-import json
-import math
 import re
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from datetime import datetime
 from importlib.resources import files
 from pathlib import Path
@@ -18,7 +16,7 @@ from typing import Any
 
 from jinja2 import Environment, StrictUndefined
 
-from autoprune import formatting
+from autoprune import formatting, serialization
 from autoprune.config import DECAYS
 from autoprune.record import RoundRecord, RunRecord, TrialRecord
 from autoprune.report import narrative, plots
@@ -86,13 +84,11 @@ def to_json(record: RunRecord) -> str:
         "caution": narrative.caution(record),
         "ending": narrative.ending(record),
         "derived": derived(record),
-        "comparison": [
-            asdict(r) for r in narrative.comparison(record.before, record.after, record.difference)
-        ],
-        "importances": asdict(found) if (found := importances(record)) else None,
-        "record": asdict(record),
+        "comparison": narrative.comparison(record.before, record.after, record.difference),
+        "importances": importances(record),
+        "record": record,
     }
-    return json.dumps(_finite(document), indent=1, allow_nan=False) + "\n"
+    return serialization.to_json(document, indent=1) + "\n"
 
 
 def derived(record: RunRecord) -> dict[str, float | None]:
@@ -107,17 +103,6 @@ def derived(record: RunRecord) -> dict[str, float | None]:
         "size_removed": 1 - after.size_bytes / before.size_bytes,
         "speedup": before.latency_ms / after.latency_ms if before.latency_ms and after.latency_ms else None,
     }
-
-
-def _finite(value: Any) -> Any:
-    """JSON has no infinity: a diverged trial's loss becomes null."""
-    if isinstance(value, float):
-        return value if math.isfinite(value) else None
-    if isinstance(value, Mapping):
-        return {str(k): _finite(v) for k, v in value.items()}
-    if isinstance(value, list | tuple):
-        return [_finite(v) for v in value]
-    return value
 
 
 def _render(record: RunRecord, out: Path, svgs: Mapping[str, str]) -> str:

@@ -7,9 +7,9 @@ be made again at any time. `RoundPlan` is what a round's study was created with.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from datetime import datetime
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 import optuna
@@ -18,12 +18,10 @@ from optuna.trial import FrozenTrial, TrialState
 
 from autoprune.record import (
     Difference,
-    EpochPoint,
     FrozenPart,
     ModelSummary,
     Outcome,
     RoundRecord,
-    Rung,
     RunRecord,
     SensitivityCell,
     SplitSummary,
@@ -33,12 +31,11 @@ from autoprune.record import (
 )
 from autoprune.search.budget import Speed
 from autoprune.search.controller import Goal, RoundOutcome, TrialSummary
+from autoprune.serialization import from_plain
 from autoprune.storage import CHECKPOINT, FINAL, RunStore, completed_trials, is_withdrawn
 
 RESULT = "result"  # a trial's record, complete but for number, state and params
 STATES: dict[TrialState, Any] = {TrialState.COMPLETE: "complete", TrialState.RUNNING: "running"}
-
-T = TypeVar("T")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,12 +71,12 @@ class Spent:
 
 def read_goal(store: RunStore) -> Goal:
     """The run's goal, as its baseline was measured."""
-    return _read(Goal, _baseline(store)["goal"])
+    return from_plain(Goal, _baseline(store)["goal"])
 
 
 def read_plan(study: optuna.Study) -> RoundPlan:
     """What this round was to do."""
-    return _read(RoundPlan, study.user_attrs)
+    return from_plain(RoundPlan, study.user_attrs)
 
 
 def is_decided(study: optuna.Study) -> bool:
@@ -226,16 +223,16 @@ def read_run(store: RunStore) -> RunRecord:
         target_share=goal.target_share,
         max_drop_pp=goal.max_drop_pp,
         floor=goal.floor,
-        before=_read(ModelSummary, final.get("before", start["before"])),
-        after=_read(ModelSummary, final["after"]) if "after" in final else None,
-        difference=_read(Difference, final["difference"]) if "difference" in final else None,
+        before=from_plain(ModelSummary, final.get("before", start["before"])),
+        after=from_plain(ModelSummary, final["after"]) if "after" in final else None,
+        difference=from_plain(Difference, final["difference"]) if "difference" in final else None,
         rounds=rounds,
-        outcome=_read(Outcome, final["outcome"]) if "outcome" in final else None,
+        outcome=from_plain(Outcome, final["outcome"]) if "outcome" in final else None,
         timings=times,
-        data=_read_all(SplitSummary, start["data"]),
-        frozen=_read_all(FrozenPart, start["frozen"]),
+        data=from_plain(tuple[SplitSummary, ...], start["data"]),
+        frozen=from_plain(tuple[FrozenPart, ...], start["frozen"]),
         environment=start["environment"],
-        tuning=_read(Tuning, final["tuning"]) if final.get("tuning") else None,
+        tuning=from_plain(Tuning, final["tuning"]) if final.get("tuning") else None,
     )
 
 
@@ -264,18 +261,4 @@ def _read_trial(trial: FrozenTrial) -> TrialRecord:
     stopped = "" if state != "failed" or result else "the process that ran it was stopped"
     known = {"failure": stopped} | dict(result)
     merged = known | {"number": trial.number, "state": state, "params": trial.params}
-    return _read(TrialRecord, merged)
-
-
-def _read(kind: type[T], values: Mapping[str, Any]) -> T:
-    """A record from plain values; more keys than it has fields may be there."""
-    nested: dict[str, Any] = {"sensitivity": SensitivityCell, "epochs": EpochPoint, "rungs": Rung}
-    chosen = {f.name: values[f.name] for f in fields(kind) if f.name in values}  # type: ignore[arg-type]
-    for name, inner in nested.items():
-        if isinstance(chosen.get(name), list | tuple):
-            chosen[name] = _read_all(inner, chosen[name])
-    return kind(**chosen)
-
-
-def _read_all(kind: type[T], values: Iterable[Mapping[str, Any]]) -> tuple[T, ...]:
-    return tuple(_read(kind, v) for v in values)
+    return from_plain(TrialRecord, merged)

@@ -16,7 +16,7 @@ import json
 import shutil
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass, is_dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 from uuid import uuid4
@@ -33,6 +33,7 @@ from torch import Tensor, nn
 from autoprune.errors import ArtifactError, UsageError
 from autoprune.location import ARTIFACTS, DATABASE, RunLocation
 from autoprune.plan import PruningPlan
+from autoprune.serialization import to_plain
 from autoprune.storage.blobs import open_blobs
 from autoprune.storage.database import close_storage, open_storage
 from autoprune.storage.optuna_private import CachedStorage
@@ -337,7 +338,7 @@ def study_names_at(location: RunLocation) -> list[str]:
 def set_attrs(target: optuna.Study | optuna.Trial, /, **attributes: Any) -> None:
     """Set user attributes; dataclasses, and sequences of them, are stored as plain values."""
     for key, value in attributes.items():
-        target.set_user_attr(key, _plain(value))
+        target.set_user_attr(key, to_plain(value))
 
 
 def completed_trials(study: optuna.Study) -> list[FrozenTrial]:
@@ -347,14 +348,6 @@ def completed_trials(study: optuna.Study) -> list[FrozenTrial]:
 
 def _always() -> None:
     """Let a store that no run is coordinated through change anything."""
-
-
-def _plain(value: Any) -> Any:
-    if is_dataclass(value) and not isinstance(value, type):
-        return asdict(value)
-    if isinstance(value, tuple | list):
-        return [_plain(v) for v in value]
-    return value
 
 
 def _plan_of(content: bytes) -> PruningPlan:

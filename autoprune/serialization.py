@@ -1,0 +1,149 @@
+"""Our dataclasses as plain values (what JSON knows) and back; msgspec does the work.
+
+Two readers use it. What a run stored itself is read leniently: attributes that a dataclass does not name
+are other readers' attributes. What a stranger may have written, a delivered file's manifest, is read
+exactly: `docs/format.md`, section 3, demands more than msgspec checks, so doubled keys, wide integers,
+deep nesting and keys that no field has are refused here.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, TypeVar
+
+import msgspec
+
+T = TypeVar("T")
+
+MAX_DEPTH = 64  # a guess: what we write has less than ten levels, and Python gives up at a thousand
+
+
+class SerializationError(ValueError):
+    """The values are not what the dataclass says, or the text is no strict JSON; the message says where."""
+
+
+def to_plain(value: Any) -> Any:
+    """A value as dicts, lists, texts and numbers; paths become texts.
+
+    Raises:
+        TypeError: something in it is none of these and no dataclass.
+    """
+    return msgspec.to_builtins(value, str_keys=True, enc_hook=_encode)
+
+
+def to_json(value: Any, *, indent: int = 0) -> str:
+    """A value as JSON text. A number that is not finite becomes null, because JSON has no word for it.
+
+    Raises:
+        TypeError: see `to_plain`.
+    """
+    data = msgspec.json.encode(value, enc_hook=_encode)
+    return (msgspec.json.format(data, indent=indent) if indent else data).decode()
+
+
+def _encode(value: Any) -> Any:
+    # msgspec takes no subclass of a plain type: `torch.__version__` is one, NumPy's float64 another.
+    if isinstance(value, str | Path):
+        return str(value)
+    if isinstance(value, float):
+        return float(value)
+    if isinstance(value, Mapping):
+        return dict(value)
+    raise TypeError(f"a {type(value).__qualname__} is no plain value")
+
+
+def from_plain(kind: type[T], value: object, *, exact: bool = False) -> T:
+    """The value of this type, a dataclass or a collection of them, that `to_plain` made.
+
+    Every value is checked against its annotation. Nothing is converted but lists to tuples and whole numbers
+    to floats.
+
+    Args:
+        kind: the type.
+        value: plain values.
+        exact: refuse keys that a dataclass has no field for, which are passed over otherwise.
+
+    Raises:
+        SerializationError: a key is missing, or unknown where that matters, or a value has another type.
+    """
+    try:
+        result = msgspec.convert(value, kind, strict=True)
+    except msgspec.ValidationError as error:
+        raise SerializationError(str(error)) from None
+    if exact:
+        _check_keys(value, msgspec.to_builtins(result), "$")
+    return result
+
+
+def _check_keys(given: Any, read: Any, where: str) -> None:
+    # msgspec can forbid unknown keys for its own Structs only. What was read, turned back, has all keys that
+    # the dataclasses name.
+    if isinstance(given, dict):
+        if unknown := given.keys() - read.keys():
+            raise SerializationError(f"unknown key {min(unknown)[:60]!r} - at `{where}`")
+        for key, inner in given.items():
+            _check_keys(inner, read[key], f"{where}.{key[:60]}")
+    elif isinstance(given, list):
+        for inner, inner_read in zip(given, read, strict=True):
+            if isinstance(inner, dict | list):
+                _check_keys(inner, inner_read, f"{where}[...]")
+
+
+def parse_json(data: bytes) -> Any:
+    """Plain JSON without doubled keys, half surrogate pairs, deep nesting, or numbers that are not finite
+    or need more than 64 bits.
+
+    Raises:
+        SerializationError: it is not.
+    """
+    try:
+        value = json.loads(
+            data.decode("utf-8"), object_pairs_hook=_unique_keys, parse_constant=_refuse_constant,
+            parse_float=_finite_float, parse_int=_short_int,
+        )  # fmt: skip
+        _check_nesting(value, 0)
+    except (ValueError, RecursionError):
+        raise SerializationError("it is no plain JSON") from None
+    return value
+
+
+def _check_nesting(value: dict[str, Any] | list[Any] | str | float | None, depth: int) -> None:
+    if depth > MAX_DEPTH:
+        raise ValueError("nested too deeply")
+    if isinstance(value, str):
+        value.encode()  # half a surrogate pair has no UTF-8
+    elif isinstance(value, dict):
+        for key, inner in value.items():
+            key.encode()
+            _check_nesting(inner, depth + 1)
+    elif isinstance(value, list):
+        for inner in value:
+            if isinstance(inner, str | dict | list):  # most lists hold thousands of indices
+                _check_nesting(inner, depth + 1)
+
+
+def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    result = dict(pairs)
+    if len(result) != len(pairs):
+        raise ValueError("a key occurs twice")
+    return result
+
+
+def _refuse_constant(text: str) -> Any:
+    raise ValueError(f"{text} is no number")
+
+
+def _finite_float(text: str) -> float:
+    number = float(text)
+    if math.isinf(number):  # 1e999 is written as a number
+        raise ValueError(f"{text} is too large")
+    return number
+
+
+def _short_int(text: str) -> int:
+    if len(text) > 20 or abs(int(text)) >= 1 << 64:  # the length first: long texts are slow to read
+        raise ValueError(f"{text[:20]}... is too large")
+    return int(text)
