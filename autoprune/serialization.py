@@ -34,7 +34,7 @@ def to_plain(value: Any) -> Any:
     return msgspec.to_builtins(value, str_keys=True, enc_hook=_encode)
 
 
-def to_json(value: Any, *, indent: int = 0) -> str:
+def json_text(value: Any, *, indent: int = 0) -> str:
     """A value as JSON text. A number that is not finite becomes null, because JSON has no word for it.
 
     Raises:

@@ -15,7 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from autoprune.record import RunRecord
-from autoprune.serialization import SerializationError, from_plain, parse_json, to_json, to_plain
+from autoprune.serialization import SerializationError, from_plain, json_text, parse_json, to_plain
 from tests.example_record import REACHED
 
 
@@ -42,14 +42,16 @@ OUTER = Outer(
 
 def test_values_come_back() -> None:
     assert from_plain(Outer, to_plain(OUTER), exact=True) == OUTER
-    assert from_plain(RunRecord, json.loads(to_json(REACHED)), exact=True) == REACHED
+    assert from_plain(RunRecord, json.loads(json_text(REACHED)), exact=True) == REACHED
 
 
 def test_a_path_a_numpy_float_and_a_number_that_is_none_are_written() -> None:
     values = {"path": Path("a/b"), "number": np.float64(0.1), "torch": torch.__version__}
     assert to_plain(values) == {"path": "a/b", "number": 0.1, "torch": str(torch.__version__)}
-    assert json.loads(to_json({"a": [math.nan, math.inf, -math.inf, 0.5]})) == {"a": [None, None, None, 0.5]}
-    assert to_json([1, {"a": "ü"}], indent=1) == '[\n 1,\n {\n  "a": "ü"\n }\n]'
+    assert json.loads(json_text({"a": [math.nan, math.inf, -math.inf, 0.5]})) == {
+        "a": [None, None, None, 0.5]
+    }
+    assert json_text([1, {"a": "ü"}], indent=1) == '[\n 1,\n {\n  "a": "ü"\n }\n]'
 
 
 def test_what_is_no_value_is_not_written_as_text() -> None:

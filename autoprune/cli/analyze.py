@@ -6,7 +6,7 @@ import json
 import re
 import sys
 from collections.abc import Sequence
-from dataclasses import asdict, replace
+from dataclasses import replace
 from itertools import count
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -39,6 +39,7 @@ from autoprune.cli.tables import findings_text, sensitivity_text
 from autoprune.config import check_study
 from autoprune.errors import UsageError
 from autoprune.events import OnEvent, StageProgress, StageStarted
+from autoprune.serialization import json_text
 
 if TYPE_CHECKING:
     from autoprune.config import Study
@@ -95,7 +96,7 @@ def doctor(
     named = None if study is None else (lambda: choose_study(study, None, None, None))
     findings = examine(location, named)
     if as_json:
-        sys.stdout.write(json.dumps([asdict(f) for f in findings], indent=1) + "\n")
+        sys.stdout.write(json_text(findings, indent=1) + "\n")
     else:
         Console(highlight=False).print(findings_text(findings))
     return 0 if all(f.ok for f in findings) else 1
@@ -130,7 +131,7 @@ def groups(
         chosen = choose_study(study, model, weights, data)
         graph = understand(changed(chosen, exclude, only, norms=norms, round_to=round_to)).graph
     if as_json:
-        sys.stdout.write(json.dumps(graph_document(graph), indent=1) + "\n")
+        sys.stdout.write(json_text(graph_document(graph), indent=1) + "\n")
     else:
         Console(highlight=False).print(groups_tree(graph))
 
@@ -218,7 +219,7 @@ def analyze(
 
 def _analysis_document(table: SensitivityTable, found: Sequence[Prospect]) -> str:
     """The sensitivity table's own text form, with the outlook."""
-    return json.dumps(json.loads(table.to_json()) | {"outlook": [asdict(p) for p in found]}, indent=1)
+    return json_text(json.loads(table.to_json()) | {"outlook": found}, indent=1)
 
 
 def _write_analysis(folder: Path, document: str, table: SensitivityTable, found: Sequence[Prospect]) -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import sys
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -19,6 +19,7 @@ from autoprune.cli import completion
 from autoprune.cli.run import ask_secret, read_secret, refuse_secrets
 from autoprune.config import Protection
 from autoprune.errors import ArtifactError, UsageError, VerificationError
+from autoprune.serialization import json_text
 
 if TYPE_CHECKING:
     from autoprune.artifact import Manifest
@@ -207,7 +208,7 @@ def _show(
             "signer": signer,
             "manifest": None if manifest is None else json.loads(manifest.to_json()),
         }
-        sys.stdout.write(json.dumps(document, indent=1) + "\n")
+        sys.stdout.write(json_text(document, indent=1) + "\n")
         return
     from autoprune.artifact import artifact_text
 
@@ -236,7 +237,7 @@ def verify(
 
         checks = audit(artifact)
     if as_json:
-        sys.stdout.write(json.dumps([asdict(c) for c in checks], indent=1) + "\n")
+        sys.stdout.write(json_text(checks, indent=1) + "\n")
     else:
         words = {True: "ok", False: "FAILED", None: "-"}
         sys.stdout.writelines(f"{c.name:<10} {words[c.passed]:<7} {c.detail}\n" for c in checks)

@@ -11,7 +11,7 @@ from datetime import UTC, datetime
 from typing import Any, TextIO
 
 from autoprune.events import Event, OnEvent
-from autoprune.serialization import to_json, to_plain
+from autoprune.serialization import json_text, to_plain
 
 
 def event_writer(stream: TextIO, beside: OnEvent) -> OnEvent:
@@ -27,5 +27,5 @@ def event_writer(stream: TextIO, beside: OnEvent) -> OnEvent:
 def write_line(stream: TextIO, name: str, values: Any) -> None:
     """One line: the fields of a dataclass, or a dict; a number that is not finite becomes null."""
     now = datetime.now(UTC).isoformat(timespec="milliseconds")
-    stream.write(to_json({"event": name, "time": now, **to_plain(values)}) + "\n")
+    stream.write(json_text({"event": name, "time": now, **to_plain(values)}) + "\n")
     stream.flush()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import shlex
 import sys
@@ -36,6 +35,7 @@ from autoprune.cli.options import (
 from autoprune.cli.run import StoppedError, sigterm_interrupts
 from autoprune.config import Budget, Protection, Study, Target, next_time
 from autoprune.errors import UsageError
+from autoprune.serialization import json_text
 
 if TYPE_CHECKING:
     from autoprune.report import JobResult
@@ -257,7 +257,7 @@ def _show(rows: Sequence[JobResult], files: tuple[Path, ...], *, as_json: bool) 
     from autoprune.report import TEXT_COLUMNS, row_numbers, sweep_answer, sweep_ranges, sweep_table
 
     if as_json:
-        sys.stdout.write(json.dumps([row_numbers(row) for row in rows], indent=1) + "\n")
+        sys.stdout.write(json_text([row_numbers(row) for row in rows], indent=1) + "\n")
         return
     console = Console(highlight=False)
     if not console.is_terminal:  # whoever reads it has lines of any length

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
 from itertools import groupby
 from typing import TYPE_CHECKING, Any
 
@@ -12,6 +11,7 @@ from rich.text import Text
 from rich.tree import Tree
 
 from autoprune.formatting import count, percent
+from autoprune.serialization import to_plain
 
 if TYPE_CHECKING:
     from autoprune.structure import ChannelGraph, Frozen, Group, Member
@@ -78,6 +78,6 @@ def graph_document(graph: ChannelGraph) -> dict[str, Any]:
         for g in graph.groups
     ]  # fmt: skip
     return {
-        "groups": groups, "frozen": [asdict(f) for f in graph.frozen], "cost": asdict(graph.cost()),
-        "reach": graph.reach,
+        "groups": groups, "frozen": to_plain(graph.frozen),
+        "cost": to_plain(graph.cost()), "reach": graph.reach,
     }  # fmt: skip

@@ -11,7 +11,7 @@ import threading
 import webbrowser
 from collections.abc import Iterable, Iterator
 from contextlib import closing, contextmanager
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Annotated
@@ -50,6 +50,7 @@ from autoprune.config import Protection
 from autoprune.errors import AutopruneError, UsageError
 from autoprune.events import StageStarted
 from autoprune.report import answer, caution, comparison
+from autoprune.serialization import json_text, to_plain
 
 if TYPE_CHECKING:
     from autoprune.config import Study
@@ -295,19 +296,19 @@ def _show_plan(
     run_cipher(protection)
     plan = make_plan(prepare(study, out=location, resume=resume, protection=protection))
     if as_json:
-        sys.stdout.write(json.dumps(asdict(plan), indent=1) + "\n")
+        sys.stdout.write(json_text(plan, indent=1) + "\n")
     else:
         Console(highlight=False).print(plan_text(plan))
     return 0
 
 
 def _show_result(result: RunResult, *, as_json: bool, events: bool) -> int:
-    document = asdict(result)
+    document = to_plain(result)
     del document["record"]
     if events:
         write_line(sys.stdout, "result", document)
     elif as_json:
-        sys.stdout.write(json.dumps(document, indent=1, default=str) + "\n")
+        sys.stdout.write(json_text(document, indent=1) + "\n")
     else:
         console = Console(highlight=False)
         console.soft_wrap = not console.is_terminal  # a path that is piped on stays in one piece
@@ -352,7 +353,7 @@ def status(run: RunPlace, artifacts: Artifacts = None, as_json: AsJson = False) 
     told = read_status(parse_run(run, artifacts))
     if as_json:
         document = json.loads(to_json(told.record)) if told.record else {"record": None}
-        known = {"processes": [asdict(p) for p in told.processes], "seconds_left": told.seconds_left}
-        sys.stdout.write(json.dumps(document | known | {"now": told.now}, indent=1) + "\n")
+        document |= {"processes": told.processes, "seconds_left": told.seconds_left, "now": told.now}
+        sys.stdout.write(json_text(document, indent=1) + "\n")
     else:
         Console(highlight=False).print(status_text(told))

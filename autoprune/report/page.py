@@ -88,7 +88,7 @@ def to_json(record: RunRecord) -> str:
         "importances": importances(record),
         "record": record,
     }
-    return serialization.to_json(document, indent=1) + "\n"
+    return serialization.json_text(document, indent=1) + "\n"
 
 
 def derived(record: RunRecord) -> dict[str, float | None]:

@@ -6,7 +6,6 @@ A `Job` is one study with one target and one seed; a `JobResult` is what came of
 from __future__ import annotations
 
 import csv
-import json
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -21,6 +20,7 @@ from autoprune import formatting
 from autoprune.record import ModelSummary, RunRecord
 from autoprune.report import plots
 from autoprune.report.page import keep_units_together, read_asset
+from autoprune.serialization import json_text
 
 JobState = Literal["reached", "not reached", "failed", "stopped", "waiting"]
 # A column's name in full, and in a terminal: there 80 columns leave room for a study's name.
@@ -90,7 +90,7 @@ def write_sweep_report(rows: Sequence[JobResult], out: Path) -> tuple[Path, ...]
         writer = csv.DictWriter(file, fieldnames=list(row_numbers(rows[0])))
         writer.writeheader()
         writer.writerows(row_numbers(row) for row in rows)
-    numbers.write_text(json.dumps([row_numbers(r) for r in rows], indent=1) + "\n", encoding="utf-8")
+    numbers.write_text(json_text([row_numbers(r) for r in rows], indent=1) + "\n", encoding="utf-8")
     figure = pareto(rows)
     if figure is not None:
         plots.save_png(figure, out / "pareto.png")
