@@ -1,12 +1,13 @@
-# make demo   prune the bundled digits network, from nothing to the encrypted file
-# make test   lint, format, types, tests with coverage
-# make bench  the benchmarks (benchmarks/README.md)
+# make demo       prune the bundled digits network, from nothing to the encrypted file
+# make test       lint, format, types, imports between rooms, tests with coverage
+# make test-all   the same with all that is slow, or needs PostgreSQL, an S3 server or the data sets
+# make bench      the benchmarks (benchmarks/README.md)
 # Each of them calls `setup`, which makes .venv once and again only when pyproject.toml changes.
 
 SHELL       := bash
 .SHELLFLAGS := -euo pipefail -c
 .DELETE_ON_ERROR:
-.PHONY: help setup demo test bench
+.PHONY: help setup demo lint test test-all bench
 
 PYTHON ?= python3
 BIN    := .venv/bin
@@ -39,11 +40,22 @@ $(KEY): | $(STAMP)
 	@mkdir -p runs
 	$(BIN)/autoprune keygen $@
 
-test: $(STAMP)
+# Tests run on all cores, in a random order (`-p no:randomly` keeps the order of the files).
+PYTEST := $(BIN)/pytest -n auto --dist worksteal --cov --cov-report=term:skip-covered
+
+lint: $(STAMP)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/pytest --cov --cov-report=term:skip-covered
+	$(BIN)/lint-imports
+
+test: lint
+	$(PYTEST)
+
+# What this machine cannot run is skipped, and listed with its reason at the end. The data sets are those in
+# AUTOPRUNE_DATA or, where that is not set, those that lie beside the checkout in ../shared/data.
+test-all: lint
+	AUTOPRUNE_DATA="$$(scripts/data_folder.sh)" $(PYTEST) -m "" -rs
 
 # Hours; benchmarks/README.md says what each measures and how to run a part of it.
 bench: $(STAMP)
