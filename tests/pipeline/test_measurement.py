@@ -1,20 +1,28 @@
 from __future__ import annotations
 
+import pytest
 import torch
 
 from autoprune.pipeline.measurement import measure_latency, summarise, widths, with_latency
 from autoprune.structure.tracing import trace
 from autoprune.training.evaluation import evaluate
+from tests.clock import Clock
 from tests.tiny import tiny_data, tiny_net
 
 
-def test_latency_is_positive_and_the_bigger_network_is_slower() -> None:
-    slow = torch.nn.Sequential(*(torch.nn.Conv2d(16, 16, 3, padding=1) for _ in range(12)))
-    fast = torch.nn.Conv2d(16, 16, 3, padding=1)
+def test_latency_is_the_median_of_runs_in_turns(clock: Clock) -> None:
+    slow, fast = clock.slow_(torch.nn.Flatten(), 0.012), clock.slow_(torch.nn.Flatten(), 0.003)
+    seen: list[str] = []
+    slow.register_forward_pre_hook(lambda *_: seen.append("slow"))
+    fast.register_forward_pre_hook(lambda *_: clock.advance(1.0 if len(seen) % 10 == 9 else 0.0))
+    fast.register_forward_pre_hook(lambda *_: seen.append("fast"))
     slow.train()
-    first, second = measure_latency(slow, fast, (torch.zeros(1, 16, 32, 32),), torch.device("cpu"))
-    assert first.median_ms > second.median_ms > 0
-    assert first.spread_ms >= 0
+    first, second = measure_latency(slow, fast, (torch.zeros(1, 4),), torch.device("cpu"))
+    assert first.median_ms == pytest.approx(12)
+    assert second.median_ms == pytest.approx(3), "every fifth run is disturbed, and does not count"
+    assert (first.spread_ms, second.spread_ms) == pytest.approx((0, 0), abs=1e-6)
+    assert len(seen) >= 2 * 15
+    assert set(zip(seen[::2], seen[1::2], strict=True)) == {("slow", "fast")}
     assert slow.training
 
 

@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import math
-import time
 from dataclasses import replace
 
 import numpy as np
@@ -14,10 +13,10 @@ from autoprune.config import Metric
 from autoprune.errors import UnreachableError, UsageError
 from autoprune.metrics import Evaluation
 from autoprune.plan import PruningPlan
-from autoprune.pruning.allocation import STRATEGIES, TOLERANCE, allocate, rising
+from autoprune.pruning.allocation import MARKS, STRATEGIES, TOLERANCE, allocate, rising
 from autoprune.pruning.criteria import Scores
 from autoprune.pruning.sensitivity import SensitivityPoint, SensitivityTable
-from autoprune.structure.cost import Axis, CostModel, Term
+from autoprune.structure.cost import Axis, Cost, CostModel, Term
 from autoprune.structure.graph import ChannelGraph, Group
 from autoprune.structure.latency import LatencyModel
 from autoprune.structure.tracing import trace
@@ -276,13 +275,22 @@ def test_wrong_wishes_are_refused() -> None:
         allocate(graph, scores, metric="latency", limit=1, strategy="uniform")
 
 
-def test_sixty_groups_take_a_fifth_of_a_second() -> None:
-    graph = chain([256] * 60)
-    scores, table = some_scores(graph), even_table(graph)
-    for strategy in STRATEGIES:
-        began = time.process_time()
-        allocate(graph, scores, metric="macs", limit=0.5 * graph.cost().macs, strategy=strategy, table=table)
-        assert time.process_time() - began < 1.0, "five times what was measured, for busy machines"
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_sixty_groups_ask_for_few_costs(strategy: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A cost is what an allocation waits for; there are 13,740 steps down, and 2 ** 60 ways to mix them."""
+    graph, asked = chain([256] * 60), 0
+    scores, table, limit = some_scores(graph), even_table(graph), 0.5 * graph.cost().macs
+    plain = ChannelGraph.cost_of_counts
+
+    def counted(self: ChannelGraph, kept: dict[str, int]) -> Cost:
+        nonlocal asked
+        asked += 1
+        return plain(self, kept)
+
+    monkeypatch.setattr(ChannelGraph, "cost_of_counts", counted)
+    allocate(graph, scores, metric="macs", limit=limit, strategy=strategy, table=table)
+    once_a_group = 60 + 1  # with the cost of the whole network
+    assert 0 < asked <= once_a_group * (MARKS if strategy == "sensitivity" else 2)
 
 
 @given(st.lists(st.floats(-10, 10), min_size=1, max_size=30))

@@ -19,7 +19,7 @@ from autoprune.pipeline.baseline import Work, begin
 from autoprune.pipeline.preflight import prepare
 from autoprune.pipeline.run import analyse, known_points, stand
 from autoprune.record import Rung, TrialRecord
-from autoprune.search.budget import FINAL_SHARE, Meter, ladder
+from autoprune.search.budget import Meter, ladder
 from autoprune.search.controller import start
 from autoprune.search.history import CHECKPOINT, RESULT, read_trials
 from autoprune.search.proposals import SHALLOW, Point, params_of, suggest
@@ -42,6 +42,7 @@ from autoprune.search.round import (
 from autoprune.search.trial import Climb, run_trial
 from autoprune.storage.run_store import RunStore, completed_trials, quiet_optuna, set_attrs
 from autoprune.storage.trial_slots import SLOT, claim_slot, finish_trial, release_stale, start_trial
+from tests.clock import Clock
 from tests.tiny import tiny_study
 from tests.training.test_divergence import scaled
 
@@ -237,16 +238,25 @@ def test_a_trial_below_every_gain_so_far_is_given_up(work: Work) -> None:
     assert not _goes_on(job, climb(job.plan.floor - 0.021))
 
 
-def test_a_trial_for_which_time_is_short_hurries_to_its_end(work: Work) -> None:
+def test_a_trial_for_which_time_is_short_hurries_to_its_end(work: Work, clock: Clock) -> None:
+    """A training step takes a second: of 600 that are planned the budget allows 100."""
     job, study = first_round(work)
-    known, whole = known_points(job)[:1], 3.0 / (1 - FINAL_SHARE)
-    job = replace(job, meter=Meter(Budget(seconds=whole)), speed=replace(job.speed, epoch_s=0.0, trial_s=0.0))
-    long = replace(job, plan=replace(job.plan, trials=1, epochs=5000.0))
-    search_round(long, study, known)
+
+    def loss(output: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+        clock.advance(1.0 if output.requires_grad else 1e-3)
+        return torch.nn.functional.cross_entropy(output, target)
+
+    point = known_points(job)[0] | {"criterion": "l1"}  # ranks without a loss
+    job = replace(
+        job, ground=replace(job.ground, study=replace(job.ground.study, loss=loss)),
+        meter=Meter(Budget(seconds=100.0)), speed=replace(job.speed, epoch_s=0.0, trial_s=0.0),
+        plan=replace(job.plan, trials=1, epochs=100.0),
+    )  # fmt: skip
+    search_round(job, study, [point])
     (trial,) = read_trials(study)
     assert trial.state == "complete"
-    assert trial.epochs[-1].epoch < 2500
-    assert trial.epochs[-1].lr < 0.3 * max(e.lr for e in trial.epochs), "the schedule came near its end"
+    assert trial.epochs[-1].epoch == pytest.approx(100 / 6, abs=1), "the time was used, and no more"
+    assert trial.epochs[-1].lr < 0.02 * max(e.lr for e in trial.epochs), "the schedule came to its end"
 
 
 @pytest.mark.parametrize("way", ["rates that no arithmetic survives", "finite losses that stay far too high"])

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import re
 import signal
+import sqlite3
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
 from pathlib import Path
@@ -14,7 +15,7 @@ import optuna
 import pytest
 
 from autoprune.errors import RunError
-from autoprune.storage import database, membership
+from autoprune.storage import database
 from autoprune.storage.membership import (
     MembershipLostError,
     RunLockedError,
@@ -22,15 +23,14 @@ from autoprune.storage.membership import (
     join_run,
     list_processes,
 )
-from autoprune.storage.run_store import RunStore, quiet_optuna
+from autoprune.storage.run_store import DATABASE, RunStore, quiet_optuna
+from tests.clock import Clock
 
 HOLDER = """
-import sys, time
+import sys
 from pathlib import Path
-from autoprune.storage import database
 from autoprune.storage import membership
 from autoprune.storage.run_store import RunStore
-membership.HEARTBEAT_S = float(sys.argv[3])
 with membership.join_run(RunStore(Path(sys.argv[1]), "a"), sys.argv[2]) as me:
     print("in", flush=True)
     sys.stdin.readline()
@@ -45,8 +45,8 @@ def store(tmp_path: Path) -> Iterator[RunStore]:
 
 
 @contextmanager
-def other(store: RunStore, role: str = "coordinator", beat: float = 10) -> Iterator[subprocess.Popen[str]]:
-    command = [sys.executable, "-c", HOLDER, str(store.folder), role, str(beat)]
+def other(store: RunStore, role: str = "coordinator") -> Iterator[subprocess.Popen[str]]:
+    command = [sys.executable, "-c", HOLDER, str(store.folder), role]
     with subprocess.Popen(
         command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     ) as process:
@@ -60,10 +60,9 @@ def other(store: RunStore, role: str = "coordinator", beat: float = 10) -> Itera
 
 def test_the_second_coordinator_is_refused_with_name_and_age(store: RunStore) -> None:
     with other(store) as holder:
-        time.sleep(1.1)
         with pytest.raises(RunLockedError) as caught, join_run(store, "coordinator"):
             pytest.fail("there are two")
-        assert f"(process {holder.pid}), since " in caught.value.message
+        assert re.search(rf"\(process {holder.pid}\), since \d+ s$", caught.value.message)
         assert "autoprune worker" in caught.value.hint
         with join_run(store, "worker"):  # workers are welcome
             states = [(p.role, p.state) for p in list_processes(store)]
@@ -96,29 +95,29 @@ def test_who_could_not_say_goodbye_does_not_hold_the_run_against_itself(
         assert [p.state for p in list_processes(store)] == ["gone", "working"]
 
 
-def test_a_sleeper_is_replaced_and_notices_it(store: RunStore, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(membership, "HEARTBEAT_S", 1)
-    store.storage.grace_period = 3
-    with other(store, beat=1) as sleeper:
+def test_a_sleeper_is_replaced_and_notices_it(store: RunStore, clock: Clock) -> None:
+    with other(store) as sleeper:
         sleeper.send_signal(signal.SIGSTOP)
-        time.sleep(5)  # longer than the grace period
-        began = time.monotonic()
+        with closing(sqlite3.connect(store.folder / DATABASE)) as connection:  # as if it slept for an hour
+            changed = connection.execute("UPDATE trial_heartbeats SET heartbeat = datetime('now', '-1 hour')")
+            assert changed.rowcount == 1
+            connection.commit()
+        began = clock.now
         with join_run(store, "coordinator"):
-            assert time.monotonic() - began >= 2, "a silence has to last two beats"
+            assert clock.now - began >= 2 * database.HEARTBEAT_S, "a silence has to last two beats"
             sleeper.send_signal(signal.SIGCONT)
             _, told = sleeper.communicate("\n")
             assert sleeper.returncode != 0
             assert "taken for dead" in told
 
 
-def test_a_jump_of_the_clock_buries_nobody(store: RunStore, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(membership, "HEARTBEAT_S", 0.5)
+def test_a_jump_of_the_clock_buries_nobody(store: RunStore, clock: Clock) -> None:
     with join_run(store, "worker") as me:
         monitor = StaleMonitor(store)
         store.storage.grace_period = -3600  # as if the database's clock had jumped an hour ahead
         assert [p.state for p in monitor.refresh()] == ["silent"]
         store.storage.grace_period = database.GRACE_PERIOD_S
-        time.sleep(1.1)
+        clock.advance(3 * database.HEARTBEAT_S)
         assert [p.state for p in monitor.refresh()] == ["working"]
         me.check()
 

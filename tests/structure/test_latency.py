@@ -24,6 +24,7 @@ from autoprune.structure.latency import (
 )
 from autoprune.structure.timings import Timings, time_interleaved
 from autoprune.structure.tracing import trace
+from tests.clock import Clock
 from tests.patterns import PATTERNS
 from tests.tiny import tiny_net
 
@@ -214,40 +215,45 @@ def test_activations_are_what_the_layers_make() -> None:
         assert graph.cost(plan).activation_bytes == made
 
 
-def test_a_graph_with_latency_predicts_plans_and_can_be_allocated(tmp_path: Path) -> None:
+def test_a_graph_with_latency_predicts_plans_and_can_be_allocated(tmp_path: Path, clock: Clock) -> None:
+    """Whatever is timed takes a millisecond, but for the whole network, which takes ten."""
     model, x = tiny_net().train(), (torch.zeros(1, 1, 8, 8),)
+    clock.tick = 1e-3
     graph = trace(model, x)
     scores = {g.name: np.arange(1.0, g.num_units + 1) for g in graph.groups}
     with pytest.raises(UsageError, match="knows no latency"):
         allocate(graph, scores, metric="latency", limit=1.0, strategy="uniform")
     assert graph.cost().latency_s is None
     table = tmp_path / "t.json"
+    model.register_forward_pre_hook(lambda net, _: clock.advance(9e-3 if net.conv1.out_channels == 12 else 0))
     timed = with_latency_model(graph, model, x, CPU, timings=Timings(path=table))
     assert model.training
     assert table.is_file()
     full = timed.cost().of("latency")
-    assert full > 0
+    assert full == pytest.approx(10e-3), "as it was measured"
     assert timed.cost().macs == graph.cost().macs
     least = timed.cost_of_counts({g.name: 1 for g in graph.groups}).of("latency")
-    limit = (full + least) / 2 if least < full else full
+    assert least < full
+    limit = (full + least) / 2
     plan = allocate(timed, scores, metric="latency", limit=limit, strategy="uniform")
-    assert timed.cost(plan).of("latency") <= limit
+    assert limit - 0.01 * full <= timed.cost(plan).of("latency") <= limit
 
 
-def test_seconds_are_told_on_the_scale_of_a_network_measured_before(tmp_path: Path) -> None:
-    model, x = tiny_net(), (torch.zeros(1, 1, 8, 8),)
+def test_seconds_are_told_on_the_scale_of_a_network_measured_before(clock: Clock) -> None:
+    """The network took 1000 s when it was measured first; the machine has become faster since."""
+    model, x = clock.slow_(tiny_net(), 2e-3), (torch.zeros(1, 1, 8, 8),)
+    before = clock.slow_(tiny_net(), 4e-3)
     graph = trace(model, x)
-    timings = Timings(path=None)
-    timed = with_latency_model(graph, model, x, CPU, beside=(model, 1000.0), timings=timings)
-    assert 100 < timed.cost().of("latency") < 10_000, "the same network, so about 1000"
+    clock.tick = 1e-6
+    timed = with_latency_model(graph, model, x, CPU, beside=(before, 1000.0), timings=Timings(path=None))
+    assert timed.cost().of("latency") == pytest.approx(500, rel=1e-3)
 
 
-def test_a_share_is_measured_in_turns() -> None:
-    slow = nn.Sequential(*(nn.Conv2d(16, 16, 3, padding=1) for _ in range(12)))
-    share, spread = measure_latency_share(slow, slow[:2], (torch.zeros(1, 16, 32, 32),), CPU)
-    assert 0 < share < 1
-    assert spread >= 0
+def test_a_share_is_measured_in_turns(clock: Clock) -> None:
+    slow, fast = clock.slow_(nn.Flatten(), 0.012), clock.slow_(nn.Flatten(), 0.003)
+    assert measure_latency_share(slow, fast, (torch.zeros(1, 4),), CPU) == pytest.approx((0.25, 0.0))
     order: list[int] = []
+    clock.tick = 1e-3
     times = time_interleaved([lambda: order.append(0), lambda: order.append(1)], CPU, runs=6, seconds=0.1)
     assert times.shape[1] == 2
     assert order[:6] == [0, 1] * 3

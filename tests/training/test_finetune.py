@@ -2,7 +2,6 @@ from __future__ import annotations
 
 import copy
 import math
-import time
 from dataclasses import replace
 from typing import Any
 
@@ -26,6 +25,7 @@ from autoprune.training.finetune import (
     uses_bf16,
 )
 from autoprune.training.schedule import Schedule
+from tests.clock import Clock
 from tests.tiny import TinyNet, tiny_net, tiny_split
 
 SCHEDULE = Schedule(lr=0.05, decay="cosine")
@@ -40,8 +40,8 @@ def same(left: dict[str, Tensor], right: dict[str, Tensor]) -> bool:
     return all(torch.equal(left[name], right[name]) for name in left)
 
 
-def trained(**changes: Any) -> tuple[TinyNet, list[EpochRecord]]:
-    model = tiny_net()
+def trained(model: Any = None, **changes: Any) -> tuple[TinyNet, list[EpochRecord]]:
+    model = model or tiny_net()
     how: dict[str, Any] = {"schedule": SCHEDULE, "settings": SETTINGS, "epochs": 2, "seed": 0}
     records = finetune_(model, tiny_split(320, 1), **(how | changes))
     return model, records
@@ -54,7 +54,7 @@ def test_training_learns_and_says_how() -> None:
     assert records[-1].lr < 0.01
     assert all(r.images_per_s > 0 for r in records)
     result = evaluate(model, tiny_split(200, 2))
-    assert result.top1 > 0.75
+    assert result.top1 > 0.5, "twice what guessing gets; it has above 0.8"
     assert result.correct is not None
     assert result.correct.mean() == result.top1
     assert len(result.correct) == result.num_samples == 200
@@ -127,7 +127,9 @@ def test_the_average_of_the_weights_is_given_and_follows_them() -> None:
 def test_a_teacher_is_listened_to_as_far_as_it_knows_better() -> None:
     assert float(distillation_weight(torch.tensor(2.0), torch.tensor(0.5))) == pytest.approx(0.75)
     assert float(distillation_weight(torch.tensor(0.5), torch.tensor(2.0))) == 0
-    assert float(distillation_weight(torch.tensor(0.0), torch.tensor(0.0))) in (0.0, 1.0)
+    assert float(distillation_weight(torch.tensor(0.0), torch.tensor(0.0))) == 1, (
+        "no loss at all is as far ahead as one can be"
+    )
     alone, _ = trained()
     ignorant = tiny_net()
     with torch.no_grad():
@@ -158,20 +160,22 @@ def test_distillation_is_zero_for_equal_outputs_and_scales_with_temperature() ->
     assert distillation_loss(logits, other, 2.0).item() == pytest.approx(by_hand.item(), rel=1e-5)
 
 
-def test_a_schedule_hurries_to_its_end_when_time_gets_short() -> None:
-    began = time.monotonic()
-    _, records = trained(epochs=5000, seconds=1.5)
-    assert time.monotonic() - began < 6
-    assert records[-1].lr < 0.05 * SCHEDULE.lr, "it came to its end"
-    assert records[-1].epoch < 2500, "with fewer steps than planned"
-    assert [r.lr for r in records][len(records) // 2] > 0.01 * SCHEDULE.lr, "not all at once"
+def test_a_schedule_hurries_to_its_end_when_time_gets_short(clock: Clock) -> None:
+    """Batches of a second each, of which the schedule wants 500 and the time allows 100."""
+    _, records = trained(epochs=100, seconds=100.0, model=clock.slow_(tiny_net(), 1.0))
+    assert records[-1].epoch == pytest.approx(100 / 5, abs=0.5), "the time was used, and no more"
+    assert records[-1].lr < 0.01 * SCHEDULE.lr, "it came to its end"
+    halfway = records[len(records) // 2].lr / SCHEDULE.lr
+    assert 0.4 < halfway < 0.6, "evenly, and not all at once"
 
 
-def test_a_schedule_that_has_the_time_does_not_hurry() -> None:
-    free, _ = trained()
-    limited, records = trained(seconds=600.0)
+@pytest.mark.parametrize("seconds", [12.0, 600.0])
+def test_a_schedule_that_has_the_time_does_not_hurry(seconds: float, clock: Clock) -> None:
+    free, _ = trained(model=clock.slow_(tiny_net(), 1.0))
+    limited, records = trained(seconds=seconds, model=clock.slow_(tiny_net(), 1.0))
     assert same(weights(free), weights(limited))
     assert records[-1].epoch == 2
+    assert [r.images_per_s for r in records] == pytest.approx([64.0, 64.0])
 
 
 def test_a_share_of_the_data_is_an_epoch() -> None:
@@ -256,16 +260,25 @@ def test_a_baseline_is_trained_from_scratch() -> None:
     model = tiny_net()
     records = train_baseline_(model, tiny_split(320, 1), Baseline(epochs=6, lr=0.1, batch_size=64), seed=0)
     assert len(records) == 6
-    assert evaluate(model, tiny_split(200, 2)).top1 > 0.75
+    assert evaluate(model, tiny_split(200, 2)).top1 > 0.5, "twice what guessing gets; it has above 0.8"
 
 
 def test_devices() -> None:
     assert resolve_device("cpu") == torch.device("cpu")
-    assert resolve_device("auto").type in ("cpu", "cuda")
+    assert resolve_device("auto").type == ("cuda" if torch.cuda.is_available() else "cpu")
     for name in ("gpu", "cuda:99"):
         with pytest.raises(UsageError, match=f"no device '{name}'"):
             resolve_device(name)
-    assert uses_bf16(torch.device("cpu")) in (True, False)
+
+
+@pytest.mark.parametrize(
+    ("instructions", "does"), [([], False), (["avx512_bf16"], True), (["amx_bf16", "amx_int8"], True)]
+)
+def test_bfloat16_is_for_processors_that_multiply_it(
+    instructions: list[str], does: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: dict.fromkeys(instructions, True))
+    assert uses_bf16(torch.device("cpu")) is does
 
 
 def test_every_pass_sees_other_augmentations() -> None:
