@@ -17,9 +17,11 @@ from typing import Any
 
 from rich.console import Console, Group, RenderableType
 from rich.constrain import Constrain
+from rich.control import Control
 from rich.live import Live
 from rich.progress_bar import ProgressBar
 from rich.rule import Rule
+from rich.segment import ControlCode, ControlType
 from rich.table import Table
 from rich.text import Text
 
@@ -42,28 +44,41 @@ def event_display(*, quiet: bool = False, console: Console | None = None) -> Ite
     elif not screen.is_terminal:
         yield _Lines(screen)
     else:
-        panel = _Panel()
+        panel, lines = _Panel(), _Lines(screen)
 
-        def narrow() -> RenderableType:
-            _mind_folded_lines(live, screen.width)
-            return Constrain(panel.render(), max(1, min(PANEL, screen.width - ECHOED)))
+        def draw_and_print(event: Event) -> None:
+            panel.update(event)
+            lines(event)
 
-        with Live(Text(), console=screen, transient=True, refresh_per_second=4) as live:
-            live.get_renderable = narrow  # type: ignore[method-assign]  # it has to know the panel that it draws
-            lines = _Lines(screen)
-
-            def both(event: Event) -> None:
-                panel.update(event)
-                lines(event)
-
-            yield both
+        window = _Window(screen, panel)
+        with Live(console=screen, transient=True, refresh_per_second=4, get_renderable=window.draw):
+            yield draw_and_print
 
 
-def _mind_folded_lines(live: Live, width: int) -> None:
-    """A window that became narrower than the panel has folded its lines: more have to be taken away."""
-    drawn = live._live_render
-    if drawn._shape is not None and drawn._shape[0] > width:
-        drawn._shape = (width, drawn._shape[1] * math.ceil(drawn._shape[0] / max(1, width)))
+class _Window:
+    """The panel as wide as the terminal allows, also while somebody drags the terminal's edge."""
+
+    def __init__(self, screen: Console, panel: _Panel) -> None:
+        self._screen, self._panel = screen, panel
+        self._width, self._height = 0, 0  # as drawn last
+
+    def draw(self) -> RenderableType:
+        """The panel of this moment; `Live` has it drawn over the last one."""
+        screen = self._screen
+        if self._width > screen.width:
+            self._erase_folds()
+        self._width = max(1, min(PANEL, screen.width - ECHOED))
+        shown = Constrain(self._panel.render(), self._width)
+        self._height = len(screen.render_lines(shown, pad=False))
+        return shown
+
+    def _erase_folds(self) -> None:
+        """Take away lines that `Live` does not know of: a terminal made narrower folds each into several."""
+        folds = self._height * (math.ceil(self._width / max(1, self._screen.width)) - 1)
+        line: tuple[ControlCode, ...] = ((ControlType.CURSOR_UP, 1), (ControlType.ERASE_IN_LINE, 2))
+        self._screen.control(
+            Control(ControlType.CARRIAGE_RETURN, (ControlType.ERASE_IN_LINE, 2), *line * folds)
+        )
 
 
 class _Lines:
