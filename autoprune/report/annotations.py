@@ -113,6 +113,7 @@ def _round_summary(one: RoundRecord) -> str:
 
 def _round_note(one: RoundRecord) -> str:
     origin = "the original" if one.started_from == 0 else f"what round {one.started_from} promoted"
+    took = "" if one.action is None else f" It took {duration(one.seconds)}."
     lines = [
         f"# Round {one.number}: {ACTIONS.get(one.action or '', 'running')}",
         "",
@@ -120,7 +121,7 @@ def _round_note(one: RoundRecord) -> str:
         "",
         f"It started from {origin} with {percent(one.cost_share)} of the cost left, could remove up to "
         f"{percent(one.ceiling)} of that, and had to stay at or above {percent(one.floor, 2)}: "
-        f"{plural(one.planned_trials, 'trial')} of {one.epochs:.3g} epochs. It took {duration(one.seconds)}.",
+        f"{plural(one.planned_trials, 'trial')} of {one.epochs:.3g} epochs.{took}",
         "",
     ]
     if one.trials and one.action is not None:

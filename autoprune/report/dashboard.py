@@ -36,7 +36,6 @@ NAMES = ("127.0.0.1", "localhost")
 PORT = 8080
 TRIED_PORTS = 50
 DEPTH = 3  # folders below the given one in which runs are looked for: runs/sweep/study/
-MAX_IDS = 10**9  # of one storage; with a million storages an id is still exact in a browser (2**53)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -104,8 +103,8 @@ def _names(source: Source) -> list[str]:
 class RunsStorage(BaseStorage):
     """The studies of several runs as one Optuna storage, to be read: every change is refused.
 
-    Each run keeps its own storage. A study's id is the number of its storage times `MAX_IDS` plus its id
-    there, and its name says how it stands.
+    Each run keeps its own storage. Studies are numbered as they are first seen, and a study's name says how
+    it stands.
 
     Args:
         find: the storages at this moment; one that is new is opened at the next look.
@@ -115,19 +114,21 @@ class RunsStorage(BaseStorage):
         self._find = find
         self._lock = threading.Lock()
         self._storages: dict[Source, BaseStorage] = {}
+        self._ids: dict[tuple[Source, int], int] = {}  # storage and id there -> id here
 
-    def _open(self, source: Source) -> tuple[int, BaseStorage]:
+    def _open(self, source: Source) -> BaseStorage:
         with self._lock, quiet_optuna():
             if source not in self._storages:
                 self._storages[source] = open_storage(source.location)
-            return list(self._storages).index(source), self._storages[source]
+            return self._storages[source]
 
     def _own(self, study_id: int) -> tuple[BaseStorage, int]:
-        number, own_id = divmod(study_id, MAX_IDS)
-        storages = list(self._storages.values())
-        if number >= len(storages):
+        with self._lock:
+            seen = list(self._ids)
+        if not 0 < study_id <= len(seen):
             raise KeyError(study_id)
-        return storages[number], own_id
+        source, own_id = seen[study_id - 1]
+        return self._open(source), own_id
 
     def get_all_studies(self) -> list[FrozenStudy]:
         """All studies but those that list a run's processes, run by run."""
@@ -138,14 +139,14 @@ class RunsStorage(BaseStorage):
         return studies
 
     def _labelled(self, source: Source) -> Iterator[FrozenStudy]:
-        number, storage = self._open(source)
-        for study in storage.get_all_studies():
+        for study in self._open(source).get_all_studies():
             run, _, part = study.study_name.partition("/")
             if part != PROCESSES and source.name in (None, run):
                 shown = copy.copy(study)
                 summary = study.user_attrs.get(SUMMARY, "")
                 shown.study_name = f"{source.label or run}/{part}  {summary}".rstrip()
-                shown._study_id = number * MAX_IDS + study._study_id
+                with self._lock:
+                    shown._study_id = self._ids.setdefault((source, study._study_id), len(self._ids) + 1)
                 yield shown
 
     def get_study_id_from_name(self, study_name: str) -> int:

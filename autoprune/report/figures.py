@@ -11,7 +11,7 @@ from typing import Any
 
 import plotly.graph_objects as go
 
-from autoprune.formatting import percent, setting
+from autoprune.formatting import percent, setting, signed
 from autoprune.pruning import COLUMNS, cells
 from autoprune.record import RoundRecord, RunRecord, TrialRecord
 from autoprune.report.plots import COLOURS
@@ -108,14 +108,16 @@ def sensitivity(one: RoundRecord) -> go.Figure | None:
         return None
     rows = cells(one.sensitivity)
     used = [c for c in range(len(COLUMNS)) if any(row[c] is not None for row in rows.values())]
+    changes = [[-cell.drop_pp if (cell := row[c]) else None for c in used] for row in rows.values()]
     figure = go.Figure(layout=LAYOUT)
     figure.add_heatmap(
         x=[percent(COLUMNS[c], 0) for c in used], y=list(rows), xgap=2, ygap=2,
-        z=[[-cell.drop_pp if (cell := row[c]) else None for c in used] for row in rows.values()],
-        texttemplate="%{z:+.1f}", colorscale=[[0, COLOURS["bad"]], [1, "white"]], zmax=0, showscale=False,
+        z=changes, text=[["" if pp is None else signed(pp) for pp in row] for row in changes],
+        texttemplate="%{text}", textfont={"size": 11}, showscale=False, zmax=0,
+        colorscale=[[0, COLOURS["bad"]], [1, "white"]],
         hovertemplate="%{y} without %{x}: %{z:+.2f} pp<extra></extra>",
     )  # fmt: skip
-    figure.update_layout(title_text="Sensitivity: change of top-1 in pp, one group alone, untuned",
+    figure.update_layout(title_text="Sensitivity: top-1 lost by one group, pp",
                          height=160 + 24 * len(rows))  # fmt: skip
     figure.update_xaxes(title="removed of the group", type="category")
     return figure.update_yaxes(autorange="reversed", automargin=True)
