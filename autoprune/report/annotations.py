@@ -20,6 +20,7 @@ from autoprune.formatting import ACTIONS, count, duration, percent, plural, sett
 from autoprune.record import RoundRecord, RunRecord, TrialRecord
 from autoprune.report import figures
 from autoprune.report.narrative import answer, caution, ending, trial_status
+from autoprune.report.page import keep_units_together
 from autoprune.search import checkpoint_of, read_run
 from autoprune.storage import FINAL, RunStore, set_attrs
 
@@ -153,7 +154,7 @@ def _trial_row(trial: TrialRecord) -> str:
 
 def _table_row(*cells: str) -> str:
     """A line of a Markdown table; the dashboard gives its columns no room, hence the wide spaces."""
-    return "".join(f"| \u2003{cell} " for cell in cells) + "|"
+    return "".join(f"| \u2003{keep_units_together(cell)} " for cell in cells) + "|"
 
 
 def _promoted_widths(store: RunStore, one: RoundRecord) -> go.Figure | None:
