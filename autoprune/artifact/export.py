@@ -25,6 +25,7 @@ from torch.export import Dim, ExportedProgram
 from autoprune.artifact.onnx_check import check_onnx
 from autoprune.artifact.program import write_program
 from autoprune.errors import ArtifactError, VerificationError
+from autoprune.torch_private import tree_leaves
 
 OPSET = 18  # what torch's exporter writes exactly; asked for 17 it leaves 18
 ONNX_LIMIT = (2 << 30) - (16 << 20)  # protobuf's 2 GiB, less room for everything but weights
@@ -143,7 +144,7 @@ def _probe_input(shape: Sequence[int | None], dtype: str, batch: int) -> Tensor:
 
 def flat_tensors(output: Any) -> list[Tensor]:
     """All tensors in a network's output, in order."""
-    return [leaf for leaf in torch.utils._pytree.tree_leaves(output) if isinstance(leaf, Tensor)]
+    return [leaf for leaf in tree_leaves(output) if isinstance(leaf, Tensor)]
 
 
 def probe_answer(

@@ -19,6 +19,7 @@ import torch
 from autoprune.artifact.container import Container
 from autoprune.errors import ArtifactError
 from autoprune.serialization import SerializationError, parse_json
+from autoprune.torch_private import OpOverload, OpOverloadPacket, schema_of
 
 ROOT = "archive/"
 MODEL = ROOT + "models/model.json"
@@ -212,10 +213,10 @@ def _check_operator(target: str) -> None:
         return
     match = ATEN.fullmatch(target)
     packet = getattr(torch.ops.aten, match[1], None) if match else None
-    if match and isinstance(packet, torch._ops.OpOverloadPacket) and hasattr(packet, match[2]):
+    if match and isinstance(packet, OpOverloadPacket) and hasattr(packet, match[2]):
         operator = getattr(packet, match[2])
-        is_operator = isinstance(operator, torch._ops.OpOverload)
-        if is_operator and not any(a.name == "filename" for a in operator._schema.arguments):
+        is_operator = isinstance(operator, OpOverload)
+        if is_operator and not any(a.name == "filename" for a in schema_of(operator).arguments):
             return
     raise _refused(f"the operator {target[:80]!r}")
 

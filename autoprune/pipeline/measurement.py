@@ -13,11 +13,11 @@ from functools import partial
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.conv import _ConvNd
 
 from autoprune.metrics import Evaluation
 from autoprune.record import ModelSummary
 from autoprune.structure import Cost, time_interleaved
+from autoprune.torch_private import ConvBase
 from autoprune.training import model_mode
 
 MIN_RUNS, MAX_RUNS = 15, 200
@@ -64,7 +64,7 @@ def widths(model: nn.Module) -> dict[str, int]:
     return {
         name: module.out_features if isinstance(module, nn.Linear) else module.out_channels
         for name, module in model.named_modules()
-        if isinstance(module, nn.Linear | _ConvNd)
+        if isinstance(module, nn.Linear | ConvBase)
     }
 
 

@@ -18,12 +18,12 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
 
 from autoprune.data import Split
 from autoprune.errors import UsageError
 from autoprune.structure import ChannelGraph, Group, Member
 from autoprune.tasks import CLASSIFICATION, Loss, Task
+from autoprune.torch_private import BatchNormBase
 from autoprune.training import model_mode
 
 Values = NDArray[np.float64]
@@ -208,7 +208,7 @@ def _distances(ground: Ground, group: Group) -> Values:
 
 
 def _batch_norm_scales(model: nn.Module) -> set[str]:
-    norms = (n for n, m in model.named_modules() if isinstance(m, _BatchNorm) and m.affine)
+    norms = (n for n, m in model.named_modules() if isinstance(m, BatchNormBase) and m.affine)
     return {f"{name}.weight" if name else "weight" for name in norms}
 
 
@@ -262,7 +262,7 @@ def _readers(group: Group, named: Mapping[str, nn.Parameter]) -> list[Member]:
 @contextmanager
 def _batch_statistics(model: nn.Module) -> Iterator[None]:
     """Let batch norms use their batch's statistics for a while, and remember nothing of it."""
-    norms = [m for m in model.modules() if isinstance(m, _BatchNorm) and m.track_running_stats]
+    norms = [m for m in model.modules() if isinstance(m, BatchNormBase) and m.track_running_stats]
     try:
         for norm in norms:
             norm.training, norm.track_running_stats = True, False

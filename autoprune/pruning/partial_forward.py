@@ -28,6 +28,7 @@ import torch
 from torch import Tensor
 
 from autoprune.structure import Op, Recording, Ref
+from autoprune.torch_private import schema_of
 
 aten = torch.ops.aten
 Values = dict[int, Tensor]
@@ -288,7 +289,7 @@ class _ProgramBuilder:
             raise NotRepeatableError(f"{op.name} in {op.module or 'the network'} is random")
         if op.call is aten.as_strided.default:
             raise NotRepeatableError(f"as_strided in {op.module or 'the network'} asks for one memory layout")
-        schema = op.call._schema
+        schema = schema_of(op.call)
         written = [a.name for a in schema.arguments if a.alias_info is not None and a.alias_info.is_write]
         call, args, kwargs = self._call(op)
         if written:
@@ -306,7 +307,7 @@ class _ProgramBuilder:
     def _call(self, op: Op) -> tuple[Any, list[Any], dict[str, Any]]:
         """The operator, its positional arguments and the others, in terms of values."""
         args, kwargs, is_positional = [], {}, True
-        for argument in op.call._schema.arguments:
+        for argument in schema_of(op.call).arguments:
             if argument.name not in op.arguments:
                 is_positional = False
                 continue
@@ -327,7 +328,7 @@ class _ProgramBuilder:
     def _functional(self, op: Op, written: list[str], position: int) -> Any:
         """The operator that gives its result out where this one writes it into its first input."""
         packet = getattr(aten, op.name, None)
-        if written != [op.call._schema.arguments[0].name] or not hasattr(packet, op.overload):
+        if written != [schema_of(op.call).arguments[0].name] or not hasattr(packet, op.overload):
             raise NotRepeatableError(f"{op.name} in {op.module or 'the network'} writes in place")
         target = op.inputs[0].index
         root = self.root.get(target, target)

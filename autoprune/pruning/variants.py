@@ -21,7 +21,6 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
-from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 from torch.utils.flop_counter import FlopCounterMode
 
 from autoprune.data import Split
@@ -42,6 +41,7 @@ from autoprune.pruning.partial_forward import (
 )
 from autoprune.structure import ChannelGraph, densify, masked, masked_tensors, record
 from autoprune.tasks import CLASSIFICATION, Loss, Task, logits_of
+from autoprune.torch_private import tree_flatten, tree_leaves, tree_unflatten
 from autoprune.training import (
     EVAL_BATCH,
     evaluate,

@@ -16,7 +16,6 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves, tree_map_only
 
 from autoprune.errors import UsageError, VerificationError
 from autoprune.plan import PruningPlan
@@ -26,6 +25,7 @@ from autoprune.structure.patches.channel_gather import PrunedCall, patch_gathers
 from autoprune.structure.patches.norm_patch import patch_norm_
 from autoprune.structure.patches.padding import patch_paddings_
 from autoprune.structure.patches.reshape_patch import Shape, patch_reshapes_
+from autoprune.torch_private import ConvBase, NormBase, tree_leaves, tree_map_only
 
 GATES = {"LSTM": 4, "GRU": 3, "RNN_TANH": 1, "RNN_RELU": 1}  # rows of a recurrent layer's weight a unit
 TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4}  # relative; measured: 1e-14 and 1e-6 on torchvision
@@ -279,14 +279,14 @@ def _pruned_pieces(graph: ChannelGraph, module: str, counts: dict[str, int]) -> 
 def _update_sizes_(module: nn.Module) -> None:
     """Set the sizes that torch's own layers carry to those of their tensors."""
     weight = getattr(module, "weight", None)
-    if isinstance(module, nn.modules.conv._ConvNd):
+    if isinstance(module, ConvBase):
         outs, ins = (1, 0) if module.transposed else (0, 1)
         shared = {outs: 1, ins: module.groups} if not module.transposed else {outs: module.groups, ins: 1}
         module.out_channels = module.weight.shape[outs] * shared[outs]
         module.in_channels = module.weight.shape[ins] * shared[ins]
     elif isinstance(module, nn.Linear):
         module.out_features, module.in_features = module.weight.shape
-    elif isinstance(module, nn.modules.batchnorm._NormBase):
+    elif isinstance(module, NormBase):
         tensor = weight if weight is not None else module.running_mean
         if tensor is not None:
             module.num_features = len(tensor)

@@ -25,7 +25,6 @@ import torch
 import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor, nn
-from torch.utils._pytree import tree_map_only
 
 from autoprune.plan import PruningPlan
 from autoprune.structure.cost import CostModel, Product
@@ -33,6 +32,7 @@ from autoprune.structure.densify import densify
 from autoprune.structure.graph import ChannelGraph, Group
 from autoprune.structure.recorder import Op, Recording, Ref
 from autoprune.structure.timings import Call, Seconds, Timings, time_interleaved
+from autoprune.torch_private import tree_map_only
 
 Lengths = NDArray[np.int64]
 

@@ -27,6 +27,7 @@ from torch import nn
 from autoprune.structure.labels import FIXED, LabelArray, Labels, Role
 from autoprune.structure.recorder import Op, Recording, Ref
 from autoprune.structure.zero_channels import is_non_negative, maskable, stays_zero
+from autoprune.torch_private import ConvBase
 
 Axes = list[LabelArray | None]
 Handler = Callable[["Propagation", Op], "Axes | list[Axes]"]
@@ -262,9 +263,7 @@ class Propagation:
         name = self.recording.parameters.get(ref.index)
         if name is None or self.is_lookahead:
             return [None] * len(shape)
-        fixed_from = (
-            2 if isinstance(self.modules.get(name.rpartition(".")[0]), nn.modules.conv._ConvNd) else 9
-        )
+        fixed_from = 2 if isinstance(self.modules.get(name.rpartition(".")[0]), ConvBase) else 9
         made: Axes = [
             self.labels.new(name, d, n) if n > 1 and d < fixed_from else None for d, n in enumerate(shape)
         ]

@@ -27,12 +27,10 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves, tree_map_only
 
 from autoprune.errors import TraceError
 from autoprune.structure.meta_shapes import Rule, rule
+from autoprune.torch_private import FakeTensorMode, TorchDispatchMode, schema_of, tree_leaves, tree_map_only
 
 TORCH_FOLDER = str(Path(torch.__file__).parent) + "/"
 CALL_MARKER = "PASSES_CALLS_ON"  # a global of modules whose functions pass the user's calls on
@@ -374,18 +372,18 @@ class _Kind:
 
 @cache
 def _kind(func: Any) -> _Kind:
-    schema, name = func._schema, cast("str", func.overloadpacket.__name__)
+    schema, name = schema_of(func), cast("str", func.overloadpacket.__name__)
     arguments = tuple(a.name for a in schema.arguments)
     return _Kind(
         name=name if name.startswith("__") else name.rstrip("_"),
-        overload=func._overloadname,
+        overload=schema.overload_name or "default",
         arguments=arguments,
         is_pointwise=torch.Tag.pointwise in func.tags,
         is_in_place=schema.is_mutable,
         makes=func is not UNSAFE_VIEW and any(r.alias_info is None for r in schema.returns),
         is_prim=func.namespace.startswith("prim"),
         makes_new="device" in arguments,
-        rule=rule(name, func._overloadname) if func.namespace == "aten" else None,
+        rule=rule(name, schema.overload_name or "default") if func.namespace == "aten" else None,
     )
 
 

@@ -19,7 +19,6 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_map_only
 
 from autoprune.plan import PruningPlan
 from autoprune.structure.channel_shuffle import find_ragged_modules
@@ -32,6 +31,7 @@ from autoprune.structure.patches.reshape_patch import ReshapePatch
 from autoprune.structure.program_match import find_mismatch, find_replaced_modules, output_shape_mismatch
 from autoprune.structure.propagate import Propagation
 from autoprune.structure.recorder import Recording, record_on_meta
+from autoprune.torch_private import tree_map_only
 
 CHEAP_MACS = 1_000_000_000  # below this the comparison in numbers takes about a tenth of a second
 SMALL_MACS, SMALL_PARAMS = 20_000_000, 1_000_000  # so small that it costs nothing, neither time nor memory

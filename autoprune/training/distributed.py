@@ -19,10 +19,10 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parallel import DistributedDataParallel
 
 from autoprune.errors import AutopruneError
+from autoprune.torch_private import BatchNormBase
 
 T = TypeVar("T")
 WAIT = timedelta(days=2)  # the other ranks wait while the first one waits for a round to be planned
@@ -130,7 +130,7 @@ def parallel(model: nn.Module) -> Iterator[nn.Module]:
     if world_size() == 1:
         yield model
         return
-    norms = [m for m in model.modules() if isinstance(m, _BatchNorm)]
+    norms = [m for m in model.modules() if isinstance(m, BatchNormBase)]
     for norm in norms:
         norm.forward = partial(_synchronised, norm)  # type: ignore[method-assign]  # taken back below
     on_cuda = next(model.parameters()).is_cuda
@@ -144,7 +144,7 @@ def parallel(model: nn.Module) -> Iterator[nn.Module]:
             del norm.forward
 
 
-def _synchronised(norm: _BatchNorm, x: Tensor) -> Tensor:
+def _synchronised(norm: BatchNormBase, x: Tensor) -> Tensor:
     """Batch norm with the statistics of the whole batch; torch's own SyncBatchNorm is for GPUs alone."""
     if not norm.training:
         plain: Tensor = type(norm).forward(norm, x)
@@ -178,7 +178,7 @@ class _Sum(torch.autograd.Function):
 
 
 @torch.no_grad()
-def _remember(norm: _BatchNorm, average: Tensor, variance: Tensor) -> None:
+def _remember(norm: BatchNormBase, average: Tensor, variance: Tensor) -> None:
     if not norm.track_running_stats or norm.running_mean is None or norm.running_var is None:
         return
     assert norm.num_batches_tracked is not None
@@ -189,7 +189,7 @@ def _remember(norm: _BatchNorm, average: Tensor, variance: Tensor) -> None:
 
 
 @torch.no_grad()
-def average_statistics_(norms: list[_BatchNorm], count: int) -> None:
+def average_statistics_(norms: list[BatchNormBase], count: int) -> None:
     """Join cumulative averages over `count` batches on each rank into the average over all batches."""
     if world_size() == 1:
         return

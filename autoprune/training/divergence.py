@@ -20,11 +20,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
-from torch.utils._pytree import tree_map_only
 
 from autoprune.data import Batch
 from autoprune.errors import TrialError
+from autoprune.torch_private import BatchNormBase, tree_map_only
 from autoprune.training import distributed
 
 # How many times the untrained loss is far above it. Measured on a pruned tiny network with both optimisers,
@@ -140,7 +139,7 @@ def check_weights(model: nn.Module, lr: float) -> None:
     Raises:
         TrialError: something is not.
     """
-    norms = [m for m in model.modules() if isinstance(m, _BatchNorm)]
+    norms = [m for m in model.modules() if isinstance(m, BatchNormBase)]
     written = [p.detach() for p in model.parameters() if p.requires_grad]
     written += [b for m in norms for b in (m.running_mean, m.running_var) if b is not None]
     finite = bool(torch.stack([t.isfinite().all() for t in written]).all())

@@ -15,12 +15,12 @@ from contextlib import contextmanager
 import numpy as np
 import torch
 from torch import nn
-from torch.nn.modules.batchnorm import _BatchNorm
 
 from autoprune.data import Batch, Split
 from autoprune.errors import UsageError
 from autoprune.metrics import Evaluation
 from autoprune.tasks import CLASSIFICATION, Loss, Task, logits_of
+from autoprune.torch_private import BatchNormBase
 from autoprune.training import distributed
 
 EVAL_BATCH = 512
@@ -141,7 +141,7 @@ def recalibrate_(
     because the weights were fitted to those statistics: with plain images an intact ResNet-20 falls from
     92.1 to 89.5 % on CIFAR-10, with augmented ones it stays (5,000 images, 20 to 100 batches of 128).
     """
-    norms = [m for m in model.modules() if isinstance(m, _BatchNorm) and m.track_running_stats]
+    norms = [m for m in model.modules() if isinstance(m, BatchNormBase) and m.track_running_stats]
     if not norms or num_batches <= 0:
         return
     momenta = [norm.momentum for norm in norms]

@@ -16,10 +16,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.conv import _ConvNd
 
 from autoprune.config import Finetune
 from autoprune.errors import UsageError
+from autoprune.torch_private import ConvBase
 
 RELATIVE = 0.25  # of the learning rate, as a share of the weight's norm; measured: docs/log.md
 MATCHED_RMS = 0.2  # of an update by torch's Muon at a rate of 1, with `match_rms_adamw`
@@ -82,7 +82,7 @@ def inner_weights(model: nn.Module) -> Iterator[nn.Parameter]:
     The first layer reads pixels and the last makes the outputs: there a step by the gradient's size serves
     better (Jordan et al. 2024). Parametrised and very wide weights are left to SGD.
     """
-    layers = [m for m in model.modules() if isinstance(m, nn.Linear | _ConvNd | nn.MultiheadAttention)]
+    layers = [m for m in model.modules() if isinstance(m, nn.Linear | ConvBase | nn.MultiheadAttention)]
     seen = {id(w) for m in (*layers[:1], *layers[-1:]) for w in _weights_of(m)}
     for weight in (w for layer in layers[1:-1] for w in _weights_of(layer)):
         if isinstance(weight, nn.Parameter) and weight.requires_grad and id(weight) not in seen:

@@ -14,6 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from autoprune.torch_private import leave_fused_encoder_path_
+
 
 class PrunedMultiheadAttention(nn.MultiheadAttention):
     """`nn.MultiheadAttention` with any number of heads of one width (Vaswani et al. 2017, section 3.2.2)."""
@@ -88,9 +90,7 @@ def _patch_multihead_(module: nn.MultiheadAttention) -> None:
     module.num_heads = out_weight.shape[1] // module.head_dim
     first = module.in_proj_weight if module.in_proj_weight is not None else module.q_proj_weight
     module.embed_dim = first.shape[1]
-    module._qkv_same_embed_dim = (
-        False  # keeps TransformerEncoderLayer off its fused path, which knows no head_dim
-    )
+    leave_fused_encoder_path_(module)
     vars(module).pop("autoprune_split_axes", None)  # its reshapes are others now
     module.__class__ = PrunedMultiheadAttention
 
