@@ -22,7 +22,7 @@ import pyrage
 
 from autoprune.crypto.keys import KeySource, default_identities, read_identities, read_recipients
 from autoprune.errors import ArtifactError, UsageError
-from autoprune.files import BUFFER, Buffer, write_beside
+from autoprune.files import BUFFER, Buffer, write_private
 
 MAGIC = b"age-encryption.org/v1\n"
 ARMOUR = b"-----BEGIN AGE"
@@ -205,7 +205,7 @@ def encrypt_chunks(
         ArtifactError: the file cannot be written; nothing is left of it.
     """
     check_protection(recipients, passphrase)
-    with write_beside(path) as stream:
+    with write_private(path) as stream:
         if passphrase is not None:
             locked = pyrage.passphrase.encrypt(b"".join(chunks), passphrase)
             read_header(io.BytesIO(locked[:MAX_HEADER]))  # pyrage chose a work factor that we would take
@@ -322,7 +322,7 @@ def decrypt_file(
     """Write the plaintext of an encrypted file; the target appears only after all of it was authenticated."""
     with open_file(source) as stream:
         decrypt = decryptor(stream, identity=identity, passphrase=passphrase)
-        with write_beside(target) as plain:
+        with write_private(target) as plain:
             decrypt(plain)
 
 

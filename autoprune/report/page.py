@@ -18,6 +18,7 @@ from jinja2 import Environment, StrictUndefined
 
 from autoprune import formatting, serialization
 from autoprune.config import DECAYS
+from autoprune.files import atomic_write
 from autoprune.record import RoundRecord, RunRecord, TrialRecord
 from autoprune.report import narrative, plots
 from autoprune.report.trial_table import importances, trials_csv
@@ -72,9 +73,8 @@ def write_report(record: RunRecord, out: Path) -> Path:
 
 
 def _replace(path: Path, text: str) -> None:
-    part = path.with_name(path.name + ".part")
-    part.write_text(text, encoding="utf-8")
-    part.replace(path)
+    with atomic_write(path) as file:
+        file.write(text.encode())
 
 
 def to_json(record: RunRecord) -> str:

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import io
-import os
 from collections.abc import Callable
-from contextlib import suppress
 from typing import Any, BinaryIO, Protocol
 
 from optuna.artifacts import FileSystemArtifactStore
 from optuna.artifacts.exceptions import ArtifactNotFound
 
 from autoprune.errors import RunError, UsageError
+from autoprune.files import atomic_write
 from autoprune.storage.retry import INSTALL_HINT, RESUME_HINT, retrying
 
 
@@ -39,23 +38,17 @@ class FolderBlobs(FileSystemArtifactStore):
     """A folder in which a file is there completely or not at all."""
 
     def write(self, artifact_id: str, content_body: BinaryIO) -> None:
-        """Write a file beside its place, flush it to the disk, and rename it.
+        """Write a file whole or not at all.
 
         Raises:
             RunError: the disk is full, or the folder is read-only.
         """
         path = self._get_filepath(artifact_id)
-        part = path.with_name(f".{path.name}.{os.getpid()}.part")
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            with part.open("wb") as file:
+            with atomic_write(path) as file:
                 file.write(content_body.read())
-                file.flush()
-                os.fsync(file.fileno())
-            part.replace(path)
         except OSError as error:
-            with suppress(OSError):
-                part.unlink()
             raise RunError(
                 f"a checkpoint cannot be written to {self._base_path}: {error.strerror}",
                 f"make room there, or make it writable; {RESUME_HINT}",

@@ -22,6 +22,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from autoprune.files import atomic_write
+
 Call = Callable[[], object]
 Seconds = NDArray[np.float64]
 
@@ -65,11 +67,10 @@ class Timings:
         if self.path is None or not self.is_changed:
             return
         document = {"version": VERSION, "seconds": _read(self.path) | self.seconds}
-        part = self.path.with_name(f"{self.path.name}.{os.getpid()}.part")
         with suppress(OSError):  # without a table, shapes are timed again next time
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            part.write_text(json.dumps(document, indent=0), encoding="utf-8")
-            part.replace(self.path)
+            with atomic_write(self.path) as file:
+                file.write(json.dumps(document, indent=0).encode())
         self.is_changed = False
 
 

@@ -21,7 +21,6 @@ from autoprune.artifact.container import (
     container_chunks,
 )
 from autoprune.errors import ArtifactError
-from autoprune.files import write_beside, write_chunks
 
 MEMBERS = {"manifest.json": b"{}", "a/b.bin": bytes(range(256)) * 9, "empty": b""}
 
@@ -162,24 +161,3 @@ def test_a_member_over_its_limit_is_refused_before_it_is_read() -> None:
     container = Container(io.BytesIO(made(MEMBERS)), max_entries=8)
     with pytest.raises(ArtifactError, match="more than the allowed 10"):
         container.read("a/b.bin", limit=10)
-
-
-def test_a_failed_write_leaves_nothing_and_keeps_the_old_file(tmp_path: Path) -> None:
-    target = tmp_path / "out"
-    target.write_bytes(b"old")
-
-    def chunks() -> object:
-        yield b"new"
-        raise OSError(28, "No space left on device")
-
-    with pytest.raises(ArtifactError, match="No space left"):
-        write_chunks(target, chunks())  # type: ignore[arg-type]
-    with pytest.raises(KeyboardInterrupt), write_beside(target):
-        raise KeyboardInterrupt
-    assert [p.name for p in tmp_path.iterdir()] == ["out"]
-    assert target.read_bytes() == b"old"
-
-
-def test_an_unwritable_folder_is_an_error_for_people(tmp_path: Path) -> None:
-    with pytest.raises(ArtifactError, match="cannot write"):
-        write_chunks(tmp_path / "missing" / "out", [b""])
