@@ -86,7 +86,7 @@ def test_a_missing_client_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     ):  # fmt: skip
         with pytest.raises(UsageError, match=f"{missing}, which is missing") as caught:
             opens()
-        assert "pip install 'autoprune[cluster]'" in caught.value.hint
+        assert "pip install 'psycopg[binary]' boto3" in caught.value.hint
 
 
 def test_a_full_disk_leaves_no_half_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -9,7 +9,7 @@ import tenacity
 
 MAX_WAIT_S = 900  # how long a run waits for its storage; a guess at a database's maintenance
 RESUME_HINT = "the same command with --resume goes on from the last finished trial"
-INSTALL_HINT = "pip install 'autoprune[cluster]'"
+INSTALL_HINT = "pip install 'psycopg[binary]' boto3"  # the extra `cluster`; autoprune is on no index
 
 log = logging.getLogger("autoprune")
 
