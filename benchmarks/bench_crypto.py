@@ -22,13 +22,14 @@ import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 from machine import headline
 
 from autoprune.artifact.container import container_chunks
 from autoprune.artifact.manifest import Architecture, Manifest, MemberDigest
 from autoprune.artifact.reader import open_artifact
-from autoprune.crypto.age import decrypt_file, decrypt_to_memory, encrypt_chunks, encrypt_file
+from autoprune.crypto.age import decrypt_file, decrypt_to_memory, encrypt_chunks
 from autoprune.crypto.keys import keygen, recipients_of
 from autoprune.files import write_chunks
 
@@ -62,6 +63,12 @@ def from_memory(folder: Path) -> None:
     """What `write_artifact` does last: the members are in memory already."""
     data = (folder / "plain").read_bytes()
     encrypt_chunks(folder / "out", iter([data]), recipients=recipients_of(folder / "key"))
+
+
+def encrypt_file(source: Path, target: Path, **key: Any) -> None:
+    """From one file into another, a mebibyte at a time."""
+    with source.open("rb") as stream:
+        encrypt_chunks(target, iter(lambda: stream.read(1 << 20), b""), **key)
 
 
 def to_memory(folder: Path) -> None:

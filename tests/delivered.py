@@ -14,8 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from autoprune.artifact.container import Container, container_chunks
+from autoprune.artifact.loader import architecture_of
 from autoprune.artifact.manifest import Architecture, Manifest, Preprocessing, Provenance
-from autoprune.artifact.rebuild import architecture_of
 from autoprune.artifact.writer import write_artifact
 from autoprune.plan import PruningPlan
 from autoprune.structure.densify import densify

@@ -14,7 +14,7 @@ import torch
 from PIL import Image
 
 import autoprune
-from autoprune.crypto.age import encrypt_file
+from autoprune.crypto.age import encrypt_chunks
 from autoprune.crypto.keys import keygen
 from tests.delivered import sample
 
@@ -67,8 +67,7 @@ def test_a_picture_is_classified_with_the_delivered_file_alone(folder: Path) -> 
     with torch.no_grad():
         scores = sample().dense(((pixels.float() / 255 - 0.5) / 0.25).unsqueeze(1))
     recipient = keygen(folder / "own.txt")
-    (folder / "small").write_bytes(sample().data)
-    encrypt_file(folder / "small", folder / "small.age", recipients=[recipient])
+    encrypt_chunks(folder / "small.age", iter([sample().data]), recipients=[recipient])
     said = []
     for number, image in enumerate(pixels):
         Image.fromarray(image.numpy()).save(folder / f"{number}.png")

@@ -50,7 +50,7 @@ class Entry:
         return self.offset + LOCAL.size + len(self.name) + LOCAL_EXTRA.size
 
 
-def _damaged(what: str) -> ArtifactError:
+def _damage(what: str) -> ArtifactError:
     return ArtifactError(f"the container is damaged or not of our making: {what}", "get the file again")
 
 
@@ -90,7 +90,7 @@ def check_name(name: str) -> None:
     """
     parts = name.split("/")
     if len(name) > MAX_NAME or not NAME.fullmatch(name) or any(set(p) <= {"."} for p in parts):
-        raise _damaged(f"the member name {name[:80]!r} is not allowed")
+        raise _damage(f"the member name {name[:80]!r} is not allowed")
 
 
 def container_chunks(members: Iterable[tuple[str, Buffer]]) -> Iterator[Buffer]:
@@ -128,36 +128,36 @@ class Container:
         self._source.seek(offset)
         data = self._source.read(size)
         if len(data) != size:
-            raise _damaged("it ends early")
+            raise _damage("it ends early")
         return data
 
     def _read_tail(self, total: int, max_entries: int) -> tuple[int, int, int]:
         if total < TAIL_BYTES:
-            raise _damaged("it is too short")
+            raise _damage("it is too short")
         tail = self._at(total - TAIL_BYTES, TAIL_BYTES)
         *_, count, size, offset = END64.unpack_from(tail)
         if offset + size + TAIL_BYTES != total or tail != _tail(count, size, offset):
-            raise _damaged("it does not end as it must")
+            raise _damage("it does not end as it must")
         if count > max_entries or size > count * (CENTRAL.size + CENTRAL_EXTRA.size + MAX_NAME):
-            raise _damaged(f"it has more than {max_entries} members, or an oversized directory")
+            raise _damage(f"it has more than {max_entries} members, or an oversized directory")
         return count, size, offset
 
     def _check_layout(self, count: int, size: int, offset: int) -> None:
         entries = tuple(self.entries.values())
         if len(entries) != count:
-            raise _damaged("a member name occurs twice")
+            raise _damage("a member name occurs twice")
         if _directory(entries) != self._at(offset, size):
-            raise _damaged("its directory is not canonical")
+            raise _damage("its directory is not canonical")
         position = 0
         for entry in entries:
             header = _local_header(entry)
             if entry.offset != position or position + len(header) + entry.size > offset:
-                raise _damaged("its members overlap or leave gaps")
+                raise _damage("its members overlap or leave gaps")
             if self._at(position, len(header)) != header:
-                raise _damaged(f"the header of {entry.name!r} contradicts the directory")
+                raise _damage(f"the header of {entry.name!r} contradicts the directory")
             position = entry.data_offset + entry.size
         if position != offset:
-            raise _damaged("there are bytes between the members and the directory")
+            raise _damage("there are bytes between the members and the directory")
 
     def chunks(self, name: str) -> Iterator[bytes]:
         """One member, a mebibyte at a time; the checksum is known to hold only at the end."""
@@ -168,7 +168,7 @@ class Container:
             crc, done = zlib.crc32(piece, crc), done + len(piece)
             yield piece
         if crc != entry.crc32:
-            raise _damaged(f"the checksum of {name!r} is wrong")
+            raise _damage(f"the checksum of {name!r} is wrong")
 
     def read(self, name: str, *, limit: int | None = None) -> bytes:
         """One member whole.
@@ -178,10 +178,10 @@ class Container:
         """
         entry = self.entries[name]
         if limit is not None and entry.size > limit:
-            raise _damaged(f"{name!r} has {entry.size} bytes, more than the allowed {limit}")
+            raise _damage(f"{name!r} has {entry.size} bytes, more than the allowed {limit}")
         data = self._at(entry.data_offset, entry.size)
         if zlib.crc32(data) != entry.crc32:
-            raise _damaged(f"the checksum of {name!r} is wrong")
+            raise _damage(f"the checksum of {name!r} is wrong")
         return data
 
 
@@ -198,4 +198,4 @@ def _parse_directory(data: bytes, count: int) -> Iterator[Entry]:
             yield Entry(name=name, offset=offset, size=size, crc32=crc32)
             position = start + name_len + CENTRAL_EXTRA.size
     except (struct.error, UnicodeDecodeError):
-        raise _damaged("its directory cannot be read") from None
+        raise _damage("its directory cannot be read") from None

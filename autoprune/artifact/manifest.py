@@ -150,7 +150,7 @@ class Manifest:
             plan = _decode_plan(document.get("plan"))
             result = from_plain(cls, {**document, "plan": None}, exact=True)
         except SerializationError as error:
-            raise _refused(str(error)) from None
+            raise _refusal(str(error)) from None
         return replace(result, plan=plan)
 
 
@@ -209,7 +209,7 @@ def _without_paths(value: Any) -> Any:
     return [_without_paths(v) for v in value] if isinstance(value, list) else value
 
 
-def _refused(what: str) -> ArtifactError:
+def _refusal(what: str) -> ArtifactError:
     return ArtifactError(
         f"manifest.json is not of format version {FORMAT_VERSION}: {what}",
         "get the file again",
@@ -220,4 +220,4 @@ def _decode_plan(value: Any) -> PruningPlan | None:
     try:
         return None if value is None else PruningPlan.from_json(json.dumps(value))
     except AutopruneError as error:
-        raise _refused(f"its plan cannot be used ({error.message})") from None
+        raise _refusal(f"its plan cannot be used ({error.message})") from None

@@ -34,7 +34,7 @@ VARINT, FIXED64, BYTES, FIXED32 = 0, 1, 2, 5
 MAX_DEPTH = 32
 
 
-def _refused(what: str) -> ArtifactError:
+def _refusal(what: str) -> ArtifactError:
     return ArtifactError(
         f"model.onnx holds what a delivered network may not hold: {what}",
         "get the file again, or export the network again",
@@ -50,24 +50,24 @@ def check_onnx(data: bytes) -> None:
     try:
         _check(memoryview(data), MODEL, 0)
     except IndexError:
-        raise _refused("a field that ends early") from None
+        raise _refusal("a field that ends early") from None
 
 
 def _check(message: memoryview, kind: int, depth: int) -> None:
     if depth > MAX_DEPTH:
-        raise _refused("too much nesting")
+        raise _refusal("too much nesting")
     for number, value in _fields(message):
         key = (kind, number)
         if key in FORBIDDEN:
-            raise _refused(FORBIDDEN[key])
+            raise _refusal(FORBIDDEN[key])
         if key == LOCATION and value != 0:
-            raise _refused("external data")
+            raise _refusal("external data")
         if key in TEXTS and (isinstance(value, int) or bytes(value[:60]) not in STANDARD):
             domain = value if isinstance(value, int) else bytes(value[:60])
-            raise _refused(f"{TEXTS[key]} domain {domain!r}")
+            raise _refusal(f"{TEXTS[key]} domain {domain!r}")
         if number in INNER[kind]:
             if isinstance(value, int):
-                raise _refused("a field of another type")
+                raise _refusal("a field of another type")
             _check(value, INNER[kind][number], depth + 1)
 
 
@@ -82,13 +82,13 @@ def _fields(message: memoryview) -> Iterator[tuple[int, memoryview | int]]:
         elif wire == BYTES:
             size, position = _varint(message, position)
             if size > end - position:
-                raise _refused("a field that ends early")
+                raise _refusal("a field that ends early")
             yield number, message[position : position + size]
             position += size
         elif wire in (FIXED64, FIXED32):
             position += 8 if wire == FIXED64 else 4
         else:
-            raise _refused("an unknown kind of field")
+            raise _refusal("an unknown kind of field")
 
 
 def _varint(message: memoryview, position: int) -> tuple[int, int]:
@@ -100,4 +100,4 @@ def _varint(message: memoryview, position: int) -> tuple[int, int]:
         if byte < 0x80:
             return value, position
         if shift > 63:
-            raise _refused("a number that is too long")
+            raise _refusal("a number that is too long")

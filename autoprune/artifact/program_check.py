@@ -104,7 +104,7 @@ KNOWN_KEYS = {
 }  # fmt: skip
 
 
-def _refused(what: str) -> ArtifactError:
+def _refusal(what: str) -> ArtifactError:
     return ArtifactError(
         f"model.pt2 holds what a delivered program may not hold: {what}",
         "export it again; a network with custom operators or control flow has no safe program",
@@ -119,14 +119,14 @@ def check_program(data: bytes) -> None:
     """
     archive = Container(io.BytesIO(data), max_entries=MAX_MEMBERS)
     if missing := FIXED_MEMBERS - set(archive.entries):
-        raise _refused(f"not all of its members ({min(missing)} is missing)")
+        raise _refusal(f"not all of its members ({min(missing)} is missing)")
     if archive.entries[SAMPLES].size:
-        raise _refused("sample inputs")
+        raise _refusal("sample inputs")
     allowed = set(FIXED_MEMBERS)
     for config, folder in ((WEIGHTS_CONFIG, WEIGHTS), (CONSTANTS_CONFIG, CONSTANTS)):
         allowed |= _check_payloads(_json(archive, config), folder, archive)
     if extra := set(archive.entries) - allowed:
-        raise _refused(f"the member {min(extra)}")
+        raise _refusal(f"the member {min(extra)}")
     document = _json(archive, MODEL)
     _check_value(document, "", 0)
 
@@ -135,7 +135,7 @@ def _json(archive: Container, name: str) -> Any:
     try:
         return parse_json(archive.read(name, limit=MAX_JSON))
     except SerializationError:
-        raise _refused(f"{name} is no plain JSON") from None
+        raise _refusal(f"{name} is no plain JSON") from None
 
 
 def _check_payloads(config: Any, folder: str, archive: Container) -> set[str]:
@@ -146,15 +146,15 @@ def _check_payloads(config: Any, folder: str, archive: Container) -> set[str]:
             member = folder + payload["path_name"]
             members.add(member)
             if payload["use_pickle"] is not False or member not in archive.entries:
-                raise _refused(f"a pickle, or no data, for {payload['path_name']}")
+                raise _refusal(f"a pickle, or no data, for {payload['path_name']}")
             size = archive.entries[member].size
             if _extent_bytes(payload["tensor_meta"]) > size:
-                raise _refused(f"a tensor larger than its data, {payload['path_name']}")
+                raise _refusal(f"a tensor larger than its data, {payload['path_name']}")
             repeated += max(0, _elements(payload["tensor_meta"]) - size)
             if repeated > MAX_REPEATED:
-                raise _refused("tensors that repeat a little data without measure")
+                raise _refusal("tensors that repeat a little data without measure")
     except (KeyError, TypeError, AttributeError):
-        raise _refused("an incomplete list of tensors") from None
+        raise _refusal("an incomplete list of tensors") from None
     return members
 
 
@@ -167,7 +167,7 @@ def _extent_bytes(meta: Mapping[str, Any]) -> int:
     strides = [int(s["as_int"]) for s in meta["strides"]]
     offset = int(meta["storage_offset"]["as_int"])
     if min([*sizes, *strides, offset]) < 0 or len(sizes) != len(strides):
-        raise _refused("a negative size")
+        raise _refusal("a negative size")
     if 0 in sizes:
         return 0
     last = offset + sum((size - 1) * stride for size, stride in zip(sizes, strides, strict=True))
@@ -176,9 +176,9 @@ def _extent_bytes(meta: Mapping[str, Any]) -> int:
 
 def _check_value(value: Any, key: str, depth: int) -> None:
     if depth > MAX_DEPTH:
-        raise _refused("too much nesting")
+        raise _refusal("too much nesting")
     if key in EMPTY and value:
-        raise _refused(f"a {key} that is not empty")
+        raise _refusal(f"a {key} that is not empty")
     if isinstance(value, dict):
         for name, inner in value.items():
             _check_key(name, key)
@@ -193,7 +193,7 @@ def _check_value(value: Any, key: str, depth: int) -> None:
 def _check_key(name: str, parent: str) -> None:
     rule = NAMED_MAPS.get(parent)
     if not (rule.fullmatch(name) if rule else name in KNOWN_KEYS):
-        raise _refused(f"the key {name[:60]!r}")
+        raise _refusal(f"the key {name[:60]!r}")
 
 
 def _check_text(text: str, key: str) -> None:
@@ -201,11 +201,11 @@ def _check_text(text: str, key: str) -> None:
         _check_operator(text)
     elif key == "expr_str":
         if len(text) > 1000 or not EXPRESSION.fullmatch(SYMBOL.sub("1", text)):
-            raise _refused(f"the expression {text[:60]!r}")
+            raise _refusal(f"the expression {text[:60]!r}")
     elif key in ("in_spec", "out_spec"):
         _check_tree(text)
     elif key not in TEXT_RULES or not TEXT_RULES[key].fullmatch(text):
-        raise _refused(f"the text {text[:60]!r} as {key[:60]!r}")
+        raise _refusal(f"the text {text[:60]!r} as {key[:60]!r}")
 
 
 def _check_operator(target: str) -> None:
@@ -218,7 +218,7 @@ def _check_operator(target: str) -> None:
         is_operator = isinstance(operator, OpOverload)
         if is_operator and not any(a.name == "filename" for a in schema_of(operator).arguments):
             return
-    raise _refused(f"the operator {target[:80]!r}")
+    raise _refusal(f"the operator {target[:80]!r}")
 
 
 def _check_tree(text: str) -> None:
@@ -237,4 +237,4 @@ def _check_tree(text: str) -> None:
             raise ValueError
         check(spec)
     except (ValueError, TypeError, KeyError, RecursionError):
-        raise _refused("inputs or outputs other than tuples, lists and dictionaries of tensors") from None
+        raise _refusal("inputs or outputs other than tuples, lists and dictionaries of tensors") from None

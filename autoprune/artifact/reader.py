@@ -64,13 +64,13 @@ class Artifact:
             raise ArtifactError(f"the file has no {name}", "see autoprune inspect for what it has")
         data = self.container.read(name)
         if digest_of(data) != self.manifest.members[name]:
-            raise _changed(name)
+            raise _digest_error(name)
         if name == ONNX:
             check_onnx(data)
         return data
 
 
-def _changed(name: str) -> ArtifactError:
+def _digest_error(name: str) -> ArtifactError:
     return ArtifactError(f"{name} is not the one that the manifest speaks of", "get the file again")
 
 
@@ -100,10 +100,10 @@ def open_artifact(
         if is_encrypted(stream):
             header = read_header(stream)
             source = decrypt_to_memory(stream, identity=identity, passphrase=passphrase)
-        yield _checked(source, header, require_signature)
+        yield _check(source, header, require_signature)
 
 
-def _checked(source: BinaryIO, header: AgeHeader | None, required: KeySource | None) -> Artifact:
+def _check(source: BinaryIO, header: AgeHeader | None, required: KeySource | None) -> Artifact:
     source.seek(0)
     if source.read(4) != b"PK\x03\x04":
         raise ArtifactError(
@@ -129,7 +129,7 @@ def _check_digests(container: Container, manifest: Manifest) -> None:
         for chunk in container.chunks(name):
             digest.update(chunk)
         if container.entries[name].size != expected.size or digest.hexdigest() != expected.sha256:
-            raise _changed(name)
+            raise _digest_error(name)
 
 
 def member_chunks(artifact: Artifact, *, signing_key: KeySource | None = None) -> Iterator[Buffer]:

@@ -10,8 +10,11 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 import torch
+from safetensors.torch import save
 from torch import Tensor, nn
 
+from autoprune.artifact.loader import read_weights
+from autoprune.artifact.reader import WEIGHTS, Artifact
 from autoprune.errors import ArtifactError
 from autoprune.plan import PruningPlan
 
@@ -47,7 +50,7 @@ def _aliases(model: nn.Module, name: str) -> list[str]:
     return [other for other, tensor in tensors.items() if tensor is tensors.get(name)]
 
 
-def expand_weights(weights: Mapping[str, Tensor], removed: Removed) -> dict[str, Tensor]:
+def sparse_weights(weights: Mapping[str, Tensor], removed: Removed) -> dict[str, Tensor]:
     """The delivered weights in the original's shapes, zero where something was removed.
 
     Raises:
@@ -55,12 +58,12 @@ def expand_weights(weights: Mapping[str, Tensor], removed: Removed) -> dict[str,
     """
     room = MAX_GROWTH * max(1 << 10, sum(t.numel() for t in weights.values()))
     try:
-        return {name: _expand(tensor, removed.get(name, {}), room) for name, tensor in weights.items()}
+        return {name: _fill_zeros(tensor, removed.get(name, {}), room) for name, tensor in weights.items()}
     except (ValueError, IndexError, RuntimeError):
         raise ArtifactError("the removed indices do not fit the weights", "get the file again") from None
 
 
-def _expand(tensor: Tensor, removed: Mapping[str, tuple[int, ...]], room: int) -> Tensor:
+def _fill_zeros(tensor: Tensor, removed: Mapping[str, tuple[int, ...]], room: int) -> Tensor:
     """Checked before anything is allocated: a short list of indices can ask for much memory."""
     for text, gone in removed.items():
         dim = int(text)
@@ -75,3 +78,16 @@ def _expand(tensor: Tensor, removed: Mapping[str, tuple[int, ...]], room: int) -
         index = torch.tensor(kept, dtype=torch.int64)
         tensor = torch.zeros(shape, dtype=tensor.dtype).index_copy_(dim, index, tensor)
     return tensor
+
+
+def sparse_safetensors(artifact: Artifact) -> bytes:
+    """The delivered weights in the original's shapes, zeros in between, as safetensors.
+
+    Raises:
+        ArtifactError: the file does not say which indices were removed.
+    """
+    manifest = artifact.manifest
+    if manifest.plan is not None and not manifest.removed:
+        raise ArtifactError("the file does not say which indices were removed", "write it with graph=...")
+    weights = sparse_weights(read_weights(artifact.member(WEIGHTS)), manifest.removed)
+    return bytes(save(weights))

@@ -233,9 +233,9 @@ def verify(
     with open_artifact(
         file, identity=opener.identity, passphrase=opener.passphrase, require_signature=require_signature
     ) as artifact:
-        from autoprune.artifact import audit
+        from autoprune.artifact import verify_artifact
 
-        checks = audit(artifact)
+        checks = verify_artifact(artifact)
     if as_json:
         sys.stdout.write(json_text(checks, indent=1) + "\n")
     else:
@@ -266,9 +266,9 @@ def export(
         file, identity=opener.identity, passphrase=opener.passphrase, require_signature=require_signature
     ) as artifact:
         if to is Form.sparse:
-            from autoprune.artifact import sparse_weights
+            from autoprune.artifact import sparse_safetensors
 
-            data = sparse_weights(artifact)
+            data = sparse_safetensors(artifact)
         else:
             data = artifact.member(f"model.{to.value}")
     write_chunks(out, [data])

@@ -56,7 +56,7 @@ class AgeHeader:
         return "scrypt" in self.kinds
 
 
-def cannot_open() -> ArtifactError:
+def opening_error() -> ArtifactError:
     """The one error for a wrong key, a wrong passphrase and a damaged file."""
     return ArtifactError(
         "the encrypted file cannot be opened: the key or passphrase is wrong, or the file is damaged",
@@ -97,7 +97,7 @@ def read_header(source: BinaryIO) -> AgeHeader:
     end = data.find(b"\n--- ")
     stop = data.find(b"\n", end + 1)
     if not data.startswith(MAGIC) or end < 0 or stop < 0 or not MAC.fullmatch(data[end + 1 : stop]):
-        raise cannot_open()
+        raise opening_error()
     stanzas = list(_stanzas(data[len(MAGIC) : end].split(b"\n")))
     kinds = [kind for kind, _ in stanzas if not kind.endswith("-grease")]  # age's own decoys
     scrypt = [arguments for kind, arguments in stanzas if kind == "scrypt"]
@@ -106,7 +106,7 @@ def read_header(source: BinaryIO) -> AgeHeader:
         or len(stanzas) > MAX_RECIPIENTS
         or (scrypt and (len(stanzas) > 1 or not _is_bounded(scrypt[0])))
     ):
-        raise cannot_open()
+        raise opening_error()
     return AgeHeader(kinds=tuple(kinds), size_bytes=stop + 1)
 
 
@@ -123,12 +123,12 @@ def _stanzas(lines: Sequence[bytes]) -> Iterator[tuple[str, list[str]]]:
     for line in rest:
         match = STANZA.fullmatch(line)
         if match is None:
-            raise cannot_open()
+            raise opening_error()
         body = next(rest, b"!")
         while BODY_FULL.fullmatch(body):
             body = next(rest, b"!")
         if not BODY_LAST.fullmatch(body):
-            raise cannot_open()
+            raise opening_error()
         yield match[1].decode("ascii"), match[2].decode("ascii").split()
 
 
@@ -150,8 +150,8 @@ def check_protection(recipients: Sequence[KeySource], passphrase: str | None) ->
         raise UsageError(f"more than {MAX_RECIPIENTS} recipients", f"give at most {MAX_RECIPIENTS}")
 
 
-class _Target:
-    """A stream to write to that remembers why it failed: pyrage tells that in the words of a damaged file."""
+class _ErrorKeeper:
+    """A writable stream that keeps the error of a failed write, which pyrage reports as a damaged file."""
 
     def __init__(self, stream: BinaryIO) -> None:
         self._stream = stream
@@ -168,24 +168,24 @@ class _Target:
         self._stream.flush()
 
 
-class _Pieces(io.RawIOBase):
-    """A readable stream over an iterator of buffers, for pyrage; nothing is joined."""
+class _ChunkStream(io.RawIOBase):
+    """A readable stream over an iterator of buffers, for pyrage, which never holds more than one of them."""
 
-    def __init__(self, pieces: Iterator[Buffer]) -> None:
-        self._pieces = pieces
-        self._left = memoryview(b"")
+    def __init__(self, chunks: Iterator[Buffer]) -> None:
+        self._chunks = chunks
+        self._rest = memoryview(b"")
 
     def readable(self) -> bool:
         return True
 
     def read(self, size: int = -1) -> bytes:
-        while not self._left:
-            piece = next(self._pieces, None)
-            if piece is None:
+        while not self._rest:
+            chunk = next(self._chunks, None)
+            if chunk is None:
                 return b""
-            self._left = memoryview(piece)
-        count = len(self._left) if size < 0 else size
-        data, self._left = bytes(self._left[:count]), self._left[count:]
+            self._rest = memoryview(chunk)
+        count = len(self._rest) if size < 0 else size
+        data, self._rest = bytes(self._rest[:count]), self._rest[count:]
         return data
 
 
@@ -207,29 +207,15 @@ def encrypt_chunks(
     check_protection(recipients, passphrase)
     with write_private(path) as stream:
         if passphrase is not None:
-            locked = pyrage.passphrase.encrypt(b"".join(chunks), passphrase)
-            read_header(io.BytesIO(locked[:MAX_HEADER]))  # pyrage chose a work factor that we would take
-            stream.write(locked)
+            encrypted = pyrage.passphrase.encrypt(b"".join(chunks), passphrase)
+            read_header(io.BytesIO(encrypted[:MAX_HEADER]))  # pyrage chose a work factor that we would take
+            stream.write(encrypted)
             return
-        target = _Target(stream)
+        target = _ErrorKeeper(stream)
         try:
-            pyrage.encrypt_io(_Pieces(chunks), target, read_recipients(recipients))
+            pyrage.encrypt_io(_ChunkStream(chunks), target, read_recipients(recipients))
         except pyrage.EncryptError as error:
             raise target.error or error from None
-
-
-def encrypt_file(
-    source: Path, target: Path, *, recipients: Sequence[KeySource] = (), passphrase: str | None = None
-) -> None:
-    """Encrypt a file into another.
-
-    Raises:
-        UsageError: keys and passphrase are mixed, missing or wrong.
-        ArtifactError: a file cannot be read or written; nothing is left of the target.
-    """
-    with open_file(source) as stream:
-        chunks = iter(lambda: stream.read(1 << 20), b"")
-        encrypt_chunks(target, chunks, recipients=recipients, passphrase=passphrase)
 
 
 @contextmanager
@@ -278,11 +264,11 @@ def decryptor(
     identities = default_identities() if identity is None else read_identities(identity)
 
     def decrypt(stream: BinaryIO) -> None:
-        target = _Target(stream)
+        target = _ErrorKeeper(stream)
         try:
             pyrage.decrypt_io(source, target, identities)
         except (pyrage.DecryptError, OSError):  # a damaged chunk comes as an OSError
-            raise target.error or cannot_open() from None
+            raise target.error or opening_error() from None
 
     return decrypt
 
@@ -296,7 +282,7 @@ def _decrypt_by_passphrase(source: BinaryIO, target: BinaryIO, passphrase: str) 
                 "the passphrase's work factor asks too much of this machine as busy as it is now",
                 "open it when the machine is idle, or with age --decrypt, which waits",
             ) from None
-        raise cannot_open() from None
+        raise opening_error() from None
 
 
 def decrypt_to_memory(
@@ -305,7 +291,7 @@ def decrypt_to_memory(
     identity: KeySource | Sequence[KeySource] | None = None,
     passphrase: str | None = None,
 ) -> io.BytesIO:
-    """The plaintext in memory, whole and authenticated; raises as `decryptor`, or `cannot_open()`."""
+    """The plaintext in memory, whole and authenticated; raises as `decryptor`, or `opening_error()`."""
     memory = io.BytesIO()
     decryptor(source, identity=identity, passphrase=passphrase)(memory)
     memory.seek(0)

@@ -99,18 +99,18 @@ def read_recipients(given: Sequence[KeySource]) -> list[Any]:
     Raises:
         UsageError: a text is no public key, or a file cannot be read or holds none.
     """
-    found = []
+    recipients = []
     for source in given:
         if isinstance(source, str) and source.startswith(("age1", "ssh-")):
-            found.append(_recipient(source, source))
+            recipients.append(_recipient(source, source))
         else:
             lines = list(_lines(Path(source).expanduser()))
-            found += [_recipient(line, str(source)) for line in lines]
+            recipients += [_recipient(line, str(source)) for line in lines]
             if not lines:
                 raise UsageError(
                     f"{source} holds no public key", "put age1... or ssh-... keys into it, one a line"
                 )
-    return found
+    return recipients
 
 
 def _recipient(text: str, source: str) -> Any:

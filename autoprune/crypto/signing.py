@@ -106,12 +106,12 @@ def check_signature(manifest: bytes, signature: bytes | None, *, required: KeySo
             )
         return None
     if len(signature) != SIGNATURE_BYTES or _is_weak(signature[:KEY_BYTES]):
-        raise _wrong()
+        raise _signature_error()
     public = Ed25519PublicKey.from_public_bytes(signature[:KEY_BYTES])
     try:
         public.verify(signature[KEY_BYTES:], _signed_text(manifest))
     except InvalidSignature:
-        raise _wrong() from None
+        raise _signature_error() from None
     if wanted is not None and wanted != signature[:KEY_BYTES]:
         raise ArtifactError(
             "the file is signed by another key than the required one", "ask its author which key it is"
@@ -128,5 +128,5 @@ def _is_weak(public: bytes) -> bool:
     return int.from_bytes(public, "little") % 2**255 in WEAK_Y
 
 
-def _wrong() -> ArtifactError:
+def _signature_error() -> ArtifactError:
     return ArtifactError("the file's signature is wrong", "get the file again from its author")

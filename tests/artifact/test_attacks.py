@@ -15,12 +15,12 @@ import onnx
 import pytest
 import torch
 
+from autoprune.artifact.loader import load, read_weights
 from autoprune.artifact.onnx_check import check_onnx
 from autoprune.artifact.program import load_program
 from autoprune.artifact.program_check import WEIGHTS_CONFIG
 from autoprune.artifact.reader import open_artifact
-from autoprune.artifact.rebuild import read_weights
-from autoprune.artifact.writer import load, sparse_weights
+from autoprune.artifact.sparse import sparse_safetensors
 from autoprune.cli.main import main
 from autoprune.crypto import age
 from autoprune.errors import ArtifactError, escape_control
@@ -128,7 +128,7 @@ REMOVED: dict[str, dict[str, list[int]]] = {
 def test_removed_indices_cannot_ask_for_any_memory(attack: str, tmp_path: Path) -> None:
     path = forged(tmp_path, with_manifest(lambda d: d.update(removed={"stem.weight": REMOVED[attack]})))
     with open_artifact(path) as artifact, pytest.raises(ArtifactError, match="do not fit"):
-        sparse_weights(artifact)
+        sparse_safetensors(artifact)
 
 
 def test_a_pipe_is_refused_and_not_waited_for(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

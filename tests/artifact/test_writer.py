@@ -18,12 +18,13 @@ import pyrage
 import pytest
 import torch
 
+from autoprune.artifact.loader import architecture_of, build_original, load
 from autoprune.artifact.manifest import Architecture
 from autoprune.artifact.program import DeliveredProgram
 from autoprune.artifact.reader import open_artifact
-from autoprune.artifact.rebuild import architecture_of, build_original
-from autoprune.artifact.verify_artifact import audit
-from autoprune.artifact.writer import load, sparse_weights, write_artifact
+from autoprune.artifact.sparse import sparse_safetensors
+from autoprune.artifact.verification import verify_artifact
+from autoprune.artifact.writer import write_artifact
 from autoprune.config import Protection
 from autoprune.crypto.keys import keygen
 from autoprune.crypto.signing import sign_manifest, signing_keygen
@@ -126,7 +127,7 @@ def test_the_original_takes_the_sparse_weights(file: Path) -> None:
     from safetensors.torch import load as load_safetensors
 
     with open_artifact(file) as artifact:
-        weights = load_safetensors(sparse_weights(artifact))
+        weights = load_safetensors(sparse_safetensors(artifact))
     untouched = small_net().eval()
     untouched.load_state_dict(weights, strict=True)
     assert {n: t.shape for n, t in weights.items()} == {
@@ -138,21 +139,21 @@ def test_the_original_takes_the_sparse_weights(file: Path) -> None:
     assert torch.allclose(answer(untouched), answer(reference), rtol=1e-5, atol=1e-6)
 
 
-def test_the_audit_compares_all_forms(file: Path) -> None:
+def test_verification_compares_all_forms(file: Path) -> None:
     with open_artifact(file) as artifact:
-        found = {c.name: c.passed for c in audit(artifact)}
+        found = {c.name: c.passed for c in verify_artifact(artifact)}
     assert found.pop("signature") is None
     assert all(found.values())
     assert list(found) == ["digests", "program", "weights", "onnx", "dense", "sparse"]
 
 
-def test_the_audit_finds_forms_that_disagree(tmp_path: Path) -> None:
+def test_verification_finds_forms_that_disagree(tmp_path: Path) -> None:
     members = members_of(sample().data)
     data = bytearray(members["model.safetensors"])
     data[-1] ^= 0x40  # the exponent of the last weight
     forged = written(tmp_path, with_honest_digests(members | {"model.safetensors": bytes(data)}))
     with open_artifact(forged) as artifact:
-        found = {c.name: c.passed for c in audit(artifact)}
+        found = {c.name: c.passed for c in verify_artifact(artifact)}
     assert found["weights"] is False
     assert found["dense"] is False
     with pytest.warns(UserWarning, match="exported program"):
@@ -276,7 +277,7 @@ def test_attacks_are_refused(attack: str, tmp_path: Path) -> None:
     path = written(tmp_path, forged)
     if attack in ONLY_THE_CLASS_MINDS:
         with open_artifact(path) as artifact, pytest.raises(ArtifactError, match="safetensors"):
-            sparse_weights(artifact)
+            sparse_safetensors(artifact)
     else:
         with pytest.raises(ArtifactError):
             load(path)
@@ -347,7 +348,7 @@ import resource, signal, sys
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 resource.setrlimit(resource.RLIMIT_FSIZE, (8, 8))
 import torch
-from autoprune.artifact.writer import load
+from autoprune.artifact.loader import load
 from autoprune.artifact.export import run_onnx
 from autoprune.artifact.reader import open_artifact
 from autoprune.plan import PruningPlan

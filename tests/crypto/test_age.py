@@ -23,7 +23,6 @@ from autoprune.crypto.age import (
     decrypt_file,
     decrypt_to_memory,
     encrypt_chunks,
-    encrypt_file,
     is_encrypted,
     read_header,
     rewrap_file,
@@ -133,7 +132,7 @@ def test_passphrases_work_with_age_both_ways(tmp_path: Path) -> None:
     with pytest.raises(ArtifactError, match="cannot be opened"):
         decrypt_file(theirs, back, passphrase=WORD[1:])
     assert not back.exists()
-    encrypt_file(source, ours, passphrase=WORD)
+    encrypt_chunks(ours, iter([PLAIN]), passphrase=WORD)
     age_at_a_terminal(WORD, "-d", "-o", back, ours)
     assert back.read_bytes() == PLAIN
     with ours.open("rb") as stream:

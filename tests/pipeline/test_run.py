@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from autoprune import events as ev
-from autoprune.artifact.writer import open_artifact
+from autoprune.artifact.reader import open_artifact
 from autoprune.config import Baseline, Control, Protection, Search
 from autoprune.errors import ArtifactError, ConfigError, RunError, UnreachableError, UsageError
 from autoprune.location import ARTIFACTS, DATABASE

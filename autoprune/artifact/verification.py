@@ -14,9 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from autoprune.artifact.export import ONNX_TOLERANCE, flat_tensors, probe_inputs, relative_error, run_onnx
-from autoprune.artifact.program import load_program
-from autoprune.artifact.reader import ONNX, PROGRAM, WEIGHTS, Artifact
-from autoprune.artifact.rebuild import (
+from autoprune.artifact.loader import (
     answers_probe,
     build_original,
     input_signature,
@@ -24,7 +22,9 @@ from autoprune.artifact.rebuild import (
     read_weights,
     rebuild_dense,
 )
-from autoprune.artifact.sparse import expand_weights
+from autoprune.artifact.program import load_program
+from autoprune.artifact.reader import ONNX, PROGRAM, WEIGHTS, Artifact
+from autoprune.artifact.sparse import sparse_weights
 from autoprune.errors import AutopruneError
 
 
@@ -37,15 +37,14 @@ class Check:
     detail: str
 
 
-def audit(artifact: Artifact) -> tuple[Check, ...]:
+def verify_artifact(artifact: Artifact) -> tuple[Check, ...]:
     """Every check on an opened file, in order; nothing is raised for a check that fails."""
-    known: list[Check] = [
-        Check(name="digests", passed=True, detail=f"{len(artifact.manifest.members)} members, SHA-256"),
-        Check(
-            name="signature", passed=True if artifact.signer else None, detail=artifact.signer or "not signed"
-        ),
-    ]
-    return (*known, *_Comparison(artifact).checks())
+    members, signer = len(artifact.manifest.members), artifact.signer
+    return (
+        Check(name="digests", passed=True, detail=f"{members} members, SHA-256"),
+        Check(name="signature", passed=True if signer else None, detail=signer or "not signed"),
+        *_Comparison(artifact).checks(),
+    )
 
 
 class _Comparison:
@@ -100,7 +99,7 @@ class _Comparison:
         original = build_original(self.manifest.architecture)
         if original is None or (self.manifest.plan is not None and not self.manifest.removed):
             return Check(name="sparse", passed=None, detail=self._no_source())
-        weights = expand_weights(read_weights(self.artifact.member(WEIGHTS)), self.manifest.removed)
+        weights = sparse_weights(read_weights(self.artifact.member(WEIGHTS)), self.manifest.removed)
         load_exactly_(original, weights)
         return self._compared(
             "sparse", self._answer(original), "original with zeros against the delivered network"

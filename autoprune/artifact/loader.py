@@ -1,8 +1,10 @@
-"""The user's own class again: build the original from its source, apply the plan, load the weights.
+"""The network of a delivered file again: of the user's own class where that can be built, or its program.
 
-The source is a name in a file, and a file may be hostile: a name is only ever called if it is a subclass of
-`torch.nn.Module`, or a function annotated to return one, outside the standard library, with plain arguments.
-What was built counts only if it answers the probe as the delivered network did.
+`reader` has checked the file before any tensor is built here. The own class is built from its source: the
+original from its factory, the plan applied, the weights loaded. The source is a name in a file, and a file
+may be hostile: a name is only ever called if it is a subclass of `torch.nn.Module`, or a function annotated
+to return one, outside the standard library, with plain arguments. What was built counts only if it answers
+the probe as the delivered network did.
 """
 
 from __future__ import annotations
@@ -12,6 +14,7 @@ import inspect
 import re
 import sys
 import typing
+import warnings
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -22,6 +25,9 @@ from torch import Tensor, nn
 
 from autoprune.artifact.export import probe_answer, probe_inputs
 from autoprune.artifact.manifest import Architecture, Manifest
+from autoprune.artifact.program import load_program
+from autoprune.artifact.reader import PROGRAM, WEIGHTS, Artifact, Identity, open_artifact
+from autoprune.crypto import KeySource
 from autoprune.errors import ArtifactError, AutopruneError
 from autoprune.plan import PruningPlan
 from autoprune.structure import densify, trace
@@ -30,6 +36,54 @@ MAX_SAFETENSORS_HEADER = 32 << 20
 PROBE_TOLERANCE = 1e-4  # a guess: far above the rounding of another machine, far below another network
 FACTORY = re.compile(r"[A-Za-z_][A-Za-z0-9_.]*:[A-Za-z_][A-Za-z0-9_.]*", re.ASCII)
 WORD = re.compile(r"[A-Za-z0-9_.-]{1,64}", re.ASCII)  # no path, no address
+
+
+def load(
+    path: KeySource,
+    *,
+    identity: Identity | None = None,
+    passphrase: str | None = None,
+    require_signature: KeySource | None = None,
+) -> nn.Module:
+    """The delivered network, ready to use, in evaluation mode on the CPU.
+
+    It is of the user's own class if that can be imported here and still computes the same, otherwise a module
+    around the exported program; the numbers are the same. No plaintext of an encrypted file touches the disk.
+
+    Args:
+        identity: age identity file or files, or OpenSSH private key; the default identity if None.
+        passphrase: for a file that was encrypted with one.
+        require_signature: Ed25519 public key (file, or `ssh-ed25519 ...`) that must have signed the file.
+
+    Raises:
+        ArtifactError: see `open_artifact`.
+    """
+    with open_artifact(
+        path, identity=identity, passphrase=passphrase, require_signature=require_signature
+    ) as artifact:
+        return build_module(artifact)
+
+
+def build_module(artifact: Artifact) -> nn.Module:
+    """The network of an opened file, as `load` gives it."""
+    try:
+        rebuilt = rebuild_dense(artifact.manifest, read_weights(artifact.member(WEIGHTS)))
+    except ArtifactError as error:
+        warnings.warn(f"{error.message}; using the exported program", UserWarning, stacklevel=3)
+        rebuilt = None
+    return rebuilt if rebuilt is not None else build_program(artifact)
+
+
+def build_program(artifact: Artifact) -> nn.Module:
+    """The network of an opened file from its exported program, without the user's class.
+
+    Raises:
+        ArtifactError: the program holds what it may not, or does not answer the probe as it must.
+    """
+    module = load_program(artifact.member(PROGRAM))
+    if not answers_probe(module, artifact.manifest):
+        raise ArtifactError("model.pt2 does not answer the probe as the manifest says", "get the file again")
+    return module
 
 
 def architecture_of(model: nn.Module, factory: object = None) -> Architecture:
@@ -79,24 +133,24 @@ def find_factory(architecture: Architecture) -> Callable[..., nn.Module] | None:
     ):
         return None
     try:
-        found: Any = importlib.import_module(module_name)
+        factory: Any = importlib.import_module(module_name)
         for part in qualname.split("."):
-            found = getattr(found, part)
-    except Exception:  # whatever a module does when it is imported: then it cannot be
+            factory = getattr(factory, part)
+    except Exception:  # a module may do and raise anything while it is imported
         return None
-    return found if _builds_module(found) else None
+    return factory if _builds_module(factory) else None
 
 
-def _builds_module(found: object) -> bool:
-    if inspect.isclass(found):
-        return issubclass(found, nn.Module)
-    if not inspect.isfunction(found):
+def _builds_module(factory: object) -> bool:
+    if inspect.isclass(factory):
+        return issubclass(factory, nn.Module)
+    if not inspect.isfunction(factory):
         return False
     try:
-        built = typing.get_type_hints(found).get("return")
+        result = typing.get_type_hints(factory).get("return")
     except Exception:  # annotations are text, and may name anything
         return False
-    return inspect.isclass(built) and issubclass(built, nn.Module)
+    return inspect.isclass(result) and issubclass(result, nn.Module)
 
 
 def build_original(architecture: Architecture) -> nn.Module | None:
@@ -106,8 +160,7 @@ def build_original(architecture: Architecture) -> nn.Module | None:
         return None
     state = torch.get_rng_state()
     try:
-        built = factory(**architecture.arguments)
-        return built.cpu().eval()
+        return factory(**architecture.arguments).cpu().eval()
     except Exception:  # the user's code, perhaps another version of it
         return None
     finally:
@@ -127,10 +180,10 @@ def rebuild_dense(manifest: Manifest, weights: Mapping[str, Tensor]) -> nn.Modul
         dense = original if manifest.plan is None else _apply(original, manifest, manifest.plan)
         load_exactly_(dense, weights)
     except (AutopruneError, RuntimeError) as error:
-        raise _other_network(manifest, str(error).splitlines()[0]) from None
+        raise _network_error(manifest, str(error).splitlines()[0]) from None
     dense.eval()
     if not answers_probe(dense, manifest):
-        raise _other_network(manifest, "it answers the probe differently")
+        raise _network_error(manifest, "it answers the probe differently")
     return dense
 
 
@@ -138,12 +191,12 @@ def _apply(original: nn.Module, manifest: Manifest, plan: PruningPlan) -> nn.Mod
     shapes, dtypes = input_signature(manifest)
     example = probe_inputs(shapes, dtypes, batch=manifest.probe.batch_size if manifest.probe else 2)
     graph = trace(original, example)
-    if not plan.keep.keys() <= {g.name for g in graph.groups}:  # channels behind layer norms went too
+    if not plan.keep.keys() <= {g.name for g in graph.groups}:  # channels behind layer norms were pruned, too
         graph = trace(original, example, norms="rescale")
     return densify(original, graph, plan)
 
 
-def _other_network(manifest: Manifest, why: str) -> ArtifactError:
+def _network_error(manifest: Manifest, why: str) -> ArtifactError:
     return ArtifactError(
         f"{manifest.architecture.factory} does not build the delivered network here: {why[:200]}",
         "use the version of the code that the network was trained with",
