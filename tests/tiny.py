@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -9,7 +10,7 @@ from torch import Tensor, nn
 
 from autoprune.config import Analysis, Baseline, Control, Finetune, Search, Study
 from autoprune.data.sources import Data
-from autoprune.data.splits import Normalization, TensorSplit
+from autoprune.data.splits import Normalization, Split, TensorSplit
 from autoprune.training.finetune import train_baseline_
 
 NORMALIZATION = Normalization(mean=(0.5,), std=(0.25,))
@@ -65,9 +66,31 @@ def tiny_data() -> Data:
     )  # fmt: skip
 
 
+class Scripted:
+    """A study's loss and score by numbers alone, for what must not hang on an arithmetic or a lucky sample.
+
+    Args:
+        score: (share of the parameters that are left, steps of the last training) -> score.
+    """
+
+    def __init__(self, score: Callable[[float, int], float]) -> None:
+        self._score, self._steps, self._is_over = score, 0, True
+        self._whole = sum(p.numel() for p in tiny_net().parameters())
+
+    def loss(self, output: Tensor, target: Tensor) -> Tensor:
+        if output.requires_grad:
+            self._steps, self._is_over = 1 if self._is_over else self._steps + 1, False
+        return nn.functional.cross_entropy(output, target)
+
+    def score(self, model: nn.Module, split: Split, device: str) -> float:
+        self._is_over = True
+        return self._score(sum(p.numel() for p in model.parameters()) / self._whole, self._steps)
+
+
 def tiny_study(**changes: Any) -> Study:
+    """Floors lie far below what the trials reach: 8 points are 16 of the 200 samples."""
     settings: dict[str, Any] = {
-        "name": "tiny", "model": tiny_net, "data": tiny_data, "target": "macs=0.5", "max_drop": 2.0,
+        "name": "tiny", "model": tiny_net, "data": tiny_data, "target": "macs=0.5", "max_drop": 8.0,
         "budget": "epochs=40", "baseline": Baseline(epochs=6, lr=0.1, batch_size=64),
         "finetune": Finetune(batch_size=64, recalibrate_batches=4), "analysis": Analysis(ratios=(0.5,)),
         "search": Search(trials=2, epochs=2), "device": "cpu", "control": Control(first_ceiling=0.35),

@@ -6,12 +6,12 @@ from pathlib import Path
 import pytest
 
 from autoprune import events as ev
-from autoprune.config import Control, Finetune, Protection, Search
+from autoprune.config import Control, Protection, Search
 from autoprune.pipeline.run import run
 from autoprune.record import RoundRecord, Rung, TrialRecord
 from autoprune.search.controller import Goal, Promotion, State, start
 from autoprune.search.near_miss import NEAR, final_rate, is_hopeful, is_near, nearest_miss, saved
-from tests.tiny import tiny_study
+from tests.tiny import Scripted, tiny_study
 
 GOAL = Goal(baseline_top1=0.92, max_drop_pp=1.0, target_share=0.5)
 BEST = Promotion(round=1, trial=0, cost_share=0.8, top1=0.915)
@@ -109,11 +109,12 @@ def test_what_came_back_is_the_result() -> None:
 
 
 def test_a_run_whose_trials_were_too_short_reaches_its_target_in_the_end(tmp_path: Path) -> None:
+    """What is pruned comes back in fifty steps; a trial has one, the final tuning a hundred and more."""
     notes: list[str] = []
+    scripted = Scripted(lambda share, steps: 0.92 if share == 1 or steps > 50 else 0.912)
     study = tiny_study(
-        budget="epochs=30", max_drop=0.4, search=Search(trials=1, epochs=0.17),
-        control=Control(first_ceiling=0.5, min_rate=0.4),
-        finetune=Finetune(batch_size=64, recalibrate_batches=4, optimizer="sgd"),  # learns more slowly
+        budget="epochs=30", max_drop=0.4, search=Search(trials=1, epochs=0.17, criteria=("l1",)),
+        control=Control(first_ceiling=0.5, min_rate=0.4), loss=scripted.loss, evaluate=scripted.score,
     )  # fmt: skip
     result = run(
         study, out=tmp_path / "run", protection=Protection(plain=True),
