@@ -118,7 +118,7 @@ def prepare(name: str, folder: Path, cache: Path, num_samples: int) -> Ground:
     table = SensitivityTable.from_json(kept.read_text())
     bench = screening.make_setup(case.model, graph, data.search, calibration=data.train)
     descent = screening.IterativeSearch(
-        bench, lambda m: trace(m, case.example).with_bounds_of(graph), metric="macs", table=table,
+        bench, lambda m: trace(m, case.example).with_bounds_of(graph), table=table,
         finals=data.search,
     )  # fmt: skip
     test = data.test if len(data.test) <= num_samples else data.test.take(np.arange(num_samples))

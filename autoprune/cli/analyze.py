@@ -185,6 +185,15 @@ def analyze(
             "--exact", rich_help_panel=HOW, help="Measure every ratio with the network's own arithmetic."
         ),
     ] = False,
+    tries: Annotated[
+        int,
+        typer.Option(
+            metavar="N",
+            rich_help_panel=HOW,
+            min=0,
+            help="Search for better plans, N more at every share: tens of times slower.",
+        ),
+    ] = 0,
     out: Annotated[
         Path | None,
         typer.Option(metavar="DIR", rich_help_panel=SHOW, help="Where analysis.json and pictures go."),
@@ -206,34 +215,36 @@ def analyze(
             exact=exact or usual.exact,
         )
         chosen = replace(chosen, analysis=asked)
-        table, found = _measure(chosen, on_event)
+        table, prospects = _measure(chosen, tries, on_event)
     folder = out or Path(f"{chosen.name}-analysis")
-    document = _analysis_document(table, found)
-    _write_analysis(folder, document, table, found)
+    document = _analysis_document(table, prospects)
+    _write_analysis(folder, document, table, prospects)
     if as_json:
         sys.stdout.write(document + "\n")
     else:
-        Console(highlight=False).print(sensitivity_text(table, found))
+        Console(highlight=False).print(sensitivity_text(table, prospects))
         Console(highlight=False).print(f"\nanalysis.json, sensitivity.png and outlook.png are in {folder}")
 
 
-def _analysis_document(table: SensitivityTable, found: Sequence[Prospect]) -> str:
+def _analysis_document(table: SensitivityTable, prospects: Sequence[Prospect]) -> str:
     """The sensitivity table's own text form, with the outlook."""
-    return json_text(json.loads(table.to_json()) | {"outlook": found}, indent=1)
+    return json_text(json.loads(table.to_json()) | {"outlook": prospects}, indent=1)
 
 
-def _write_analysis(folder: Path, document: str, table: SensitivityTable, found: Sequence[Prospect]) -> None:
+def _write_analysis(
+    folder: Path, document: str, table: SensitivityTable, prospects: Sequence[Prospect]
+) -> None:
     from autoprune.report import write_analysis_plots
 
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "analysis.json").write_text(document + "\n", encoding="utf-8")
-    write_analysis_plots(table.points, found, table.baseline.top1, folder)
+    write_analysis_plots(table.points, prospects, table.baseline.top1, folder)
 
 
-def _measure(study: Study, on_event: OnEvent) -> tuple[SensitivityTable, tuple[Prospect, ...]]:
+def _measure(study: Study, tries: int, on_event: OnEvent) -> tuple[SensitivityTable, tuple[Prospect, ...]]:
     from autoprune.data import derive_seed
-    from autoprune.pipeline import understand
-    from autoprune.pruning import max_num_points, one_shot_prospects, sensitivity
+    from autoprune.pipeline import traced, understand
+    from autoprune.pruning import make_setup, max_num_points, one_shot_prospects, sensitivity
     from autoprune.tasks import task_of
     from autoprune.training import resolve_device, train_baseline_
 
@@ -259,8 +270,11 @@ def _measure(study: Study, on_event: OnEvent) -> tuple[SensitivityTable, tuple[P
         ),
     )  # fmt: skip
     on_event(StageStarted(stage="analysis", round=0, detail="how far it can go"))
-    found = one_shot_prospects(
-        known.model, known.graph, known.data.search, table, calibration=known.data.train,
-        num_classes=known.data.num_classes, device=device, task=task,
+    setup = make_setup(
+        known.model, known.graph, known.data.search, calibration=known.data.train, device=device, task=task
+    )
+    prospects = one_shot_prospects(
+        setup, known.data.search, table=table, num_classes=known.data.num_classes, tries=tries,
+        retrace=lambda pruned: traced(study, pruned, known.example).with_bounds_of(known.graph),
     )  # fmt: skip
-    return table, found
+    return table, prospects

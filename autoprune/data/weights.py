@@ -1,6 +1,9 @@
 """Load trained weights into a network, without running anything that a file could smuggle in.
 
-Weights come as `.safetensors`, or as what `torch.save` writes, read with `weights_only=True`. The usual
+Weights come as `.safetensors`, which holds tensors alone, or as what `torch.save` writes. The latter is a
+pickle; it is read with `weights_only=True`, torch's restricted unpickler, which builds tensors and plain
+containers and calls nothing else. That is safe as far as torch's allow-list is; where the origin of a file is
+in doubt, prefer `.safetensors`. The usual
 wrappings are understood: a checkpoint dict around the state dict, and key prefixes left by wrappers.
 """
 

@@ -1,7 +1,7 @@
 """Rooms are described once all of them stand."""
 
 from autoprune.pipeline.local_workers import local_workers
-from autoprune.pipeline.preflight import DEFAULT_ROUND_TO, RunPlan, make_plan, prepare, understand
+from autoprune.pipeline.preflight import DEFAULT_ROUND_TO, RunPlan, make_plan, prepare, traced, understand
 from autoprune.pipeline.run import run
 from autoprune.pipeline.status import RunStatus, read_status
 from autoprune.pipeline.sweep import Clock, jobs_of, look, sweep, used_seconds
@@ -22,6 +22,7 @@ __all__ = [
     "run",
     "sweep",
     "throughput",
+    "traced",
     "understand",
     "used_seconds",
     "work_on",

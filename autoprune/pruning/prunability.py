@@ -9,21 +9,21 @@ below. The borders are guesses that fit ResNet-20 on CIFAR-10.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
 from typing import Literal, Protocol
 
 import numpy as np
-import torch
 from torch import nn
 
+from autoprune.config import Target
 from autoprune.data import Split
 from autoprune.errors import UnreachableError
-from autoprune.pruning import screening
 from autoprune.pruning.criteria import score as score_units
+from autoprune.pruning.screening import SEARCH, Candidate, IterativeSearch, refine
 from autoprune.pruning.sensitivity import SensitivityTable
+from autoprune.pruning.variants import VariantSetup
 from autoprune.structure import ChannelGraph, densify
-from autoprune.tasks import CLASSIFICATION, Task
 from autoprune.training import evaluate, recalibrate_
 
 Region = Literal["safe", "marginal", "hopeless"]
@@ -135,33 +135,65 @@ def prunability_sentence(found: Sequence[Prospect]) -> str:
     return f"In one step this network is {'; '.join(parts)}; {end}.".replace("%", " %")
 
 
-def one_shot_prospects(  # noqa: PLR0913 - where and on what to measure are the caller's to say
-    model: nn.Module, graph: ChannelGraph, split: Split, table: SensitivityTable, *,
-    calibration: Split, num_classes: int, criteria: Sequence[str] = screening.CRITERIA,
-    device: torch.device | str = "cpu", task: Task = CLASSIFICATION,
-) -> tuple[Prospect, ...]:  # fmt: skip
-    """Prune to ever smaller shares of the multiply-adds and measure, until it is hopeless."""
-    rankings = {
-        c: score_units(model, graph, c, split=calibration, device=device, task=task) for c in criteria
-    }
-    setup = screening.make_setup(model, graph, split, calibration=calibration, device=device, task=task)
-    whole, found = graph.cost().macs, list[Prospect]()
+def one_shot_prospects(
+    setup: VariantSetup,
+    split: Split,
+    *,
+    table: SensitivityTable,
+    num_classes: int,
+    tries: int = 0,
+    retrace: Callable[[nn.Module], ChannelGraph] | None = None,
+) -> tuple[Prospect, ...]:
+    """Prune to ever smaller shares of the multiply-adds and measure, until it is hopeless.
+
+    Args:
+        setup: the network, and the samples on which plans are compared.
+        split: all samples, on which the chosen plan of every share is measured.
+        table: of the network.
+        num_classes: of the data; 0 where the targets are no classes.
+        tries: 0 compares one plan a criterion. With more, better plans are searched for in steps, that many
+            varied ones at every share: ten times slower and more (figures: docs/analysis.md).
+        retrace: needed with `tries`: the graph of a pruned network, under the bounds of the setup's.
+    """
+    model, graph, device, calibration = setup.model, setup.graph, setup.device, setup.calibration
+    assert calibration is not None, "a pruned network needs its statistics estimated anew"
+    choose = _searching(setup, table, tries, retrace) if tries and retrace else _comparing(setup, table)
+    whole, prospects = graph.cost().macs, list[Prospect]()
     for share in SHARES:
         try:
-            plan = screening.refine(
-                setup, rankings, metric="macs", limit=share * whole, table=table, tries=0
-            ).plan
+            plan = choose(share * whole).plan
         except UnreachableError:
             continue
         pruned = densify(model, graph, plan)
         recalibrate_(pruned, calibration, num_batches=RECALIBRATE_BATCHES, device=device)
-        after = evaluate(pruned, split, device=device, task=task)
-        found.append(
+        after = evaluate(pruned, split, device=device, task=setup.task)
+        prospects.append(
             Prospect(
                 macs_share=graph.cost(plan).macs / whole, top1=after.top1, low=after.interval.low,
                 high=after.interval.high, region=region(after.top1, table.baseline.top1, num_classes),
             )
         )  # fmt: skip
-        if found[-1].region == "hopeless":
+        if prospects[-1].region == "hopeless":
             break
-    return tuple(found)
+    return tuple(prospects)
+
+
+def _comparing(setup: VariantSetup, table: SensitivityTable) -> Callable[[float], Candidate]:
+    """The best of one plan a criterion, at a cost."""
+    settings = replace(SEARCH, strategies=("sensitivity",), tries=0)
+    rankings = {
+        c: score_units(
+            setup.model, setup.graph, c, split=setup.calibration, device=setup.device, task=setup.task
+        )
+        for c in settings.criteria
+    }
+    return lambda limit: refine(
+        setup, rankings, Target(metric="macs", value=limit, relative=False), table=table, settings=settings
+    )
+
+
+def _searching(
+    setup: VariantSetup, table: SensitivityTable, tries: int, retrace: Callable[[nn.Module], ChannelGraph]
+) -> Callable[[float], Candidate]:
+    """The best plan that an iterative search finds, at a cost."""
+    return IterativeSearch(setup, retrace, table=table, settings=replace(SEARCH, tries=tries)).at

@@ -25,7 +25,7 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
-from autoprune.config import Metric
+from autoprune.config import Analysis, Metric, Target
 from autoprune.data import Split, cache_batches
 from autoprune.errors import UnreachableError
 from autoprune.metrics import Evaluation
@@ -44,19 +44,46 @@ from autoprune.structure import ChannelGraph, densify
 from autoprune.tasks import CLASSIFICATION, Task
 from autoprune.training import recalibrate_
 
-CRITERIA = ("l1", "l2", "taylor", "jacobian")
-STRATEGIES = ("sensitivity", "global")
 SAMPLES = 1024  # differences between plans are paired, so a thousand tell more than their own intervals
-TRIES = 24
-STEP_TRIES = 8  # of a step on the way
-STEP = 0.8  # of the cost that a step leaves
-NEAREST = 0.92  # of a mark's cost: limits closer to it start from the mark before
-STEP_SHARE = 0.5  # of the setup's samples that curves are measured on after the first step
-WIDTH = 0.5  # of the first variation, in the logarithm of a price
-GROWTH, SHRINKAGE = 1.5, 0.9  # 1.5 * 0.9**4 is about 1: one success in five keeps the width
-SWITCH = 0.2  # of the tries take another ranking
-FINALISTS = 6  # the best of the tries meet again on more samples
-SPARED = 1e3  # factor on the price of channels that sums join, where a first plan leaves them alone
+
+
+@dataclass(frozen=True, kw_only=True)
+class SearchSettings:
+    """How plans of one cost are searched for. Values without another origin are guesses.
+
+    Attributes:
+        criteria, strategies: each pair makes a first plan; measured together: benchmarks/bench_oneshot.py.
+        tries: varied plans beyond the first ones; 0 only chooses among these.
+        seed: of the variation, and of the samples that criteria see.
+        width: of the first variation, in the logarithm of a price.
+        growth, shrinkage: factors of the width after a success and a failure. 1.5 * 0.9**4 is about 1, so
+            that one success in five keeps the width (Rechenberg 1973).
+        switch_share: share of the tries that take another criterion's scores.
+        num_finalists: the best of the tries that are compared again, on more samples.
+        spared_factor: on the price of channels that sums join, where a first plan leaves them alone.
+        step: of an `IterativeSearch`: the share of the cost that one step leaves.
+        nearest: a limit closer to a step's cost than this share starts from the step before.
+        step_tries: as `tries`, on the way.
+        step_share: of the samples that curves are measured on after the first step.
+    """
+
+    criteria: tuple[str, ...] = ("l1", "l2", "taylor", "jacobian")
+    strategies: tuple[str, ...] = ("sensitivity", "global")
+    tries: int = 24
+    seed: int = 0
+    width: float = 0.5
+    growth: float = 1.5
+    shrinkage: float = 0.9
+    switch_share: float = 0.2
+    num_finalists: int = 6
+    spared_factor: float = 1e3
+    step: float = 0.8
+    nearest: float = 0.92
+    step_tries: int = 8
+    step_share: float = 0.5
+
+
+SEARCH = SearchSettings()
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -94,101 +121,98 @@ def rank_plans(setup: VariantSetup, plans: Sequence[PruningPlan]) -> tuple[Candi
     return tuple(sorted(found, key=lambda s: s.loss_key))
 
 
-def refine(  # noqa: PLR0913 - what `allocate` wants, and how long to look
-    setup: VariantSetup, rankings: Mapping[str, Scores], *, metric: Metric, limit: float,
-    strategies: Sequence[str] = ("sensitivity",), table: SensitivityTable | None = None,
-    tries: int = TRIES, seed: int = 0, finals: Split | None = None,
+def refine(
+    setup: VariantSetup, rankings: Mapping[str, Scores], target: Target, *,
+    table: SensitivityTable | None = None, settings: SearchSettings = SEARCH, finals: Split | None = None,
 ) -> Candidate:  # fmt: skip
-    """The best plan found that costs `limit`: never worse, on the setup, than the allocation's own.
+    """The best plan found within a target: on the setup's samples never worse than the allocation's own.
 
     Args:
         setup: the samples, and the data that estimate statistics anew.
         rankings: scores by criterion.
-        metric: see `allocate`, as `limit` and `table`.
-        limit: what the plan may cost.
-        strategies: each makes a first plan with each criterion, and the best goes on.
+        target: what the plan may cost.
         table: for the strategy `sensitivity`.
-        tries: plans beyond the first ones; 0 only chooses among these.
-        seed: of the variation.
-        finals: more samples, on which the best tried meet again; None lets the setup's decide.
+        settings: of the search; which criteria compete is said by `rankings`.
+        finals: more samples, on which the best candidates are compared again; None lets the setup's decide.
 
     Raises:
-        UnreachableError: no criterion makes a plan that costs `limit`.
+        UnreachableError: no criterion makes a plan of that cost.
     """
     stage = _Stage(setup=setup, rankings=rankings, table=table, before=PruningPlan.full(setup.graph))
-    goal = _Goal(metric=metric, limit=limit, strategies=tuple(strategies))
-    return _select_best(_evolve([stage], goal, tries, np.random.default_rng(seed)), finals).candidate
+    limit = target.absolute(setup.graph.cost().of(target.metric))
+    goal = _Goal(metric=target.metric, limit=limit, settings=settings)
+    return _select_best(_evolve([stage], goal, np.random.default_rng(settings.seed)), finals).candidate
 
 
 class IterativeSearch:
-    """Plans of ever lower cost, looked for in steps; what was learned on the way is kept for the next cost.
+    """Plans of ever lower cost, found in steps; what was measured on the way serves the next cost.
 
     Args:
         setup: the samples, and the data that estimate statistics and feed criteria.
         retrace: the graph of a network that a plan leaves, under the bounds of the setup's.
-        metric: what costs speak of.
         table: of the setup's network.
-        criteria, strategies: those that compete.
-        seed: of the variation, and of the samples that criteria see.
-        finals: more samples, on which the best plans of a cost meet again; None lets the setup's decide.
+        metric: of the costs.
+        settings: of the search.
+        finals: more samples, on which the best plans of a cost are compared again; None lets the setup's
+            decide.
     """
 
-    def __init__(  # noqa: PLR0913 - one whole stage: each argument is a decision of its caller
-        self, setup: VariantSetup, retrace: Callable[[nn.Module], ChannelGraph], *, metric: Metric,
-        table: SensitivityTable, criteria: Sequence[str] = CRITERIA,
-        strategies: Sequence[str] = STRATEGIES, seed: int = 0, finals: Split | None = None,
+    def __init__(
+        self, setup: VariantSetup, retrace: Callable[[nn.Module], ChannelGraph], *, table: SensitivityTable,
+        metric: Metric = "macs", settings: SearchSettings = SEARCH, finals: Split | None = None,
     ) -> None:  # fmt: skip
-        self.retrace, self.metric, self.seed, self.finals = retrace, metric, seed, finals
-        self.criteria, self.strategies = tuple(criteria), tuple(strategies)
+        self.retrace, self.metric, self.settings, self.finals = retrace, metric, settings, finals
         self.first = _Stage(
-            setup=setup, rankings=_ranked(setup, criteria, seed), table=table,
+            setup=setup, rankings=_rankings(setup, settings), table=table,
             before=PruningPlan.full(setup.graph),
         )  # fmt: skip
-        self.present = setup.graph.cost().of(metric)
-        self.steps: list[_Stage] = []  # the network after each mark
+        self.full_cost = setup.graph.cost().of(metric)
+        self.stages: list[_Stage] = []  # the network after each step
 
-    def at(self, limit: float, *, tries: int = TRIES) -> Candidate:
+    def at(self, limit: float) -> Candidate:
         """The best plan found that costs `limit`.
 
         Raises:
             UnreachableError: no plan costs that.
         """
-        depth = num_steps(self.present, limit)
-        while len(self.steps) < depth:
+        depth = num_steps(self.full_cost, limit, self.settings)
+        while len(self.stages) < depth:
             self._step()
-        stages = [self.first, self.steps[depth - 1]] if depth else [self.first]
-        rng = np.random.default_rng([self.seed, depth])
-        return _select_best(_evolve(stages, self._wish(limit), tries, rng), self.finals).candidate
+        stages = [self.first, self.stages[depth - 1]] if depth else [self.first]
+        goal = _Goal(metric=self.metric, limit=limit, settings=self.settings)
+        rng = np.random.default_rng([self.settings.seed, depth])
+        return _select_best(_evolve(stages, goal, rng), self.finals).candidate
 
     def _step(self) -> None:
-        """Go down to the next mark."""
-        number = len(self.steps) + 1
-        stages = [self.first, *self.steps[-1:]]
-        goal = self._wish(self.present * STEP**number)
+        """Prune one step further."""
+        number, settings = len(self.stages) + 1, self.settings
+        stages = [self.first, *self.stages[-1:]]
+        goal = _Goal(
+            metric=self.metric, limit=self.full_cost * settings.step**number,
+            settings=replace(settings, tries=settings.step_tries),
+        )  # fmt: skip
         try:
-            found = _evolve(stages, goal, STEP_TRIES, np.random.default_rng([self.seed, 0, number]))
+            population = _evolve(stages, goal, np.random.default_rng([settings.seed, 0, number]))
         except UnreachableError:
-            self.steps.append(stages[-1])
+            self.stages.append(stages[-1])
         else:
-            best = min(found, key=lambda f: f.candidate.loss_key)
-            self.steps.append(_next_stage(best, self.retrace, self.criteria, self.seed))
-
-    def _wish(self, limit: float) -> _Goal:
-        return _Goal(metric=self.metric, limit=limit, strategies=self.strategies)
+            best = min(population, key=lambda f: f.candidate.loss_key)
+            self.stages.append(_next_stage(best, self.retrace, settings))
 
 
-def num_steps(present: float, limit: float) -> int:
-    """How many steps lead to the last mark from which the limit is still worth a step of its own."""
-    return max(0, math.floor(math.log(limit / present / NEAREST) / math.log(STEP) + 1e-9))
+def num_steps(full_cost: float, limit: float, settings: SearchSettings = SEARCH) -> int:
+    """How many steps lead to the last cost from which the limit is still worth a step of its own."""
+    share = limit / full_cost / settings.nearest
+    return max(0, math.floor(math.log(share) / math.log(settings.step) + 1e-9))
 
 
 @dataclass(frozen=True, kw_only=True)
 class _Goal:
-    """What a plan is to cost, and how prices are made."""
+    """What a plan may cost, and how it is searched for."""
 
     metric: Metric
     limit: float
-    strategies: tuple[str, ...]
+    settings: SearchSettings
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -200,27 +224,27 @@ class _Stage:
     table: SensitivityTable | None
     before: PruningPlan
 
-    def own(self, goal: _Goal) -> list[_Individual]:
+    def first_plans(self, goal: _Goal) -> list[_Individual]:
         """Each criterion's plan by each strategy, once more without the channels that sums join.
 
         A curve knows how much such channels matter; a threshold on scores does not.
         """
         groups = self.setup.graph.groups
         joined = np.array([sum(m.role == "out" for m in g.members) > 1 for g in groups])
-        plain, spared = np.zeros(len(groups)), np.where(joined, math.log(SPARED), 0.0)
-        ways = [(c, s, plain) for s in goal.strategies for c in self.rankings]
+        plain, spared = np.zeros(len(groups)), np.where(joined, math.log(goal.settings.spared_factor), 0.0)
+        ways = [(c, s, plain) for s in goal.settings.strategies for c in self.rankings]
         if joined.any() and not joined.all():
-            ways += [(c, "global", spared) for c in self.rankings if "global" in goal.strategies]
-        return [found for way in ways if (found := self.tried(goal, *way)) is not None]
+            ways += [(c, "global", spared) for c in self.rankings if "global" in goal.settings.strategies]
+        return [found for way in ways if (found := self.evaluate(goal, *way)) is not None]
 
-    def tried(
+    def evaluate(
         self, goal: _Goal, criterion: str, strategy: str, factors: NDArray[np.float64]
     ) -> _Individual | None:
-        """The plan by varied prices, the logarithms of their factors given; None if none has this cost."""
+        """Evaluate the plan by prices varied by factors, given as logarithms; None if none fits the cost."""
         names = [g.name for g in self.setup.graph.groups]
         emphasis = dict(zip(names, np.exp(factors).tolist(), strict=True))
         try:
-            plan = self.allocated(goal, criterion, strategy, emphasis)
+            plan = self.allocate(goal, criterion, strategy, emphasis)
         except UnreachableError:
             return None
         model = _built(self.setup, plan)
@@ -230,7 +254,7 @@ class _Stage:
         )  # fmt: skip
         return _Individual(stage=self, candidate=candidate, model=model, factors=factors)
 
-    def allocated(
+    def allocate(
         self, goal: _Goal, criterion: str, strategy: str, emphasis: Mapping[str, float]
     ) -> PruningPlan:
         return allocate(
@@ -250,63 +274,63 @@ class _Individual:
 
 
 def _evolve(
-    stages: Sequence[_Stage], goal: _Goal, tries: int, rng: np.random.Generator
+    stages: Sequence[_Stage], goal: _Goal, rng: np.random.Generator
 ) -> list[_Individual]:  # fmt: skip
-    """Every stage's own plans, then those varied around the best so far; of all, the best few."""
-    found = [f for stage in stages for f in stage.own(goal)]
-    if not found:
-        stages[0].allocated(goal, next(iter(stages[0].rankings)), goal.strategies[0], {})  # raises why
-    best = min(found, key=lambda f: f.candidate.loss_key)
+    """Every stage's first plans, then those varied around the best so far; of all, the best few."""
+    settings = goal.settings
+    population = [individual for stage in stages for individual in stage.first_plans(goal)]
+    if not population:
+        stages[0].allocate(goal, next(iter(stages[0].rankings)), settings.strategies[0], {})  # raises why
+    best = min(population, key=lambda f: f.candidate.loss_key)
     stage, strategy = best.stage, best.candidate.strategy
-    factors, width = best.factors, WIDTH
-    for _ in range(tries):
-        switches = rng.uniform() < SWITCH
+    factors, width = best.factors, settings.width
+    for _ in range(settings.tries):
+        switches = rng.uniform() < settings.switch_share
         criterion = str(rng.choice(list(stage.rankings))) if switches else best.candidate.criterion
         varied = factors + width * rng.normal(size=len(factors))
-        new = stage.tried(goal, criterion, strategy, varied)
+        new = stage.evaluate(goal, criterion, strategy, varied)
         if new is None:
             continue
-        found = sorted([*found, new], key=lambda f: f.candidate.loss_key)[:FINALISTS]
-        if new is found[0]:
-            best, factors, width = new, varied, width * GROWTH
+        population = sorted([*population, new], key=lambda f: f.candidate.loss_key)[: settings.num_finalists]
+        if new is population[0]:
+            best, factors, width = new, varied, width * settings.growth
         else:
-            width *= SHRINKAGE
-    return sorted(found, key=lambda f: f.candidate.loss_key)[:FINALISTS]
+            width *= settings.shrinkage
+    return sorted(population, key=lambda f: f.candidate.loss_key)[: settings.num_finalists]
 
 
-def _select_best(found: Sequence[_Individual], finals: Split | None) -> _Individual:
+def _select_best(population: Sequence[_Individual], finals: Split | None) -> _Individual:
     """The best, by more samples where there are more."""
-    if finals is None or len(found) == 1:
-        return found[0]
-    again = []
-    for one in found:
-        setup = replace(one.stage.setup, split=finals)
-        candidate = replace(one.candidate, evaluation=evaluate_fast(setup, one.model))
-        again.append(replace(one, candidate=candidate))
-    return min(again, key=lambda f: f.candidate.loss_key)
+    if finals is None or len(population) == 1:
+        return population[0]
+    finalists = []
+    for individual in population:
+        setup = replace(individual.stage.setup, split=finals)
+        candidate = replace(individual.candidate, evaluation=evaluate_fast(setup, individual.model))
+        finalists.append(replace(individual, candidate=candidate))
+    return min(finalists, key=lambda f: f.candidate.loss_key)
 
 
 def _next_stage(
-    found: _Individual, retrace: Callable[[nn.Module], ChannelGraph], criteria: Sequence[str], seed: int
+    best: _Individual, retrace: Callable[[nn.Module], ChannelGraph], settings: SearchSettings
 ) -> _Stage:
-    before = found.stage.setup
-    setup = replace(before, model=found.model, graph=retrace(found.model))
+    before = best.stage.setup
+    setup = replace(before, model=best.model, graph=retrace(best.model))
     table = sensitivity(
-        setup.model, setup.graph, setup.split.subset(STEP_SHARE, seed=0), calibration=setup.calibration,
-        device=setup.device, task=setup.task,
+        setup.model, setup.graph, setup.split, settings=Analysis(share=settings.step_share),
+        calibration=setup.calibration, device=setup.device, task=setup.task,
     )  # fmt: skip
-    return _Stage(
-        setup=setup, rankings=_ranked(setup, criteria, seed), table=table, before=found.candidate.plan
-    )  # fmt: skip
+    rankings = _rankings(setup, settings)
+    return _Stage(setup=setup, rankings=rankings, table=table, before=best.candidate.plan)
 
 
-def _ranked(setup: VariantSetup, criteria: Sequence[str], seed: int) -> dict[str, Scores]:
+def _rankings(setup: VariantSetup, settings: SearchSettings) -> dict[str, Scores]:
     return {
         c: score_units(
             setup.model, setup.graph, c, split=setup.calibration, device=setup.device, task=setup.task,
-            seed=seed,
+            seed=settings.seed,
         )
-        for c in criteria
+        for c in settings.criteria
     }  # fmt: skip
 
 

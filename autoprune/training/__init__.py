@@ -1,4 +1,17 @@
-"""Rooms are described once all of them stand."""
+"""Training and measuring one network: fine-tuning, and evaluation without training.
+
+A *schedule* is how the learning rate moves over a fine-tuning. The *teacher* is the original network, whose
+logits a pruned network is distilled from. Batch-norm statistics are *recalibrated*: estimated anew after
+pruning and after fine-tuning, because the running ones lag behind the weights.
+
+Modules, in reading order:
+
+- `evaluation`: score and loss of a network on a split; recalibration of batch norms.
+- `schedule`: the learning rate over a fine-tuning.
+- `optimizer`: Muon for the weights inside a network, SGD for the rest.
+- `finetune`: the training loop of every trial, and of a baseline.
+- `distributed`: several processes that run one trial together.
+"""
 
 from autoprune.training.evaluation import (
     EVAL_BATCH,

@@ -6,11 +6,13 @@ import numpy as np
 import pytest
 import torch
 
-from autoprune.config import Analysis, Baseline
+from autoprune.config import Analysis, Baseline, Target
 from autoprune.errors import UnreachableError
 from autoprune.plan import PruningPlan
 from autoprune.pruning import screening
 from autoprune.pruning.criteria import score
+from autoprune.pruning.prunability import one_shot_prospects
+from autoprune.pruning.screening import SEARCH, SearchSettings
 from autoprune.pruning.sensitivity import SensitivityTable, sensitivity
 from autoprune.pruning.variants import VariantSetup, evaluate_fast
 from autoprune.structure.densify import densify
@@ -78,24 +80,23 @@ def test_looking_further_never_ends_worse_and_keeps_to_the_cost(
     setup: VariantSetup, graph: ChannelGraph, table: SensitivityTable
 ) -> None:
     rankings = {c: score(setup.model, graph, c, split=DATA.train) for c in ("l1", "random")}
-    limit = 0.4 * graph.cost().macs
-    badnesses = []
+    limit = Target.parse("macs=0.4")
+    losses = []
     for tries in (0, 6):
-        found = screening.refine(setup, rankings, metric="macs", limit=limit, table=table, tries=tries)
+        found = screening.refine(setup, rankings, limit, table=table, settings=SearchSettings(tries=tries))
         assert 0.39 <= graph.cost(found.plan).macs / graph.cost().macs <= 0.4
-        badnesses.append(found.loss_key)
+        losses.append(found.loss_key)
         assert loss_key(setup, found.plan) == pytest.approx(found.loss_key, rel=1e-5)
-    assert badnesses[1] <= badnesses[0]
+    assert losses[1] <= losses[0]
 
 
 def test_the_same_seed_finds_the_same(
     setup: VariantSetup, graph: ChannelGraph, table: SensitivityTable
 ) -> None:
     rankings = {"l1": score(setup.model, graph, "l1")}
-    limit = 0.4 * graph.cost().macs
+    limit, settings = Target.parse("macs=0.4"), SearchSettings(tries=4, seed=3)
     first, second = (
-        screening.refine(setup, rankings, metric="macs", limit=limit, table=table, tries=4, seed=3)
-        for _ in range(2)
+        screening.refine(setup, rankings, limit, table=table, settings=settings) for _ in range(2)
     )
     assert {n: k.tolist() for n, k in first.plan.keep.items()} == {
         n: k.tolist() for n, k in second.plan.keep.items()
@@ -106,17 +107,17 @@ def test_a_descent_in_steps_gives_one_plan_of_the_first_network(
     setup: VariantSetup, graph: ChannelGraph, table: SensitivityTable
 ) -> None:
     limit = 0.3 * graph.cost().macs
-    descent = screening.IterativeSearch(
-        setup, lambda m: trace(m, EXAMPLE).with_bounds_of(graph), metric="macs", table=table,
-        criteria=("l1", "jacobian"),
-    )  # fmt: skip
-    found = descent.at(limit, tries=4)
-    assert len(descent.steps) == screening.num_steps(1, 0.3) == 5
+    settings = SearchSettings(criteria=("l1", "jacobian"), tries=4)
+    search = screening.IterativeSearch(
+        setup, lambda m: trace(m, EXAMPLE).with_bounds_of(graph), table=table, settings=settings
+    )
+    found = search.at(limit)
+    assert len(search.stages) == screening.num_steps(1, 0.3) == 5
     assert 0.28 <= graph.cost(found.plan).macs / graph.cost().macs <= 0.3
     assert found.plan.num_units == {g.name: g.num_units for g in graph.groups}
     direct = screening.refine(
         setup, {c: score(setup.model, graph, c, split=DATA.train) for c in ("l1", "jacobian")},
-        metric="macs", limit=limit, table=table, strategies=screening.STRATEGIES, tries=0,
+        Target(metric="macs", value=limit, relative=False), table=table, settings=replace(settings, tries=0),
     )  # fmt: skip
     assert found.loss_key <= direct.loss_key, "plans straight from the first network compete"
 
@@ -126,10 +127,26 @@ def test_what_cannot_be_reached_is_said(
 ) -> None:
     rankings = {"l1": score(setup.model, graph, "l1")}
     with pytest.raises(UnreachableError):
-        screening.refine(setup, rankings, metric="macs", limit=1.0, table=table)
+        screening.refine(setup, rankings, Target(metric="macs", value=1.0, relative=False), table=table)
 
 
 @pytest.mark.parametrize(("share", "steps"), [(0.95, 0), (0.8, 0), (0.7, 1), (0.5, 2), (0.3, 5)])
 def test_steps_end_before_the_limit(share: float, steps: int) -> None:
     assert screening.num_steps(1000, 1000 * share) == steps
-    assert steps == 0 or share <= screening.NEAREST * screening.STEP**steps
+    assert steps == 0 or share <= SEARCH.nearest * SEARCH.step**steps
+
+
+def test_prospects_fall_with_the_share_and_a_search_finds_no_worse(
+    setup: VariantSetup, graph: ChannelGraph, table: SensitivityTable
+) -> None:
+    compared = one_shot_prospects(setup, DATA.search, table=table, num_classes=4)
+    searched = one_shot_prospects(
+        setup, DATA.search, table=table, num_classes=4, tries=2,
+        retrace=lambda m: trace(m, EXAMPLE).with_bounds_of(graph),
+    )  # fmt: skip
+    for prospects in (compared, searched):
+        shares = [p.macs_share for p in prospects]
+        assert shares == sorted(shares, reverse=True)
+        assert all(0 < s <= 0.9 for s in shares)
+        assert [p.region for p in prospects].count("hopeless") <= 1
+    assert len(searched) >= len(compared) > 1
