@@ -9,6 +9,7 @@ Modules, in reading order:
 - `evaluation`: score and loss of a network on a split; recalibration of batch norms.
 - `schedule`: the learning rate over a fine-tuning.
 - `optimizer`: Muon for the weights inside a network, SGD for the rest.
+- `divergence`: whether a training has diverged, by its losses and weights.
 - `finetune`: the training loop of every trial, and of a baseline.
 - `distributed`: several processes that run one trial together.
 """
