@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from autoprune.errors import AutopruneError, ConfigError, UsageError
+from autoprune.heuristics import Heuristics
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -278,9 +279,11 @@ class Study:
         evaluate: (model, split, device) -> score in [0, 1], higher is better; None is top-1.
         exclude: module names or globs whose channels stay; unmatched patterns are an error.
         only: module names or globs whose channels alone may go.
-        round_to: kept counts are multiples of this in groups at least 4 times as wide; None is 8.
+        round_to: kept counts are multiples of this in groups at least 4 times as wide; None is that of
+            `heuristics`.
         min_keep: units that stay in every group, at least.
         max_ratio: share of a group's units that may go in the whole run, in (0, 1).
+        heuristics: the shares, thresholds and factors that shape a run; few studies change one.
     """
 
     name: str
@@ -304,6 +307,7 @@ class Study:
     analysis: Analysis = field(default_factory=Analysis)
     search: Search = field(default_factory=Search)
     control: Control = field(default_factory=Control)
+    heuristics: Heuristics = field(default_factory=Heuristics)
 
 
 @dataclass(frozen=True, kw_only=True)

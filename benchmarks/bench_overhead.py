@@ -18,7 +18,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import closing, contextmanager
 from dataclasses import replace
 from itertools import pairwise
@@ -33,7 +33,8 @@ from subcommands import Subcommand, run_subcommand
 from autoprune import events as ev
 from autoprune.location import RunLocation, parse_database_url
 from autoprune.record import EpochPoint, Rung, TrialRecord
-from autoprune.search.history import RESULT, read_plan, read_trials
+from autoprune.search.history import RESULT, read_round, read_trials
+from autoprune.search.trial import RungState, TrialHooks, TrialResult
 from autoprune.storage.database import open_storage
 from autoprune.storage.run_store import (
     FINAL,
@@ -152,9 +153,9 @@ def growth(args: argparse.Namespace) -> None:
     """The first hundred trials against the last hundred."""
     with tempfile.TemporaryDirectory() as folder:
         took = whole_round(Path(folder), args) if args.whole else seats_alone(folder, args.trials)
-    for start in range(0, args.trials, max(100, args.trials // 10)):
-        wall, cpu = zip(*took[start : start + 100], strict=True)
-        print(f"trials {start:5} to {start + len(wall):5}: median {median(wall):6.1f} ms, "
+    for initial_state in range(0, args.trials, max(100, args.trials // 10)):
+        wall, cpu = zip(*took[initial_state : initial_state + 100], strict=True)
+        print(f"trials {initial_state:5} to {initial_state + len(wall):5}: median {median(wall):6.1f} ms, "
               f"CPU {median(cpu):6.1f} ms", flush=True)  # fmt: skip
 
 
@@ -177,12 +178,10 @@ def seats_alone(folder: str, trials: int) -> list[tuple[float, float]]:
     return between(moments)
 
 
-def untrained(ground: object, params: object, *, goes_on: Callable[[Any], bool], **_: object) -> Any:
+def untrained(context: object, params: object, *, hooks: TrialHooks, **_: object) -> Any:
     """In place of a trial: asks whether to climb, as a trial does, and gives a record of ten epochs."""
-    from autoprune.search.trial import Climb, TrialResult
-
-    climb = Climb(tops=(0.4,), done=0.5, next_epochs=0.5, prune_rate=0.3, cost_share=0.7)
-    goes_on(climb)
+    state = RungState(top1s=(0.4,), epochs=0.5, next_epochs=0.5, prune_rate=0.3, cost_share=0.7)
+    hooks.should_continue(state)
     rungs = tuple(Rung(epochs=e, top1=t) for e, t in ((0.5, 0.4), (1.0, 0.45)))
     record = TrialRecord(
         number=-1, state="running", params={}, top1=0.45, prune_rate=0.3, cost_share=0.7, rungs=rungs,
@@ -195,11 +194,11 @@ def whole_round(folder: Path, args: argparse.Namespace) -> list[tuple[float, flo
     """Milliseconds between two finished trials of a round that trains nothing."""
     sys.path.insert(0, str(ROOT))
     from autoprune.config import Protection, Search
-    from autoprune.pipeline.baseline import begin
+    from autoprune.pipeline.baseline import start_run
     from autoprune.pipeline.preflight import prepare
-    from autoprune.pipeline.run import analyse, known_points, stand
-    from autoprune.search.controller import start
-    from autoprune.search.round import search_round
+    from autoprune.pipeline.run import analyze, load_round_start
+    from autoprune.search.controller import initial_state
+    from autoprune.search.round import search_round, starting_points
     from tests.tiny import tiny_study
 
     study = tiny_study(
@@ -208,10 +207,10 @@ def whole_round(folder: Path, args: argparse.Namespace) -> list[tuple[float, flo
     )
     ends = []
     with closing(RunStore(folder, "tiny", create=True)) as store:
-        work = begin(prepare(study, protection=Protection(plain=True)), store, ev.ignore_event, "")
-        state = start(work.goal, study.control)
-        job, attempt = analyse(work, state, stand(work, state))
-        known = known_points(job)
+        run = start_run(prepare(study, protection=Protection(plain=True)), store, ev.ignore_event)
+        state = initial_state(run.goal, study.control)
+        search, round_study = analyze(run, state, load_round_start(run, state))
+        points = starting_points(search)
 
         def listen(event: ev.Event) -> None:
             if isinstance(event, ev.TrialFinished):
@@ -219,7 +218,7 @@ def whole_round(folder: Path, args: argparse.Namespace) -> list[tuple[float, flo
 
         ends.append(now_ms())
         with patch("autoprune.search.round.run_trial", untrained):
-            search_round(replace(job, on_event=listen), attempt, known)
+            search_round(replace(search, run=replace(run, on_event=listen)), round_study, points)
     return between(ends)
 
 
@@ -231,7 +230,7 @@ def overhead_of(store: RunStore) -> tuple[float, float]:
     first = min(t.datetime_start for t in completed_trials(rounds[0]) if t.datetime_start)
     last = max(t.datetime_complete for t in completed_trials(final) if t.datetime_complete)
     work = sum(t.seconds for study in rounds for t in read_trials(study))
-    work += sum(read_plan(study).analysis_seconds for study in rounds[1:])
+    work += sum(read_round(study).analysis_seconds for study in rounds[1:])
     return (last - first).total_seconds(), work + final.user_attrs["seconds"]
 
 

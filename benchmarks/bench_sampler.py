@@ -32,22 +32,23 @@ import torch
 from oneshot_models import load
 from rows import append_row
 from sampler_page import write_page
-from sampler_worlds import FIELDS, RUNG, Key, Trial, read_trials
+from sampler_worlds import FIELDS, RUNG, Key, Point, Trial, params_of, read_trials
 from torch import nn
 
 from autoprune.config import Finetune, Optimizer, Study
 from autoprune.data.splits import derive_seed
-from autoprune.pipeline.preflight import Setup, prepare, traced
+from autoprune.pipeline.preflight import prepare, trace_for_study
 from autoprune.plan import PruningPlan
 from autoprune.pruning.sensitivity import SensitivityTable, sensitivity
-from autoprune.search.proposals import Point, Space, first_points, params_of, settled_points, suggest
-from autoprune.search.trial import Ground, measure, run_trial
+from autoprune.search.context import Problem, RoundContext, RoundStart
+from autoprune.search.proposals import SearchSpace, initial_points, points_at_ceiling, suggest
+from autoprune.search.trial import run_trial
 from autoprune.training.evaluation import recalibrate_
 
 HERE = Path(__file__).resolve().parent
 RESULTS = HERE / "results"
 SHARES = (0.1, 0.2, 0.33)  # of a trial's epochs on its first rung
-PRODUCT_SHARE = 0.2  # what known points get: `budget.FIRST_RUNG`
+PRODUCT_SHARE = 0.2  # what known points get: `Heuristics.first_rung_share`
 AT_CEILING = 3  # every third random point: once a trial recovered there, all of them are
 OTHER_SEED = 10_000
 
@@ -124,21 +125,21 @@ def _arguments() -> argparse.Namespace:
 def record(args: argparse.Namespace) -> None:
     """Run what is missing."""
     cell, done = CELLS[args.cell], {t.key: t for t in read_trials(args.csv)}
-    setup = _setup(args.cell, args.cache)
-    ground = _analysed(_first_ground(setup), args.cache / f"sampler-{args.cell}-1.json")
+    problem = _problem(args.cell, args.cache)
+    context = _analysed(_first_context(problem), args.cache / f"sampler-{args.cell}-1.json")
     if args.round == 2:
-        ground = _second_ground(setup, ground, cell, [t for t in done.values() if t.of == (args.cell, 1)])
-        ground = _analysed(ground, args.cache / f"sampler-{args.cell}-2.json")
-    space = Space.of(ground.study.search, CEILINGS[args.round])
-    for job in _jobs(ground, space, args, cell.again):
+        context = _second_context(context, cell, [t for t in done.values() if t.of == (args.cell, 1)])
+        context = _analysed(context, args.cache / f"sampler-{args.cell}-2.json")
+    space = SearchSpace(search=problem.study.search, ceiling=CEILINGS[args.round])
+    for job in _jobs(context, space, args, cell.again):
         key = Key(cell=args.cell, round=args.round, kind=job.kind, number=job.number)
         if key not in done:
-            trial = _recorded(key, ground, space, job, cell)
+            trial = _recorded(key, context, space, job, cell)
             append_row(args.csv, trial.row(json.dumps), FIELDS)
             print(trial, flush=True)
 
 
-def _setup(name: str, cache: Path) -> Setup:
+def _problem(name: str, cache: Path) -> Problem:
     cell = CELLS[name]
     case = load(cell.network, Path(os.environ.get("AUTOPRUNE_DATA", ".")), cache)
     data = case.data
@@ -152,60 +153,62 @@ def _setup(name: str, cache: Path) -> Setup:
     )  # fmt: skip
 
 
-def _first_ground(setup: Setup) -> Ground:
-    return Ground(
-        study=setup.study, data=setup.data, device=setup.device, metric=setup.metric,
-        original=setup.model, original_cost=setup.original_cost, target_cost=setup.target_cost,
-        model=setup.model, graph=setup.graph, plan=PruningPlan.full(setup.graph), table=None,
-        seed=derive_seed(setup.study.seed, 1), example=setup.example,
+def _first_context(problem: Problem) -> RoundContext:
+    start = RoundStart(model=problem.original, graph=problem.graph, plan=PruningPlan.full(problem.graph))
+    return RoundContext(
+        problem=problem, start=start, target_cost=problem.target_cost, table=None,
+        seed=derive_seed(problem.study.seed, 1),
     )  # fmt: skip
 
 
-def _second_ground(setup: Setup, first: Ground, cell: Cell, trials: list[Trial]) -> Ground:
+def _second_context(first: RoundContext, cell: Cell, trials: list[Trial]) -> RoundContext:
     """On the network of the best recorded trial at the ceiling, which is made again."""
     ceiling = CEILINGS[1]
     deep = [t for t in trials if t.kind in ("first", "random") and t.point["prune_rate"] >= ceiling]
     best = max(deep, key=lambda t: t.top1)
     result = run_trial(
-        first, params_of(best.point, ceiling), epochs=_ladder(cell, best.first_rung), seed=best.seed
+        first, params_of(best.point, ceiling), rungs=_ladder(cell, best.first_rung), seed=best.seed
     )
     assert result.model is not None
     assert result.plan is not None
     print(f"second round on trial {best.number}: {best.top1}, again {result.record.top1}", flush=True)
-    graph = traced(setup.study, result.model, setup.example).with_bounds_of(setup.graph)
-    return replace(
-        first, model=result.model, graph=graph, plan=result.plan, table=None, cached_scores={},
-        seed=derive_seed(setup.study.seed, 2),
+    problem = first.problem
+    graph = trace_for_study(problem.study, result.model, problem.example).with_bounds_of(problem.graph)
+    return RoundContext(
+        problem=problem, start=RoundStart(model=result.model, graph=graph, plan=result.plan),
+        target_cost=problem.target_cost, table=None, seed=derive_seed(problem.study.seed, 2),
     )  # fmt: skip
 
 
-def _analysed(ground: Ground, kept: Path) -> Ground:
+def _analysed(context: RoundContext, kept: Path) -> RoundContext:
     if not kept.exists():
-        study = ground.study
+        problem, start = context.problem, context.start
         table = sensitivity(
-            ground.model, ground.graph, ground.data.search, settings=study.analysis,
-            calibration=ground.data.train, device=ground.device,
+            start.model, start.graph, problem.data.search, settings=problem.study.analysis,
+            calibration=problem.data.train, device=problem.device,
         )  # fmt: skip
         kept.write_text(table.to_json(), encoding="utf-8")
-    return replace(ground, table=SensitivityTable.from_json(kept.read_text(encoding="utf-8")))
+    return replace(context, table=SensitivityTable.from_json(kept.read_text(encoding="utf-8")))
 
 
-def _jobs(ground: Ground, space: Space, args: argparse.Namespace, num_again: int) -> Iterator[Job]:
-    first = first_points(ground, space)
-    known = [*first, *(p for p in settled_points(first, space) if p not in first)]
-    for number, point in enumerate(known):
-        seed = derive_seed(ground.seed, number)
+def _jobs(
+    context: RoundContext, space: SearchSpace, args: argparse.Namespace, num_again: int
+) -> Iterator[Job]:
+    first = initial_points(context, space)
+    known = [*first, *(p for p in points_at_ceiling(first, space) if p not in first)]
+    for number, params in enumerate(known):
+        seed, point = derive_seed(context.seed, number), params.to_optuna()
         yield Job(kind="first", number=number, point=point, first_rung=PRODUCT_SHARE, seed=seed)
     for number in range(args.trials):
-        yield _random_job("random", ground, space, number, number)
+        yield _random_job("random", context, space, number, number)
         if number < num_again:
-            yield _random_job("again", ground, space, number, OTHER_SEED + number)
+            yield _random_job("again", context, space, number, OTHER_SEED + number)
     for number in range(min(args.trials, args.rungs)):
-        yield _random_job(RUNG, ground, space, number, number)
+        yield _random_job(RUNG, context, space, number, number)
 
 
-def _random_job(kind: str, ground: Ground, space: Space, number: int, seed: int) -> Job:
-    sampler = optuna.samplers.RandomSampler(seed=derive_seed(ground.seed, number) % 2**32)
+def _random_job(kind: str, context: RoundContext, space: SearchSpace, number: int, seed: int) -> Job:
+    sampler = optuna.samplers.RandomSampler(seed=derive_seed(context.seed, number) % 2**32)
     asked = optuna.create_study(sampler=sampler).ask()
     suggest(asked, space)
     point = dict(asked.params)
@@ -213,7 +216,7 @@ def _random_job(kind: str, ground: Ground, space: Space, number: int, seed: int)
         point["prune_rate"] = space.ceiling
     share = SHARES[number // AT_CEILING % len(SHARES)]
     return Job(
-        kind=kind, number=number, point=point, first_rung=share, seed=derive_seed(ground.seed, 100 + seed)
+        kind=kind, number=number, point=point, first_rung=share, seed=derive_seed(context.seed, 100 + seed)
     )
 
 
@@ -221,12 +224,12 @@ def _ladder(cell: Cell, share: float) -> tuple[float, ...]:
     return (share * cell.epochs, (1 - share) * cell.epochs)
 
 
-def _recorded(key: Key, ground: Ground, space: Space, job: Job, cell: Cell) -> Trial:
+def _recorded(key: Key, context: RoundContext, space: SearchSpace, job: Job, cell: Cell) -> Trial:
     ladder = _ladder(cell, job.first_rung)[: 1 if job.kind == RUNG else 2]
-    result = run_trial(ground, params_of(job.point, space.ceiling), epochs=ladder, seed=job.seed)
+    result = run_trial(context, params_of(job.point, space.ceiling), rungs=ladder, seed=job.seed)
     found = result.record
     if job.kind == RUNG and result.model is not None:
-        found = replace(found, top1=_recalibrated(ground, result.model))
+        found = replace(found, top1=_recalibrated(context, result.model))
     return Trial(
         **vars(key), seed=job.seed, ceiling=space.ceiling, first_rung=job.first_rung, point=job.point,
         rate=found.prune_rate or 0.0, cost_share=found.cost_share or 1.0, untuned=found.before_tuning or 0.0,
@@ -235,13 +238,13 @@ def _recorded(key: Key, ground: Ground, space: Space, job: Job, cell: Cell) -> T
     )  # fmt: skip
 
 
-def _recalibrated(ground: Ground, model: nn.Module) -> float:
-    tune = ground.study.finetune
+def _recalibrated(context: RoundContext, model: nn.Module) -> float:
+    problem, tune = context.problem, context.problem.study.finetune
     recalibrate_(
-        model, ground.data.train, num_batches=tune.recalibrate_batches, batch_size=tune.batch_size,
-        device=ground.device, seed=ground.seed,
+        model, problem.data.train, num_batches=tune.recalibrate_batches, batch_size=tune.batch_size,
+        device=problem.device, seed=context.seed,
     )  # fmt: skip
-    return measure(ground, model).top1
+    return problem.evaluate_on_search(model).top1
 
 
 if __name__ == "__main__":

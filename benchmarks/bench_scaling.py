@@ -27,7 +27,7 @@ from pathlib import Path
 
 from subcommands import Subcommand, run_subcommand
 
-from autoprune.search.history import read_plan, read_trials
+from autoprune.search.history import read_round, read_trials
 from autoprune.storage.run_store import RunStore, completed_trials, run_name_at
 from autoprune.storage.trial_slots import OWNER
 
@@ -76,7 +76,7 @@ def times_of(folder: Path) -> Times:
     with closing(RunStore(folder, run_name_at(folder))) as store:
         rounds = list(store.rounds())
         trials = [t.seconds for study in rounds for t in read_trials(study) if t.top1 is not None]
-        return Times(trials=trials, between=sum(read_plan(s).analysis_seconds for s in rounds) / len(rounds))
+        return Times(trials=trials, between=sum(read_round(s).analysis_seconds for s in rounds) / len(rounds))
 
 
 def simulate(times: Times, workers: int, planned: int, dice: random.Random) -> Scaled:

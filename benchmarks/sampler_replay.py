@@ -20,26 +20,25 @@ from typing import Literal
 
 import numpy as np
 import optuna
-from sampler_worlds import World
+from sampler_worlds import Point, World, params_of
 from scipy.stats import rankdata
 
 from autoprune.config import Decay
 from autoprune.search.controller import TIE
 from autoprune.search.proposals import (
-    Past,
-    Point,
-    Space,
-    advise,
+    Observation,
+    SearchSpace,
     make_sampler,
     next_points,
-    params_of,
-    settled_points,
+    points_at_ceiling,
+    propose,
 )
 from autoprune.search.round import FAILED_VALUE, TIE_WEIGHT
+from autoprune.search.trial import TrialParams
 
 Goal = Literal["deepest", "ceiling", "settled"]
 GOALS: tuple[Goal, ...] = ("deepest", "ceiling", "settled")
-RunHeader = Callable[[Sequence["Seen"], Sequence[Past]], list[Past]]
+Encoding = Callable[[Sequence["Seen"], Sequence[Observation]], list[Observation]]
 DEEP, NEAR, TOP = 0.8, 0.02, 0.95  # of the ceiling; rates this near; quantile of what they score
 FEW = 0.9  # quantile of what is scored at the ceiling
 DECIMALS = 6
@@ -57,17 +56,17 @@ class Seen:
     value: float
 
     @property
-    def past(self) -> Past:
+    def past(self) -> Observation:
         """What the sampler is told."""
-        return Past(point=self.point, value=self.value)
+        return Observation(params=TrialParams.from_optuna(self.point), value=self.value)
 
 
-def as_valued(own: Sequence[Seen], earlier: Sequence[Past]) -> list[Past]:
+def as_valued(own: Sequence[Seen], earlier: Sequence[Observation]) -> list[Observation]:
     """What the product tells: the lexicographic value."""
     return [*earlier, *(s.past for s in own)]
 
 
-def as_ranked(own: Sequence[Seen], earlier: Sequence[Past]) -> list[Past]:
+def as_ranked(own: Sequence[Seen], earlier: Sequence[Observation]) -> list[Observation]:
     """Ranks of the values: a step between failing and recovering is no larger than any other."""
     past = as_valued(own, earlier)
     if not past:
@@ -89,7 +88,7 @@ class Way:
     name: str
     sampler: Callable[[int], optuna.samplers.BaseSampler]
     begins: bool = True
-    told: RunHeader = as_valued
+    told: Encoding = as_valued
     decays: tuple[Decay, ...] | None = None
     line: int = 0
     most: int = 16
@@ -168,7 +167,7 @@ class Round:
 
 
 def play(
-    one: Round, way: Way, seed: int, trials: int, *, earlier: Sequence[Past] = (),
+    one: Round, way: Way, seed: int, trials: int, *, earlier: Sequence[Observation] = (),
     known: Sequence[Point] | None = None,
 ) -> list[Seen]:  # fmt: skip
     """Search a round as `search.next_point` does, one trial after the other."""
@@ -179,14 +178,14 @@ def play(
         settled = one.goal == "settled" or any(
             s.recovered and s.point["prune_rate"] >= world.ceiling * (1 - 1e-9) for s in own
         )
-        points = settled_points(begin, space) if settled and begin else begin
+        points = _points_at_ceiling(begin, space) if settled and begin else begin
         if seat < len(points):
             point = points[seat]
         elif settled and own and seat < len(points) + way.line:
             point = _on_the_line(own, space)
         else:
             sampler = way.sampler(seed * 1000 + seat)
-            point = advise(space, sampler, way.told(own, earlier))
+            point = propose(space, sampler, way.told(own, earlier)).to_optuna()
         if settled:
             point = point | {"prune_rate": world.ceiling}
         own.append(_tried(one, point, seed * 1000 + seat))
@@ -204,12 +203,16 @@ def _tried(one: Round, point: Point, seed: int) -> Seen:
     return Seen(point=point, rate=rate, top1=top1, mean=world.mean(point), recovered=recovered, value=value)
 
 
-def _on_the_line(own: Sequence[Seen], space: Space) -> Point:
+def _points_at_ceiling(points: Sequence[Point], space: SearchSpace) -> list[Point]:
+    return [p.to_optuna() for p in points_at_ceiling([TrialParams.from_optuna(p) for p in points], space)]
+
+
+def _on_the_line(own: Sequence[Seen], space: SearchSpace) -> Point:
     """The best trial, half way (in logarithms) to the better of its neighbours in learning rate."""
     most = max(s.rate for s in own)
     tied = sorted((s for s in own if s.rate >= most - TIE), key=lambda s: s.point["lr"])
     best = max(range(len(tied)), key=lambda i: tied[i].top1)
-    low, high = space.lr
+    low, high = space.search.lr
     beside = [tied[i] for i in (best - 1, best + 1) if 0 <= i < len(tied)]
     here = tied[best].point["lr"]
     if len(beside) < 2:  # the best is at the end of what was tried
@@ -235,13 +238,14 @@ def second(first: Round, then: Round, start: str, seed: int, trials: int) -> lis
     won = max(before, key=lambda s: (s.recovered, s.rate if s.recovered else 0.0, s.top1))
     factor = then.world.ceiling / first.world.ceiling
     earlier = [
-        Past(
-            point=s.point | {"prune_rate": factor * s.point["prune_rate"]},
+        Observation(
+            params=TrialParams.from_optuna(s.point | {"prune_rate": factor * s.point["prune_rate"]}),
             value=factor * s.rate + TIE_WEIGHT * s.top1 if s.recovered else s.value,
         )
         for s in before
     ]
-    known = next_points(won.point, then.world.space) if "next_points" in start else then.world.known
+    later = [p.to_optuna() for p in next_points(TrialParams.from_optuna(won.point), then.world.space)]
+    known = later if "next_points" in start else then.world.known
     if start.startswith("first point,"):
         known = [then.world.known[0], *known]
     way = replace(PRODUCT, begins=start != STARTS[0])

@@ -33,7 +33,10 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
 from autoprune.config import DECAYS, Search
-from autoprune.search.proposals import Point, Space, params_of, suggest
+from autoprune.search.proposals import SearchSpace, suggest
+from autoprune.search.trial import TrialParams
+
+Point = dict[str, Any]  # as Optuna stores a trial's parameters, and as the CSV files hold them
 
 Array = NDArray[np.float64]
 FOLDS = 10
@@ -137,7 +140,7 @@ class World:
         self.trials = [t for t in trials if not t.failure and t.kind != RUNG]
         self.rungs = {t.number: t for t in trials if not t.failure and t.kind == RUNG}
         self.ceiling = trials[0].ceiling
-        self.space = Space.of(Search(), self.ceiling)
+        self.space = SearchSpace(search=Search(), ceiling=self.ceiling)
         self.known = [t.point for t in sorted(self._kind("first"), key=lambda t: t.number)][:3]
         self._x = np.array([_features(t.point, self.ceiling, t.first_rung) for t in self.trials])
         self._y = _to_log([t.top1 for t in self.trials])
@@ -257,6 +260,11 @@ def _to_log(top1: Sequence[float]) -> Array:
 
 def _from_log(y: Array) -> Array:
     return np.clip(1 + LEAST_ERROR - np.exp(-y), 0.0, 1.0)
+
+
+def params_of(point: Point, ceiling: float) -> TrialParams:
+    """A recorded trial's parameters as it ran them: a rate near the ceiling became the ceiling."""
+    return SearchSpace(search=Search(), ceiling=ceiling).snap(TrialParams.from_optuna(point))
 
 
 def _features(point: Point, ceiling: float, first_rung: float) -> list[float]:

@@ -18,7 +18,7 @@ from sampler_replay import PRODUCT, WAYS, Round, play, second
 from sampler_worlds import FIELDS, RUNG, Trial, World, read_trials
 
 from autoprune.config import Search
-from autoprune.search.proposals import Space, suggest
+from autoprune.search.proposals import SearchSpace, suggest
 from autoprune.storage.run_store import quiet_optuna
 
 BEST_LR = 0.03
@@ -32,7 +32,7 @@ def quiet() -> Iterator[None]:
 
 def made_up(number: int = 1, ceiling: float = 0.5) -> list[Trial]:
     """Accuracy falls with the distance of the learning rate from the best, and with the rate."""
-    space, rng = Space.of(Search(decays=("cosine", "linear")), ceiling), np.random.default_rng(number)
+    space, rng = SearchSpace.of(Search(decays=("cosine", "linear")), ceiling), np.random.default_rng(number)
     study = optuna.create_study(sampler=optuna.samplers.RandomSampler(seed=number))
     deep = {"decay": "cosine", "cosine_final": 0.0, "criterion": "l1", "strategy": "sensitivity"}
     points = [deep | {"prune_rate": ceiling, "lr": lr} for lr in (0.01, 0.03, 0.003)]

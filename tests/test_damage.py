@@ -18,7 +18,7 @@ from autoprune.errors import AutopruneError, RunError
 from autoprune.location import DATABASE
 from autoprune.pipeline.run import run
 from autoprune.search.controller import replay
-from autoprune.search.history import outcomes, read_goal, read_plan
+from autoprune.search.history import read_baseline, read_round, round_outcomes
 from autoprune.storage.membership import RunLockedError
 from autoprune.storage.run_store import RunStore, completed_trials, quiet_optuna, set_attrs
 from tests.tiny import tiny_study
@@ -155,6 +155,6 @@ def test_a_run_goes_on_from_the_last_good_commit_of_a_damaged_log(seed: int, tmp
     assert again.after.macs == result.after.macs
     assert again.after.top1 == result.after.top1
     with closing(RunStore(copy, "tiny")) as store:
-        replay(read_goal(store), tiny_study().control, outcomes(store))
-        assert all(len(completed_trials(study)) <= read_plan(study).trials for study in store.rounds())
+        replay(read_baseline(store).goal, tiny_study().control, round_outcomes(store))
+        assert all(len(completed_trials(study)) <= read_round(study).trials for study in store.rounds())
     assert main(["verify", str(copy / "model.autoprune")]) == 0

@@ -19,8 +19,8 @@ import pytest
 
 from autoprune.cli.main import main
 from autoprune.errors import UsageError
-from autoprune.search.controller import Decision, RoundOutcome, decide, start
-from autoprune.search.history import CHECKPOINT, RESULT, read_goal, read_plan, read_run, summaries
+from autoprune.search.controller import Decision, RoundOutcome, decide, initial_state
+from autoprune.search.history import CHECKPOINT, RESULT, read_baseline, read_round, read_run, trial_summaries
 from autoprune.storage.run_store import RunStore, completed_trials, run_name_at
 from autoprune.storage.trial_slots import SLOT
 from tests.tiny import tiny_study
@@ -114,16 +114,16 @@ def check(out: Path, before: dict[tuple[str, int], Any]) -> None:
         return
     control = tiny_study().control
     with closing(RunStore(out, "tiny")) as store:
-        goal = read_goal(store)
-        state = start(goal, control)
+        goal = read_baseline(store).goal
+        state = initial_state(goal, control)
         for study in store.rounds():
             slots = [t.user_attrs[SLOT] for t in completed_trials(study)]
             assert sorted(slots) == list(range(len(slots)))
-            assert len(slots) <= read_plan(study).trials
+            assert len(slots) <= read_round(study).trials
             told = study.user_attrs
             if "action" not in told:
                 continue
-            outcome = RoundOutcome(trials=summaries(study), budget_left=told["budget_left"])
+            outcome = RoundOutcome(trials=trial_summaries(study), budget_left=told["budget_left"])
             decision: Decision = decide(goal, control, state, outcome)
             assert (decision.action, decision.promoted) == (told["action"], told["promoted"])
             state = decision.state

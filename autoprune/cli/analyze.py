@@ -126,10 +126,10 @@ def groups(
     else:
         if size is not None:
             raise UsageError("--input is given beside data", "the data's own shape is used; leave it out")
-        from autoprune.pipeline import understand
+        from autoprune.pipeline import trace_study
 
         chosen = choose_study(study, model, weights, data)
-        graph = understand(changed(chosen, exclude, only, norms=norms, round_to=round_to)).graph
+        graph = trace_study(changed(chosen, exclude, only, norms=norms, round_to=round_to)).graph
     if as_json:
         sys.stdout.write(json_text(graph_document(graph), indent=1) + "\n")
     else:
@@ -141,14 +141,14 @@ def _bare_graph(model: str, size: str, *, round_to: int | None, **wishes: Any) -
     import torch
 
     from autoprune.cli.study_flags import build_network, find_factory
-    from autoprune.pipeline import DEFAULT_ROUND_TO
+    from autoprune.heuristics import DEFAULTS
     from autoprune.structure import trace
 
     if not re.fullmatch(r"[1-9]\d*(x[1-9]\d*)*", size):
         raise UsageError(f"--input {size!r} is not a shape", "write for example 3x224x224")
     example = torch.zeros(1, *map(int, size.split("x")))
     return trace(
-        build_network(find_factory(model), None), example, round_to=round_to or DEFAULT_ROUND_TO, **wishes
+        build_network(find_factory(model), None), example, round_to=round_to or DEFAULTS.round_to, **wishes
     )
 
 
@@ -243,13 +243,13 @@ def _write_analysis(
 
 def _measure(study: Study, tries: int, on_event: OnEvent) -> tuple[SensitivityTable, tuple[Prospect, ...]]:
     from autoprune.data import derive_seed
-    from autoprune.pipeline import traced, understand
+    from autoprune.pipeline import trace_for_study, trace_study
     from autoprune.pruning import make_setup, max_num_points, one_shot_prospects, sensitivity
     from autoprune.tasks import task_of
     from autoprune.training import resolve_device, train_baseline_
 
     check_study(study)
-    known, device, task = understand(study), resolve_device(study.device), task_of(study)
+    known, device, task = trace_study(study), resolve_device(study.device), task_of(study)
     if study.baseline is not None:
         total = study.baseline.epochs
         on_event(StageStarted(stage="baseline", round=0, detail="train"))
@@ -275,6 +275,6 @@ def _measure(study: Study, tries: int, on_event: OnEvent) -> tuple[SensitivityTa
     )
     prospects = one_shot_prospects(
         setup, known.data.search, table=table, num_classes=known.data.num_classes, tries=tries,
-        retrace=lambda pruned: traced(study, pruned, known.example).with_bounds_of(known.graph),
+        retrace=lambda pruned: trace_for_study(study, pruned, known.example).with_bounds_of(known.graph),
     )  # fmt: skip
     return table, prospects

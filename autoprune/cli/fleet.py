@@ -79,7 +79,7 @@ def worker(
     Network, data and settings have to be those that the run was started with, which is checked.
     """
     from autoprune.location import parse_run
-    from autoprune.pipeline import work_on
+    from autoprune.pipeline import run_worker
     from autoprune.storage import read_run_header
 
     told = read_run_header(parse_run(run, artifacts))
@@ -90,7 +90,7 @@ def worker(
         if run_identity:
             protection = replace(protection, run_identities=tuple(run_identity))
         try:
-            number = work_on(chosen, told.location, protection=protection, on_event=on_event)
+            number = run_worker(chosen, told.location, protection=protection, on_event=on_event)
         except KeyboardInterrupt:
             raise StoppedError(
                 "interrupted; the run goes on without this worker", "the same command joins again"

@@ -290,11 +290,11 @@ def read_secret(descriptor: int) -> str:
 def _show_plan(
     study: Study, location: RunLocation, protection: Protection, *, resume: bool, as_json: bool
 ) -> int:
-    from autoprune.pipeline import make_plan, prepare
+    from autoprune.pipeline import forecast_run, prepare
     from autoprune.storage import run_cipher
 
     run_cipher(protection)
-    plan = make_plan(prepare(study, out=location, resume=resume, protection=protection))
+    plan = forecast_run(prepare(study, out=location, resume=resume, protection=protection))
     if as_json:
         sys.stdout.write(json_text(plan, indent=1) + "\n")
     else:

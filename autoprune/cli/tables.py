@@ -14,7 +14,7 @@ from autoprune.report import ComparisonRow, answer, caution
 
 if TYPE_CHECKING:
     from autoprune.cli.doctor import Finding
-    from autoprune.pipeline import RunPlan, RunStatus
+    from autoprune.pipeline import RunForecast, RunStatus
     from autoprune.pruning import Cell, Prospect, SensitivityTable
     from autoprune.record import RunRecord, TrialRecord
     from autoprune.storage import Process
@@ -39,7 +39,7 @@ def comparison_table(rows: Sequence[ComparisonRow]) -> Table:
     return table
 
 
-def plan_text(plan: RunPlan) -> RenderableType:
+def plan_text(plan: RunForecast) -> RenderableType:
     """What a run would do, for `--dry-run`."""
     samples = ", ".join(f"{n} {s:,}" for n, s in plan.num_samples.items())
     known = (

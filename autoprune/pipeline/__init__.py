@@ -1,29 +1,45 @@
-"""Rooms are described once all of them stand."""
+"""What a command does from its first check to its last file: runs, workers, sweeps, and their status.
+
+This room knows the order of things and nothing of how they are done. `run` is the story of the product; the
+others start from the same `Problem` and the same stored studies.
+
+In reading order:
+
+* `run`: `autoprune run`, the four stages in a loop.
+* `preflight`: everything that can be wrong is found before anything starts; the forecast of a dry run.
+* `baseline`: the original, trained where that is asked for, measured and stored; a run that is resumed.
+* `delivery`: the final tuning, the test, the delivered file, the report.
+* `measurement`: a model in numbers: accuracy, cost, widths, latency.
+* `worker`: another process that runs trials of a run.
+* `local_workers`: such processes on this machine, started and ended with a run.
+* `status`: how a run stands at this moment.
+* `sweep`: several runs, one after the other, in the time that there is.
+* `throughput`: how fast this machine works on a study.
+"""
 
 from autoprune.pipeline.local_workers import local_workers
-from autoprune.pipeline.preflight import DEFAULT_ROUND_TO, RunPlan, make_plan, prepare, traced, understand
+from autoprune.pipeline.preflight import RunForecast, forecast_run, prepare, trace_for_study, trace_study
 from autoprune.pipeline.run import run
 from autoprune.pipeline.status import RunStatus, read_status
 from autoprune.pipeline.sweep import Clock, jobs_of, look, sweep, used_seconds
 from autoprune.pipeline.throughput import throughput
-from autoprune.pipeline.worker import work_on
+from autoprune.pipeline.worker import run_worker
 
 __all__ = [
-    "DEFAULT_ROUND_TO",
     "Clock",
-    "RunPlan",
+    "RunForecast",
     "RunStatus",
+    "forecast_run",
     "jobs_of",
     "local_workers",
     "look",
-    "make_plan",
     "prepare",
     "read_status",
     "run",
+    "run_worker",
     "sweep",
     "throughput",
-    "traced",
-    "understand",
+    "trace_for_study",
+    "trace_study",
     "used_seconds",
-    "work_on",
 ]

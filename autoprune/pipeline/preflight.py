@@ -1,7 +1,8 @@
-"""Everything that can be known to be wrong is found here, before anything is trained or written.
+"""The check of a study, before anything is trained or written.
 
-`prepare` turns a study into a `Setup`: the network, its graph, the data, the device, and the goal in
-absolute numbers. `make_plan` adds what a dry run shows: the rounds to come.
+Whatever can be known to be wrong is reported here. `prepare` turns a study into a `Problem`: the network, its
+graph, the data, the device, and the target in absolute numbers. `forecast_run` adds what a dry run shows: the
+rounds to come.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ import os
 import platform
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from autoprune.artifact import export_model
-from autoprune.config import Budget, Metric, Protection, Study, Target, check_study
+from autoprune.config import Budget, Protection, Study, Target, check_study
 from autoprune.crypto import check_protection, sign_manifest
 from autoprune.data import Data
 from autoprune.errors import AutopruneError, ConfigError, RunError, UnreachableError, UsageError
@@ -29,51 +30,18 @@ from autoprune.formatting import milliseconds
 from autoprune.location import RunLocation
 from autoprune.metrics import Evaluation, wilson_interval
 from autoprune.pruning import CRITERIA, STRATEGIES
-from autoprune.search import Goal, forecast, start
+from autoprune.search import Goal, Problem, forecast_ceilings, initial_state
 from autoprune.serialization import to_plain
 from autoprune.storage import has_run
 from autoprune.structure import ChannelGraph, device_name, trace, with_latency_model
 from autoprune.tasks import task_of
-from autoprune.training import evaluate, resolve_device
+from autoprune.training import resolve_device
 
-SMALL_BATCH_MACS = 1_000_000_000  # a guess between 0.2 GMACs (see fitting_threads) and ResNet-20's 5
-DEFAULT_ROUND_TO = 8  # widths that vector units fill: 8 floats in AVX2, 16-byte rows of halves on a GPU
 PACKAGES = ("autoprune", "torch", "optuna", "numpy", "onnx", "pyrage", "safetensors")
 
 
-@dataclass(frozen=True, kw_only=True, eq=False)
-class Setup:
-    """A study that was found in order.
-
-    Attributes:
-        model: a copy of the study's network, on the CPU; untrained where the study trains a baseline.
-        graph: of `model`.
-        example: one real input, as the network takes it.
-        original_cost: in the target's metric; `target_cost` is what the result may cost.
-        search_before: the network on the search split; None where it is still to be trained.
-    """
-
-    study: Study
-    target: Target
-    budget: Budget
-    metric: Metric
-    model: nn.Module
-    graph: ChannelGraph
-    data: Data
-    device: torch.device
-    example: tuple[Tensor, ...]
-    original_cost: float
-    target_cost: float
-    search_before: Evaluation | None
-
-    @property
-    def target_share(self) -> float:
-        """The target as a share of the original's cost."""
-        return self.target_cost / self.original_cost
-
-
 @dataclass(frozen=True, kw_only=True)
-class PlannedRound:
+class ForecastRound:
     """A round to come, if every round before it succeeds at its ceiling."""
 
     number: int
@@ -83,7 +51,7 @@ class PlannedRound:
 
 
 @dataclass(frozen=True, kw_only=True)
-class RunPlan:
+class RunForecast:
     """What a run would do; floors are known where the network comes trained."""
 
     name: str
@@ -100,11 +68,11 @@ class RunPlan:
     floor: float | None
     budget: str
     device: str
-    rounds: tuple[PlannedRound, ...]
+    rounds: tuple[ForecastRound, ...]
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
-class Understood:
+class TracedStudy:
     """A study's own copy of its network, its data, one real input, and the network's graph."""
 
     model: nn.Module
@@ -113,17 +81,17 @@ class Understood:
     graph: ChannelGraph
 
 
-def understand(study: Study) -> Understood:
+def trace_study(study: Study) -> TracedStudy:
     """Build a study's network and data, and trace the one with the other.
 
     Raises:
         UsageError: the network or the data cannot be made, or the network cannot be traced.
     """
     data = study.data() if callable(study.data) else study.data
-    model = _own_model(study)
-    example = _example(data)
-    graph = traced(study, model, example)
-    return Understood(model=model, data=data, example=example, graph=graph)
+    model = _copy_model(study)
+    example = _first_input(data)
+    graph = trace_for_study(study, model, example)
+    return TracedStudy(model=model, data=data, example=example, graph=graph)
 
 
 def prepare(
@@ -132,7 +100,7 @@ def prepare(
     out: Path | RunLocation | None = None,
     resume: bool = False,
     protection: Protection | None = None,
-) -> Setup:
+) -> Problem:
     """Check a study, its data, its network and the way out; nothing is trained or written.
 
     Args:
@@ -147,25 +115,26 @@ def prepare(
     check_study(study)
     _check_choices(study)
     if out is not None:
-        check_place(out, study.name, resume=resume)
+        check_location(out, study.name, resume=resume)
     if protection is not None:
         _check_protection(protection)
-    device = resolve_device(study.device)
-    known = understand(study)
-    model, data, graph = known.model, known.data, known.graph
-    target = Target.parse(study.target)
+    device, target = resolve_device(study.device), Target.parse(study.target)
+    traced = trace_study(study)
+    graph = traced.graph
     if target.metric == "latency":
-        graph = with_latency_model(graph, model, known.example, device)
-    metric, original_cost, target_cost = _costs(target, graph)
+        graph = with_latency_model(graph, traced.model, traced.example, device)
+    original_cost, target_cost = _costs(target, graph)
     if out is not None and not resume:
-        check_delivery(model, known.example)
-    is_known = resume and out is None
-    found = None if study.baseline or is_known else measured_baseline(study, model, data, device)
-    return Setup(
-        study=study, target=target, budget=Budget.parse(study.budget), metric=metric, model=model,
-        graph=graph, data=data, device=device, example=known.example, original_cost=original_cost,
-        target_cost=target_cost, search_before=found,
+        check_delivery(traced.model, traced.example)
+    problem = Problem(
+        study=study, task=task_of(study), target=target, budget=Budget.parse(study.budget),
+        original=traced.model, graph=graph, data=traced.data, device=device, example=traced.example,
+        original_cost=original_cost, target_cost=target_cost,
     )  # fmt: skip
+    is_measured = resume and out is None  # a worker joins a run whose original was measured
+    if study.baseline or is_measured:
+        return problem
+    return replace(problem, search_evaluation=evaluate_original(problem))
 
 
 def _check_protection(protection: Protection) -> None:
@@ -189,7 +158,7 @@ def check_delivery(model: nn.Module, example: tuple[Tensor, ...]) -> None:
         raise UsageError(f"the network could not be delivered: {error.message}", error.hint) from error
 
 
-def traced(study: Study, model: nn.Module, example: tuple[Tensor, ...]) -> ChannelGraph:
+def trace_for_study(study: Study, model: nn.Module, example: tuple[Tensor, ...]) -> ChannelGraph:
     """The graph of a network as the study wants it pruned."""
     graph = trace(
         model,
@@ -197,61 +166,63 @@ def traced(study: Study, model: nn.Module, example: tuple[Tensor, ...]) -> Chann
         exclude=study.exclude,
         only=study.only,
         norms=study.norms,
-        round_to=study.round_to or DEFAULT_ROUND_TO,
+        round_to=study.round_to or study.heuristics.round_to,
     )
     return graph.with_bounds(min_keep=study.min_keep, max_ratio=study.max_ratio)
 
 
-def measured_baseline(study: Study, model: nn.Module, data: Data, device: torch.device) -> Evaluation:
-    """The original on the search split.
+def evaluate_original(problem: Problem) -> Evaluation:
+    """Evaluate the original on the search split.
 
     Raises:
         UsageError: it is no better than guessing.
+        RunError: it is no better than guessing though the study trained it.
     """
-    found = evaluate(model, data.search, device=device, task=task_of(study))
+    study, data = problem.study, problem.data
+    evaluation = problem.evaluate_on_search(problem.original)
     chance = 1 / data.num_classes if data.num_classes > 1 and study.evaluate is None else 0.0
-    if wilson_interval(found.top1, found.num_samples).low <= chance:
-        told = f"the network scores {found.top1:.4f} on {found.num_samples} samples of the search split"
+    if wilson_interval(evaluation.top1, evaluation.num_samples).low <= chance:
+        top1, samples = evaluation.top1, evaluation.num_samples
+        message = f"the network scores {top1:.4f} on {samples} samples of the search split"
         if study.baseline:
             raise RunError(
-                f"{told} after training: no better than guessing",
+                f"{message} after training: no better than guessing",
                 "give the baseline more epochs, or another lr",
             )
         raise UsageError(
-            f"{told}: no better than guessing among {data.num_classes} classes",
+            f"{message}: no better than guessing among {data.num_classes} classes",
             "load trained weights into it, check that inputs are normalised as in training, or give the "
             "study a baseline=Baseline(epochs=...) to train it first",
         )
-    return found
+    return evaluation
 
 
-def make_plan(setup: Setup) -> RunPlan:
-    """The rounds to come, if all of them succeed."""
-    study, found = setup.study, setup.search_before
+def forecast_run(problem: Problem) -> RunForecast:
+    """Return the rounds to come if all of them succeed at their ceilings."""
+    study, data, before = problem.study, problem.data, problem.search_evaluation
     goal = Goal(
-        baseline_top1=found.top1 if found else 1.0,
+        baseline_top1=before.top1 if before else 1.0,
         max_drop_pp=study.max_drop,
-        target_share=setup.target_share,
+        target_share=problem.target_share,
     )
     share, rounds = 1.0, []
-    for number, ceiling in enumerate(
-        forecast(start(goal, study.control), study.control, goal.target_share), 1
-    ):
+    ceilings = forecast_ceilings(initial_state(goal, study.control), study.control, goal.target_share)
+    for number, ceiling in enumerate(ceilings, 1):
         share *= 1 - ceiling
-        floor = goal.floor_at(share) if found else None
-        rounds.append(PlannedRound(number=number, ceiling=ceiling, cost_share=share, floor=floor))
-    cost, data = setup.graph.cost(), setup.data
-    return RunPlan(
-        name=study.name, target=study.target, metric=setup.metric, original_cost=setup.original_cost,
-        target_cost=setup.target_cost, macs=cost.macs, params=cost.params,
-        num_groups=len(setup.graph.groups), num_frozen=len(setup.graph.frozen),
+        floor = goal.floor_at(share) if before else None
+        rounds.append(ForecastRound(number=number, ceiling=ceiling, cost_share=share, floor=floor))
+    cost = problem.graph.cost()
+    return RunForecast(
+        name=study.name, target=study.target, metric=problem.metric, original_cost=problem.original_cost,
+        target_cost=problem.target_cost, macs=cost.macs, params=cost.params,
+        num_groups=len(problem.graph.groups), num_frozen=len(problem.graph.frozen),
         num_samples={"train": len(data.train), "search": len(data.search), "test": len(data.test)},
-        top1=found.top1 if found else None, floor=goal.floor if found else None,
-        budget=study.budget, device=str(setup.device), rounds=tuple(rounds),
+        top1=before.top1 if before else None, floor=goal.floor if before else None,
+        budget=study.budget, device=str(problem.device), rounds=tuple(rounds),
     )  # fmt: skip
 
 
-def check_place(out: Path | RunLocation, name: str, *, resume: bool) -> None:
+def check_location(out: Path | RunLocation, name: str, *, resume: bool) -> None:
     """See that a run may be kept there: in an empty or new folder, or, to resume, where there is one.
 
     Raises:
@@ -270,16 +241,16 @@ def check_place(out: Path | RunLocation, name: str, *, resume: bool) -> None:
 
 
 @contextmanager
-def fitting_threads(setup: Setup) -> Iterator[None]:
-    """One thread for networks whose batches are too small to share out; the number comes back afterwards.
+def thread_limit(problem: Problem) -> Iterator[None]:
+    """Use one thread for networks whose batches are too small to share out, for the length of a `with` block.
 
-    By a rule rather than by timing, so that a seed gives the same weights each time. Measured on two cores
-    at 0.2 GMACs a batch: one thread is as fast as two, and ten times as fast where others want the cores.
-    A latency is the user's with the threads that they gave, so there the number stays.
+    A rule decides rather than a timing, so that a seed gives the same weights each time. Measured on two
+    cores at 0.2e9 MACs a batch: one thread is as fast as two, and ten times as fast where others want the
+    cores. A latency is the user's with the threads that they gave, so with such a target the number stays.
     """
-    before = torch.get_num_threads()
-    is_small = setup.graph.cost().macs * setup.study.finetune.batch_size < SMALL_BATCH_MACS
-    if is_small and setup.metric != "latency":
+    before, study = torch.get_num_threads(), problem.study
+    batch_macs = problem.graph.cost().macs * study.finetune.batch_size
+    if batch_macs < study.heuristics.small_batch_macs and problem.metric != "latency":
         torch.set_num_threads(1)
     try:
         yield
@@ -321,7 +292,7 @@ def _check_choices(study: Study) -> None:
         raise ConfigError(problems)
 
 
-def _own_model(study: Study) -> nn.Module:
+def _copy_model(study: Study) -> nn.Module:
     with torch.random.fork_rng():
         torch.manual_seed(study.seed)  # a network that is built untrained starts from the study's seed
         built = study.model if isinstance(study.model, nn.Module) else study.model()
@@ -333,13 +304,13 @@ def _own_model(study: Study) -> nn.Module:
     return copy.deepcopy(built).cpu()
 
 
-def _example(data: Data) -> tuple[Tensor, ...]:
+def _first_input(data: Data) -> tuple[Tensor, ...]:
     inputs, _ = next(iter(data.search.take(np.zeros(1, dtype=np.int64)).batches(1)))
     return tuple(inputs) if isinstance(inputs, tuple | list) else (inputs,)
 
 
-def _costs(target: Target, graph: ChannelGraph) -> tuple[Metric, float, float]:
-    """Metric, the original's cost, and the allowed cost.
+def _costs(target: Target, graph: ChannelGraph) -> tuple[float, float]:
+    """Return the original's cost and the allowed cost, in the target's metric.
 
     Raises:
         UsageError: the target is met already, or no plan can meet it.
@@ -363,7 +334,7 @@ def _costs(target: Target, graph: ChannelGraph) -> tuple[Metric, float, float]:
             "ask for more, or see with autoprune groups which parameters are frozen, and why",
             nearest_cost=nearest,
         )
-    return metric, original, allowed
+    return original, allowed
 
 
 def _plain(value: Any) -> Any:

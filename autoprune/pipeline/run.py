@@ -1,8 +1,8 @@
-"""The whole of `autoprune run` in one file: measure, analyse, prune, fine-tune, decide, until done; deliver.
+"""The whole of `autoprune run` in one file: check, measure, then rounds until done, then deliver.
 
-The truth is in the store (`store`, `history`): a run that was stopped goes on by replaying its decided
-rounds and finishing the undecided one. How a round is searched is in `search`, how one trial works in
-`trial`, what the decisions are in `controller`, and what is delivered in `delivery`.
+One round is: analyse the model it starts from, plan what it may spend, search (prune, fine-tune and score
+trial after trial), and let the controller decide. All that is decided is stored before it is acted on, so
+that this function, called again with `resume`, goes on where a process was stopped.
 """
 
 from __future__ import annotations
@@ -21,44 +21,45 @@ from autoprune.config import Protection, Study
 from autoprune.data import derive_seed
 from autoprune.errors import RunError
 from autoprune.location import RunLocation
-from autoprune.pipeline.baseline import NONE, Work, begin, is_measured
+from autoprune.pipeline.baseline import NO_SOURCES, is_measured, start_run
 from autoprune.pipeline.delivery import deliver
-from autoprune.pipeline.preflight import Setup, fitting_threads, prepare, traced
+from autoprune.pipeline.preflight import prepare, thread_limit, trace_for_study
 from autoprune.pruning import SensitivityPoint, SensitivityTable, max_num_points, sensitivity
 from autoprune.record import RunResult, SensitivityCell
 from autoprune.report import annotate_studies
 from autoprune.search import (
-    FINAL_SHARE,
-    MIN_EPOCHS,
+    Allotment,
     Decision,
-    Effort,
-    Ground,
-    Point,
-    RoundJob,
+    DecisionEntry,
+    Problem,
+    RoundBudget,
+    RoundContext,
+    RoundEntry,
     RoundOutcome,
-    RoundPlan,
+    RoundSearch,
+    RoundStart,
+    RunContext,
     Speed,
     State,
+    allot_round,
     checkpoint_of,
     decide,
-    first_points,
-    floor_of_round,
     is_near,
-    keep_point,
-    kept_points,
+    load_points,
     measured_speed,
-    next_points,
-    outcomes,
-    plan_round,
     probe_speed,
-    read_plan,
+    read_round,
     read_trials,
     replay,
+    round_floor,
+    round_outcomes,
     rounds_ahead,
     same_failure,
     search_round,
     should_tune_near_miss,
-    summaries,
+    starting_points,
+    store_point,
+    trial_summaries,
 )
 from autoprune.storage import (
     CHECKPOINT,
@@ -75,10 +76,6 @@ from autoprune.storage import (
     set_attrs,
 )
 from autoprune.structure import densify, verify, with_latency_model
-from autoprune.tasks import task_of
-
-WORTHWHILE = 0.5  # of the longest trials' epochs: shorter ones are not worth a round; a guess
-ANALYSIS_PART = 0.25  # of the time left: there an analysis is cut short, and not made again; a guess
 
 
 def run(  # noqa: PLR0913 - the whole product: each argument is a decision of its caller
@@ -89,7 +86,7 @@ def run(  # noqa: PLR0913 - the whole product: each argument is a decision of it
     protection: Protection = Protection(),  # noqa: B008 - frozen, never changed
     on_event: ev.OnEvent = ev.ignore_event,
     command: str = "",
-    sources: Mapping[str, str] = NONE,
+    sources: Mapping[str, str] = NO_SOURCES,
 ) -> RunResult:
     """Prune the study's network to its target, and deliver the result into a folder.
 
@@ -98,13 +95,13 @@ def run(  # noqa: PLR0913 - the whole product: each argument is a decision of it
         out: where the run is kept, the folder `runs/NAME` by default; it must not hold anything yet.
         resume: go on with the run in `out`, or start it where there is none.
         protection: who can open the delivered file; by default your own key, made on first use.
-        on_event: told of everything that happens.
+        on_event: called with everything that happens, in order.
         command: what to type to make this run again, for the report and for workers.
         sources: SHA-256 of the files that the command names, which a worker compares.
 
     Raises:
         UsageError: something is wrong with what was given; nothing was written.
-        HeldError: another process coordinates this run.
+        RunLockedError: another process coordinates this run.
         RunError: the run cannot go on; what was finished is kept.
     """
     location = (
@@ -112,119 +109,94 @@ def run(  # noqa: PLR0913 - the whole product: each argument is a decision of it
     )
     resume = resume and has_run(location, study.name)
     cipher = run_cipher(protection)
-    setup = prepare(study, out=location, resume=resume, protection=protection)
-    with quiet_optuna(), fitting_threads(setup), _led(location, study.name, cipher) as me:
-        store = me.store
-        on_event(_run_started(setup, location.folder, resume=resume))
-        work = replace(begin(setup, store, on_event, command, sources), me=me)
-        state = replay(work.goal, study.control, outcomes(store))
+    problem = prepare(study, out=location, resume=resume, protection=protection)
+    with quiet_optuna(), thread_limit(problem), _coordinated(location, study.name, cipher) as member:
+        store = member.store
+        on_event(_run_started(problem, location.folder, resume=resume))
+        context = replace(start_run(problem, store, on_event, command, sources), member=member)
+        state = replay(context.goal, study.control, round_outcomes(store))
         while state.ended is None:
-            ground = stand(work, state)
-            job, attempt = analyse(work, state, ground)  # Analysis
+            start = load_round_start(context, state)
+            search, round_study = analyze(context, state, start)  # Analysis
             annotate_studies(store)  # the round that begins, and the one that was just decided
-            search_round(job, attempt, known_points(job))  # Pruning and Fine-tuning
-            state = judge(work, job, attempt).state
-        result = deliver(work, state, protection)  # Transformation
-        store.delete_checkpoints_except(_needed(store, state))
+            search_round(search, round_study, starting_points(search))  # Pruning and Fine-tuning
+            state = decide_round(search, round_study).state
+        result = deliver(context, state, protection)  # Transformation
+        store.delete_checkpoints_except(_checkpoints_of_result(store, state))
         return result
 
 
-def stand(work: Work, state: State) -> Ground:
-    """The dense network that the next round starts from, with its graph."""
-    setup, start = work.setup, state.current
-    checkpoint = work.store.load_checkpoint(checkpoint_of(work.store, start.round, start.trial))
-    model = densify(setup.model, setup.graph, checkpoint.plan)
+def load_round_start(run: RunContext, state: State) -> RoundStart:
+    """Return the dense network that the next round starts from, with its graph."""
+    problem, current = run.problem, state.current
+    checkpoint = run.store.load_checkpoint(checkpoint_of(run.store, current.round, current.trial))
+    model = densify(problem.original, problem.graph, checkpoint.plan)
     checkpoint.load_into_(model)
-    graph = traced(setup.study, model, setup.example).with_bounds_of(setup.graph)
-    target_cost = setup.target_cost
-    if setup.metric == "latency":
-        beside = (setup.model, setup.original_cost)
-        graph = with_latency_model(graph, model, setup.example, setup.device, beside=beside)
-        target_cost = work.goal.target_share * setup.original_cost  # a resumed run measured it anew
-    return Ground(
-        study=setup.study, data=setup.data, device=setup.device, metric=setup.metric,
-        original=setup.model, original_cost=setup.original_cost, target_cost=target_cost,
-        model=model, graph=graph, plan=checkpoint.plan, table=None,
-        seed=derive_seed(setup.study.seed, state.round + 1), example=setup.example,
-    )  # fmt: skip
+    graph = trace_for_study(problem.study, model, problem.example).with_bounds_of(problem.graph)
+    if problem.metric == "latency":
+        beside = (problem.original, problem.original_cost)
+        graph = with_latency_model(graph, model, problem.example, problem.device, beside=beside)
+    return RoundStart(model=model, graph=graph, plan=checkpoint.plan)
 
 
-def analyse(work: Work, state: State, ground: Ground) -> tuple[RoundJob, optuna.Study]:
-    """Measure how fragile each group is, and plan the round by what that and the budget say.
+def analyze(run: RunContext, state: State, start: RoundStart) -> tuple[RoundSearch, optuna.Study]:
+    """Measure how fragile each group is, and fix what the round may try and spend.
 
-    An earlier attempt that started from the same model was analysed already; a round that was stopped is
-    planned already.
+    An earlier attempt that started from the same model was analysed already; a round that was stopped has its
+    entry already.
     """
     number = state.round + 1
-    attempt = next((a for n, a in enumerate(work.store.rounds(), 1) if n == number), None)
-    if attempt is not None and work.leads and _was_in_vain(attempt):
-        work.store.delete_study(number)  # what made all its trials fail may be mended
-        attempt = None
-    table = _known_table(work, state, ground) if attempt is None else _table_of(attempt)
-    if attempt is None:
-        groups = f"{len(ground.graph.groups)} groups" + ("" if table is None else ", known from before")
-        work.on_event(ev.StageStarted(stage="analysis", round=number, detail=groups))
-        attempt, table = _plan_round(work, state, ground, table)
-    plan = read_plan(attempt)
-    work.on_event(
+    study = next((s for n, s in enumerate(run.store.rounds(), 1) if n == number), None)
+    if study is not None and run.is_coordinator and _all_failed_alike(study):
+        run.store.delete_study(number)  # what made all of its trials fail may be mended by now
+        study = None
+    if study is None:
+        study = _create_round(run, state, start)
+    entry = read_round(study)
+    run.on_event(
         ev.RoundStarted(
-            round=number, started_from=plan.started_from, ceiling=plan.ceiling, floor=plan.floor,
-            trials=plan.trials, epochs=plan.epochs, cost_share=plan.cost_share,
+            round=number, started_from=entry.started_from, ceiling=entry.ceiling, floor=entry.floor,
+            trials=entry.trials, epochs=entry.epochs, cost_share=entry.cost_share,
         )
     )  # fmt: skip
-    work.on_event(ev.StageStarted(stage="search", round=number, detail=f"{plan.trials} trials"))
-    job = RoundJob(
-        ground=replace(ground, table=table), plan=plan, goal=work.goal, state=state, store=work.store,
-        meter=work.meter, speed=_speed(work, ground), on_event=work.on_event, me=work.me,
+    run.on_event(ev.StageStarted(stage="search", round=number, detail=f"{entry.trials} trials"))
+    context = RoundContext(
+        problem=run.problem, start=start, target_cost=_target_cost(run),
+        table=entry.sensitivity_table(), seed=derive_seed(run.problem.study.seed, number),
     )  # fmt: skip
-    return job, attempt
+    search = RoundSearch(run=run, context=context, entry=entry, state=state, speed=_speed(run, start))
+    return search, study
 
 
-def _was_in_vain(attempt: optuna.Study) -> bool:
-    """Whether all trials of a round were run, and failed in the same way."""
-    return len(completed_trials(attempt)) >= read_plan(attempt).trials and same_failure(attempt) is not None
-
-
-def known_points(job: RoundJob) -> list[Point]:
-    """What the round tries first: in a later round, what was best in the one before."""
-    previous = job.store.study(job.plan.number - 1) if job.plan.number > 1 else None
-    tried = [t for t in read_trials(previous) if t.top1 is not None] if previous is not None else []
-    if not tried:
-        return first_points(job.ground, job.space)
-    best = next((t for t in tried if t.promoted), max(tried, key=lambda t: t.top1 or 0.0))
-    return next_points(best.params, job.space)
-
-
-def judge(work: Work, job: RoundJob, attempt: optuna.Study) -> Decision:
-    """Let the controller decide, check the promoted network, and keep the decision.
+def decide_round(search: RoundSearch, study: optuna.Study) -> Decision:
+    """Let the controller decide, verify the promoted network, and store the decision.
 
     Raises:
         RunError: all trials failed in the same way.
     """
-    if (failure := same_failure(attempt)) is not None:
+    run, number = search.run, search.entry.number
+    if (failure := same_failure(study)) is not None:
         raise RunError(
-            f"all trials of round {job.plan.number} failed in the same way: {failure}",
+            f"all trials of round {number} failed in the same way: {failure}",
             "mend that; the same command with --resume tries the round again",
         )
-    study = work.setup.study
-    epochs = study.search.epochs or _worthwhile_epochs(work)
-    enough = work.meter.affords(job.speed.trial_of(epochs), epochs)
-    enough = enough and not should_tune_near_miss(job, attempt) and bool(attempt.get_trials(deepcopy=False))
-    outcome = RoundOutcome(trials=summaries(attempt), budget_left=enough)
-    decision = decide(work.goal, study.control, job.state, outcome)
+    outcome = RoundOutcome(trials=trial_summaries(study), budget_left=_has_budget_left(search, study))
+    decision = decide(run.goal, run.problem.study.control, search.state, outcome)
     if decision.promoted is not None:
-        plan = work.store.load_checkpoint(checkpoint_of(work.store, job.plan.number, decision.promoted)).plan
-        verify(work.setup.model, work.setup.graph, plan, work.setup.example)
-    work.store.guard()
-    set_attrs(
-        attempt, budget_left=outcome.budget_left, promoted=decision.promoted, reason=decision.reason,
+        problem = run.problem
+        plan = run.store.load_checkpoint(checkpoint_of(run.store, number, decision.promoted)).plan
+        verify(problem.original, problem.graph, plan, problem.example)
+    run.store.guard()
+    entry = DecisionEntry(
+        budget_left=outcome.budget_left, promoted=decision.promoted, reason=decision.reason,
         action=decision.action,
     )  # fmt: skip
-    _forget_losers(work, attempt, decision)
+    set_attrs(study, **vars(entry))
+    _delete_losers(run, study, decision)
     current = decision.state.current
-    work.on_event(
+    run.on_event(
         ev.RoundDecided(
-            round=job.plan.number, action=decision.action, reason=decision.reason,
+            round=number, action=decision.action, reason=decision.reason,
             ceiling=decision.state.ceiling, cost_share=current.cost_share, top1=current.top1,
         )
     )  # fmt: skip
@@ -232,98 +204,138 @@ def judge(work: Work, job: RoundJob, attempt: optuna.Study) -> Decision:
 
 
 @contextmanager
-def _led(location: RunLocation, name: str, cipher: CheckpointCipher | None) -> Iterator[Member]:
-    """The run's store, coordinated by this process alone.
+def _coordinated(location: RunLocation, name: str, cipher: CheckpointCipher | None) -> Iterator[Member]:
+    """Open the run's store as its only coordinator.
 
     A run that ends before its original was measured leaves nothing behind.
     """
     is_new = not location.folder.exists()
     location.folder.mkdir(parents=True, exist_ok=True)
-    store, leads = RunStore(location, name, create=True, cipher=cipher), False
+    store, joined = RunStore(location, name, create=True, cipher=cipher), False
     try:
-        with join_run(store, "coordinator") as me:
-            leads = True
-            store.guard_with(me.check)
-            yield me
+        with join_run(store, "coordinator") as member:
+            joined = True
+            store.guard_with(member.check)
+            yield member
     finally:
-        has_begun = not leads or is_measured(store)
+        is_worth_keeping = not joined or is_measured(store)
         store.close()
-        if not has_begun:
+        if not is_worth_keeping:
             store.erase()
             if is_new:
                 location.folder.rmdir()
 
 
-def _run_started(setup: Setup, out: Path, *, resume: bool) -> ev.RunStarted:
-    study = setup.study
+def _run_started(problem: Problem, out: Path, *, resume: bool) -> ev.RunStarted:
+    study = problem.study
     return ev.RunStarted(
         name=study.name, out=out, target=study.target, max_drop_pp=study.max_drop, budget=study.budget,
-        device=str(setup.device), resumed=resume,
+        device=str(problem.device), resumed=resume,
     )  # fmt: skip
 
 
-def _plan_round(
-    work: Work, state: State, ground: Ground, table: SensitivityTable | None
-) -> tuple[optuna.Study, SensitivityTable]:
+def _target_cost(run: RunContext) -> float:
+    """Return what the result may cost; a resumed run has measured the original's latency anew."""
+    if run.problem.metric == "latency":
+        return run.goal.target_share * run.problem.original_cost
+    return run.problem.target_cost
+
+
+def _all_failed_alike(study: optuna.Study) -> bool:
+    """Return whether all trials of a round were run, and failed in the same way."""
+    return len(completed_trials(study)) >= read_round(study).trials and same_failure(study) is not None
+
+
+def _create_round(run: RunContext, state: State, start: RoundStart) -> optuna.Study:
     """Analyse where that is still to be done, then fix the round's ceiling, floor, trials and epochs."""
-    number, began, took = state.round + 1, time.perf_counter(), 0.0
+    number, current = state.round + 1, state.current
+    table = _earlier_table(run, state, start)
+    groups = f"{len(start.graph.groups)} groups" + ("" if table is None else ", known from before")
+    run.on_event(ev.StageStarted(stage="analysis", round=number, detail=groups))
+    began, seconds = time.perf_counter(), 0.0
     if table is None:
-        table = _sensitivity(work, state, number, ground)
-        took = time.perf_counter() - began
-    plan = RoundPlan(
+        table = _measure_sensitivity(run, state, start)
+        seconds = time.perf_counter() - began
+    budget = _round_budget(run, state, start, seconds)
+    entry = RoundEntry(
         number=number,
-        started_from=state.current.round,
-        checkpoint=checkpoint_of(work.store, state.current.round, state.current.trial),
+        started_from=current.round,
+        checkpoint=checkpoint_of(run.store, current.round, current.trial),
         ceiling=state.ceiling,
-        floor=floor_of_round(work.goal, state),
-        cost_share=state.current.cost_share,
-        **vars(_effort(work, state, ground, took)),
+        floor=round_floor(run.goal, state),
+        cost_share=current.cost_share,
+        trials=budget.trials,
+        epochs=budget.epochs,
         sensitivity=_cells(table),
-        analysis_seconds=took,
+        table=table.to_json(),
+        analysis_seconds=seconds,
     )
-    return work.store.create_study(number, vars(plan) | {"table": table.to_json()}), table
+    return run.store.create_study(number, vars(entry))
 
 
-def _effort(work: Work, state: State, ground: Ground, analysis_s: float) -> Effort:
-    """The round's trials and epochs: its part of what the final tuning and later analyses leave."""
-    rounds, left = rounds_ahead(state, work.goal.target_share), work.meter.left(keep=FINAL_SHARE)
-    later_s = analysis_s * (rounds - 1) if analysis_s <= ANALYSIS_PART * left.seconds else 0.0
-    speed = replace(_speed(work, ground), analysis_s=later_s / rounds)
-    return plan_round(
-        left, speed, work.setup.study.search, rounds, state.epochs_scale,
-        at_least=_worthwhile_epochs(work), workers=max(1, count_working(work.store)),
-    )  # fmt: skip
+def _round_budget(run: RunContext, state: State, start: RoundStart, analysis_s: float) -> RoundBudget:
+    """Return the round's trials and epochs: its part of what the final tuning and later analyses leave."""
+    heuristics = run.problem.heuristics
+    rounds = rounds_ahead(state, run.goal.target_share)
+    remaining = run.budget.remaining(reserve=heuristics.final_share)
+    # An analysis that takes too large a part of the time is not made again: see `_earlier_table`.
+    is_repeated = analysis_s <= heuristics.analysis_share * remaining.seconds
+    later_s = analysis_s * (rounds - 1) if is_repeated else 0.0
+    allotment = Allotment(
+        remaining=remaining,
+        speed=replace(_speed(run, start), analysis_s=later_s / rounds),
+        rounds=rounds,
+        epochs_scale=state.epochs_scale,
+        min_epochs=_worthwhile_epochs(run),
+        workers=max(1, count_working(run.store)),
+    )
+    return allot_round(allotment, run.problem.study.search, heuristics)
 
 
-def _worthwhile_epochs(work: Work) -> float:
-    """A trial of fewer epochs is not worth its while: so far longer ones were needed."""
-    needed = [t.rungs[-1].epochs for a in work.store.rounds() for t in read_trials(a) if t.rungs]
-    return max(MIN_EPOCHS, WORTHWHILE * max(needed, default=0.0))
+def _has_budget_left(search: RoundSearch, study: optuna.Study) -> bool:
+    """Return whether another round is affordable, and worth more than tuning what there is."""
+    run = search.run
+    epochs = search.settings.epochs or _worthwhile_epochs(run)
+    affordable = run.budget.affords(
+        search.speed.trial_seconds(epochs), epochs, reserve=search.heuristics.final_share
+    )
+    # A round without any trial was too expensive already: lowering its ceiling would change nothing.
+    return affordable and not should_tune_near_miss(search, study) and bool(study.get_trials(deepcopy=False))
 
 
-def _sensitivity(work: Work, state: State, number: int, ground: Ground) -> SensitivityTable:
-    """The table of the round's starting network; what a stopped process measured is not measured again."""
-    study, analysis, current = work.setup.study, work.setup.study.analysis, state.current
-    original, checkpoint = work.store.study(0), checkpoint_of(work.store, current.round, current.trial)
-    assert original is not None
-    known = kept_points(original, checkpoint)
+def _worthwhile_epochs(run: RunContext) -> float:
+    """Return the epochs below which a trial is not worth its while: so far longer ones were needed."""
+    needed = [t.rungs[-1].epochs for s in run.store.rounds() for t in read_trials(s) if t.rungs]
+    heuristics = run.problem.heuristics
+    return max(heuristics.min_epochs, heuristics.worthwhile_share * max(needed, default=0.0))
+
+
+def _measure_sensitivity(run: RunContext, state: State, start: RoundStart) -> SensitivityTable:
+    """Measure the table of the round's start; what a stopped process measured is not measured again."""
+    problem, current = run.problem, state.current
+    analysis, heuristics = problem.study.analysis, problem.heuristics
+    baseline, checkpoint = run.store.study(0), checkpoint_of(run.store, current.round, current.trial)
+    assert baseline is not None
+    known = load_points(baseline, checkpoint)
     if known is None and analysis.known is not None and current.round == 0:
         known = SensitivityTable.from_json(Path(analysis.known).read_text(encoding="utf-8"))
-    total = max_num_points(ground.graph, analysis.ratios, exact=analysis.exact)
+    total = max_num_points(start.graph, analysis.ratios, exact=analysis.exact)
     done = count(1 + (len(known.points) if known else 0))
 
     def on_point(point: SensitivityPoint) -> None:
-        keep_point(original, checkpoint, point)
+        store_point(baseline, checkpoint, point)
         detail = f"{point.group} without {100 * point.ratio:.0f} %: {-point.drop_pp:+.1f} pp"
-        work.on_event(
-            ev.StageProgress(stage="analysis", round=number, done=next(done), total=total, detail=detail)
+        run.on_event(
+            ev.StageProgress(
+                stage="analysis", round=state.round + 1, done=next(done), total=total, detail=detail
+            )
         )
 
+    remaining = run.budget.remaining(reserve=heuristics.final_share)
     return sensitivity(
-        ground.model, ground.graph, ground.data.search, settings=analysis,
-        calibration=ground.data.train, device=ground.device,
-        task=task_of(study), on_point=on_point, known=known,
-        seconds=ANALYSIS_PART * work.meter.left(keep=FINAL_SHARE).seconds,
+        start.model, start.graph, problem.data.search, settings=analysis,
+        calibration=problem.data.train, device=problem.device, task=problem.task, on_point=on_point,
+        known=known, seconds=heuristics.analysis_share * remaining.seconds,
     )  # fmt: skip
 
 
@@ -337,56 +349,56 @@ def _cells(table: SensitivityTable) -> tuple[SensitivityCell, ...]:
     )  # fmt: skip
 
 
-def _speed(work: Work, ground: Ground) -> Speed:
-    """From the last trials where there are any; a probe is taken only where time is limited."""
-    known = measured_speed(work.store)
-    if known is not None:
-        return known
-    if work.meter.budget.seconds is None:
+def _speed(run: RunContext, start: RoundStart) -> Speed:
+    """Return the speed of the last trials where there are any; it is probed only where time is limited."""
+    measured = measured_speed(run.store)
+    if measured is not None:
+        return measured
+    if run.budget.budget.seconds is None:
         return Speed(epoch_s=1.0, trial_s=0.0, analysis_s=0.0)
-    return probe_speed(ground)
+    return probe_speed(run.problem, start)
 
 
-def _known_table(work: Work, state: State, ground: Ground) -> SensitivityTable | None:
-    """The analysis of an earlier attempt from the same model, or the last one where time is short."""
-    attempts = list(work.store.rounds())
-    for attempt in attempts:
-        if read_plan(attempt).started_from == state.current.round:
-            return _table_of(attempt)
-    took = max((read_plan(a).analysis_seconds for a in attempts), default=0.0)
-    if not attempts or took <= ANALYSIS_PART * work.meter.left(keep=FINAL_SHARE).seconds:
+def _earlier_table(run: RunContext, state: State, start: RoundStart) -> SensitivityTable | None:
+    """Return the table of an earlier attempt from the same model, or the last one where time is short."""
+    entries = [read_round(study) for study in run.store.rounds()]
+    for entry in entries:
+        if entry.started_from == state.current.round:
+            return entry.sensitivity_table()
+    heuristics = run.problem.heuristics
+    seconds = max((e.analysis_seconds for e in entries), default=0.0)
+    remaining = run.budget.remaining(reserve=heuristics.final_share)
+    if not entries or seconds <= heuristics.analysis_share * remaining.seconds:
         return None
-    table = _table_of(attempts[-1])
-    if {g.name for g in ground.graph.groups} - {p.group for p in table.points}:
+    table = entries[-1].sensitivity_table()
+    if {g.name for g in start.graph.groups} - {p.group for p in table.points}:
         return None
-    work.on_event(ev.Note(message="the last round's analysis is used again: the budget affords no new one"))
+    run.on_event(ev.Note(message="the last round's analysis is used again: the budget affords no new one"))
     return table
 
 
-def _table_of(attempt: optuna.Study) -> SensitivityTable:
-    return SensitivityTable.from_json(attempt.user_attrs["table"])
-
-
-def _needed(store: RunStore, state: State) -> set[str]:
-    """The checkpoints of the models that lead to the result, and the result's."""
+def _checkpoints_of_result(store: RunStore, state: State) -> set[str]:
+    """Return the checkpoints of the models that lead to the result, and the result's."""
     final = store.study(FINAL)
     assert final is not None
     path = {checkpoint_of(store, p.round, p.trial) for p in (*state.path, state.best)}
     return path | {checkpoint_of(store, 0, 0), completed_trials(final)[0].user_attrs[CHECKPOINT]}
 
 
-def _forget_losers(work: Work, attempt: optuna.Study, decision: Decision) -> None:
+def _delete_losers(run: RunContext, study: optuna.Study, decision: Decision) -> None:
     """Remove the models that no round can start from and that cannot be delivered.
 
-    Of those below the floor, the best of the round stays for the end of the run (`closing`).
+    Of those below the floor, the best of the round stays for the end of the run (`search.near_miss`).
     """
-    state, number = decision.state, decision.state.round
+    state, number, heuristics = decision.state, decision.state.round, run.problem.heuristics
     needed = {(p.round, p.trial) for p in (*state.path, state.best)}
-    below = [t for t in summaries(attempt) if t.top1 < work.goal.floor and is_near(work.goal, t.top1)]
+    below = [
+        t for t in trial_summaries(study) if t.top1 < run.goal.floor and is_near(run.goal, t.top1, heuristics)
+    ]
     if below:
         needed.add((number, max(below, key=lambda t: t.top1).number))
-    losers = [t for t in completed_trials(attempt) if (number, t.number) not in needed]
-    kept = {checkpoint_of(work.store, r, t) for r, t in needed}
-    for trial in losers:
-        if (artifact := trial.user_attrs.get(CHECKPOINT)) and artifact not in kept:
-            work.store.delete_checkpoint(artifact)
+    kept = {checkpoint_of(run.store, r, t) for r, t in needed}
+    for trial in completed_trials(study):
+        artifact = trial.user_attrs.get(CHECKPOINT)
+        if artifact and (number, trial.number) not in needed and artifact not in kept:
+            run.store.delete_checkpoint(artifact)

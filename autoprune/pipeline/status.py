@@ -1,7 +1,7 @@
-"""Where a run stands at this moment: its record, who works on it, and what they are at.
+"""The status of a run at this moment: its record, who works on it, and what they are at.
 
-A run tells decisions and finished trials through its storage. What goes on between two of them is read off
-the rest: a round's study begins when its analysis is done, and an analysis leaves its points as they come.
+A run stores decisions and finished trials. What goes on between two of them follows from the rest: a round's
+study is created when its analysis is complete, and an analysis stores its points as they come.
 """
 
 from __future__ import annotations
@@ -11,14 +11,21 @@ from dataclasses import dataclass
 from datetime import datetime
 
 import optuna
-from optuna.trial import TrialState
 
 from autoprune.config import Budget, Control
 from autoprune.formatting import duration
 from autoprune.location import DATABASE, RunLocation, RunReference
 from autoprune.pipeline.baseline import is_measured
 from autoprune.record import RoundRecord, RunRecord
-from autoprune.search import checkpoint_of, kept_points, outcomes, read_goal, read_run, replay, spent
+from autoprune.search import (
+    checkpoint_of,
+    load_points,
+    read_baseline,
+    read_run,
+    replay,
+    round_outcomes,
+    used_budget,
+)
 from autoprune.storage import (
     PROCESSES,
     Process,
@@ -26,6 +33,7 @@ from autoprune.storage import (
     list_processes,
     quiet_optuna,
     read_run_header,
+    running_trials,
     study_names_at,
 )
 
@@ -49,82 +57,81 @@ class RunStatus:
 
 
 def read_status(run: RunReference) -> RunStatus:
-    """Read how a run stands.
+    """Read the status of a run.
 
     Raises:
         UsageError: there is no such run.
     """
-    beginning = _beginning(run)
+    beginning = _status_before_baseline(run)
     if beginning is not None:
         return beginning
-    told = read_run_header(run)
-    with quiet_optuna(), closing(RunStore(told.location, told.name)) as store:
+    header = read_run_header(run)
+    with quiet_optuna(), closing(RunStore(header.location, header.name)) as store:
         record, processes = read_run(store), list_processes(store)
-        used = spent(store).seconds
+        used = used_budget(store).seconds
         seconds = Budget.parse(record.study["budget"]).counted(used).seconds
         left = None if seconds is None or record.outcome else max(0.0, seconds - used)
-        now = "" if record.outcome else _now(store, record)
-    if now and not _at_work(processes):
+        now = "" if record.outcome else _stage_text(store, record)
+    if now and not _is_active(processes):
         again = f"{record.command} --resume" if record.command else "run(..., resume=True)"
         now = f"nobody works on it; it was left at {now}; go on with: {again}"
     return RunStatus(
-        location=told.location, name=told.name, record=record, processes=processes, seconds_left=left, now=now
-    )
+        location=header.location, name=header.name, record=record, processes=processes, seconds_left=left,
+        now=now,
+    )  # fmt: skip
 
 
-def _beginning(run: RunReference) -> RunStatus | None:
-    """A run whose original is not measured yet: all that there is of it are its processes."""
+def _status_before_baseline(run: RunReference) -> RunStatus | None:
+    """Return the status of a run whose original is not measured yet: its processes are all there is of it."""
     if run.location.is_local and not (run.location.folder / DATABASE).is_file():
         return None
-    begun = [
-        s.removesuffix(f"/{PROCESSES}") for s in study_names_at(run.location) if s.endswith(f"/{PROCESSES}")
-    ]
-    name = run.name or min(begun, default=None)
-    if name is None or name not in begun:
+    suffix = f"/{PROCESSES}"
+    names = [s.removesuffix(suffix) for s in study_names_at(run.location) if s.endswith(suffix)]
+    name = run.name or min(names, default=None)
+    if name is None or name not in names:
         return None
     with quiet_optuna(), closing(RunStore(run.location, name)) as store:
         if is_measured(store):
             return None
         processes = list_processes(store)
     now = "its original is being trained or measured; nothing is decided yet"
-    if not _at_work(processes):
+    if not _is_active(processes):
         now = "it was stopped before its original was measured; start it again"
     return RunStatus(
         location=run.location, name=name, record=None, processes=processes, seconds_left=None, now=now
     )
 
 
-def _at_work(processes: tuple[Process, ...]) -> bool:
+def _is_active(processes: tuple[Process, ...]) -> bool:
     return any(p.state in ("working", "silent") for p in processes)
 
 
-def _now(store: RunStore, record: RunRecord) -> str:
+def _stage_text(store: RunStore, record: RunRecord) -> str:
     last = record.rounds[-1] if record.rounds else None
     if last is not None and last.action is None:
-        return _searching(store, last)
-    goal = read_goal(store)
-    state = replay(goal, Control(**record.study["control"]), outcomes(store))
+        return _search_text(store, last)
+    control = Control(**record.study["control"])
+    state = replay(read_baseline(store).goal, control, round_outcomes(store))
     if state.ended is not None:
-        return "the end: final tuning, proof, export"
-    original = store.study(0)
-    assert original is not None
-    table = kept_points(original, checkpoint_of(store, state.current.round, state.current.trial))
+        return "the end: final tuning, verification, export"
+    baseline = store.study(0)
+    assert baseline is not None
+    table = load_points(baseline, checkpoint_of(store, state.current.round, state.current.trial))
     points = f"{len(table.points)} points measured" if table else "no point measured yet"
     return f"round {state.round + 1}, analysis: {points}"
 
 
-def _searching(store: RunStore, one: RoundRecord) -> str:
-    study = store.study(one.number)
+def _search_text(store: RunStore, record: RoundRecord) -> str:
+    study = store.study(record.number)
     assert study is not None
-    done = sum(t.state != "running" for t in one.trials)
+    done = sum(t.state != "running" for t in record.trials)
     running = [
-        f"trial {t.number} has run for {duration(_since(t))}"
-        for t in study.get_trials(deepcopy=False, states=(TrialState.RUNNING,))
+        f"trial {t.number} has run for {duration(_seconds_since_start(t))}" for t in running_trials(study)
     ]
-    finished = f"round {one.number}, search: {done} of {one.planned_trials} trials finished"
-    return ", ".join([finished, *running])
+    progress = f"round {record.number}, search: {done} of {record.planned_trials} trials finished"
+    return ", ".join([progress, *running])
 
 
-def _since(trial: optuna.trial.FrozenTrial) -> float:
-    began = trial.datetime_start
-    return 0.0 if began is None else max(0.0, (datetime.now(began.tzinfo) - began).total_seconds())
+def _seconds_since_start(trial: optuna.trial.FrozenTrial) -> float:
+    start = trial.datetime_start
+    return 0.0 if start is None else max(0.0, (datetime.now(start.tzinfo) - start).total_seconds())

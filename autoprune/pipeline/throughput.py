@@ -1,4 +1,4 @@
-"""How fast this machine works on a study: half a minute of its own training and evaluation, thrown away."""
+"""How fast this machine works on a study, by half a minute of the study's own training and evaluation."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ from dataclasses import dataclass
 
 from autoprune.config import Study
 from autoprune.data import Split
-from autoprune.pipeline.preflight import Understood, understand
+from autoprune.pipeline.preflight import TracedStudy, trace_study
 from autoprune.search import seconds_of_training
 from autoprune.tasks import task_of
 from autoprune.training import evaluate, resolve_device
 
 FEW_BATCHES = 2
-PART = 0.4  # of the seconds, for training and for evaluating each
+PART = 0.4  # of the seconds, for training and for evaluating each; the rest is warming up
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,39 +40,42 @@ def throughput(study: Study, seconds: float = 30.0) -> Throughput:
     Raises:
         UsageError: the study cannot be used here.
     """
-    known, device = understand(study), resolve_device(study.device)
-    trained = known.data.train.subset(study.finetune.share, seed=0)
-    images = _train_speed(study, known, trained, PART * seconds)
-    seen = _evaluation_speed(study, known, PART * seconds)
+    traced, device = trace_study(study), resolve_device(study.device)
+    subset = traced.data.train.subset(study.finetune.share, seed=0)
+    train_speed = _train_speed(study, traced, subset, PART * seconds)
+    evaluation_speed = _evaluation_speed(study, traced, PART * seconds)
     return Throughput(
-        network=type(known.model).__qualname__, device=str(device), train_images_per_s=images,
-        evaluate_images_per_s=seen, epoch_s=len(trained) / images,
-        evaluation_s=len(known.data.search) / seen,
+        network=type(traced.model).__qualname__, device=str(device), train_images_per_s=train_speed,
+        evaluate_images_per_s=evaluation_speed, epoch_s=len(subset) / train_speed,
+        evaluation_s=len(traced.data.search) / evaluation_speed,
     )  # fmt: skip
 
 
-def _train_speed(study: Study, known: Understood, split: Split, seconds: float) -> float:
-    model, batch, device = copy.deepcopy(known.model), study.finetune.batch_size, resolve_device(study.device)
+def _train_speed(study: Study, traced: TracedStudy, split: Split, seconds: float) -> float:
+    model, batch, device = (
+        copy.deepcopy(traced.model),
+        study.finetune.batch_size,
+        resolve_device(study.device),
+    )
     total = split.num_batches(batch)
 
-    def timed(count: int) -> float:
-        epochs, train, teacher = count / total, known.data.train, known.model
+    def seconds_of(num_batches: int) -> float:
+        epochs, train, teacher = num_batches / total, traced.data.train, traced.model
         return seconds_of_training(model, train, study, epochs, teacher=teacher, device=device)
 
-    timed(1)  # the first batch is slow: it warms caches and threads up
+    seconds_of(1)  # the first batch is slow: it warms caches and threads up
     few = min(FEW_BATCHES, total)
-    count = min(total, max(few, int(seconds * few / timed(few))))
-    return min(len(split), count * batch) / timed(count)
+    count = min(total, max(few, int(seconds * few / seconds_of(few))))
+    return min(len(split), count * batch) / seconds_of(count)
 
 
-def _evaluation_speed(study: Study, known: Understood, seconds: float) -> float:
-    search, device, share = known.data.search, resolve_device(study.device), 0.1
+def _evaluation_speed(study: Study, traced: TracedStudy, seconds: float) -> float:
+    search, device, share = traced.data.search, resolve_device(study.device), 0.1
     speed = 1.0
     for _ in range(2):
         part = search.subset(share, seed=0) if share < 1 else search
         began = time.perf_counter()
-        evaluate(known.model, part, device=device, task=task_of(study))
-        took = time.perf_counter() - began
-        speed = len(part) / took
+        evaluate(traced.model, part, device=device, task=task_of(study))
+        speed = len(part) / (time.perf_counter() - began)
         share = min(1.0, seconds * speed / len(search))
     return speed

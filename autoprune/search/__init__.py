@@ -1,17 +1,34 @@
-"""Rooms are described once all of them stand."""
+"""The search: what a round tries, how far a budget goes, and what the controller decides from it.
 
-from autoprune.search.analysis_cache import keep_point, kept_points
+A *round* starts from the last promoted model. Its *trials* each choose a pruning rate up to the round's
+*ceiling*, a learning rate, a decay and a ranking criterion. The *controller* then promotes the best trial
+that recovered, lowers the ceiling, goes back once, or ends the run. Its state is the fold over the stored
+rounds, so resuming is replaying.
+
+In reading order:
+
+* `context`: what a search works with: the problem, the run, the round.
+* `round`: one round as an Optuna study, from the first trial to the last.
+* `proposals`: the space of a round, its first points, and the sampler's proposals.
+* `trial`: one attempt: prune, fine-tune rung by rung, measure.
+* `budget`: rounds x trials x epochs, from the measured speed and what is left.
+* `controller`: promote, lower, go back, finish or stop; a pure state machine.
+* `near_miss`: models below the floor that the rest of the budget may bring back.
+* `history`: what the stored studies hold, as typed values, and the record that is made of them.
+* `analysis_cache`: the measured points of an analysis, stored as they come.
+"""
+
+from autoprune.search.analysis_cache import load_points, store_point
 from autoprune.search.budget import (
-    FINAL_SHARE,
-    MAX_EPOCHS,
-    MIN_EPOCHS,
-    Effort,
-    Meter,
+    Allotment,
+    BudgetTracker,
+    RoundBudget,
     Speed,
-    forecast,
-    plan_round,
+    allot_round,
+    forecast_ceilings,
     rounds_ahead,
 )
+from autoprune.search.context import Problem, RoundContext, RoundStart, RunContext
 from autoprune.search.controller import (
     Decision,
     Goal,
@@ -19,82 +36,95 @@ from autoprune.search.controller import (
     RoundOutcome,
     State,
     decide,
-    floor_of_round,
+    initial_state,
     replay,
-    start,
+    round_floor,
 )
 from autoprune.search.history import (
-    RoundPlan,
+    BaselineEntry,
+    DecisionEntry,
+    FinalEntry,
+    RoundEntry,
     checkpoint_of,
     is_decided,
     measured_speed,
-    outcomes,
-    pack,
-    read_goal,
-    read_plan,
+    pack_bits,
+    read_baseline,
+    read_final,
     read_round,
     read_run,
     read_trials,
-    spent,
-    summaries,
-    unpack,
+    round_outcomes,
+    round_record,
+    trial_summaries,
+    unpack_bits,
+    used_budget,
 )
-from autoprune.search.near_miss import final_rate, is_near, nearest_miss, saved
-from autoprune.search.proposals import Point, first_points, next_points, params_of
-from autoprune.search.round import RoundJob, same_failure, search_round, should_tune_near_miss, tell_budget
-from autoprune.search.trial import Ground, points, probe_speed, run_trial, seconds_of_training
+from autoprune.search.near_miss import best_near_miss, final_lr, is_near, with_recovered
+from autoprune.search.round import (
+    RoundSearch,
+    report_budget,
+    same_failure,
+    search_round,
+    should_tune_near_miss,
+    starting_points,
+)
+from autoprune.search.trial import TrialParams, epoch_points, probe_speed, run_trial, seconds_of_training
 
 __all__ = [
-    "FINAL_SHARE",
-    "MAX_EPOCHS",
-    "MIN_EPOCHS",
+    "Allotment",
+    "BaselineEntry",
+    "BudgetTracker",
     "Decision",
-    "Effort",
+    "DecisionEntry",
+    "FinalEntry",
     "Goal",
-    "Ground",
-    "Meter",
-    "Point",
+    "Problem",
     "Promotion",
-    "RoundJob",
+    "RoundBudget",
+    "RoundContext",
+    "RoundEntry",
     "RoundOutcome",
-    "RoundPlan",
+    "RoundSearch",
+    "RoundStart",
+    "RunContext",
     "Speed",
     "State",
+    "TrialParams",
+    "allot_round",
+    "best_near_miss",
     "checkpoint_of",
     "decide",
-    "final_rate",
-    "first_points",
-    "floor_of_round",
-    "forecast",
+    "epoch_points",
+    "final_lr",
+    "forecast_ceilings",
+    "initial_state",
     "is_decided",
     "is_near",
-    "keep_point",
-    "kept_points",
+    "load_points",
     "measured_speed",
-    "nearest_miss",
-    "next_points",
-    "outcomes",
-    "pack",
-    "params_of",
-    "plan_round",
-    "points",
+    "pack_bits",
     "probe_speed",
-    "read_goal",
-    "read_plan",
+    "read_baseline",
+    "read_final",
     "read_round",
     "read_run",
     "read_trials",
     "replay",
+    "report_budget",
+    "round_floor",
+    "round_outcomes",
+    "round_record",
     "rounds_ahead",
     "run_trial",
     "same_failure",
-    "saved",
     "search_round",
     "seconds_of_training",
     "should_tune_near_miss",
-    "spent",
-    "start",
-    "summaries",
-    "tell_budget",
-    "unpack",
+    "starting_points",
+    "store_point",
+    "trial_summaries",
+    "unpack_bits",
+    "used_budget",
+    "with_recovered",
 ]

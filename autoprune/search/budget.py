@@ -1,9 +1,9 @@
-"""How far a budget goes: rounds x trials x epochs, planned from measured speed and planned again each round.
+"""How far a budget goes: rounds x trials x epochs, from the measured speed, reckoned anew before each round.
 
-A `Meter` knows what is used up; `plan_round` is pure. A time budget counts the wall clock of all processes
-of a run from the moment the original is measured (training it comes before); an epoch budget counts
-fine-tuning epochs in trials and at the end. A share is kept for the final tuning; exporting and reporting
-come after the budget.
+A `BudgetTracker` knows what is used up; `allot_round` is pure. A budget in time counts the wall clock of all
+processes of a run from the moment the original is measured (training it comes before). A budget in epochs
+counts the epochs of fine-tuning in trials and at the end. A share is kept for the final tuning; exporting and
+reporting come on top.
 """
 
 from __future__ import annotations
@@ -13,57 +13,52 @@ import time
 from dataclasses import dataclass
 
 from autoprune.config import Budget, Control, Search
+from autoprune.heuristics import DEFAULTS, Heuristics
 from autoprune.search.controller import State
-
-FINAL_SHARE = 0.4  # of the whole budget, for the final tuning at least; a guess
-FIRST_RUNG = 0.2  # of a trial's epochs, as a complete schedule before the rest: what is lost if it goes on
-MIN_RUNG = 0.3  # epochs: a shorter schedule says nothing about a longer one; a guess
-MOST_ON_FIRST = 0.4  # of a trial's epochs: where the first rung would take more, there is none; a guess
-BEYOND = 2.0  # a trial near its floor may take this many times its epochs more
-RETRY_ROUNDS = 0.5  # rounds' worth of budget kept for one that fails; a guess
-MIN_TRIALS, MAX_TRIALS = 3, 24  # TPE gains over its start-up trials only from about 8 on
-MIN_EPOCHS = 0.1  # of one trial: below it nothing can recover
-ENOUGH_EPOCHS = 1.0  # one trial that recovers says more than several that cannot; a guess
-MAX_EPOCHS = 100.0  # of one trial: a guess; more belongs into the study's own settings
-TRIALS_PER_ROOT_EPOCH = 1.3  # 6 epochs in a round make 3 trials of 2, 40 make 8 of 5, 200 make 18 of 11
 
 
 @dataclass(frozen=True, kw_only=True)
 class Speed:
-    """Measured on this machine with this network: seconds of one epoch, and of a trial around its epochs."""
+    """How fast this machine works with this network, in seconds.
+
+    Attributes:
+        epoch_s: of one epoch of fine-tuning.
+        trial_s: of a trial besides its epochs.
+        analysis_s: of an analysis.
+    """
 
     epoch_s: float
     trial_s: float
     analysis_s: float
 
-    def trial_of(self, epochs: float) -> float:
-        """Seconds of a trial of so many epochs."""
+    def trial_seconds(self, epochs: float) -> float:
+        """Return the seconds of a trial of so many epochs."""
         return epochs * self.epoch_s + self.trial_s
 
 
 @dataclass(frozen=True, kw_only=True)
-class Left:
-    """What is left of a budget; infinite where it does not limit."""
+class Remaining:
+    """What is left of a budget; infinite where the budget does not limit it."""
 
     seconds: float
     epochs: float
 
 
 @dataclass(frozen=True, kw_only=True)
-class Effort:
-    """What one round is to spend: `trials` of `epochs` epochs each."""
+class RoundBudget:
+    """What one round may spend: `trials` of `epochs` epochs each."""
 
     trials: int
     epochs: float
 
 
-class Meter:
-    """A running budget.
+class BudgetTracker:
+    """A budget and what is used of it.
 
     Args:
         budget: the whole of it.
         seconds: used by earlier processes of the run.
-        epochs: the same.
+        epochs: used by earlier processes of the run.
     """
 
     def __init__(self, budget: Budget, *, seconds: float = 0.0, epochs: float = 0.0) -> None:
@@ -73,98 +68,126 @@ class Meter:
 
     @property
     def seconds(self) -> float:
-        """Used so far."""
+        """The seconds used so far."""
         return time.monotonic() - self._started
 
     def spend(self, epochs: float) -> None:
-        """Note that fine-tuning took these epochs."""
+        """Count these epochs of fine-tuning as used."""
         self.epochs += epochs
 
-    def left(self, *, keep: float = 0.0) -> Left:
-        """What is left when a share `keep` of the whole budget is kept for later."""
+    def count_at_least(self, epochs: float) -> None:
+        """Count at least so many epochs as used: what all processes of the run have used together."""
+        self.epochs = max(self.epochs, epochs)
+
+    def remaining(self, *, reserve: float = 0.0) -> Remaining:
+        """Return what is left when a share `reserve` of the whole budget is kept for later."""
         seconds, epochs = self.budget.seconds, self.budget.epochs
-        return Left(
-            seconds=math.inf if seconds is None else (1 - keep) * seconds - self.seconds,
-            epochs=math.inf if epochs is None else (1 - keep) * epochs - self.epochs,
+        return Remaining(
+            seconds=math.inf if seconds is None else (1 - reserve) * seconds - self.seconds,
+            epochs=math.inf if epochs is None else (1 - reserve) * epochs - self.epochs,
         )
 
     def share_of(self, seconds: float, epochs: float) -> float:
-        """What part of the whole budget this would be."""
+        """Return the share of the whole budget that so many seconds and epochs are."""
         by_time = seconds / self.budget.seconds if self.budget.seconds is not None else 0.0
         return max(by_time, epochs / self.budget.epochs if self.budget.epochs is not None else 0.0)
 
-    def affords(self, trial_s: float, epochs: float, *, keep: float = FINAL_SHARE) -> bool:
-        """Whether a trial of this length still fits before what is kept, the final tuning."""
-        left = self.left(keep=keep)
-        return left.seconds >= trial_s and left.epochs >= epochs - 1e-9
+    def affords(self, seconds: float, epochs: float, *, reserve: float) -> bool:
+        """Return whether so many seconds and epochs fit into what is left beside the reserve."""
+        remaining = self.remaining(reserve=reserve)
+        return remaining.seconds >= seconds and remaining.epochs >= epochs - 1e-9
 
 
-def ladder(epochs: float, *, longer: bool) -> tuple[float, ...]:
-    """The epochs of each rung of a trial: complete schedules one after the other.
+def rung_epochs(epochs: float, *, extend: bool, heuristics: Heuristics = DEFAULTS) -> tuple[float, ...]:
+    """Return the epochs of each rung of a trial: complete schedules, one after the other.
 
     Args:
         epochs: planned for the trial.
-        longer: a last rung beyond the plan may follow.
+        extend: whether a last rung beyond the planned epochs may follow.
+        heuristics: what shapes the run.
     """
-    beyond, first = (BEYOND * epochs,) if longer else (), max(FIRST_RUNG * epochs, MIN_RUNG)
-    if first > MOST_ON_FIRST * epochs:
-        return (epochs, *beyond)
-    return (first, epochs - first, *beyond)
+    extension = (heuristics.extension_factor * epochs,) if extend else ()
+    first = max(heuristics.first_rung_share * epochs, heuristics.min_rung_epochs)
+    if first > heuristics.max_first_rung_share * epochs:
+        return (epochs, *extension)
+    return (first, epochs - first, *extension)
 
 
 def rounds_ahead(state: State, target_share: float) -> int:
-    """How many promotions at the present ceiling lead to the target, at least one."""
+    """Return how many promotions at the present ceiling lead to the target, at least one."""
     if state.ceiling <= 0 or state.current.cost_share <= target_share:
         return 1
     rounds = math.log(target_share / state.current.cost_share) / math.log(1 - state.ceiling)
     return max(1, math.ceil(rounds - 1e-6))
 
 
-def plan_round(  # noqa: PLR0913 - all that a round's size follows from
-    left: Left, speed: Speed, search: Search, rounds: int, epochs_scale: float, *,
-    at_least: float = ENOUGH_EPOCHS, workers: int = 1,
-) -> Effort:  # fmt: skip
-    """How many trials of how many epochs the next of `rounds` rounds gets.
+@dataclass(frozen=True, kw_only=True)
+class Allotment:
+    """What the size of a round follows from.
 
-    What the study fixes stays; the rest follows from the round's part of what is left, analysis of this
-    round and the later ones taken off. Trials are rather fewer than shorter than `at_least` epochs. With
-    several workers, each round of the clock holds as many trials at a time.
+    Attributes:
+        remaining: of the budget, without what is reserved.
+        speed: as measured or estimated; `analysis_s` is that of each round to come.
+        rounds: to come, this one included.
+        epochs_scale: the controller's factor on the epochs of a trial.
+        min_epochs: of a trial; a round has rather fewer trials than shorter ones.
+        workers: processes that run trials at the same time.
+    """
+
+    remaining: Remaining
+    speed: Speed
+    rounds: int
+    epochs_scale: float
+    min_epochs: float
+    workers: int = 1
+
+
+def allot_round(allotment: Allotment, search: Search, heuristics: Heuristics = DEFAULTS) -> RoundBudget:
+    """Return how many trials of how many epochs the next round gets.
+
+    What the study fixes stays. The rest follows from the round's part of what is left, without the seconds of
+    the analyses to come. With several workers, each turn of the clock holds as many trials.
     """
     if search.trials is not None and search.epochs is not None:
-        return Effort(trials=search.trials, epochs=search.epochs * epochs_scale)
-    part = 1 / (rounds + RETRY_ROUNDS)
-    seconds = part * (left.seconds - rounds * speed.analysis_s)
-    epochs = part * left.epochs
+        return RoundBudget(trials=search.trials, epochs=search.epochs * allotment.epochs_scale)
+    speed, workers, scale = allotment.speed, allotment.workers, allotment.epochs_scale
+    part = 1 / (allotment.rounds + heuristics.retry_rounds)
+    seconds = part * (allotment.remaining.seconds - allotment.rounds * speed.analysis_s)
+    epochs = part * allotment.remaining.epochs
     if search.epochs is not None:
-        each = search.epochs * epochs_scale
-        fitting = min(workers * seconds / speed.trial_of(each), epochs / each)
-        return Effort(trials=_clipped(fitting, workers), epochs=each)
+        each = search.epochs * scale
+        fitting = min(workers * seconds / speed.trial_seconds(each), epochs / each)
+        return RoundBudget(trials=_clip_trials(fitting, workers, heuristics), epochs=each)
 
-    def affordable(trials: int) -> float:
-        in_turn = math.ceil(trials / workers)
-        return min((seconds / in_turn - speed.trial_s) / speed.epoch_s, epochs / trials)
+    def affordable_epochs(trials: int) -> float:
+        turns = math.ceil(trials / workers)
+        return min((seconds / turns - speed.trial_s) / speed.epoch_s, epochs / trials)
 
-    trials = search.trials or _clipped(_trials_in(workers * seconds, epochs, speed) / epochs_scale, workers)
-    while search.trials is None and trials > 1 and affordable(trials) < max(ENOUGH_EPOCHS, at_least):
+    trials = search.trials or _clip_trials(
+        _trials_in(workers * seconds, epochs, speed, heuristics) / scale, workers, heuristics
+    )
+    enough = max(heuristics.enough_epochs, allotment.min_epochs)
+    while search.trials is None and trials > 1 and affordable_epochs(trials) < enough:
         trials -= 1
-    return Effort(trials=trials, epochs=min(MAX_EPOCHS, max(MIN_EPOCHS, affordable(trials))))
+    each = min(heuristics.max_epochs, max(heuristics.min_epochs, affordable_epochs(trials)))
+    return RoundBudget(trials=trials, epochs=each)
 
 
-def _trials_in(seconds: float, epochs: float, speed: Speed) -> float:
-    """A number of trials that leaves each of them enough epochs: it grows with the root of all epochs."""
-    in_all = min(epochs, seconds / speed.epoch_s)
-    trials = TRIALS_PER_ROOT_EPOCH * math.sqrt(max(0.0, in_all))
+def _trials_in(seconds: float, epochs: float, speed: Speed, heuristics: Heuristics) -> float:
+    """Return a number of trials that grows with the root of all epochs, so that each keeps enough of them."""
+    total = min(epochs, seconds / speed.epoch_s)
+    trials = heuristics.trials_per_root_epoch * math.sqrt(max(0.0, total))
     spare = seconds - trials * speed.trial_s
-    return TRIALS_PER_ROOT_EPOCH * math.sqrt(max(0.0, min(epochs, spare / speed.epoch_s)))
+    return heuristics.trials_per_root_epoch * math.sqrt(max(0.0, min(epochs, spare / speed.epoch_s)))
 
 
-def _clipped(trials: float, workers: int) -> int:
-    most = max(MAX_TRIALS, workers)
-    return most if trials >= most else max(MIN_TRIALS, round(trials))
+def _clip_trials(trials: float, workers: int, heuristics: Heuristics) -> int:
+    most = max(heuristics.max_trials, workers)
+    return most if trials >= most else max(heuristics.min_trials, round(trials))
 
 
-def forecast(state: State, control: Control, target_share: float) -> list[float]:
-    """The ceilings of the rounds to come if each succeeds at its ceiling."""
+def forecast_ceilings(state: State, control: Control, target_share: float) -> list[float]:
+    """Return the ceilings of the rounds to come if each of them succeeds at its ceiling."""
     ceilings: list[float] = []
     share, ceiling = state.current.cost_share, state.ceiling
     while share > target_share * (1 + 1e-9) and len(ceilings) < control.max_rounds:

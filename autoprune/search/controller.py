@@ -122,7 +122,7 @@ class RoundOutcome:
     budget_left: bool
 
 
-def start(goal: Goal, control: Control) -> State:
+def initial_state(goal: Goal, control: Control) -> State:
     """The state before the first round."""
     baseline = Promotion(round=0, trial=0, cost_share=1.0, top1=goal.baseline_top1)
     return State(
@@ -136,7 +136,7 @@ def start(goal: Goal, control: Control) -> State:
     )
 
 
-def floor_of_round(goal: Goal, state: State) -> float:
+def round_floor(goal: Goal, state: State) -> float:
     """Lowest top-1 at which a trial of the next round counts as recovered.
 
     It is the floor on the way to the target at the depth that the ceiling allows; where the current model
@@ -152,12 +152,12 @@ def has_recovered(goal: Goal, state: State, trial: TrialSummary) -> bool:
     A trial that reaches the target has no way left to save for: the goal's floor is its floor.
     """
     reaches = goal.is_met_by(trial.cost_share)
-    floor = goal.floor if reaches else floor_of_round(goal, state)
+    floor = goal.floor if reaches else round_floor(goal, state)
     removed = trial.cost_share < state.current.cost_share - EXACT
     return removed and trial.top1 >= floor - EXACT
 
 
-def winner(goal: Goal, state: State, trials: Iterable[TrialSummary]) -> TrialSummary | None:
+def best_recovered(goal: Goal, state: State, trials: Iterable[TrialSummary]) -> TrialSummary | None:
     """Among the recovered trials, the one that removed most; ties go to accuracy, then to the earlier.
 
     One that reaches the target is never tied with one that does not.
@@ -174,7 +174,7 @@ def winner(goal: Goal, state: State, trials: Iterable[TrialSummary]) -> TrialSum
 def decide(goal: Goal, control: Control, state: State, outcome: RoundOutcome) -> Decision:
     """Judge the round that `state` asked for."""
     assert state.ended is None, "the run has ended; there is no round to judge"
-    best = winner(goal, state, outcome.trials)
+    best = best_recovered(goal, state, outcome.trials)
     seen = replace(state, best=_deepest(goal, state, outcome.trials))
     decision = _promote(goal, control, seen, best) if best else _retreat(goal, control, seen, outcome)
     return _limited(control, decision, outcome.budget_left)
@@ -182,7 +182,7 @@ def decide(goal: Goal, control: Control, state: State, outcome: RoundOutcome) ->
 
 def replay(goal: Goal, control: Control, outcomes: Sequence[RoundOutcome]) -> State:
     """The state after these rounds."""
-    state = start(goal, control)
+    state = initial_state(goal, control)
     for outcome in outcomes:
         state = decide(goal, control, state, outcome).state
     return state
@@ -214,7 +214,7 @@ def _promote(goal: Goal, control: Control, state: State, best: TrialSummary) -> 
         best=model if reached else state.best,
         ended="target" if reached else None,
     )
-    floor = goal.floor if reached else floor_of_round(goal, state)
+    floor = goal.floor if reached else round_floor(goal, state)
     kept = (
         f"trial {best.number} removed {_percent(best.prune_rate)} and kept top-1 {_percent(best.top1, 2)}, "
         f"at or above the floor {_percent(floor, 2)}"
@@ -271,7 +271,7 @@ def _go_back(goal: Goal, control: Control, state: State, why: str) -> Decision:
 
 
 def _missed(goal: Goal, state: State, trials: Sequence[TrialSummary]) -> str:
-    floor = floor_of_round(goal, state)
+    floor = round_floor(goal, state)
     if not trials:
         return "no trial could be scored"
     nearest = max(trials, key=lambda t: t.top1)

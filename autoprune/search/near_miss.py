@@ -1,10 +1,10 @@
-"""The last chance: a model that missed the floor by little gets what is left of the budget.
+"""Near misses: models below the floor that the rest of the budget may bring back to it.
 
 Trials are short beside what is kept for the final tuning. When the search ends without the target, a trial
-that went deeper than the best model inside the floor, and came near it, may come back to the floor with all
-of those epochs. If it does, it is delivered; if not, the best model inside the floor is, as it is. Where a
-budget is short, the search ends for such a trial: one long schedule recovers more than several short ones.
-A final tuning is longer than any trial, and its learning rate is higher for it.
+that went deeper than the best model inside the floor, and came near the floor, may come back to it with all
+of those epochs. If it does, it is delivered; if not, the best model inside the floor is delivered as it is.
+Where a budget is short the search ends for such a trial, as one long schedule recovers more than several
+short ones. The final tuning is longer than any trial's schedule, and its learning rate is higher for that.
 """
 
 from __future__ import annotations
@@ -13,93 +13,96 @@ import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
+from autoprune.heuristics import DEFAULTS, Heuristics
 from autoprune.record import RoundRecord, Rung, TrialRecord
 from autoprune.search.controller import EXACT, Goal, Promotion, State
 
-NEAR = 0.015  # of top-1 below the floor: models further off are not kept; a guess
-DEEPER = 0.97  # of the best model's cost: a smaller gain is not worth the risk; a guess
-HOTTEST = 2.0  # times a trial's learning rate, for the final tuning
-HOPE = 2.0  # times what the last gain promises, for a model that is short of the target; a guess
-
 
 @dataclass(frozen=True, kw_only=True)
-class Miss:
-    """A trial that came near the floor, and the top-1 that its last gain promises."""
+class NearMiss:
+    """A model that came near the floor, and the top-1 that its last gain promises after more epochs."""
 
     model: Promotion
     promised: float
 
 
-def is_hopeful(goal: Goal, trial: TrialRecord, epochs: float) -> bool:
-    """Whether a trial reached the target, and may come back to the floor with so many more epochs.
+def can_recover(goal: Goal, trial: TrialRecord, epochs: float, heuristics: Heuristics = DEFAULTS) -> bool:
+    """Return whether a trial reached the target and may come back to the floor with so many more epochs.
 
-    What it gained so far, per factor in epochs, is taken to go on.
+    The gain per factor in epochs, from the first rung to the last one, is assumed to go on.
     """
     return (
         trial.top1 is not None
         and trial.cost_share is not None
         and goal.is_met_by(trial.cost_share)
-        and is_near(goal, trial.top1)
-        and trial.top1 + _gain(trial, epochs, since=0) >= goal.floor
+        and is_near(goal, trial.top1, heuristics)
+        and trial.top1 + _expected_gain(trial, epochs, since=0) >= goal.floor
     )
 
 
-def is_near(goal: Goal, top1: float) -> bool:
-    """Whether a model is worth keeping for the end: inside the floor, or a little below."""
-    return top1 >= goal.floor - NEAR
+def is_near(goal: Goal, top1: float, heuristics: Heuristics = DEFAULTS) -> bool:
+    """Return whether a model is worth keeping for the end: inside the floor, or a little below."""
+    return top1 >= goal.floor - heuristics.near_margin
 
 
-def nearest_miss(goal: Goal, state: State, rounds: Iterable[RoundRecord], epochs: float) -> Miss | None:
-    """The model that is worth all of so many more epochs to come back to the floor, if there is one.
+def best_near_miss(
+    goal: Goal, state: State, rounds: Iterable[RoundRecord], epochs: float, heuristics: Heuristics = DEFAULTS
+) -> NearMiss | None:
+    """Return the model that is worth so many more epochs, all that are left, if there is one.
 
-    A model that reaches the target always is, the nearest to the floor first: what it costs if it fails is
-    the polish of a network that misses the target. The same holds where there is nothing but the original to
-    deliver. Otherwise it is the cheapest that may come back: what a trial gained on its last rung, per factor
-    in epochs, is taken to go on.
+    A model that reaches the target always is, and of several the nearest to the floor: what it costs if it
+    fails is the polish of a network that misses the target. The same holds where only the original could be
+    delivered. Otherwise it is the cheapest that may come back, if the gain of its last rung, per factor in
+    epochs, goes on.
     """
     misses = [
-        Miss(
+        NearMiss(
             model=Promotion(round=r.number, trial=t.number, cost_share=t.cost_share, top1=t.top1),
-            promised=t.top1 + _gain(t, epochs),
+            promised=t.top1 + _expected_gain(t, epochs),
         )
         for r in rounds
         for t in r.trials
         if t.top1 is not None
         and t.cost_share is not None
         and t.top1 < goal.floor - EXACT
-        and is_near(goal, t.top1)
-        and t.cost_share < DEEPER * state.best.cost_share
+        and is_near(goal, t.top1, heuristics)
+        and t.cost_share < heuristics.max_cost_ratio * state.best.cost_share
     ]
     at_target = [m for m in misses if goal.is_met_by(m.model.cost_share)]
     if at_target:
         return max(at_target, key=lambda m: m.model.top1)
     if state.best.round == 0:
         return max(misses, key=lambda m: (m.promised, -m.model.cost_share), default=None)
-    hopeful = [m for m in misses if m.model.top1 + HOPE * (m.promised - m.model.top1) >= goal.floor]
+    hopeful = [
+        m for m in misses if m.model.top1 + heuristics.hope_factor * (m.promised - m.model.top1) >= goal.floor
+    ]
     return min(hopeful, key=lambda m: (m.model.cost_share, -m.promised), default=None)
 
 
-def final_rate(lr: float, rungs: Sequence[Rung], epochs: float, limits: tuple[float, float]) -> float:
-    """The learning rate of the final tuning, from that of a trial whose last schedule was shorter.
+def final_lr(
+    lr: float, rungs: Sequence[Rung], epochs: float, limits: tuple[float, float],
+    heuristics: Heuristics = DEFAULTS,
+) -> float:  # fmt: skip
+    """Return the learning rate of the final tuning, from that of a trial whose last schedule was shorter.
 
     The longer a schedule, the higher the rate that serves it: by the root of its length, as far as
-    twice (measured: docs/log.md).
+    `max_lr_factor` (measured: docs/log.md).
     """
     if not rungs:
         return lr
     length = rungs[-1].epochs - (rungs[-2].epochs if len(rungs) > 1 else 0.0)
-    factor = min(HOTTEST, max(1.0, math.sqrt(epochs / length)))
+    factor = min(heuristics.max_lr_factor, max(1.0, math.sqrt(epochs / length)))
     return max(lr, min(lr * factor, limits[1]))
 
 
-def saved(goal: Goal, state: State, model: Promotion) -> State:
-    """The end of a run whose last chance came back to the floor."""
+def with_recovered(goal: Goal, state: State, model: Promotion) -> State:
+    """Return the end of a run whose near miss came back to the floor."""
     reached = goal.is_met_by(model.cost_share)
     return replace(state, best=model, ended="target" if reached else state.ended)
 
 
-def _gain(trial: TrialRecord, epochs: float, *, since: int = -2) -> float:
-    """What so many more epochs promise, by what was gained from a rung to the last one."""
+def _expected_gain(trial: TrialRecord, epochs: float, *, since: int = -2) -> float:
+    """Return the top-1 that so many more epochs promise, by the gain from rung `since` to the last one."""
     if len(trial.rungs) < 2:
         return 0.0
     before, last = trial.rungs[since], trial.rungs[-1]

@@ -1,16 +1,16 @@
-"""What a round tries next: the space of a trial's parameters, the points to begin with, the sampler's advice.
+"""What a round tries next: the space of a trial's parameters, the first points, and the sampler's proposals.
 
-The sampler is asked on a study in memory that holds the round's finished trials and, told for this round,
-those of the round before. Its advice becomes a waiting trial of the stored study. So the stored study holds
-what this round did and nothing else, and advice follows from stored results and a seed alone: any process
-that asks gets the same.
+The sampler is asked on a study in memory. It holds the round's completed trials and, expressed for this
+round, those of the round before. So the stored study holds what this round did and nothing else, and a
+proposal
+follows from stored results and a seed alone: any process that asks gets the same.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
 from itertools import product
 from typing import Any
 
@@ -20,68 +20,61 @@ from optuna.trial import FixedTrial, FrozenTrial, create_trial
 from torch import nn
 
 from autoprune.config import Decay, Search
-from autoprune.search.trial import Ground, TrialParams
+from autoprune.heuristics import DEFAULTS, Heuristics
+from autoprune.search.context import RoundContext
+from autoprune.search.trial import TrialParams
 from autoprune.structure import densify
 
-STARTUP_TRIALS = 4  # measured on a surrogate of 8 to 32 trials: fewer random trials lose nothing
-MOST_PAST = 200  # trials that a sampler hears of; a guess
-SHALLOW = 0.5  # the lowest rate searched, as a share of the ceiling
-SNAP = 0.95  # rates from this share of the ceiling on become the ceiling, or targets are missed by a hair
-NEXT_LR = 3.0  # the second and third learning rates tried, over and under the first; a guess
-
-Point = dict[str, Any]
-
 
 @dataclass(frozen=True, kw_only=True)
-class Space:
-    """What one round may try.
+class SearchSpace:
+    """What one round may try: the study's choices, and pruning rates up to the round's ceiling."""
 
-    Attributes:
-        ceiling: the highest pruning rate.
-        lr: its range.
-        decays, criteria, strategies: the choices.
-    """
-
+    search: Search
     ceiling: float
-    lr: tuple[float, float]
-    decays: tuple[Decay, ...]
-    criteria: tuple[str, ...]
-    strategies: tuple[str, ...]
+    heuristics: Heuristics = DEFAULTS
 
-    @classmethod
-    def of(cls, search: Search, ceiling: float) -> Space:
-        """The study's space under this round's ceiling."""
-        return cls(
-            ceiling=ceiling, lr=search.lr, decays=search.decays, criteria=search.criteria,
-            strategies=search.strategies,
-        )  # fmt: skip
+    @property
+    def min_rate(self) -> float:
+        """The lowest pruning rate of the round."""
+        return self.heuristics.min_rate_share * self.ceiling
 
-    def holds(self, point: Point) -> bool:
-        """Whether a trial of this round could have been this point."""
+    def contains(self, params: TrialParams) -> bool:
+        """Return whether a trial of this round could have had these parameters."""
         return (
-            SHALLOW * self.ceiling <= point["prune_rate"] <= self.ceiling
-            and self.lr[0] <= point["lr"] <= self.lr[1]
-            and point["decay"] in self.decays
-            and point["criterion"] in self.criteria
-            and point["strategy"] in self.strategies
+            self.min_rate <= params.prune_rate <= self.ceiling
+            and self.search.lr[0] <= params.lr <= self.search.lr[1]
+            and params.decay in self.search.decays
+            and params.criterion in self.search.criteria
+            and params.strategy in self.search.strategies
         )
 
+    def clip_lr(self, lr: float) -> float:
+        """Return the learning rate of the space that is nearest to `lr`."""
+        low, high = self.search.lr
+        return min(max(lr, low), high)
+
+    def snap(self, params: TrialParams) -> TrialParams:
+        """Return the parameters as a trial runs them: a rate near the ceiling becomes the ceiling."""
+        near = params.prune_rate >= self.heuristics.snap_share * self.ceiling
+        return replace(params, prune_rate=self.ceiling) if near else params
+
 
 @dataclass(frozen=True, kw_only=True)
-class Past:
-    """A point that was tried, and its value told for this round."""
+class Observation:
+    """The parameters of a finished trial, and its value as this round would judge it."""
 
-    point: Point
+    params: TrialParams
     value: float
 
 
-def suggest(trial: optuna.Trial | FixedTrial, space: Space) -> TrialParams:
-    """Let a sampler choose a trial's parameters, those of its decay included."""
-    trial.suggest_float("prune_rate", SHALLOW * space.ceiling, space.ceiling)
-    trial.suggest_float("lr", *space.lr, log=True)
-    decay = trial.suggest_categorical("decay", space.decays)
-    trial.suggest_categorical("criterion", space.criteria)
-    trial.suggest_categorical("strategy", space.strategies)
+def suggest(trial: optuna.Trial | FixedTrial, space: SearchSpace) -> TrialParams:
+    """Let a trial's sampler choose its parameters, and return them as the trial runs them."""
+    trial.suggest_float("prune_rate", space.min_rate, space.ceiling)
+    trial.suggest_float("lr", *space.search.lr, log=True)
+    decay = trial.suggest_categorical("decay", space.search.decays)
+    trial.suggest_categorical("criterion", space.search.criteria)
+    trial.suggest_categorical("strategy", space.search.strategies)
     if decay == "step":
         trial.suggest_float("step_gamma", 0.1, 0.5)
         trial.suggest_int("step_milestones", 1, 3)
@@ -91,114 +84,111 @@ def suggest(trial: optuna.Trial | FixedTrial, space: Space) -> TrialParams:
         trial.suggest_float("onecycle_peak", 0.2, 0.5)
     else:
         trial.suggest_float(f"{decay}_final", 0.0, 0.1)
-    return params_of(trial.params, space.ceiling)
+    return space.snap(TrialParams.from_optuna(trial.params))
 
 
-def params_of(point: Mapping[str, Any], ceiling: float) -> TrialParams:
-    """A trial's parameters, from what the storage holds."""
-    rate, decay = point["prune_rate"], point["decay"]
-    return TrialParams(
-        prune_rate=ceiling if rate >= SNAP * ceiling else rate, lr=point["lr"], decay=decay,
-        gamma=point.get(f"{decay}_gamma"), milestones=point.get(f"{decay}_milestones"),
-        final=point.get(f"{decay}_final", 0.0), peak=point.get(f"{decay}_peak"),
-        criterion=point["criterion"], strategy=point["strategy"],
-    )  # fmt: skip
-
-
-def make_sampler(kind: str, seed: int) -> optuna.samplers.BaseSampler:
-    """The sampler that a study names."""
+def make_sampler(kind: str, seed: int, heuristics: Heuristics = DEFAULTS) -> optuna.samplers.BaseSampler:
+    """Return the sampler that a study names: `tpe`, `gp` or `random`."""
     if kind == "gp":
         return optuna.samplers.GPSampler(
-            n_startup_trials=STARTUP_TRIALS, seed=seed % 2**32, warn_independent_sampling=False
+            n_startup_trials=heuristics.startup_trials, seed=seed % 2**32, warn_independent_sampling=False
         )
     if kind == "random":
         return optuna.samplers.RandomSampler(seed=seed % 2**32)
-    return optuna.samplers.TPESampler(n_startup_trials=STARTUP_TRIALS, seed=seed % 2**32)
+    return optuna.samplers.TPESampler(n_startup_trials=heuristics.startup_trials, seed=seed % 2**32)
 
 
-def advise(space: Space, sampler: optuna.samplers.BaseSampler, past: Iterable[Past]) -> Point:
-    """What a sampler would try next, having seen these points; those outside the space are left out.
+def propose(
+    space: SearchSpace, sampler: optuna.samplers.BaseSampler, observations: Iterable[Observation]
+) -> TrialParams:
+    """Return what a sampler would try next after these observations; those outside the space are left out.
 
-    Of very many the latest count, so that the thousandth trial is asked for as fast as the two hundredth.
+    Of very many, the latest count, so that the thousandth trial is proposed as fast as the two hundredth.
     """
     memory = optuna.create_study(direction="maximize", sampler=sampler)
-    seen = [p for p in past if space.holds(p.point)][-MOST_PAST:]
-    memory.add_trials([_told(p, space) for p in seen])
-    asked = memory.ask()
-    suggest(asked, space)
-    return dict(asked.params)
+    inside = [o for o in observations if space.contains(o.params)][-space.heuristics.max_observations :]
+    memory.add_trials([_frozen_trial(o, space) for o in inside])
+    trial = memory.ask()
+    suggest(trial, space)
+    return TrialParams.from_optuna(trial.params)
 
 
-def _told(past: Past, space: Space) -> FrozenTrial:
-    fixed = FixedTrial(past.point)
+def _frozen_trial(observation: Observation, space: SearchSpace) -> FrozenTrial:
+    fixed = FixedTrial(observation.params.to_optuna())
     suggest(fixed, space)
-    return create_trial(params=fixed.params, distributions=fixed.distributions, value=past.value)
+    return create_trial(params=fixed.params, distributions=fixed.distributions, value=observation.value)
 
 
-def first_points(ground: Ground, space: Space) -> list[Point]:
-    """Where the first round starts: at the ceiling, at a safe low rate, at the ceiling a little hotter."""
-    deep, shallow = (_prior(ground, space, rate) for rate in (space.ceiling, SHALLOW * space.ceiling))
-    return [deep, shallow, *_other_rates(deep, space)[:1]]
+def initial_points(context: RoundContext, space: SearchSpace) -> list[TrialParams]:
+    """Return where the first round starts: at the ceiling, at a safe low rate, and at a higher lr."""
+    deep, shallow = (_prior(context, space, rate) for rate in (space.ceiling, space.min_rate))
+    return [deep, shallow, *_other_lrs(deep, space)[:1]]
 
 
-def next_points(best: Point, space: Space) -> list[Point]:
-    """Where a later round starts: the last round's best at the new ceiling, and at a safe low rate."""
-    deep = _fitting(best, space) | {"prune_rate": space.ceiling}
-    return [deep, deep | {"prune_rate": SHALLOW * space.ceiling}]
+def next_points(best: TrialParams, space: SearchSpace) -> list[TrialParams]:
+    """Return where a later round starts: the last round's best at the new ceiling, and at a safe low rate."""
+    deep = replace(_with_allowed_criterion(best, space), prune_rate=space.ceiling)
+    return [deep, replace(deep, prune_rate=space.min_rate)]
 
 
-def _fitting(point: Point, space: Space) -> Point:
-    """A point of another round; where its criterion is no longer asked for, with the first that is."""
-    if point["criterion"] in space.criteria:
-        return point
-    return point | {"criterion": space.criteria[0]}
+def points_at_ceiling(points: Sequence[TrialParams], space: SearchSpace) -> list[TrialParams]:
+    """Return what to try once a trial recovered at the ceiling: only accuracy is left to gain.
 
-
-def settled_points(known: Sequence[Point], space: Space) -> list[Point]:
-    """What to try once a trial recovered at the ceiling: nothing is left to gain but accuracy.
-
-    The rate stays at the ceiling, and the learning rate moves to both sides of the first.
+    The rate stays at the ceiling, and the learning rate moves to both sides of the first point's.
     """
-    return [known[0], *_other_rates(known[0], space)]
+    return [points[0], *_other_lrs(points[0], space)]
 
 
-def _other_rates(point: Point, space: Space) -> list[Point]:
-    low, high = space.lr
-    return [point | {"lr": min(max(point["lr"] * f, low), high)} for f in (NEXT_LR, 1 / NEXT_LR)]
+def _with_allowed_criterion(params: TrialParams, space: SearchSpace) -> TrialParams:
+    """Return another round's parameters; a criterion that the study no longer names is replaced."""
+    if params.criterion in space.search.criteria:
+        return params
+    return replace(params, criterion=space.search.criteria[0])
 
 
-def _prior(ground: Ground, space: Space, rate: float) -> Point:
-    """A point whose learning rate fits to how much goes, ranked by what does best before any fine-tuning.
+def _other_lrs(params: TrialParams, space: SearchSpace) -> list[TrialParams]:
+    step = space.heuristics.lr_step
+    return [replace(params, lr=space.clip_lr(params.lr * factor)) for factor in (step, 1 / step)]
 
-    The more of the weights goes, the higher the rate that recovers it (the idea of ALLR: Zimmer et al. 2023,
-    "How I learned to stop worrying and love retraining", section 3). Theirs is linear in the change and so
-    at its highest for whole channels; on a log scale it meets what was measured. ResNet-20 on CIFAR-10,
-    35 % removed, 190 steps: 0.01 -> 90.2, 0.03 -> 89.1, 0.1 -> 86.7 % top-1.
+
+def _prior(context: RoundContext, space: SearchSpace, rate: float) -> TrialParams:
+    """Return a first point: ranked by what scores best untuned, with a learning rate that fits the rate.
+
+    The more of the weights goes, the higher the learning rate that recovers it (the idea of ALLR: Zimmer et
+    al. 2023, "How I learned to stop worrying and love retraining", section 3). Theirs is linear in the
+    change and so at its highest for whole channels; on a log scale it meets what was measured. ResNet-20 on
+    CIFAR-10, 35 %
+    removed, 190 steps: 0.01 -> 90.2, 0.03 -> 89.1, 0.1 -> 86.7 % top-1.
     """
-    decay = "cosine" if "cosine" in space.decays else space.decays[0]
-    low, high = space.lr
-    criterion, strategy = ground.screened(rate, list(product(space.criteria, space.strategies)))
-    point = _middle(decay) | {
-        "prune_rate": rate, "decay": decay, "criterion": criterion, "strategy": strategy,
+    decays = space.search.decays
+    decay: Decay = "cosine" if "cosine" in decays else decays[0]
+    choices = list(product(space.search.criteria, space.search.strategies))
+    criterion, strategy = context.screen(rate, choices)
+    params = TrialParams(
+        prune_rate=rate, lr=1.0, decay=decay, criterion=criterion, strategy=strategy,
+        **_middle_of_decay(decay),
+    )  # fmt: skip
+    change = _weight_change(context, space.snap(params))
+    low, high = space.search.lr
+    return replace(params, lr=space.clip_lr(low * (high / low) ** change))
+
+
+def _middle_of_decay(decay: Decay) -> dict[str, Any]:
+    """Return the middle of each decay's own parameters; cosine and linear go down to nothing."""
+    own: dict[Decay, dict[str, Any]] = {
+        "cosine": {"final": 0.0}, "linear": {"final": 0.0},
+        "step": {"gamma": 0.2, "milestones": 2}, "exponential": {"gamma": 0.01},
+        "onecycle": {"peak": 0.3},
     }  # fmt: skip
-    change = _weight_change(ground, params_of(point | {"lr": 1.0}, space.ceiling))
-    return point | {"lr": min(max(low * (high / low) ** change, low), high)}
+    return own[decay]
 
 
-def _middle(decay: Decay) -> Point:
-    """The middle of each decay's own parameters; for cosine and linear, down to nothing."""
-    extra: dict[Decay, Point] = {
-        "cosine": {"cosine_final": 0.0}, "linear": {"linear_final": 0.0},
-        "step": {"step_gamma": 0.2, "step_milestones": 2}, "exponential": {"exponential_gamma": 0.01},
-        "onecycle": {"onecycle_peak": 0.3},
-    }  # fmt: skip
-    return extra[decay]
-
-
-def _weight_change(ground: Ground, params: TrialParams) -> float:
-    """The share of the weights' norm that a rate takes away, in [0, 1]."""
-    pruned = densify(ground.model, ground.graph, ground.choose(params))
-    return math.sqrt(max(0.0, 1 - _square_norm(pruned) / _square_norm(ground.model)))
+def _weight_change(context: RoundContext, params: TrialParams) -> float:
+    """Return the share of the weights' norm that a trial's plan takes away, in [0, 1]."""
+    start = context.start
+    plan = context.choose_plan(params.prune_rate, params.criterion, params.strategy)
+    pruned = densify(start.model, start.graph, plan)
+    return math.sqrt(max(0.0, 1 - _square_norm(pruned) / _square_norm(start.model)))
 
 
 def _square_norm(model: nn.Module) -> float:

@@ -1,7 +1,10 @@
 """One trial: choose the units, make the smaller network, recover its accuracy, measure it.
 
-A trial works on the round's dense starting network and knows nothing of Optuna: parameters in, a record
-and a model out. Whatever goes wrong in it fails the trial, not the run.
+A trial works on the context of its round and knows nothing of Optuna or storage: parameters go in, a record
+and a model come out. Whatever goes wrong in it fails the trial, not the run.
+
+A trial climbs rungs. Each rung is a complete learning-rate schedule, so that only annealed models are ever
+compared; between two rungs the round is asked whether to go on.
 """
 
 from __future__ import annotations
@@ -10,36 +13,35 @@ import copy
 import math
 import time
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping
 from contextlib import suppress
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from autoprune.config import Decay, Metric, Study
-from autoprune.data import Data, Split, derive_seed
-from autoprune.errors import AutopruneError, RunError, TrialError, UnreachableError
-from autoprune.metrics import Evaluation
+from autoprune.config import Decay, Study
+from autoprune.data import Split, derive_seed
+from autoprune.errors import AutopruneError, RunError, TrialError
 from autoprune.plan import PruningPlan
-from autoprune.pruning import Scores, SensitivityTable, allocate, make_setup, rank_plans, score
 from autoprune.record import EpochPoint, Rung, TrialRecord
 from autoprune.search.budget import Speed
-from autoprune.structure import ChannelGraph, densify, measure_latency_share
+from autoprune.search.context import Problem, RoundContext, RoundStart
+from autoprune.structure import densify
 from autoprune.tasks import task_of
-from autoprune.training import EpochRecord, Schedule, distributed, evaluate, finetune_, recalibrate_
+from autoprune.training import EpochRecord, Schedule, distributed, finetune_, recalibrate_
 
-PROBE_BATCHES = 8
-TRIAL_EVALUATIONS = 3.0  # a trial evaluates twice and recalibrates; a guess until trials were timed
-OUT_OF_MEMORY = ("can't allocate memory", "not enough memory", "out of memory")  # torch's RuntimeErrors
+# What torch's RuntimeErrors say when memory runs out on the CPU; they have no type of their own.
+OUT_OF_MEMORY = ("can't allocate memory", "not enough memory", "out of memory")
+MAX_REASON = 300  # characters of a failure's reason: it is shown in a table
 
 
 @dataclass(frozen=True, kw_only=True)
 class TrialParams:
-    """What one trial tries; the fields after `strategy` belong to one decay each."""
+    """What one trial tries; each field after `strategy` belongs to one decay, as in `Schedule`."""
 
     prune_rate: float
     lr: float
@@ -51,113 +53,37 @@ class TrialParams:
     final: float = 0.0
     peak: float | None = None
 
+    @classmethod
+    def from_optuna(cls, params: Mapping[str, Any]) -> TrialParams:
+        """Read the parameters of an Optuna trial; `step_gamma` is the `gamma` of the decay `step`."""
+        decay = params["decay"]
+        return cls(
+            prune_rate=params["prune_rate"], lr=params["lr"], decay=decay,
+            criterion=params["criterion"], strategy=params["strategy"],
+            gamma=params.get(f"{decay}_gamma"), milestones=params.get(f"{decay}_milestones"),
+            final=params.get(f"{decay}_final", 0.0), peak=params.get(f"{decay}_peak"),
+        )  # fmt: skip
+
+    def to_optuna(self) -> dict[str, Any]:
+        """Return the parameters as an Optuna trial is suggested them, those of other decays left out."""
+        params: dict[str, Any] = {
+            "prune_rate": self.prune_rate, "lr": self.lr, "decay": self.decay,
+            "criterion": self.criterion, "strategy": self.strategy,
+        }  # fmt: skip
+        if self.decay == "step":
+            return params | {"step_gamma": self.gamma, "step_milestones": self.milestones}
+        if self.decay == "exponential":
+            return params | {"exponential_gamma": self.gamma}
+        if self.decay == "onecycle":
+            return params | {"onecycle_peak": self.peak}
+        return params | {f"{self.decay}_final": self.final}
+
     def schedule(self, warmup: float) -> Schedule:
-        """The learning rate over the trial."""
+        """Return the learning rate over one rung."""
         return Schedule(
             lr=self.lr, decay=self.decay, gamma=self.gamma, milestones=self.milestones,
             final=self.final, peak=self.peak, warmup=warmup,
         )  # fmt: skip
-
-
-def _untuned(prune_rate: float, criterion: str, strategy: str) -> TrialParams:
-    """What to prune, where it does not matter how it will be tuned."""
-    return TrialParams(prune_rate=prune_rate, lr=1.0, decay="linear", criterion=criterion, strategy=strategy)
-
-
-@dataclass(frozen=True, kw_only=True, eq=False)
-class Ground:
-    """What all trials of a round stand on.
-
-    Attributes:
-        original: the teacher, and the network that plans are composed for.
-        model: the round's dense starting network; `plan` leads from the original to it, `graph` is its own.
-        original_cost, target_cost: in the target's metric.
-        example: one input, to measure latency with.
-        floor: of the round.
-        seed: of the round.
-        cached_scores: by criterion: they depend on the round only.
-    """
-
-    study: Study
-    data: Data
-    device: torch.device
-    metric: Metric
-    original: nn.Module
-    original_cost: float
-    target_cost: float
-    model: nn.Module
-    graph: ChannelGraph
-    plan: PruningPlan
-    table: SensitivityTable | None
-    seed: int
-    example: tuple[Tensor, ...] = ()
-    cached_scores: dict[str, Scores] = field(default_factory=dict)
-
-    def scores(self, criterion: str) -> Scores:
-        """The units' scores by this criterion."""
-        if criterion not in self.cached_scores:
-            self.cached_scores[criterion] = score(
-                self.model, self.graph, criterion, split=self.data.train, device=self.device,
-                task=task_of(self.study), seed=self.seed,
-            )  # fmt: skip
-        return self.cached_scores[criterion]
-
-    def choose(self, params: TrialParams) -> PruningPlan:
-        """The plan that removes `prune_rate` of the starting network's cost, or the nearest to it."""
-        limit = self.limit(params.prune_rate)
-        scores = self.scores(params.criterion)
-        table = self.table if params.strategy == "sensitivity" else None
-        try:
-            return self._allocate(scores, limit, params.strategy, table)
-        except UnreachableError as error:
-            nearest = error.nearest_cost
-        try:
-            return self._allocate(scores, nearest, params.strategy, table)
-        except UnreachableError as error:
-            raise TrialError(error.message, error.hint) from None
-
-    def screened(self, prune_rate: float, ways: Sequence[tuple[str, str]]) -> tuple[str, str]:
-        """The (criterion, strategy) that is best at this rate before any fine-tuning.
-
-        Each is tried on a thousand search samples with batch-norm statistics estimated anew. Where that
-        cannot be done, because the study's loss or score raises, the trials will record what is the matter.
-        """
-        if len(ways) == 1:
-            return ways[0]
-        try:
-            plans = {way: self.choose(_untuned(prune_rate, *way)) for way in ways}
-            setup = make_setup(
-                self.model, self.graph, self.data.search, calibration=self.data.train, device=self.device,
-                task=task_of(self.study),
-            )  # fmt: skip
-            best = rank_plans(setup, list(plans.values()))[0].plan
-        except RunError:
-            raise
-        except Exception:  # of the user's own functions
-            return ways[0]
-        return next(way for way, plan in plans.items() if plan is best)
-
-    def limit(self, prune_rate: float) -> float:
-        """What a network pruned by this rate may cost; never less than the target needs."""
-        present = self.graph.cost().of(self.metric)
-        return max(self.target_cost, (1 - prune_rate) * present)
-
-    def cost_after(self, plan: PruningPlan, model: nn.Module) -> float:
-        """What a trial's network costs; a predicted latency gives way where measuring contradicts it.
-
-        It stands as long as it lies within the measurement's spread, so that noise decides nothing.
-        """
-        cost = self.graph.cost(plan).of(self.metric)
-        if self.metric != "latency":
-            return cost
-        share, spread = measure_latency_share(self.original, model, self.example, self.device)
-        measured = share * self.original_cost
-        return measured if abs(measured - cost) > spread * self.original_cost else cost
-
-    def _allocate(
-        self, scores: Scores, limit: float, strategy: str, table: SensitivityTable | None
-    ) -> PruningPlan:
-        return allocate(self.graph, scores, metric=self.metric, limit=limit, strategy=strategy, table=table)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -170,53 +96,72 @@ class TrialResult:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Climb:
+class RungState:
     """Where a trial stands at the end of a rung.
 
     Attributes:
         prune_rate, cost_share: as in its record.
-        tops: top-1 at the end of each rung so far.
-        done: epochs so far; `next_epochs` would come on the next rung.
+        top1s: top-1 on the search split at the end of each rung so far.
+        epochs: so far; `next_epochs` would come on the next rung.
     """
 
     prune_rate: float
     cost_share: float
-    tops: tuple[float, ...]
-    done: float
+    top1s: tuple[float, ...]
+    epochs: float
     next_epochs: float
 
 
-def all_the_way(climb: Climb) -> bool:
-    """A trial that leaves no rung out."""
+def always_continue(state: RungState) -> bool:
+    """Let a trial climb all of its rungs."""
     return True
 
 
-def run_trial(  # noqa: PLR0913 - one whole trial: each argument is a decision of its caller
-    ground: Ground, params: TrialParams, *, epochs: tuple[float, ...], seed: int,
-    goes_on: Callable[[Climb], bool] = all_the_way, seconds_left: Callable[[], float] = lambda: math.inf,
-    on_epoch: Callable[[EpochRecord], None] | None = None,
-) -> TrialResult:  # fmt: skip
-    """Prune the ground's network by these parameters, fine-tune it and measure it on the search split.
+@dataclass(frozen=True, kw_only=True)
+class TrialHooks:
+    """How the round watches and steers one of its trials.
+
+    Attributes:
+        should_continue: asked between two rungs.
+        seconds_left: of the budget; a rung for which they are too few is gone through faster.
+        on_epoch: called after every epoch.
+    """
+
+    should_continue: Callable[[RungState], bool] = always_continue
+    seconds_left: Callable[[], float] = lambda: math.inf
+    on_epoch: Callable[[EpochRecord], None] | None = None
+
+
+def run_trial(
+    context: RoundContext,
+    params: TrialParams,
+    *,
+    rungs: tuple[float, ...],
+    seed: int,
+    hooks: TrialHooks = TrialHooks(),
+) -> TrialResult:
+    """Prune the round's start by these parameters, fine-tune it, and measure it on the search split.
 
     Args:
-        ground: what the round stands on.
+        context: of the round.
         params: what to try.
-        epochs: of each rung, a complete schedule.
+        rungs: the epochs of each rung.
         seed: of order, augmentation and dropout.
-        goes_on: asked between two rungs.
-        seconds_left: of the budget; a schedule for which they are too few is gone through faster.
-        on_epoch: told of every epoch.
+        hooks: what the round asks and hears.
+
+    Raises:
+        RunError: storage is away, or another rank of a distributed trial failed. Whatever else is raised, by
+            the user's loader, loss or score as well, fails the trial and stands in its record.
     """
     began = time.perf_counter()
     try:
-        return _Trial(ground, params, seed, on_epoch).run(epochs, goes_on, seconds_left)
+        return _Trial(context, params, seed, hooks).run(rungs)
     except RunError:
-        raise  # storage is away: that is not the trial's fault
+        raise
     except Exception as error:
         if distributed.world_size() > 1 and not isinstance(error, TrialError):
-            told = f"a trial failed on rank {distributed.rank_and_size()[0]}: {_reason(error)}"
-            raise RunError(told, "torchrun ends the other ranks; start them again") from error
-        # whatever the user's loader, loss or evaluate raises fails this trial alone
+            message = f"a trial failed on rank {distributed.rank_and_size()[0]}: {_reason(error)}"
+            raise RunError(message, "torchrun ends the other ranks; start them again") from error
         with suppress(RuntimeError):
             torch.cuda.empty_cache()
         record = failed_record(_reason(error), seconds=time.perf_counter() - began)
@@ -224,107 +169,116 @@ def run_trial(  # noqa: PLR0913 - one whole trial: each argument is a decision o
 
 
 def failed_record(reason: str, *, seconds: float) -> TrialRecord:
-    """The record of a trial that failed."""
+    """Return the record of a trial that failed."""
     return _record(failure=reason, seconds=seconds)
 
 
 def _reason(error: Exception) -> str:
-    """Why a trial failed, in one line: what was raised, and the innermost line of code."""
+    """Return why a trial failed, in one line: what was raised, and the innermost line of code."""
     if isinstance(error, AutopruneError):
-        return error.message.splitlines()[0][:300]
-    told = f"{type(error).__name__}: {error}".splitlines()[0]
-    if isinstance(error, torch.OutOfMemoryError | MemoryError) or any(w in told for w in OUT_OF_MEMORY):
-        return f"out of memory: {error}".splitlines()[0][:300]
+        return error.message.splitlines()[0][:MAX_REASON]
+    message = f"{type(error).__name__}: {error}".splitlines()[0]
+    if isinstance(error, torch.OutOfMemoryError | MemoryError) or any(w in message for w in OUT_OF_MEMORY):
+        return f"out of memory: {error}".splitlines()[0][:MAX_REASON]
     frames = traceback.extract_tb(error.__traceback__)
     where = f" ({Path(frames[-1].filename).name}:{frames[-1].lineno})" if frames else ""
-    return told[: 300 - len(where)] + where
+    return message[: MAX_REASON - len(where)] + where
 
 
 class _Trial:
-    """One trial under way."""
+    """A trial that is running."""
 
-    def __init__(
-        self, ground: Ground, params: TrialParams, seed: int, on_epoch: Callable[[EpochRecord], None] | None
-    ) -> None:
-        self.ground, self.params, self.seed, self.on_epoch = ground, params, seed, on_epoch
-        self.plan = distributed.from_rank_zero(lambda: ground.choose(params))
-        self.model = densify(ground.model, ground.graph, self.plan)
+    def __init__(self, context: RoundContext, params: TrialParams, seed: int, hooks: TrialHooks) -> None:
+        self.context, self.params, self.seed, self.hooks = context, params, seed, hooks
+        # Ranks compute scores on different data orders: all of them prune by the first one's plan.
+        self.plan = distributed.from_rank_zero(
+            lambda: context.choose_plan(params.prune_rate, params.criterion, params.strategy)
+        )
+        self.model = densify(context.start.model, context.start.graph, self.plan)
         self.curve: list[EpochRecord] = []
         self.rungs: list[Rung] = []
 
-    def run(
-        self, epochs: tuple[float, ...], goes_on: Callable[[Climb], bool], seconds_left: Callable[[], float]
-    ) -> TrialResult:  # fmt: skip
-        """Climb, and say how far it came."""
-        ground, tune, began = self.ground, self.ground.study.finetune, time.perf_counter()
+    def run(self, rungs: tuple[float, ...]) -> TrialResult:
+        """Climb the rungs, and record how far the trial came."""
+        context, began = self.context, time.perf_counter()
+        problem, graph = context.problem, context.start.graph
+        tune = problem.study.finetune
         recalibrate_(
-            self.model, ground.data.train, num_batches=tune.recalibrate_batches,
-            batch_size=tune.batch_size, device=ground.device, seed=ground.seed,
+            self.model, problem.data.train, num_batches=tune.recalibrate_batches,
+            batch_size=tune.batch_size, device=problem.device, seed=context.seed,
         )  # fmt: skip
-        untuned = measure(ground, self.model)
-        after, present = ground.cost_after(self.plan, self.model), ground.graph.cost().of(ground.metric)
-        rate, share, tuning_seconds = 1 - after / present, after / ground.original_cost, 0.0
-        for number, part in enumerate(epochs):
-            if number:
-                tops = tuple(r.top1 for r in self.rungs)
-                done = self.rungs[-1].epochs
-                climb = Climb(prune_rate=rate, cost_share=share, tops=tops, done=done, next_epochs=part)
-                if not distributed.from_rank_zero(partial(goes_on, climb)):
+        untuned = problem.evaluate_on_search(self.model)
+        cost, start_cost = context.cost_of(self.plan, self.model), graph.cost().of(problem.metric)
+        rate, share, tuning_seconds = 1 - cost / start_cost, cost / problem.original_cost, 0.0
+        for epochs in rungs:
+            if self.rungs:
+                state = RungState(
+                    prune_rate=rate, cost_share=share, top1s=tuple(r.top1 for r in self.rungs),
+                    epochs=self.rungs[-1].epochs, next_epochs=epochs,
+                )  # fmt: skip
+                if not distributed.from_rank_zero(partial(self.hooks.should_continue, state)):
                     break
             tuning_began = time.perf_counter()
-            self._climb(part, distributed.from_rank_zero(seconds_left))
+            self._finetune(epochs, distributed.from_rank_zero(self.hooks.seconds_left))
             tuning_seconds += time.perf_counter() - tuning_began
-            tuned = measure(ground, self.model)
+            tuned = problem.evaluate_on_search(self.model)
             self.rungs.append(Rung(epochs=self.curve[-1].epoch, top1=tuned.top1))
-        cost = ground.graph.cost(self.plan)
+        exact = graph.cost(self.plan)
         record = _record(
-            prune_rate=rate, cost_share=share, macs=cost.macs, num_params=cost.params,
+            prune_rate=rate, cost_share=share, macs=exact.macs, num_params=exact.params,
             top1=tuned.top1, low=tuned.interval.low, high=tuned.interval.high,
             loss=tuned.loss if math.isfinite(tuned.loss) else None,
-            before_tuning=untuned.top1, epochs=points(self.curve), rungs=tuple(self.rungs),
+            before_tuning=untuned.top1, epochs=epoch_points(self.curve), rungs=tuple(self.rungs),
             tuning_seconds=tuning_seconds, seconds=time.perf_counter() - began,
         )  # fmt: skip
-        return TrialResult(record=record, model=self.model, plan=ground.plan.compose(self.plan))
+        return TrialResult(record=record, model=self.model, plan=context.start.plan.compose(self.plan))
 
-    def _tell(self) -> None:
-        if self.on_epoch is not None:
-            self.on_epoch(self.curve[-1])
-
-    def _climb(self, epochs: float, seconds: float) -> None:
-        """One complete schedule."""
-        ground, study = self.ground, self.ground.study
+    def _finetune(self, epochs: float, seconds: float) -> None:
+        """Train for one complete schedule."""
+        problem = self.context.problem
         done = self.curve[-1].epoch if self.curve else 0.0
 
-        def tell(record: EpochRecord) -> None:
+        def append(record: EpochRecord) -> None:
             self.curve.append(replace(record, epoch=done + record.epoch))
-            distributed.from_rank_zero(self._tell)
+            distributed.from_rank_zero(self._report_epoch)
 
         finetune_(
-            self.model, ground.data.train, schedule=self.params.schedule(study.finetune.warmup),
-            settings=study.finetune, epochs=epochs, seed=derive_seed(self.seed, 1 + len(self.rungs)),
-            device=ground.device, teacher=ground.original, task=task_of(study), seconds=seconds,
-            on_epoch=tell,
+            self.model, problem.data.train,
+            schedule=self.params.schedule(problem.study.finetune.warmup), settings=problem.study.finetune,
+            epochs=epochs, seed=derive_seed(self.seed, 1 + len(self.rungs)), device=problem.device,
+            teacher=problem.original, task=problem.task, seconds=seconds, on_epoch=append,
         )  # fmt: skip
 
+    def _report_epoch(self) -> None:
+        if self.hooks.on_epoch is not None:
+            self.hooks.on_epoch(self.curve[-1])
 
-def probe_speed(ground: Ground) -> Speed:
-    """Train a copy for a moment, and measure the network once, to see what an epoch and a trial take."""
-    study, model = ground.study, copy.deepcopy(ground.model)
-    used = ground.data.train.subset(study.finetune.share, seed=0)
-    per_epoch = used.num_batches(study.finetune.batch_size)
-    for count in (1, min(PROBE_BATCHES, per_epoch)):  # the first batch is slow: caches and threads warm up
-        took = seconds_of_training(
-            model, ground.data.train, study, count / per_epoch, teacher=ground.original, device=ground.device
-        )
-    epoch_s, began = took * per_epoch / count, time.perf_counter()
-    measure(ground, model)
-    return Speed(epoch_s=epoch_s, trial_s=TRIAL_EVALUATIONS * (time.perf_counter() - began), analysis_s=0.0)
+
+def probe_speed(problem: Problem, start: RoundStart) -> Speed:
+    """Train a copy for a moment and evaluate it once, to see how long an epoch and a trial take."""
+    study, model, heuristics = problem.study, copy.deepcopy(start.model), problem.heuristics
+    subset = problem.data.train.subset(study.finetune.share, seed=0)
+    per_epoch = subset.num_batches(study.finetune.batch_size)
+    # The first batch is slow, as caches and threads warm up: its time is measured and thrown away.
+    for count in (1, min(heuristics.probe_batches, per_epoch)):
+        seconds = seconds_of_training(
+            model, problem.data.train, study, count / per_epoch,
+            teacher=problem.original, device=problem.device,
+        )  # fmt: skip
+    began = time.perf_counter()
+    problem.evaluate_on_search(model)
+    evaluation_s = time.perf_counter() - began
+    return Speed(
+        epoch_s=seconds * per_epoch / count,
+        trial_s=heuristics.evaluations_per_trial * evaluation_s,
+        analysis_s=0.0,
+    )
 
 
 def seconds_of_training(
     model: nn.Module, train: Split, study: Study, epochs: float, *, teacher: nn.Module, device: torch.device
 ) -> float:
-    """Train in place as a trial would, and take the time of the steps alone, of no statistics afterwards."""
+    """Train in place as a trial does, and return the seconds of the steps alone, without recalibration."""
     began = time.perf_counter()
     finetune_(
         model, train, schedule=Schedule(lr=study.search.lr[0], decay="linear", warmup=0.0),
@@ -334,14 +288,8 @@ def seconds_of_training(
     return time.perf_counter() - began
 
 
-def measure(ground: Ground, model: nn.Module) -> Evaluation:
-    """The model on the search split."""
-    study = ground.study
-    return evaluate(model, ground.data.search, device=ground.device, task=task_of(study))
-
-
-def points(curve: list[EpochRecord]) -> tuple[EpochPoint, ...]:
-    """A fine-tuning's epochs, as they are recorded."""
+def epoch_points(curve: list[EpochRecord]) -> tuple[EpochPoint, ...]:
+    """Return a fine-tuning's epochs as they are recorded."""
     return tuple(
         EpochPoint(epoch=e.epoch, lr=e.lr, train_loss=e.train_loss, images_per_s=e.images_per_s)
         for e in curve

@@ -21,7 +21,7 @@ from autoprune.data.splits import Split
 from autoprune.errors import ArtifactError, ConfigError, RunError, UnreachableError, UsageError
 from autoprune.location import ARTIFACTS, DATABASE
 from autoprune.pipeline.delivery import is_slower, latency_share
-from autoprune.pipeline.preflight import make_plan, prepare
+from autoprune.pipeline.preflight import forecast_run, prepare
 from autoprune.pipeline.run import run
 from autoprune.record import RunResult
 from autoprune.search.history import CHECKPOINT, read_run
@@ -459,7 +459,7 @@ def test_an_unfinished_run_can_be_reported(tmp_path: Path) -> None:
 
 def test_a_seed_starts_the_same_network_and_leaves_the_callers_random_state() -> None:
     state = torch.get_rng_state()
-    first, same, other = (prepare(tiny_study(model=TinyNet, seed=s)).model for s in (1, 1, 2))
+    first, same, other = (prepare(tiny_study(model=TinyNet, seed=s)).original for s in (1, 1, 2))
     weights = [m.state_dict()["conv1.weight"] for m in (first, same, other)]
     assert torch.equal(weights[0], weights[1])
     assert not torch.equal(weights[0], weights[2])
@@ -467,7 +467,7 @@ def test_a_seed_starts_the_same_network_and_leaves_the_callers_random_state() ->
 
 
 def test_a_dry_run_plans_the_rounds(tmp_path: Path) -> None:
-    plan = make_plan(prepare(tiny_study(), out=tmp_path / "r", protection=PLAIN))
+    plan = forecast_run(prepare(tiny_study(), out=tmp_path / "r", protection=PLAIN))
     assert [r.number for r in plan.rounds] == [1, 2]
     assert plan.rounds[-1].cost_share == pytest.approx(0.5)
     assert plan.top1 is None

@@ -24,7 +24,7 @@ from autoprune.errors import UsageError
 from autoprune.location import DATABASE, RunLocation
 from autoprune.record import TrialRecord
 from autoprune.search.controller import replay
-from autoprune.search.history import outcomes, read_goal, read_plan, read_trials
+from autoprune.search.history import read_baseline, read_round, read_trials, round_outcomes
 from autoprune.storage.membership import list_processes
 from autoprune.storage.run_header import RunHeader
 from autoprune.storage.run_store import RunStore
@@ -116,10 +116,10 @@ def owners(out: Path) -> dict[int, set[int]]:
 def check_round(out: Path) -> list[TrialRecord]:
     """The promoted sequence is what the records imply, and no round has more trials than planned."""
     with closing(RunStore(out, "tiny")) as store:
-        replay(read_goal(store), tiny_study().control, outcomes(store))
+        replay(read_baseline(store).goal, tiny_study().control, round_outcomes(store))
         for study in store.rounds():
             finished = [t for t in read_trials(study) if t.top1 is not None]
-            assert len(finished) <= read_plan(study).trials
+            assert len(finished) <= read_round(study).trials
         study = store.study(1)
         assert study is not None
         return list(read_trials(study))

@@ -14,7 +14,7 @@ from autoprune.config import Analysis, Baseline, Protection
 from autoprune.errors import ConfigError, UsageError
 from autoprune.pipeline.run import run
 from autoprune.pruning.sensitivity import SensitivityPoint, sensitivity
-from autoprune.search.analysis_cache import keep_point, kept_points
+from autoprune.search.analysis_cache import load_points, store_point
 from autoprune.structure.tracing import trace
 from autoprune.training.finetune import train_baseline_
 from tests.tiny import TinyNet, tiny_data, tiny_net, tiny_split, tiny_study
@@ -30,7 +30,7 @@ def test_a_stopped_analysis_goes_on_where_it_was() -> None:
 
     def stop_at(count: int) -> Callable[[SensitivityPoint], None]:
         def on_point(point: SensitivityPoint) -> None:
-            keep_point(study, "first", point)
+            store_point(study, "first", point)
             fresh.append(point)
             if len(fresh) == count:
                 raise KeyboardInterrupt
@@ -40,9 +40,9 @@ def test_a_stopped_analysis_goes_on_where_it_was() -> None:
     fresh: list[SensitivityPoint] = []
     with pytest.raises(KeyboardInterrupt):
         sensitivity(net, graph, split, settings=Analysis(ratios=RATIOS), on_point=stop_at(2))
-    assert kept_points(study, "second") is None
+    assert load_points(study, "second") is None
     fresh.clear()
-    known = kept_points(study, "first")
+    known = load_points(study, "first")
     assert known is not None
     table = sensitivity(
         net, graph, split, settings=Analysis(ratios=RATIOS), known=known, on_point=stop_at(99)
@@ -51,7 +51,7 @@ def test_a_stopped_analysis_goes_on_where_it_was() -> None:
     assert table.points == whole.points
     assert table.baseline.top1 == whole.baseline.top1
     again = sensitivity(
-        net, graph, split, settings=Analysis(ratios=RATIOS), known=kept_points(study, "first")
+        net, graph, split, settings=Analysis(ratios=RATIOS), known=load_points(study, "first")
     )
     assert again.points == whole.points
     assert np.isfinite(again.baseline.loss)

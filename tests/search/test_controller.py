@@ -14,11 +14,11 @@ from autoprune.search.controller import (
     RoundOutcome,
     State,
     TrialSummary,
+    best_recovered,
     decide,
-    floor_of_round,
+    initial_state,
     replay,
-    start,
-    winner,
+    round_floor,
 )
 
 GOAL = Goal(baseline_top1=0.9, max_drop_pp=1.0, target_share=0.5)
@@ -36,7 +36,7 @@ def judge(state: State, *trials: TrialSummary, budget_left: bool = True) -> Deci
 
 
 def test_the_recovered_trial_that_removed_most_is_promoted() -> None:
-    state = start(GOAL, CONTROL)
+    state = initial_state(GOAL, CONTROL)
     decision = judge(state, trial(state, 0.2, 0.95, 0), trial(state, 0.3, 0.9, 1), trial(state, 0.35, 0.8, 2))
     assert (decision.action, decision.promoted) == ("promote", 1)
     assert decision.state.current.cost_share == pytest.approx(0.7)
@@ -44,19 +44,19 @@ def test_the_recovered_trial_that_removed_most_is_promoted() -> None:
 
 
 def test_ties_go_to_accuracy() -> None:
-    state = start(GOAL, CONTROL)
+    state = initial_state(GOAL, CONTROL)
     assert judge(state, trial(state, 0.3, 0.9, 0), trial(state, 0.3, 0.91, 1)).promoted == 1
 
 
 def test_rates_that_hardly_differ_are_ties_unless_only_one_reaches_the_target() -> None:
-    state = start(GOAL, CONTROL)
+    state = initial_state(GOAL, CONTROL)
     assert judge(state, trial(state, 0.301, 0.9, 0), trial(state, 0.3, 0.91, 1)).promoted == 1
     assert judge(state, trial(state, 0.5, 0.9, 0), trial(state, 0.499, 0.91, 1)).promoted == 0
 
 
 def test_the_ceiling_rises_after_a_promotion_at_the_ceiling() -> None:
     goal = Goal(baseline_top1=0.9, max_drop_pp=1.0, target_share=0.1)
-    state = start(goal, CONTROL)
+    state = initial_state(goal, CONTROL)
     outcome = RoundOutcome(trials=(trial(state, 0.35, 0.9),), budget_left=True)
     decision = decide(goal, CONTROL, state, outcome)
     assert decision.state.ceiling == pytest.approx(0.35 * 1.25)
@@ -64,28 +64,28 @@ def test_the_ceiling_rises_after_a_promotion_at_the_ceiling() -> None:
 
 
 def test_the_ceiling_never_asks_for_more_than_the_target_needs() -> None:
-    state = judge(start(GOAL, CONTROL), trial(start(GOAL, CONTROL), 0.35, 0.9)).state
+    state = judge(initial_state(GOAL, CONTROL), trial(initial_state(GOAL, CONTROL), 0.35, 0.9)).state
     assert state.ceiling == pytest.approx(1 - 0.5 / 0.65)
 
 
 def test_a_near_target_is_reached_in_one_round() -> None:
     goal = Goal(baseline_top1=0.9, max_drop_pp=1.0, target_share=0.8)
-    state = start(goal, CONTROL)
+    state = initial_state(goal, CONTROL)
     assert state.ceiling == pytest.approx(0.2)
-    assert floor_of_round(goal, state) == pytest.approx(goal.floor)
+    assert round_floor(goal, state) == pytest.approx(goal.floor)
     outcome = RoundOutcome(trials=(trial(state, state.ceiling, 0.892),), budget_left=False)
     decision = decide(goal, CONTROL, state, outcome)
     assert (decision.action, decision.state.ended) == ("finish", "target")
 
 
 def test_an_early_round_may_spend_its_share_of_the_drop() -> None:
-    state = start(GOAL, CONTROL)
+    state = initial_state(GOAL, CONTROL)
     share = math.log(0.65) / math.log(0.5)
-    assert floor_of_round(GOAL, state) == pytest.approx(0.9 - share * 0.01)
+    assert round_floor(GOAL, state) == pytest.approx(0.9 - share * 0.01)
 
 
 def test_no_recovery_lowers_goes_back_once_and_stops() -> None:
-    state = start(GOAL, CONTROL)
+    state = initial_state(GOAL, CONTROL)
     actions = []
     while state.ended is None:
         decision = judge(state, trial(state, state.ceiling, 0.5))
@@ -97,7 +97,7 @@ def test_no_recovery_lowers_goes_back_once_and_stops() -> None:
 
 
 def test_going_back_returns_to_the_model_before_the_current_one() -> None:
-    first = judge(start(GOAL, CONTROL), trial(start(GOAL, CONTROL), 0.3, 0.9)).state
+    first = judge(initial_state(GOAL, CONTROL), trial(initial_state(GOAL, CONTROL), 0.3, 0.9)).state
     state = first
     while state.path == first.path:
         state = judge(state).state
@@ -106,19 +106,19 @@ def test_going_back_returns_to_the_model_before_the_current_one() -> None:
 
 
 def test_a_model_inside_the_goals_floor_is_kept_though_its_round_asked_for_more() -> None:
-    state = start(GOAL, CONTROL)
+    state = initial_state(GOAL, CONTROL)
     decision = judge(state, trial(state, 0.3, 0.891), budget_left=False)
     assert (decision.action, decision.state.ended) == ("stop", "budget")
     assert decision.state.best.cost_share == pytest.approx(0.7)
 
 
 def test_a_round_without_scored_trials_is_judged() -> None:
-    assert judge(start(GOAL, CONTROL)).action == "lower"
+    assert judge(initial_state(GOAL, CONTROL)).action == "lower"
 
 
 def test_a_target_that_is_met_already_needs_no_round() -> None:
     goal = Goal(baseline_top1=0.9, max_drop_pp=1.0, target_share=1.0)
-    assert start(goal, CONTROL).ended == "target"
+    assert initial_state(goal, CONTROL).ended == "target"
 
 
 unit = st.floats(0, 1)
@@ -144,7 +144,7 @@ draws = st.lists(
 def test_the_run_always_ends_inside_its_limits(
     goal: Goal, control: Control, draws: list[tuple[list[tuple[float, float]], bool]]
 ) -> None:
-    state, outcomes = start(goal, control), []
+    state, outcomes = initial_state(goal, control), []
     while state.ended is None:
         shots, spent = draws[len(outcomes)] if len(outcomes) < len(draws) else ([], False)
         trials = tuple(
@@ -152,8 +152,8 @@ def test_the_run_always_ends_inside_its_limits(
             for n, (rate, gain) in enumerate(shots)
         )
         outcome = RoundOutcome(trials=trials, budget_left=not spent)
-        best = winner(goal, state, trials)
-        floor, decision = floor_of_round(goal, state), decide(goal, control, state, outcome)
+        best = best_recovered(goal, state, trials)
+        floor, decision = round_floor(goal, state), decide(goal, control, state, outcome)
         after = decision.state
 
         assert goal.floor - EXACT <= floor <= goal.baseline_top1 + EXACT

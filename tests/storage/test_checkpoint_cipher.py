@@ -60,7 +60,7 @@ def test_damage_and_a_missing_key_are_told_apart_from_each_other(tmp_path: Path)
     store.close()
     without = sealed_store(tmp_path / "run", Protection())
     with pytest.raises(UsageError, match="are encrypted"):
-        without.load(artifact)
+        without.load_checkpoint(artifact)
     without.close()
     file = tmp_path / "run" / ARTIFACTS / artifact
     content = bytearray(file.read_bytes())
