@@ -54,7 +54,7 @@ def test_a_running_trial_is_told_with_its_time(told: dict[str, RunStatus]) -> No
 
 
 def test_the_end_is_told_too(told: dict[str, RunStatus]) -> None:
-    assert told["finish 0"].now == "the end: final tuning, proof, export"
+    assert told["finish 0"].now == "the end: final tuning, verification, export"
     assert told["end"].now == ""
     assert told["end"].record is not None
     assert told["end"].record.outcome is not None
