@@ -472,5 +472,5 @@ def test_a_dry_run_plans_the_rounds(tmp_path: Path) -> None:
     assert plan.rounds[-1].cost_share == pytest.approx(0.5)
     assert plan.top1 is None
     assert list(tmp_path.iterdir()) == []
-    known = make_plan(prepare(tiny_study(model=trained(), baseline=None)))
+    known = forecast_run(prepare(tiny_study(model=trained(), baseline=None)))
     assert known.floor == pytest.approx((known.top1 or 0) - 0.08)
