@@ -1,8 +1,8 @@
 """What a run did, as plain values: the report, the terminal and `--json` are made from a `RunRecord` alone.
 
-A record is derived: `store.RunStore` holds the truth and `pipeline` folds it into one of these, at any time,
-also for a run that was interrupted. Accuracies that trials and rounds speak of are on the search split;
-those in `before` and `after` are on the test split, which nothing else has seen.
+A record is derived: `storage.RunStore` holds the truth, and `search.read_run` makes one of these from it at
+any time, also for a run that was interrupted. Accuracies of trials and rounds are on the search split; those
+in `before` and `after` are on the test split, which nothing else has seen.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
-"""The command line: what a person types, and how an error is told.
+"""The command line: what a person types, and how errors are shown.
 
 Results go to stdout, progress and errors to stderr. Exit codes: 0 done, 1 failed, 2 wrong usage or study,
-3 target not reached (the deepest model inside the floor is delivered), 130 interrupted. Commands live in
-`cli_run`, `cli_look` and `cli_artifact`; none of them imports torch before it needs it.
+3 target not reached (the deepest model inside the floor is delivered), 130 interrupted. Commands live in the
+room's other modules, which register them below; none of them imports torch before it needs it.
 """
 
 from __future__ import annotations
