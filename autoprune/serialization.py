@@ -78,18 +78,18 @@ def from_plain(kind: type[T], value: object, *, exact: bool = False) -> T:
     return result
 
 
-def _check_keys(given: Any, read: Any, where: str) -> None:
+def _check_keys(value: Any, read_back: Any, where: str) -> None:
     # msgspec can forbid unknown keys for its own Structs only. What was read, turned back, has all keys that
     # the dataclasses name.
-    if isinstance(given, dict):
-        if unknown := given.keys() - read.keys():
+    if isinstance(value, dict):
+        if unknown := value.keys() - read_back.keys():
             raise SerializationError(f"unknown key {min(unknown)[:60]!r} - at `{where}`")
-        for key, inner in given.items():
-            _check_keys(inner, read[key], f"{where}.{key[:60]}")
-    elif isinstance(given, list):
-        for inner, inner_read in zip(given, read, strict=True):
+        for key, inner in value.items():
+            _check_keys(inner, read_back[key], f"{where}.{key[:60]}")
+    elif isinstance(value, list):
+        for inner, inner_back in zip(value, read_back, strict=True):
             if isinstance(inner, dict | list):
-                _check_keys(inner, inner_read, f"{where}[...]")
+                _check_keys(inner, inner_back, f"{where}[...]")
 
 
 def parse_json(data: bytes) -> Any:

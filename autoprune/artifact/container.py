@@ -19,7 +19,7 @@ from typing import BinaryIO
 from autoprune.errors import ArtifactError
 from autoprune.files import Buffer
 
-VERSION = 45  # zip64
+VERSION = 45  # APPNOTE 4.4.3.2: 4.5, the first with zip64
 DATE = 0x21  # 1980-01-01, the zero of zip's calendar
 FULL32, FULL16 = 0xFFFFFFFF, 0xFFFF  # "look into the zip64 field"
 LOCAL = struct.Struct("<IHHHHHIIIHH")
@@ -30,7 +30,7 @@ END64 = struct.Struct("<IQHHIIQQQQ")
 LOCATOR = struct.Struct("<IIQI")
 END = struct.Struct("<IHHHHIIH")
 TAIL_BYTES = END64.size + LOCATOR.size + END.size
-MAX_NAME = 200
+MAX_NAME = 200  # a guess: the longest name that torch gives a member has 50 characters
 NAME = re.compile(r"[A-Za-z0-9_.]+(/[A-Za-z0-9_.]+)*", re.ASCII)
 CHUNK = 1 << 20
 
@@ -46,7 +46,7 @@ class Entry:
 
     @property
     def data_offset(self) -> int:
-        """Where the member's first byte is."""
+        """The position of the member's first byte."""
         return self.offset + LOCAL.size + len(self.name) + LOCAL_EXTRA.size
 
 
@@ -94,7 +94,11 @@ def check_name(name: str) -> None:
 
 
 def container_chunks(members: Iterable[tuple[str, Buffer]]) -> Iterator[Buffer]:
-    """The bytes of a container with these members, piece by piece; one member at a time is held."""
+    """Yield the bytes of a container with these members in pieces; one member at a time is in memory.
+
+    Raises:
+        ArtifactError: a name is not allowed.
+    """
     entries: list[Entry] = []
     offset = 0
     for name, data in members:
@@ -110,7 +114,7 @@ def container_chunks(members: Iterable[tuple[str, Buffer]]) -> Iterator[Buffer]:
 
 
 class Container:
-    """Reads a container from a seekable stream; members are read when asked for, and checked by CRC-32."""
+    """A container in a seekable stream; members are read when asked for, and checked by CRC-32."""
 
     def __init__(self, source: BinaryIO, *, max_entries: int) -> None:
         """Read the directory, after its size was checked, and compare every header with its only form.
@@ -160,7 +164,11 @@ class Container:
             raise _damage("there are bytes between the members and the directory")
 
     def chunks(self, name: str) -> Iterator[bytes]:
-        """One member, a mebibyte at a time; the checksum is known to hold only at the end."""
+        """Yield one member, a mebibyte at a time; only the end tells whether its checksum holds.
+
+        Raises:
+            ArtifactError: the member ends early, or its checksum is wrong.
+        """
         entry = self.entries[name]
         crc, done = 0, 0
         while done < entry.size:
@@ -171,7 +179,7 @@ class Container:
             raise _damage(f"the checksum of {name!r} is wrong")
 
     def read(self, name: str, *, limit: int | None = None) -> bytes:
-        """One member whole.
+        """Return one member whole.
 
         Raises:
             ArtifactError: it is larger than `limit`, or damaged.

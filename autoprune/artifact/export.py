@@ -29,8 +29,8 @@ from autoprune.torch_private import tree_leaves
 
 OPSET = 18  # what torch's exporter writes exactly; asked for 17 it leaves 18
 ONNX_LIMIT = (2 << 30) - (16 << 20)  # protobuf's 2 GiB, less room for everything but weights
-ONNX_TOLERANCE = 1e-5
-PROBE_VALUES = 64
+ONNX_TOLERANCE = 1e-5  # a promise of the format (section 6)
+PROBE_VALUES = 64  # a guess: enough to tell networks apart, and few bytes in the manifest
 MAX_PROBE = 1 << 27  # numbers in one input: 1 GiB in float64; a file must not make its reader compute more
 ExampleInputs = Tensor | tuple[Tensor, ...]
 Shapes = tuple[tuple[int | None, ...], ...]
@@ -56,7 +56,7 @@ class Exported:
 
 
 def export_model(model: nn.Module, example_inputs: ExampleInputs) -> Exported:
-    """All delivered forms of a network.
+    """Return a network in all delivered forms.
 
     Args:
         model: left untouched, whatever its mode and device.
@@ -84,7 +84,7 @@ def export_model(model: nn.Module, example_inputs: ExampleInputs) -> Exported:
 
 
 def inference_copy(model: nn.Module) -> nn.Module:
-    """A copy on the CPU, in evaluation mode, without gradients."""
+    """Return a copy on the CPU, in evaluation mode, without gradients."""
     return copy.deepcopy(model).cpu().eval().requires_grad_(False)
 
 
@@ -96,7 +96,7 @@ def _signature(example: ExampleInputs) -> tuple[tuple[tuple[int, ...], ...], tup
 def _program(
     network: nn.Module, shapes: tuple[tuple[int, ...], ...], dtypes: tuple[str, ...]
 ) -> tuple[ExportedProgram, Shapes]:
-    """The exported program, with a free batch size where the network allows one, and its input shapes."""
+    """Return the exported program, its batch size free where the network allows it, and its input shapes."""
     if all(shapes) and len({shape[0] for shape in shapes}) == 1:
         free: Shapes = tuple((None, *shape[1:]) for shape in shapes)
         try:
@@ -126,7 +126,11 @@ def _has_free_batch(program: ExportedProgram) -> bool:
 def probe_inputs(
     shapes: Sequence[Sequence[int | None]], dtypes: Sequence[str], *, batch: int
 ) -> tuple[Tensor, ...]:
-    """The fixed inputs of `docs/format.md`, section 7, with `batch` samples where the batch size is free."""
+    """Return the fixed inputs of `docs/format.md`, section 7, with `batch` samples where the batch is free.
+
+    Raises:
+        ArtifactError: a type is unknown, or a shape is negative or too large.
+    """
     return tuple(_probe_input(shape, dtype, batch) for shape, dtype in zip(shapes, dtypes, strict=True))
 
 
@@ -143,14 +147,14 @@ def _probe_input(shape: Sequence[int | None], dtype: str, batch: int) -> Tensor:
 
 
 def flat_tensors(output: Any) -> list[Tensor]:
-    """All tensors in a network's output, in order."""
+    """Return all tensors in a network's output, in order."""
     return [leaf for leaf in tree_leaves(output) if isinstance(leaf, Tensor)]
 
 
 def probe_answer(
     network: nn.Module, shapes: Sequence[Sequence[int | None]], dtypes: Sequence[str], batch: int
 ) -> tuple[float, ...]:
-    """Up to 64 values of the answer to the probe, evenly spread over all outputs."""
+    """Return up to 64 values of a network's answer to the probe, evenly spread over all outputs."""
     with torch.no_grad():
         output = network(*probe_inputs(shapes, dtypes, batch=batch))
     values = torch.cat([t.detach().double().cpu().flatten() for t in flat_tensors(output)])
@@ -159,13 +163,13 @@ def probe_answer(
 
 
 def to_safetensors(network: nn.Module) -> bytes:
-    """The state dict as safetensors; tensors that share memory are written under each of their names."""
+    """Return the state dict as safetensors; a tensor that has several names is written under each of them."""
     tensors = {name: t.detach().cpu().clone().contiguous() for name, t in network.state_dict().items()}
     return bytes(save(tensors))
 
 
 def to_onnx(program: ExportedProgram, network: nn.Module, shapes: Shapes, dtypes: Sequence[str]) -> bytes:
-    """ONNX of opset 18, checked in ONNX Runtime against `network` to 1e-5 of the largest output.
+    """Return ONNX of opset 18, compared in ONNX Runtime with `network` to 1e-5 of the largest output.
 
     Raises:
         ArtifactError: the network has an operator that ONNX has not.
@@ -222,7 +226,7 @@ def _compare(data: bytes, network: nn.Module, inputs: tuple[Tensor, ...]) -> Non
 
 
 def relative_error(answer: Tensor, expected: Tensor) -> float:
-    """max|answer - expected| / max|expected|, in float64; infinite for another shape or a NaN."""
+    """Return max|answer - expected| / max|expected|, in float64; infinite for another shape or a NaN."""
     if answer.shape != expected.shape:
         return float("inf")
     a, b = answer.double(), expected.detach().cpu().double()
@@ -234,7 +238,7 @@ def relative_error(answer: Tensor, expected: Tensor) -> float:
 
 
 def run_onnx(data: bytes, inputs: Sequence[Tensor]) -> list[Any]:
-    """The outputs of an ONNX file's bytes on the CPU, as arrays."""
+    """Run an ONNX file's bytes on the CPU and return the outputs as arrays."""
     session = silent_onnxruntime().InferenceSession(data, providers=["CPUExecutionProvider"])
     names = [i.name for i in session.get_inputs()]
     feed = {name: x.detach().cpu().numpy() for name, x in zip(names, inputs, strict=True)}
@@ -242,7 +246,7 @@ def run_onnx(data: bytes, inputs: Sequence[Tensor]) -> list[Any]:
 
 
 def silent_onnxruntime() -> Any:
-    """The module `onnxruntime`, told not to report to its maker.
+    """Import `onnxruntime` so that it does not report to its maker.
 
     Since 1.29 its builds for Linux send events (names and hashes of graph and weights among them) and keep a
     database in the home folder, unless this variable is set before the first import (its Privacy.md). Whoever

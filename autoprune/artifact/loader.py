@@ -32,7 +32,7 @@ from autoprune.errors import ArtifactError, AutopruneError
 from autoprune.plan import PruningPlan
 from autoprune.structure import densify, trace
 
-MAX_SAFETENSORS_HEADER = 32 << 20
+MAX_SAFETENSORS_HEADER = 32 << 20  # docs/format.md, section 2; the library alone allows 100 MB
 PROBE_TOLERANCE = 1e-4  # a guess: far above the rounding of another machine, far below another network
 FACTORY = re.compile(r"[A-Za-z_][A-Za-z0-9_.]*:[A-Za-z_][A-Za-z0-9_.]*", re.ASCII)
 WORD = re.compile(r"[A-Za-z0-9_.-]{1,64}", re.ASCII)  # no path, no address
@@ -45,7 +45,7 @@ def load(
     passphrase: str | None = None,
     require_signature: KeySource | None = None,
 ) -> nn.Module:
-    """The delivered network, ready to use, in evaluation mode on the CPU.
+    """Return the delivered network, ready to use, in evaluation mode on the CPU.
 
     It is of the user's own class if that can be imported here and still computes the same, otherwise a module
     around the exported program; the numbers are the same. No plaintext of an encrypted file touches the disk.
@@ -65,7 +65,7 @@ def load(
 
 
 def build_module(artifact: Artifact) -> nn.Module:
-    """The network of an opened file, as `load` gives it."""
+    """Return the network of an opened file, as `load` does."""
     try:
         rebuilt = rebuild_dense(artifact.manifest, read_weights(artifact.member(WEIGHTS)))
     except ArtifactError as error:
@@ -75,7 +75,7 @@ def build_module(artifact: Artifact) -> nn.Module:
 
 
 def build_program(artifact: Artifact) -> nn.Module:
-    """The network of an opened file from its exported program, without the user's class.
+    """Return the network of an opened file from its exported program, without the user's class.
 
     Raises:
         ArtifactError: the program holds what it may not, or does not answer the probe as it must.
@@ -87,7 +87,7 @@ def build_program(artifact: Artifact) -> nn.Module:
 
 
 def architecture_of(model: nn.Module, factory: object = None) -> Architecture:
-    """What the manifest says about the original: its class, and what builds it again where that is possible.
+    """Return what the manifest says about the original: its class, and what builds it again if anything does.
 
     A factory is named if it can be imported under its own name and called with plain arguments. One that has
     a method `source()`, which gives `module:qualname` and the keyword arguments, speaks for itself; any other
@@ -124,7 +124,7 @@ def _is_plain(value: object) -> bool:
 
 
 def find_factory(architecture: Architecture) -> Callable[..., nn.Module] | None:
-    """What builds the original, if it can be imported here and may be called; otherwise None."""
+    """Import what builds the original; return None if it cannot be imported here or may not be called."""
     if architecture.factory is None or not FACTORY.fullmatch(architecture.factory):
         return None
     module_name, _, qualname = architecture.factory.partition(":")
@@ -154,7 +154,10 @@ def _builds_module(factory: object) -> bool:
 
 
 def build_original(architecture: Architecture) -> nn.Module | None:
-    """The original network, freshly initialised, on the CPU; None if its source cannot be used here."""
+    """Build the original network, freshly initialised, on the CPU; None if its source cannot be used here.
+
+    The state of torch's random numbers is as before.
+    """
     factory = find_factory(architecture)
     if factory is None:
         return None
@@ -168,7 +171,7 @@ def build_original(architecture: Architecture) -> nn.Module | None:
 
 
 def rebuild_dense(manifest: Manifest, weights: Mapping[str, Tensor]) -> nn.Module | None:
-    """The delivered network in the user's class; None if its source cannot be used here.
+    """Build the delivered network in the user's class; None if its source cannot be used here.
 
     Raises:
         ArtifactError: the source was found, but what it builds is not the delivered network.
@@ -204,7 +207,7 @@ def _network_error(manifest: Manifest, why: str) -> ArtifactError:
 
 
 def input_signature(manifest: Manifest) -> tuple[list[tuple[int | None, ...]], list[str]]:
-    """Shapes and types of the inputs."""
+    """Return shapes and types of the inputs."""
     return [i.shape for i in manifest.inputs], [i.dtype for i in manifest.inputs]
 
 
@@ -223,7 +226,7 @@ def load_exactly_(network: nn.Module, weights: Mapping[str, Tensor]) -> None:
 
 
 def answers_probe(network: nn.Module, manifest: Manifest) -> bool:
-    """Whether a network gives the answer in the manifest to the probe input."""
+    """Tell whether a network gives the answer in the manifest to the probe input."""
     if manifest.probe is None:
         return False
     shapes, dtypes = input_signature(manifest)
@@ -239,7 +242,7 @@ def answers_probe(network: nn.Module, manifest: Manifest) -> bool:
 
 
 def read_weights(data: bytes) -> dict[str, Tensor]:
-    """The tensors of a safetensors member, after its header's size was checked.
+    """Read the tensors of a safetensors member, after a check of its header's size.
 
     Raises:
         ArtifactError: it is no safetensors file, or its header is oversized.

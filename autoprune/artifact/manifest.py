@@ -19,7 +19,8 @@ from autoprune.record import ModelSummary, RunRecord
 from autoprune.serialization import SerializationError, from_plain, parse_json, to_plain
 
 FORMAT_VERSION = 1
-MAX_MANIFEST = 32 << 20
+MAX_MANIFEST = 32 << 20  # docs/format.md, section 2
+# An absolute path, or one below the home folder, up to its last part.
 PATH = re.compile(r"(?<![\w.])(?:~|/|[A-Za-z]:\\)[^\s'\",;]*[/\\]")
 Plain = bool | int | float | str | None
 
@@ -129,7 +130,7 @@ class Manifest:
     members: dict[str, MemberDigest] = field(default_factory=dict)
 
     def to_json(self) -> str:
-        """The manifest as JSON, with the paths of this machine cut down to file names."""
+        """Return the manifest as JSON, with the paths of this machine cut down to file names."""
         document = {"format_version": FORMAT_VERSION, **to_plain(replace(self, plan=None))}
         document["plan"] = None if self.plan is None else json.loads(self.plan.to_json())
         tidy = _without_paths(document)
@@ -170,7 +171,7 @@ def manifest_of_run(
     preprocessing: Preprocessing,
     class_names: tuple[str, ...],
 ) -> Manifest:
-    """The manifest of a run's delivered network, from its record."""
+    """Make the manifest of a run's delivered network from the run's record."""
     trials = tuple(
         TrialNote(
             round=r.number, number=t.number, params=_scalars(t.params), top1=t.top1, cost_share=t.cost_share,

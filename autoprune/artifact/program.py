@@ -1,4 +1,4 @@
-"""The exported program (`model.pt2`): made harmless when written, and loaded after a check.
+"""The exported program (`model.pt2`): stripped when written, and loaded after a check.
 
 Torch's own file holds the user's example input, pickled, and stack traces with lines and paths of the user's
 source; the writer leaves both out. What is loaded is a module in evaluation mode, for which neither the
@@ -22,7 +22,7 @@ from autoprune.errors import ArtifactError, UsageError
 
 
 def write_program(program: ExportedProgram) -> bytes:
-    """What `torch.export.save` writes, without sample inputs and metadata, in the canonical container.
+    """Return what `torch.export.save` writes, without sample inputs and metadata, in the canonical container.
 
     Raises:
         ArtifactError: the program holds something that a reader would have to refuse.
@@ -63,11 +63,11 @@ class DeliveredProgram(nn.Module):
         self.eval()
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """What the original's `forward` gives in evaluation mode."""
+        """Return what the original's `forward` returns in evaluation mode."""
         return self.program(*args, **kwargs)
 
     def train(self, mode: bool = True) -> DeliveredProgram:
-        """Evaluation mode is the only one.
+        """Refuse any mode but evaluation.
 
         Raises:
             UsageError: training mode is asked for; the exported program has none.
@@ -87,7 +87,7 @@ def load_program(data: bytes) -> nn.Module:
     """Build the network from a program's bytes, after checking them.
 
     Raises:
-        ArtifactError: the program is not harmless, or this version of torch cannot read it.
+        ArtifactError: the program holds what it may not, or this version of torch cannot read it.
     """
     check_program(data)
     try:

@@ -35,7 +35,7 @@ MANIFEST, SIGNATURE = "manifest.json", "manifest.sig"
 WEIGHTS, PROGRAM, ONNX = "model.safetensors", "model.pt2", "model.onnx"
 ORDER = (MANIFEST, SIGNATURE, WEIGHTS, PROGRAM, ONNX)
 REQUIRED = {MANIFEST, WEIGHTS, PROGRAM}
-MAX_MEMBERS = 8
+MAX_MEMBERS = 8  # docs/format.md, section 1
 Identity = KeySource | Sequence[KeySource]
 
 
@@ -54,7 +54,7 @@ class Artifact:
     container: Container
 
     def member(self, name: str) -> bytes:
-        """One member, its digest checked again on the bytes that are given out.
+        """Return one member; its digest is checked again, on the bytes that are returned.
 
         Raises:
             ArtifactError: there is none, it has changed since the file was opened, or it is ONNX that would
@@ -62,6 +62,7 @@ class Artifact:
         """
         if name not in self.manifest.members:
             raise ArtifactError(f"the file has no {name}", "see autoprune inspect for what it has")
+        # A plain file stays on the disk and may change after it was opened, hence a second check.
         data = self.container.read(name)
         if digest_of(data) != self.manifest.members[name]:
             raise _digest_error(name)
@@ -75,7 +76,7 @@ def _digest_error(name: str) -> ArtifactError:
 
 
 def digest_of(data: bytes) -> MemberDigest:
-    """Size and SHA-256 of a member's bytes."""
+    """Return size and SHA-256 of a member's bytes."""
     return MemberDigest(sha256=hashlib.sha256(data).hexdigest(), size=len(data))
 
 
@@ -133,7 +134,7 @@ def _check_digests(container: Container, manifest: Manifest) -> None:
 
 
 def member_chunks(artifact: Artifact, *, signing_key: KeySource | None = None) -> Iterator[Buffer]:
-    """The container of an opened file again, with a new signature if a key is given.
+    """Yield the container of an opened file again, with a new signature if a key is given.
 
     Raises:
         UsageError: the key cannot sign.

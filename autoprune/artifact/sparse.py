@@ -26,20 +26,20 @@ MAX_GROWTH = 1000  # times the delivered weights, and at least a mebibyte; a gue
 
 
 def removed_indices(graph: ChannelGraph, plan: PruningPlan, dense: nn.Module) -> Removed:
-    """Per parameter and dimension, the original's indices that the plan removes."""
-    gone: dict[tuple[str, int], set[int]] = {}
+    """Return the original's indices that the plan removes, per parameter and dimension."""
+    indices: dict[tuple[str, int], set[int]] = {}
     for group in graph.groups:
-        kept = set(plan.kept(group.name, group.num_units).tolist())
-        units = [u for u in range(group.num_units) if u not in kept]
+        keep = set(plan.kept(group.name, group.num_units).tolist())
+        units = [u for u in range(group.num_units) if u not in keep]
         for member in group.members:
             positions = member.index[units].ravel().tolist()
-            gone.setdefault((member.name, member.dim), set()).update(positions)
+            indices.setdefault((member.name, member.dim), set()).update(positions)
     result: Removed = {}
     names = dense.state_dict().keys()
-    for (name, dim), all_gone in gone.items():
+    for (name, dim), removed in indices.items():
         for alias in _aliases(dense, name):
-            if all_gone and alias in names:
-                result.setdefault(alias, {})[str(dim)] = tuple(sorted(all_gone))
+            if removed and alias in names:
+                result.setdefault(alias, {})[str(dim)] = tuple(sorted(removed))
     return result
 
 
@@ -51,7 +51,7 @@ def _aliases(model: nn.Module, name: str) -> list[str]:
 
 
 def sparse_weights(weights: Mapping[str, Tensor], removed: Removed) -> dict[str, Tensor]:
-    """The delivered weights in the original's shapes, zero where something was removed.
+    """Return the delivered weights in the original's shapes, zero where something was removed.
 
     Raises:
         ArtifactError: the indices do not belong to these weights.
@@ -64,24 +64,24 @@ def sparse_weights(weights: Mapping[str, Tensor], removed: Removed) -> dict[str,
 
 
 def _fill_zeros(tensor: Tensor, removed: Mapping[str, tuple[int, ...]], room: int) -> Tensor:
-    """Checked before anything is allocated: a short list of indices can ask for much memory."""
-    for text, gone in removed.items():
+    """Insert zeros along the dimensions; the indices are checked first, for few of them can ask for much."""
+    for text, indices in removed.items():
         dim = int(text)
-        size = tensor.shape[dim] + len(gone)
+        size = tensor.shape[dim] + len(indices)
         if tensor.numel() // max(1, tensor.shape[dim]) * size > room:
             raise ValueError("it grows without measure")
-        if list(gone) != sorted(set(gone)) or (gone and not 0 <= gone[0] <= gone[-1] < size):
+        if list(indices) != sorted(set(indices)) or (indices and not 0 <= indices[0] <= indices[-1] < size):
             raise ValueError("the indices are not ascending, or beyond the end")
-        kept = sorted(set(range(size)) - set(gone))
+        remaining = sorted(set(range(size)) - set(indices))
         shape = list(tensor.shape)
         shape[dim] = size
-        index = torch.tensor(kept, dtype=torch.int64)
+        index = torch.tensor(remaining, dtype=torch.int64)
         tensor = torch.zeros(shape, dtype=tensor.dtype).index_copy_(dim, index, tensor)
     return tensor
 
 
 def sparse_safetensors(artifact: Artifact) -> bytes:
-    """The delivered weights in the original's shapes, zeros in between, as safetensors.
+    """Return an opened file's weights in the original's shapes, zeros in between, as safetensors.
 
     Raises:
         ArtifactError: the file does not say which indices were removed.

@@ -17,7 +17,7 @@ MAX_TEXT = 1000  # of a row: what a stranger wrote need not fill the screen
 
 
 def artifact_text(file: Path, header: AgeHeader | None, manifest: Manifest | None, signer: str | None) -> str:
-    """All that is known of a delivered file; without a manifest, what anyone can see."""
+    """Return a delivered file in lines of text: all of its manifest, or without one what anyone can see."""
     rows = [("file", f"{file} ({size(file.stat().st_size)})"), ("encrypted to", _recipients(header))]
     if manifest is None:
         rows.append(("content", "name a key with --identity to see it"))

@@ -30,7 +30,7 @@ from autoprune.errors import AutopruneError
 
 @dataclass(frozen=True, kw_only=True)
 class Check:
-    """One thing that was checked; `passed` is None where it could not be."""
+    """The result of one check; `passed` is None where the check is not possible."""
 
     name: str
     passed: bool | None
@@ -38,7 +38,7 @@ class Check:
 
 
 def verify_artifact(artifact: Artifact) -> tuple[Check, ...]:
-    """Every check on an opened file, in order; nothing is raised for a check that fails."""
+    """Run every check on an opened file, in order; a check that fails raises nothing."""
     members, signer = len(artifact.manifest.members), artifact.signer
     return (
         Check(name="digests", passed=True, detail=f"{members} members, SHA-256"),

@@ -72,7 +72,7 @@ class Form(StrEnum):
 
 def register(app: typer.Typer) -> None:
     """Add the commands of this module."""
-    given: dict[Any, tuple[str, ...]] = {
+    examples: dict[Any, tuple[str, ...]] = {
         inspect: ("inspect runs/digits/model.autoprune.age", "inspect model.autoprune.age -i key.txt --json"),
         verify: (
             "verify runs/digits/model.autoprune.age",
@@ -93,20 +93,20 @@ def register(app: typer.Typer) -> None:
         ),
         keygen: ("keygen", "keygen key.txt", "keygen --signing signing_key"),
     }  # fmt: skip
-    for command, lines in given.items():
+    for command, lines in examples.items():
         app.command(rich_help_panel="Deliver", epilog=completion.examples(*lines))(command)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Opener:
-    """How the user wants a file opened."""
+    """The keys or the passphrase with which a file is to be opened."""
 
     identity: list[str] | None
     passphrase: str | None
 
     @property
     def is_given(self) -> bool:
-        """Whether any key was named."""
+        """Whether the user named a key or gave a passphrase."""
         return self.identity is not None or self.passphrase is not None
 
 

@@ -27,10 +27,11 @@ from autoprune.files import BUFFER, Buffer, write_private
 MAGIC = b"age-encryption.org/v1\n"
 ARMOUR = b"-----BEGIN AGE"
 PLAIN = b"PK\x03\x04"
-MAX_HEADER = 64 << 10
+MAX_HEADER = 64 << 10  # this bound and the next two: docs/format.md, section 8
 MAX_RECIPIENTS = 64
 MAX_WORK_FACTOR = 21  # 2 GiB of memory and 30 s here; pyrage writes 16 to 20, age 18
-WITHOUT_WAITING = getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)  # for a pipe without a writer
+NON_BLOCKING = getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)  # for a pipe without a writer
+# pyrage has one error for everything; only its text says this (pyrage 1.4)
 EXCESSIVE = "Excessive work"  # pyrage's words for more than about 16 s on this machine at this moment
 STANZA = re.compile(rb"-> ([!-~]+)((?: [!-~]+)*)")
 BODY_FULL = re.compile(rb"[A-Za-z0-9+/]{64}")
@@ -57,7 +58,7 @@ class AgeHeader:
 
 
 def opening_error() -> ArtifactError:
-    """The one error for a wrong key, a wrong passphrase and a damaged file."""
+    """Return the one error for a wrong key, a wrong passphrase and a damaged file."""
     return ArtifactError(
         "the encrypted file cannot be opened: the key or passphrase is wrong, or the file is damaged",
         "check the key with autoprune inspect, and compare the file with where it came from",
@@ -65,7 +66,7 @@ def opening_error() -> ArtifactError:
 
 
 def is_encrypted(source: BinaryIO) -> bool:
-    """Whether a stream starts as age does; the stream is left at its start.
+    """Tell whether a stream starts as age does; the stream is left at its start.
 
     Raises:
         ArtifactError: it is age's ASCII armour, which is not a delivered file's form.
@@ -86,7 +87,7 @@ def _start(source: BinaryIO, size: int) -> bytes:
 
 
 def read_header(source: BinaryIO) -> AgeHeader:
-    """The recipients of an encrypted file, without any key; the stream is left at its start.
+    """Read the recipients of an encrypted file, without any key; the stream is left at its start.
 
     Raises:
         ArtifactError: it has no well-formed header within the bounds.
@@ -146,7 +147,7 @@ def check_protection(recipients: Sequence[KeySource], passphrase: str | None) ->
         raise UsageError(
             "nothing to encrypt with: no recipient, and no passphrase", "give a public key, or a passphrase"
         )
-    if len(recipients) and not 1 <= len(read_recipients(recipients)) <= MAX_RECIPIENTS:
+    if recipients and not 1 <= len(read_recipients(recipients)) <= MAX_RECIPIENTS:
         raise UsageError(f"more than {MAX_RECIPIENTS} recipients", f"give at most {MAX_RECIPIENTS}")
 
 
@@ -226,7 +227,7 @@ def open_file(path: Path) -> Iterator[BinaryIO]:
         ArtifactError: there is none, it cannot be read, or it is a pipe or a device.
     """
     try:
-        handle = os.open(path, os.O_RDONLY | WITHOUT_WAITING)
+        handle = os.open(path, os.O_RDONLY | NON_BLOCKING)
     except OSError as error:
         raise ArtifactError(
             f"cannot read {path}: {error.strerror}", "give the path of a delivered file"
@@ -244,7 +245,7 @@ def decryptor(
     identity: KeySource | Sequence[KeySource] | None = None,
     passphrase: str | None = None,
 ) -> Callable[[BinaryIO], None]:
-    """Check the header and the keys now; the function returned decrypts into a stream.
+    """Check the header and the keys now; return a function that decrypts into a stream.
 
     Without identity and passphrase the default identity is used.
 
@@ -291,7 +292,11 @@ def decrypt_to_memory(
     identity: KeySource | Sequence[KeySource] | None = None,
     passphrase: str | None = None,
 ) -> io.BytesIO:
-    """The plaintext in memory, whole and authenticated; raises as `decryptor`, or `opening_error()`."""
+    """Decrypt into memory; the plaintext is returned once all of it is authenticated.
+
+    Raises:
+        UsageError, ArtifactError: as `decryptor` does, or the key is wrong, or the file damaged.
+    """
     memory = io.BytesIO()
     decryptor(source, identity=identity, passphrase=passphrase)(memory)
     memory.seek(0)
@@ -305,7 +310,11 @@ def decrypt_file(
     identity: KeySource | Sequence[KeySource] | None = None,
     passphrase: str | None = None,
 ) -> None:
-    """Write the plaintext of an encrypted file; the target appears only after all of it was authenticated."""
+    """Write the plaintext of an encrypted file; the target appears once all of it is authenticated.
+
+    Raises:
+        UsageError, ArtifactError: as `decrypt_to_memory` does, or a file cannot be read or written.
+    """
     with open_file(source) as stream:
         decrypt = decryptor(stream, identity=identity, passphrase=passphrase)
         with write_private(target) as plain:

@@ -24,9 +24,9 @@ KeySource = str | Path
 
 
 def default_identity_path() -> Path:
-    """`$AUTOPRUNE_KEY_FILE`, or else `autoprune/key.txt` in the XDG configuration folder."""
-    if chosen := os.environ.get("AUTOPRUNE_KEY_FILE"):
-        return Path(chosen).expanduser()
+    """Return `$AUTOPRUNE_KEY_FILE`, or else `autoprune/key.txt` in the XDG configuration folder."""
+    if path := os.environ.get("AUTOPRUNE_KEY_FILE"):
+        return Path(path).expanduser()
     config = os.environ.get("XDG_CONFIG_HOME")
     return (Path(config) if config else Path.home() / ".config") / "autoprune" / "key.txt"
 
@@ -68,7 +68,7 @@ def keygen(path: KeySource) -> str:
 
 
 def default_recipient(*, create: bool = True) -> str:
-    """The public key of the default identity, which is made on first use.
+    """Return the public key of the default identity, which is made on first use.
 
     Raises:
         UsageError: there is none and `create` is false, or the file holds no X25519 identity.
@@ -82,7 +82,7 @@ def default_recipient(*, create: bool = True) -> str:
 
 
 def recipients_of(path: KeySource) -> list[str]:
-    """The public keys of the age identities in a file.
+    """Return the public keys of the age identities in a file.
 
     Raises:
         UsageError: the file cannot be read or holds no X25519 identity.
@@ -93,14 +93,14 @@ def recipients_of(path: KeySource) -> list[str]:
     return [str(key.to_public()) for key in keys]
 
 
-def read_recipients(given: Sequence[KeySource]) -> list[Any]:
-    """Public keys for pyrage, from `age1...` and `ssh-...` texts or from files with one a line.
+def read_recipients(sources: Sequence[KeySource]) -> list[Any]:
+    """Read public keys for pyrage, from `age1...` and `ssh-...` texts or from files with one a line.
 
     Raises:
         UsageError: a text is no public key, or a file cannot be read or holds none.
     """
     recipients = []
-    for source in given:
+    for source in sources:
         if isinstance(source, str) and source.startswith(("age1", "ssh-")):
             recipients.append(_recipient(source, source))
         else:
@@ -128,15 +128,16 @@ def _recipient(text: str, source: str) -> Any:
         raise UsageError(f"{text[:60]!r} is no public key that age knows", hint) from None
 
 
-def read_identities(given: KeySource | Sequence[KeySource]) -> list[Any]:
-    """Secret keys for pyrage, from age identity files and OpenSSH private key files.
+def read_identities(sources: KeySource | Sequence[KeySource]) -> list[Any]:
+    """Read secret keys for pyrage, from age identity files and OpenSSH private key files.
 
     In code, an identity itself (`AGE-SECRET-KEY-1...`) may stand in place of a file.
 
     Raises:
         UsageError: a file cannot be read, or holds no identity.
     """
-    sources = [given] if isinstance(given, str | Path) else list(given)
+    if isinstance(sources, str | Path):
+        sources = [sources]
     return [identity for source in sources for identity in _identities(source)]
 
 
@@ -169,7 +170,7 @@ def _is_secret(source: KeySource) -> bool:
 
 
 def read_key_file(path: Path) -> bytes:
-    """A key file's bytes, at most a mebibyte of them.
+    """Read a key file's bytes, at most a mebibyte of them.
 
     Raises:
         UsageError: it cannot be read, or is too large for a key file.
@@ -200,7 +201,7 @@ def _lines(path: Path) -> Iterator[str]:
 
 
 def default_identities() -> list[Any]:
-    """The default identity, for a file that was given without any key.
+    """Read the default identity, for a file that was given without any key.
 
     Raises:
         ArtifactError: there is none.

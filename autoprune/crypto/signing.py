@@ -26,7 +26,7 @@ WEAK_Y = {0, 1, FIELD - 1, FIELD, FIELD + 1, ORDER_8, FIELD - ORDER_8}
 
 
 def signing_keygen(path: KeySource) -> str:
-    """Make an Ed25519 key in a new OpenSSH file, its public half in `PATH.pub`; returns the public line.
+    """Make an Ed25519 key in a new OpenSSH file, its public half in `PATH.pub`; return the public line.
 
     Raises:
         UsageError: one of the files exists, or cannot be made.
@@ -44,7 +44,7 @@ def signing_keygen(path: KeySource) -> str:
 
 
 def sign_manifest(manifest: bytes, key_file: KeySource) -> bytes:
-    """The signature of a manifest's bytes: public key and signature, 96 bytes.
+    """Sign a manifest's bytes; return public key and signature, 96 bytes.
 
     Raises:
         UsageError: the file holds no Ed25519 secret key without a passphrase.
@@ -73,14 +73,14 @@ def _secret_key(path: Path) -> Ed25519PrivateKey:
     )
 
 
-def read_public_key(given: KeySource) -> bytes:
-    """The 32 bytes of an Ed25519 public key, from an `ssh-ed25519 ...` text, or a file with one, or PEM.
+def read_public_key(source: KeySource) -> bytes:
+    """Read the 32 bytes of an Ed25519 public key, from an `ssh-ed25519 ...` text, or a file with one, or PEM.
 
     Raises:
         UsageError: there is no such key.
     """
-    is_text = isinstance(given, str) and given.startswith("ssh-ed25519 ")
-    content = str(given).encode() if is_text else read_key_file(Path(given).expanduser())
+    is_text = isinstance(source, str) and source.startswith("ssh-ed25519 ")
+    content = str(source).encode() if is_text else read_key_file(Path(source).expanduser())
     for load in (forms.load_ssh_public_key, forms.load_pem_public_key):
         try:
             key = load(content)
@@ -88,19 +88,19 @@ def read_public_key(given: KeySource) -> bytes:
             continue
         if isinstance(key, Ed25519PublicKey) and not _is_weak(raw := key.public_bytes(*RAW)):
             return raw
-    raise UsageError(f"{given} is no Ed25519 public key", "give the .pub file, or its line ssh-ed25519 ...")
+    raise UsageError(f"{source} is no Ed25519 public key", "give the .pub file, or its line ssh-ed25519 ...")
 
 
 def check_signature(manifest: bytes, signature: bytes | None, *, required: KeySource | None) -> str | None:
-    """Check a signature, and that it is by the required key; returns its public key as an OpenSSH line.
+    """Check a signature, and that it is by the required key; return its public key as an OpenSSH line.
 
     Raises:
         ArtifactError: it is wrong; or a key was required and it is missing or by another key.
         UsageError: the required key cannot be read.
     """
-    wanted = None if required is None else read_public_key(required)
+    required_key = None if required is None else read_public_key(required)
     if signature is None:
-        if wanted is not None:
+        if required_key is not None:
             raise ArtifactError(
                 "the file is not signed, and a signature was required", "ask its author for a signed one"
             )
@@ -112,7 +112,7 @@ def check_signature(manifest: bytes, signature: bytes | None, *, required: KeySo
         public.verify(signature[KEY_BYTES:], _signed_text(manifest))
     except InvalidSignature:
         raise _signature_error() from None
-    if wanted is not None and wanted != signature[:KEY_BYTES]:
+    if required_key is not None and required_key != signature[:KEY_BYTES]:
         raise ArtifactError(
             "the file is signed by another key than the required one", "ask its author which key it is"
         )
@@ -120,7 +120,7 @@ def check_signature(manifest: bytes, signature: bytes | None, *, required: KeySo
 
 
 def _is_weak(public: bytes) -> bool:
-    """Whether a public key is a point of small order (RFC 8032, section 5.1): it "signs" any text.
+    """Tell whether a public key is a point of small order (RFC 8032, section 5.1): it "signs" any text.
 
     Nobody has its secret half and nobody needs it: with the signature all zeros the key of zeros holds for
     one text in four. OpenSSL does not look. The y coordinate alone says it, whatever the sign bit.
