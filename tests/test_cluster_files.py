@@ -35,7 +35,13 @@ def test_a_script_parses_and_may_be_run(script: Path) -> None:
     assert os.access(script, os.X_OK)
     text = script.read_text(encoding="utf-8")
     assert "set -euo pipefail" in text
-    for line in re.findall(r"^\s*(?:exec )?(autoprune (?:run|worker|status|sweep) .*)$", text, re.MULTILINE):
+
+
+def test_the_commands_of_the_slurm_script_exist() -> None:
+    text = (ROOT / "scripts/cluster/slurm.sh").read_text(encoding="utf-8")
+    lines = re.findall(r"^\s*(?:exec |if )?(autoprune [a-z]+ .*)$", text, re.MULTILINE)
+    assert [line.split()[1] for line in lines] == ["run", "status", "worker"]
+    for line in lines:
         check_words(re.sub(r"[\"';]", "", line).split())
 
 
@@ -78,7 +84,7 @@ def test_overnight_starts_a_sweep_and_comes_back(tmp_path: Path) -> None:
     )
     assert "works until 06:30" in told.stdout
     waited = f"until grep -q workers '{out}/log'; do sleep 0.1; done"
-    subprocess.run(["sh", "-c", waited], timeout=30, check=True)
+    subprocess.run(["sh", "-c", waited], timeout=120, check=True)
     words = (out / "log").read_text(encoding="utf-8").split("\n")
     assert words[:3] == ["sweep", "digits", "b c.py"]
     check_words(["autoprune", *words])

@@ -103,6 +103,19 @@ def test_a_damaged_log_gives_back_all_up_to_a_good_commit(
     assert found == list(range(len(found)))
 
 
+def test_what_was_written_before_the_damage_is_all_there(folders: tuple[Path, Path], tmp_path: Path) -> None:
+    """The log is a row of commits, the trials' in the order of their numbers: more of it tells of more."""
+    log, found = (folders[0] / LOG).read_bytes(), []
+    for quarters in range(5):
+        folder = tmp_path / str(quarters)
+        shutil.copytree(folders[0], folder)
+        (folder / LOG).write_bytes(log[: len(log) * quarters // 4])
+        found.append(found_in(folder))
+    counts = [len(trials) for trials in found if trials is not None]
+    assert counts == sorted(counts)
+    assert counts[0] == 0 < counts[2] < counts[3] < counts[4] == TRIALS
+
+
 @pytest.mark.parametrize("seed", range(40))
 def test_a_damaged_database_is_an_error_for_people_or_does_not_matter(
     seed: int, folders: tuple[Path, Path], tmp_path: Path

@@ -41,6 +41,7 @@ def test_every_documented_command_exists() -> None:
     }  # a signature's prefix, in format.md
     for block in re.findall(r"```sh\n(.*?)```", TEXT, re.DOTALL):
         named |= set(re.findall(r"^autoprune ([a-z]+)\b", block, re.MULTILINE))
+    assert {"run", "worker", "verify"} <= named, "the commands of the pages are found"
     assert named <= set(COMMANDS), f"documented, but no command: {named - set(COMMANDS)}"
 
 
@@ -48,6 +49,10 @@ def documented_lines() -> list[str]:
     """Every command line of the pages, continued lines joined."""
     blocks = "\n".join(re.findall(r"```sh\n(.*?)```", TEXT, re.DOTALL)).replace("\\\n", " ")
     return [line.strip() for line in blocks.splitlines() if re.match(r"\s*autoprune [a-z]", line)]
+
+
+def test_the_pages_have_command_lines() -> None:
+    assert len(documented_lines()) > 10, "they are what is checked below"
 
 
 @pytest.mark.parametrize("line", documented_lines())

@@ -50,7 +50,7 @@ def loss(output, target):
 
 study = tiny_study(
     name="{name}", search=Search(trials=24, epochs=1, criteria=("l1",)), budget="epochs=80", loss=loss,
-    max_drop=10.0, target="macs=0.7", model=trained_net, baseline=None,
+    max_drop=30.0, target="macs=0.7", model=trained_net, baseline=None,
 )
 """
 PLAN = PruningPlan(keep={}, num_units={})

@@ -50,7 +50,7 @@ def loss(output, target):
 
 
 study = tiny_study(
-    search=Search(trials={trials}, epochs=1, criteria=("l1",)), budget="epochs=80", loss=loss, max_drop=10.0,
+    search=Search(trials={trials}, epochs=1, criteria=("l1",)), budget="epochs=80", loss=loss, max_drop=30.0,
     target="macs=0.7", model=trained_net, baseline=None,
 )
 """
@@ -133,7 +133,7 @@ def test_local_workers_share_the_trials(tmp_path: Path) -> None:
         until(lambda: len(owners(out)) == 2)
         (tmp_path / "go").touch()
         told, progress = run.communicate(timeout=900)
-    assert run.returncode in (0, 3), progress
+    assert run.returncode == 0, progress
     assert json.loads(told)["after"]["macs"] > 0
     trials = check_round(out)
     assert len([t for t in trials if t.top1 is not None]) == 16
@@ -164,7 +164,7 @@ def test_a_killed_and_a_stopped_worker_are_replaced_and_overwrite_nothing(tmp_pa
             (tmp_path / "go").touch()
             stopped.send_signal(signal.SIGCONT)
             _, progress = run.communicate(timeout=900)
-            assert run.returncode in (0, 3), progress
+            assert run.returncode == 0, progress
             _, woken = stopped.communicate(timeout=600)
     assert len(seen) == 3
     trials = check_round(out)

@@ -98,7 +98,7 @@ def test_widths_stay_multiples_where_a_group_is_wide_enough(strategy: str) -> No
     for group in graph.groups:
         kept = counts(plan)[group.name]
         assert kept == group.num_units or group.num_units < 32 or kept % 8 == 0
-    assert graph.cost(plan).macs >= 0.49 * graph.cost().macs
+    assert 0.49 * graph.cost().macs <= graph.cost(plan).macs <= 0.5 * graph.cost().macs
 
 
 def test_uniform_removes_the_same_ratio_everywhere() -> None:
