@@ -172,7 +172,9 @@ def play(
 ) -> list[Seen]:  # fmt: skip
     """Search a round as `search.next_point` does, one trial after the other."""
     world, own = one.world, list[Seen]()
-    space = world.space if way.decays is None else replace(world.space, decays=way.decays)
+    space = world.space
+    if way.decays is not None:
+        space = replace(space, search=replace(space.search, decays=way.decays))
     begin = list(world.known if known is None else known) if way.begins else []
     for seat in range(min(trials, way.most)):
         settled = one.goal == "settled" or any(
