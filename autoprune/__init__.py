@@ -37,6 +37,7 @@ if TYPE_CHECKING:
     from autoprune.training import Schedule as Schedule
     from autoprune.training import evaluate as evaluate
     from autoprune.training import finetune as finetune
+    from autoprune.version import __version__ as __version__
 
 __getattr__, __dir__, __all__ = lazy_loader.attach(
     __name__,
@@ -52,5 +53,6 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(
         "structure": ["ChannelGraph", "Cost", "densify", "masked", "trace"],
         "tasks": ["Task"],
         "training": ["Schedule", "evaluate", "finetune"],
+        "version": ["__version__"],
     },
 )

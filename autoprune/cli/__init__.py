@@ -1,4 +1,28 @@
-"""Rooms are described once all of them stand."""
+"""The command line: `autoprune COMMAND`, with Typer for options and rich for what is seen.
+
+Results go to stdout, progress and errors to stderr. A command checks what it was given, calls one function
+of another room, and shows what comes back. Help and completion have to come at once, so torch, optuna and
+matplotlib are imported inside the functions that need them.
+
+Modules in reading order:
+
+- `main`: the entry point; how an error becomes a message, a hint and an exit code.
+- `options`: options that several commands share, and the study that they name.
+- `completion`: names that the shell completes, and the examples below each help page.
+- `study_file`: the study in a Python file, or a built-in one.
+- `study_flags`: the study of `--model`, `--weights` and `--data`.
+- `run`: `run`, `report`, `status`; asking for passphrases.
+- `live_view`: what a person sees while a run works.
+- `event_lines`: what a program reads while a run works (`--events`).
+- `fleet`: `worker` and `sweep`.
+- `analyze`: `groups` and `analyze`.
+- `tables`: tables and trees on stdout.
+- `doctor`: `doctor`.
+- `dashboard`: `dashboard`.
+- `artifact`: `keygen`, `inspect`, `verify`, `export`, `encrypt`, `decrypt`, `rewrap`.
+
+Exports `main`.
+"""
 
 from autoprune.cli.main import main
 

@@ -1,4 +1,4 @@
-"""`autoprune groups`, `analyze` and `doctor`: look at a network or the machine before anything is pruned."""
+"""`autoprune groups` and `analyze`: look at a network before anything is pruned."""
 
 from __future__ import annotations
 
@@ -15,12 +15,10 @@ import typer
 from rich.console import Console
 
 from autoprune.cli import completion
-from autoprune.cli.groups_view import graph_document, groups_tree
 from autoprune.cli.live_view import event_display
 from autoprune.cli.options import (
     DATA,
     SHOW,
-    WHERE,
     AsJson,
     DataSpec,
     Device,
@@ -35,7 +33,7 @@ from autoprune.cli.options import (
     changed,
     choose_study,
 )
-from autoprune.cli.tables import findings_text, sensitivity_text
+from autoprune.cli.tables import graph_document, groups_tree, sensitivity_text
 from autoprune.config import check_study
 from autoprune.errors import UsageError
 from autoprune.events import OnEvent, StageProgress, StageStarted
@@ -64,42 +62,6 @@ def register(app: typer.Typer) -> None:
         rich_help_panel="Look",
         epilog=completion.examples("analyze digits", "analyze my_study.py --share 0.5 --json"),
     )(analyze)
-    app.command(
-        rich_help_panel="Look",
-        epilog=completion.examples(
-            "doctor", "doctor my_study.py", "doctor --storage postgresql://ann@db.site/prune"
-        ),
-    )(doctor)
-
-
-def doctor(
-    study: Name = None,
-    out: Annotated[Path, typer.Option(
-        metavar="DIR", rich_help_panel=WHERE, help="Where runs would be written.")] = Path("runs"),
-    storage: Annotated[str | None, typer.Option(
-        metavar="URL", rich_help_panel=WHERE, show_default=False,
-        help="A database for runs: postgresql://user@host/database.")] = None,
-    artifacts: Annotated[str | None, typer.Option(
-        metavar="PLACE", rich_help_panel=WHERE, show_default=False,
-        help="A place for checkpoints: s3://bucket/prefix, or a folder.")] = None,
-    as_json: AsJson = False,
-) -> int:  # fmt: skip
-    """Say what a run would find on this machine, and what is missing; exits 1 if something is.
-
-    With a study, half a minute of its own training and evaluation is measured, too.
-    """
-    from autoprune.cli.doctor import examine
-    from autoprune.location import RunLocation, parse_artifact_url, parse_database_url
-
-    database = None if storage is None else parse_database_url(storage)
-    location = RunLocation(folder=out, database=database, artifacts=parse_artifact_url(artifacts))
-    named = None if study is None else (lambda: choose_study(study, None, None, None))
-    findings = examine(location, named)
-    if as_json:
-        sys.stdout.write(json_text(findings, indent=1) + "\n")
-    else:
-        Console(highlight=False).print(findings_text(findings))
-    return 0 if all(f.ok for f in findings) else 1
 
 
 def groups(
@@ -249,32 +211,37 @@ def _measure(study: Study, tries: int, on_event: OnEvent) -> tuple[SensitivityTa
     from autoprune.training import resolve_device, train_baseline_
 
     check_study(study)
-    known, device, task = trace_study(study), resolve_device(study.device), task_of(study)
+    problem, device, task = trace_study(study), resolve_device(study.device), task_of(study)
     if study.baseline is not None:
         total = study.baseline.epochs
         on_event(StageStarted(stage="baseline", round=0, detail="train"))
         train_baseline_(
-            known.model, known.data.train, study.baseline, seed=derive_seed(study.seed, 0), device=device,
+            problem.model, problem.data.train, study.baseline, seed=derive_seed(study.seed, 0), device=device,
             task=task,
             on_epoch=lambda e: on_event(StageProgress(stage="baseline", round=0, done=e.epoch, total=total)),
         )  # fmt: skip
-    planned = max_num_points(known.graph, study.analysis.ratios, exact=study.analysis.exact)
-    on_event(StageStarted(stage="analysis", round=0, detail=f"{len(known.graph.groups)} groups"))
+    num_points = max_num_points(problem.graph, study.analysis.ratios, exact=study.analysis.exact)
+    on_event(StageStarted(stage="analysis", round=0, detail=f"{len(problem.graph.groups)} groups"))
     measured = count(1)
     table = sensitivity(
-        known.model, known.graph, known.data.search, settings=study.analysis,
-        calibration=known.data.train, device=device,
+        problem.model, problem.graph, problem.data.search, settings=study.analysis,
+        calibration=problem.data.train, device=device,
         task=task,
         on_point=lambda p: on_event(
-            StageProgress(stage="analysis", round=0, done=next(measured), total=planned, detail=p.group)
+            StageProgress(stage="analysis", round=0, done=next(measured), total=num_points, detail=p.group)
         ),
     )  # fmt: skip
     on_event(StageStarted(stage="analysis", round=0, detail="how far it can go"))
     setup = make_setup(
-        known.model, known.graph, known.data.search, calibration=known.data.train, device=device, task=task
+        problem.model,
+        problem.graph,
+        problem.data.search,
+        calibration=problem.data.train,
+        device=device,
+        task=task,
     )
     prospects = one_shot_prospects(
-        setup, known.data.search, table=table, num_classes=known.data.num_classes, tries=tries,
-        retrace=lambda pruned: trace_for_study(study, pruned, known.example).with_bounds_of(known.graph),
+        setup, problem.data.search, table=table, num_classes=problem.data.num_classes, tries=tries,
+        retrace=lambda pruned: trace_for_study(study, pruned, problem.example).with_bounds_of(problem.graph),
     )  # fmt: skip
     return table, prospects

@@ -5,19 +5,27 @@ from __future__ import annotations
 import io
 import os
 import platform
+import sys
 import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Annotated
 
+import typer
+from rich.console import Console
+
+from autoprune.cli import completion
+from autoprune.cli.options import WHERE, AsJson, Name, choose_study
+from autoprune.cli.tables import findings_text
 from autoprune.errors import AutopruneError
 from autoprune.formatting import plural
-from autoprune.location import RunLocation
+from autoprune.serialization import json_text
 
 if TYPE_CHECKING:
     from autoprune.config import Study
+    from autoprune.location import RunLocation
 
 PROBE = "autoprune-doctor"
 PACKAGES = (
@@ -25,12 +33,51 @@ PACKAGES = (
 )  # fmt: skip
 
 
+def register(app: typer.Typer) -> None:
+    """Add the command of this module."""
+    app.command(
+        rich_help_panel="Look",
+        epilog=completion.examples(
+            "doctor", "doctor my_study.py", "doctor --storage postgresql://ann@db.site/prune"
+        ),
+    )(doctor)
+
+
+def doctor(
+    study: Name = None,
+    out: Annotated[Path, typer.Option(
+        metavar="DIR", rich_help_panel=WHERE, help="Where runs would be written.")] = Path("runs"),
+    storage: Annotated[str | None, typer.Option(
+        metavar="URL", rich_help_panel=WHERE, show_default=False,
+        help="A database for runs: postgresql://user@host/database.")] = None,
+    artifacts: Annotated[str | None, typer.Option(
+        metavar="PLACE", rich_help_panel=WHERE, show_default=False,
+        help="A place for checkpoints: s3://bucket/prefix, or a folder.")] = None,
+    as_json: AsJson = False,
+) -> int:  # fmt: skip
+    """Say what a run would find on this machine, and what is missing; exits 1 if something is.
+
+    With a study, half a minute of its own training and evaluation is measured, too.
+    """
+    from autoprune.location import RunLocation, parse_artifact_url, parse_database_url
+
+    database = None if storage is None else parse_database_url(storage)
+    location = RunLocation(folder=out, database=database, artifacts=parse_artifact_url(artifacts))
+    named = None if study is None else (lambda: choose_study(study, None, None, None))
+    findings = examine(location, named)
+    if as_json:
+        sys.stdout.write(json_text(findings, indent=1) + "\n")
+    else:
+        Console(highlight=False).print(findings_text(findings))
+    return 0 if all(f.ok for f in findings) else 1
+
+
 @dataclass(frozen=True, kw_only=True)
 class Finding:
-    """One thing that was looked at; `advice` says what to do where it is not as it should be."""
+    """One check and its result; `advice` says what to do where the result is not `ok`."""
 
     name: str
-    found: str
+    detail: str
     ok: bool = True
     advice: str = ""
 
@@ -52,18 +99,18 @@ def examine(location: RunLocation, study: Callable[[], Study] | None = None) -> 
 
 
 def _python() -> Finding:
-    return Finding(name="python", found=f"{platform.python_version()} on {platform.platform(terse=True)}")
+    return Finding(name="python", detail=f"{platform.python_version()} on {platform.platform(terse=True)}")
 
 
 def _packages() -> Finding:
-    found, missing = [], []
+    versions, missing = [], []
     for name in PACKAGES:
         try:
-            found.append(f"{name} {version(name)}")
+            versions.append(f"{name} {version(name)}")
         except PackageNotFoundError:
             missing.append(name)
     advice = f"pip install {' '.join(missing)}" if missing else ""
-    return Finding(name="packages", found=", ".join(found), ok=not missing, advice=advice)
+    return Finding(name="packages", detail=", ".join(versions), ok=not missing, advice=advice)
 
 
 def _processor() -> Finding:
@@ -76,7 +123,7 @@ def _processor() -> Finding:
     advice = f"export OMP_NUM_THREADS={cores}: more threads than cores slow each other down"
     return Finding(
         name="processor",
-        found=f"{plural(cores, 'core')}, {plural(threads, 'thread')}, {trains}",
+        detail=f"{plural(cores, 'core')}, {plural(threads, 'thread')}, {trains}",
         ok=threads <= cores,
         advice=advice,
     )
@@ -87,13 +134,14 @@ def _cores() -> int:
 
 
 def _memory() -> Finding:
-    known = Path("/proc/meminfo")
-    lines = known.read_text(encoding="ascii").splitlines() if known.is_file() else []
+    file = Path("/proc/meminfo")
+    lines = file.read_text(encoding="ascii").splitlines() if file.is_file() else []
     available = [int(line.split()[1]) for line in lines if line.startswith("MemAvailable:")]
     if not available:
-        return Finding(name="memory", found="this system does not say")
+        return Finding(name="memory", detail="this system does not say")
     free_gb = available[0] * 1024 / 1e9  # the file counts in kibibytes
-    return Finding(name="memory", found=f"{free_gb:.1f} GB free", ok=free_gb > 1, advice="end other programs")
+    free = f"{free_gb:.1f} GB free"
+    return Finding(name="memory", detail=free, ok=free_gb > 1, advice="end other programs")
 
 
 def _accelerator() -> Finding:
@@ -101,10 +149,10 @@ def _accelerator() -> Finding:
 
     if torch.cuda.is_available():
         names = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
-        return Finding(name="accelerator", found=f"cuda: {', '.join(names)}")
+        return Finding(name="accelerator", detail=f"cuda: {', '.join(names)}")
     if torch.backends.mps.is_available():
-        return Finding(name="accelerator", found="mps")
-    return Finding(name="accelerator", found="none: training runs on the processor")
+        return Finding(name="accelerator", detail="mps")
+    return Finding(name="accelerator", detail="none: training runs on the processor")
 
 
 def _storage(location: RunLocation) -> Finding:
@@ -116,9 +164,9 @@ def _storage(location: RunLocation) -> Finding:
             _write_and_read(Path(folder))
     except (OSError, ValueError) as error:
         return Finding(
-            name="storage", found=f"{parent}: {error}", ok=False, advice="name a folder with --out"
+            name="storage", detail=f"{parent}: {error}", ok=False, advice="name a folder with --out"
         )
-    return Finding(name="storage", found=f"a run's database can be made in {parent.absolute()}")
+    return Finding(name="storage", detail=f"a run's database can be made in {parent.absolute()}")
 
 
 def _database(location: RunLocation) -> Finding:
@@ -130,8 +178,8 @@ def _database(location: RunLocation) -> Finding:
             number = len(storage.get_all_studies())
             storage.engine.dispose()
     except AutopruneError as error:
-        return Finding(name="storage", found=error.message, ok=False, advice=error.hint)
-    return Finding(name="storage", found=f"{location} is reached; it holds {number} Optuna studies")
+        return Finding(name="storage", detail=error.message, ok=False, advice=error.hint)
+    return Finding(name="storage", detail=f"{location} is reached; it holds {number} Optuna studies")
 
 
 def _artifacts(location: RunLocation) -> Finding:
@@ -147,10 +195,10 @@ def _artifacts(location: RunLocation) -> Finding:
             store.remove(PROBE)
     except (AutopruneError, OSError) as error:
         hint = error.hint if isinstance(error, AutopruneError) else "choose another place for checkpoints"
-        told = error.message if isinstance(error, AutopruneError) else f"{location.checkpoints}: {error}"
-        return Finding(name="checkpoints", found=told, ok=False, advice=hint)
+        message = error.message if isinstance(error, AutopruneError) else f"{location.checkpoints}: {error}"
+        return Finding(name="checkpoints", detail=message, ok=False, advice=hint)
     where = location.artifacts or _parent(location.folder).absolute()
-    return Finding(name="checkpoints", found=f"can be written, read and removed in {where}")
+    return Finding(name="checkpoints", detail=f"can be written, read and removed in {where}")
 
 
 def _speed(study: Callable[[], Study]) -> Finding:
@@ -161,17 +209,17 @@ def _speed(study: Callable[[], Study]) -> Finding:
 
     try:
         chosen = study()
-        found = throughput(chosen)
+        speed = throughput(chosen)
     except AutopruneError as error:
-        return Finding(name="study", found=error.message, ok=False, advice=error.hint)
-    told = (
-        f"{chosen.name}: trains {found.train_images_per_s:,.0f} and evaluates "
-        f"{found.evaluate_images_per_s:,.0f} images/s on {found.device}; an epoch takes "
-        f"{duration(found.epoch_s)}, the search split {duration(found.evaluation_s)}"
+        return Finding(name="study", detail=error.message, ok=False, advice=error.hint)
+    text = (
+        f"{chosen.name}: trains {speed.train_images_per_s:,.0f} and evaluates "
+        f"{speed.evaluate_images_per_s:,.0f} images/s on {speed.device}; an epoch takes "
+        f"{duration(speed.epoch_s)}, the search split {duration(speed.evaluation_s)}"
     )
     seconds = Budget.parse(chosen.budget).counted().seconds
-    bought = f"; a budget of {chosen.budget} is about {seconds / found.epoch_s:.3g} epochs" if seconds else ""
-    return Finding(name="study", found=told + bought)
+    budget = f"; a budget of {chosen.budget} is about {seconds / speed.epoch_s:.3g} epochs" if seconds else ""
+    return Finding(name="study", detail=text + budget)
 
 
 def _parent(folder: Path) -> Path:
@@ -191,5 +239,5 @@ def _key() -> Finding:
     from autoprune.crypto import default_identity_path
 
     path = default_identity_path()
-    found = str(path) if path.exists() else f"none yet; {path} is made on first use"
-    return Finding(name="your key", found=found)
+    text = str(path) if path.exists() else f"none yet; {path} is made on first use"
+    return Finding(name="your key", detail=text)

@@ -15,7 +15,7 @@ from autoprune.serialization import json_text, to_plain
 
 
 def event_writer(stream: TextIO, beside: OnEvent) -> OnEvent:
-    """A event_display that writes every event to a stream at once, and tells `beside` too."""
+    """An `on_event` that writes every event to a stream at once, and then calls `beside` with it."""
 
     def write(event: Event) -> None:
         write_line(stream, re.sub(r"(?<!^)(?=[A-Z])", "_", type(event).__name__).lower(), event)

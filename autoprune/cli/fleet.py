@@ -82,57 +82,59 @@ def worker(
     from autoprune.pipeline import run_worker
     from autoprune.storage import read_run_header
 
-    told = read_run_header(parse_run(run, artifacts))
+    header = read_run_header(parse_run(run, artifacts))
     with sigterm_interrupts(), event_display(quiet=quiet) as on_event:
-        given = _given(told, study)
+        given = _study_of_command(header, study)
         chosen = given.study if device is None else replace(given.study, device=device)
         protection = given.protection
         if run_identity:
             protection = replace(protection, run_identities=tuple(run_identity))
         try:
-            number = run_worker(chosen, told.location, protection=protection, on_event=on_event)
+            number = run_worker(chosen, header.location, protection=protection, on_event=on_event)
         except KeyboardInterrupt:
             raise StoppedError(
                 "interrupted; the run goes on without this worker", "the same command joins again"
             ) from None
     if not quiet:
-        sys.stderr.write(f"{told.name} is finished; this worker ran {number} trials\n")
+        sys.stderr.write(f"{header.name} is finished; this worker ran {number} trials\n")
     return 0
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Given:
+class _WorkerStudy:
     study: Study
     protection: Protection
 
 
-def _given(told: RunHeader, study: str | None) -> _Given:
+def _study_of_command(header: RunHeader, study: str | None) -> _WorkerStudy:
     """The study as the run's own command describes it.
 
     Raises:
         UsageError: the command cannot be followed here, or its files have changed.
     """
-    if not told.command and study is None:
+    if not header.command and study is None:
         raise UsageError(
             "the run was started from Python, so its study has no name", "name it: --study FILE.py"
         )
-    words = [w for w in shlex.split(told.command)[2:] if w != "--debug"]
+    words = [w for w in shlex.split(header.command)[2:] if w != "--debug"]
     command: Any = typer.main.get_command(_app()).commands["run"]  # type: ignore[attr-defined]
     params = command.make_context("run", list(words)).params
     if study is not None:
         params |= {"study": study, "model": None, "weights": None, "data": None}
-    found = digests(params["study"], params["model"])
-    if sorted(found.values()) != sorted(told.sources.values()):
+    files = digests(params["study"], params["model"])
+    if sorted(files.values()) != sorted(header.sources.values()):
         raise UsageError(
-            f"{', '.join(found)} is not the file that the run was started with",
+            f"{', '.join(files)} is not the file that the run was started with",
             "give the worker the same file, by the same name or with --study",
         )
-    named = ("exclude", "only", "target", "max_drop", "budget", "seed", "device", "norms", "round_to")
+    names = ("exclude", "only", "target", "max_drop", "budget", "seed", "device", "norms", "round_to")
     chosen = choose_study(params["study"], params["model"], params["weights"], params["data"])
     protection = Protection(
         run_recipients=tuple(params["encrypt_run"] or ()), run_identities=tuple(params["run_identity"] or ())
     )
-    return _Given(study=changed(chosen, **{name: params[name] for name in named}), protection=protection)
+    return _WorkerStudy(
+        study=changed(chosen, **{name: params[name] for name in names}), protection=protection
+    )
 
 
 def _app() -> typer.Typer:
@@ -185,12 +187,12 @@ def sweep(
 
     for study in studies:
         find_study(study)
-    for one in target or ():
-        Target.parse(one)
+    for text in target or ():
+        Target.parse(text)
     jobs = jobs_of(studies, target or (), seed or ())
     if len({job.name for job in jobs}) < len(jobs):
         raise UsageError("two of the runs would have the same folder", "give each of them once")
-    common = _common(max_drop, workers, device, tuple(recipient or ()), plain=plain)
+    shared = _shared_options(max_drop, workers, device, tuple(recipient or ()), plain=plain)
     before = tuple(look(job, out) for job in jobs)
     clock = Clock(deadline=_deadline(until, budget, used_seconds(before)))
 
@@ -198,7 +200,7 @@ def sweep(
         budget = None if end is None else f"until={end.isoformat(timespec='seconds')}"
         given = {"--target": row.job.target, "--seed": row.job.seed, "--budget": budget}
         own = [w for option, value in given.items() if value is not None for w in (option, str(value))]
-        words = ["run", row.job.study, "--out", str(row.folder), "--resume", *own, *common]
+        words = ["run", row.job.study, "--out", str(row.folder), "--resume", *own, *shared]
         return [sys.executable, "-m", "autoprune", *words]
 
     def on_line(job: Job, line: str) -> None:
@@ -219,7 +221,7 @@ def sweep(
     return 0 if all(row.is_done for row in rows) else PARTLY
 
 
-def _common(
+def _shared_options(
     max_drop: float | None, workers: int, device: str | None, recipients: tuple[str, ...], *, plain: bool
 ) -> list[str]:
     words = ["--workers", str(workers)] if workers > 1 else []

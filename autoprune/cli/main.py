@@ -1,8 +1,8 @@
-"""The command line: what a person types, and how errors are shown.
+"""The command line: its options for all commands, and how an error becomes a message and an exit code.
 
 Results go to stdout, progress and errors to stderr. Exit codes: 0 done, 1 failed, 2 wrong usage or study,
-3 target not reached (the deepest model inside the floor is delivered), 130 interrupted. Commands live in the
-room's other modules, which register them below; none of them imports torch before it needs it.
+3 target not reached (the deepest model inside the floor is delivered), 130 interrupted. Each module of
+commands has a `register`; none imports torch, optuna or matplotlib before a command needs it.
 """
 
 from __future__ import annotations
@@ -11,12 +11,12 @@ import difflib
 import sys
 import traceback
 from collections.abc import Sequence
-from importlib.metadata import version
 from typing import Annotated, Any
 
 import typer
 
-from autoprune.cli import analyze, artifact, completion, dashboard, fleet, run
+import autoprune
+from autoprune.cli import analyze, artifact, completion, dashboard, doctor, fleet, run
 from autoprune.errors import AutopruneError
 
 app = typer.Typer(
@@ -41,7 +41,7 @@ def _options(
     ] = False,
 ) -> None:
     if show_version:
-        typer.echo(f"autoprune {version('autoprune')}")
+        typer.echo(f"autoprune {autoprune.__version__}")
         raise typer.Exit
 
 
@@ -49,6 +49,7 @@ run.register(app)
 fleet.register(app)
 analyze.register(app)
 dashboard.register(app)
+doctor.register(app)
 artifact.register(app)
 
 
@@ -63,43 +64,43 @@ def main(args: Sequence[str] | None = None) -> int:
     except Exception as error:  # the outermost border: everything ends as a message and an exit code
         if debug:
             traceback.print_exc()
-        return _tell(error)
+        return _report(error)
     except KeyboardInterrupt:
         return 130
     return code if isinstance(code, int) else 0
 
 
-def _tell(error: Exception) -> int:
+def _report(error: Exception) -> int:
     if isinstance(error, AutopruneError):
-        say(error.message, error.hint)
+        print_error(error.message, error.hint)
         return error.exit_code
     if isinstance(error, typer.Abort):
-        say("aborted", "")
+        print_error("aborted", "")
         return 130
     if isinstance(error, typer.TyperException):
-        return _tell_usage(error)
+        return _report_usage(error)
     if isinstance(error, BrokenPipeError):
         sys.stderr.close()  # the reader of our output is gone: nobody is there to be told
         return 1
-    say(
+    print_error(
         f"{type(error).__name__}: {error}",
         "this is a defect of autoprune; the same command with --debug shows where",
     )
     return 1
 
 
-def _tell_usage(error: typer.TyperException) -> int:
+def _report_usage(error: typer.TyperException) -> int:
     context: Any = getattr(error, "ctx", None)
     if type(error).__name__ == "NoArgsIsHelpError":
         sys.stdout.write(error.format_message().rstrip() + "\n")
         return 0
-    known = [o for p in context.command.params for o in p.opts] if context else []
-    close = difflib.get_close_matches(getattr(error, "option_name", ""), known, n=1)
+    options = [o for p in context.command.params for o in p.opts] if context else []
+    close = difflib.get_close_matches(getattr(error, "option_name", ""), options, n=1)
     path = context.command_path if context else "autoprune"
     message, _, _ = error.format_message().partition(" (Possible options")
     message, _, command = message.partition(". Did you mean ")
     near = close[0] if close else command.rstrip("?").replace("'", "")
-    say(
+    print_error(
         _lowered(message.rstrip(".")),
         f"did you mean {near}?" if near else f"{path} --help says what is possible",
     )
@@ -110,8 +111,8 @@ def _lowered(text: str) -> str:
     return text[:1].lower() + text[1:]
 
 
-def say(message: str, hint: str) -> None:
-    """Tell an error on stderr."""
+def print_error(message: str, hint: str) -> None:
+    """Write an error and what to do about it to stderr."""
     from rich.console import Console
     from rich.text import Text
 

@@ -107,10 +107,10 @@ Artifacts = Annotated[
 
 
 def changed(study: Study, exclude: list[str] | None, only: list[str] | None, **given: Any) -> Study:
-    """The study with the command line's wishes about modules beside its own, and what else was given."""
-    found: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
-    found |= {"exclude": (*study.exclude, *(exclude or ())), "only": (*study.only, *(only or ()))}
-    return replace(study, **found)
+    """The study with further module patterns beside its own, and with other settings replaced."""
+    settings: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
+    settings |= {"exclude": (*study.exclude, *(exclude or ())), "only": (*study.only, *(only or ()))}
+    return replace(study, **settings)
 
 
 def choose_study(name: str | None, model: str | None, weights: str | None, data: str | None) -> Study:

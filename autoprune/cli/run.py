@@ -186,9 +186,9 @@ def run(
         from autoprune.pipeline import run as run_study
 
         try:
-            with local_workers(location, chosen.name, workers, on_event) as told:
+            with local_workers(location, chosen.name, workers, on_event) as on_run_event:
                 result = run_study(
-                    chosen, out=location, resume=resume, protection=protection, on_event=told,
+                    chosen, out=location, resume=resume, protection=protection, on_event=on_run_event,
                     command=_command(words), sources=digests(study, model),
                 )  # fmt: skip
         except KeyboardInterrupt:
@@ -334,11 +334,11 @@ def report(
     from autoprune.search import read_run
     from autoprune.storage import RunStore, read_run_header
 
-    told = read_run_header(parse_run(run, artifacts))
-    with closing(RunStore(told.location, told.name)) as store:
+    header = read_run_header(parse_run(run, artifacts))
+    with closing(RunStore(header.location, header.name)) as store:
         record = read_run(store)
-    told.location.folder.mkdir(parents=True, exist_ok=True)
-    page = write_report(record, told.location.folder)
+    header.location.folder.mkdir(parents=True, exist_ok=True)
+    page = write_report(record, header.location.folder)
     sys.stdout.write(to_json(record) if as_json else f"{page}\n")
     if open_:
         webbrowser.open(page.resolve().as_uri())
@@ -350,10 +350,14 @@ def status(run: RunPlace, artifacts: Artifacts = None, as_json: AsJson = False) 
     from autoprune.pipeline import read_status
     from autoprune.report import to_json
 
-    told = read_status(parse_run(run, artifacts))
+    run_status = read_status(parse_run(run, artifacts))
     if as_json:
-        document = json.loads(to_json(told.record)) if told.record else {"record": None}
-        document |= {"processes": told.processes, "seconds_left": told.seconds_left, "now": told.now}
+        document = json.loads(to_json(run_status.record)) if run_status.record else {"record": None}
+        document |= {
+            "processes": run_status.processes,
+            "seconds_left": run_status.seconds_left,
+            "now": run_status.now,
+        }
         sys.stdout.write(json_text(document, indent=1) + "\n")
     else:
-        Console(highlight=False).print(status_text(told))
+        Console(highlight=False).print(status_text(run_status))

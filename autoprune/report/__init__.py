@@ -1,4 +1,25 @@
-"""Rooms are described once all of them stand."""
+"""What people read about a run: sentences, pictures, a page, a summary of several runs, the browser.
+
+Everything here is a function of a `RunRecord`, which is read from storage; nothing here changes what a run
+does. Three concepts: the *narrative* says a run in sentences; a *series* is the numbers of a picture, drawn
+twice (matplotlib for the report, Plotly for the browser); an *annotation* is what one Optuna study gets to
+show in optuna-dashboard.
+
+Modules in reading order:
+
+- `narrative`: the answer, the caution, the ending, the comparison table, what came of a trial.
+- `trial_table`: all trials as one table (pandas, CSV), and which hyperparameters mattered.
+- `series`: the numbers behind the pictures.
+- `plots`: the pictures with matplotlib, as PNG and as SVG in the page's colours.
+- `page`: `report.html`, `report.json`, `trials.csv`, from the templates beside it.
+- `sweep_report`: the summary of a sweep, with a Pareto front for each study.
+- `figures`: the pictures with Plotly.
+- `annotations`: notes, figures and summaries, written into a run's Optuna studies.
+- `dashboard`: optuna-dashboard over any number of runs, read-only, on this machine alone.
+
+Exports: sentences and the comparison for the terminal, `write_report` and `to_json` for a run,
+`annotate_studies` for its storage, the sweep's summary, `write_analysis_plots`, `open_dashboard`.
+"""
 
 from typing import TYPE_CHECKING
 

@@ -7,12 +7,14 @@ import os
 import re
 import subprocess
 import sys
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
 import torch
 from torch import nn
 
+from autoprune import __version__
 from autoprune.cli.main import main
 
 
@@ -193,5 +195,11 @@ def test_doctor_measures_a_study(capfd: pytest.CaptureFixture[str], tmp_path: Pa
     main(["doctor", str(study), "--json", "--out", str(tmp_path)])
     found = {one["name"]: one for one in json.loads(capfd.readouterr().out)}
     assert found["study"]["ok"]
-    assert "images/s on cpu" in found["study"]["found"]
-    assert "a budget of 10m is about" in found["study"]["found"]
+    assert "images/s on cpu" in found["study"]["detail"]
+    assert "a budget of 10m is about" in found["study"]["detail"]
+
+
+def test_the_version_is_the_installed_one(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--version"]) == 0
+    assert capsys.readouterr().out == f"autoprune {version('autoprune')}\n"
+    assert __version__ == version("autoprune")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 import json
 import os
 import shutil
@@ -265,7 +266,8 @@ def test_a_person_finds_the_decision_and_the_picture(page: Page, tmp_path: Path)
         "final": (f"/studies/{final}", "Layer widths", "outcome", "fewer MACs"),
     }  # fmt: skip
     for name, (path, *words) in wanted.items():
-        shown = visit(f"{page.root}/dashboard{path}", folder, f"dashboard-{name}.png").replace("&#39;", "'")
+        document = visit(f"{page.root}/dashboard{path}", folder, f"dashboard-{name}.png")
+        shown = html.unescape(document).replace("\u00a0", " ")
         for word in words:
-            assert word in shown.replace("\u00a0", " "), f"the page {name} does not show {word!r}"
+            assert word in shown, f"the page {name} does not show {word!r}"
         assert is_drawn(folder / f"dashboard-{name}.png"), f"the page {name} is blank"

@@ -8,7 +8,7 @@ import torch
 from rich.console import Console
 from torch import nn
 
-from autoprune.cli.groups_view import graph_document, groups_tree
+from autoprune.cli.tables import graph_document, groups_tree
 from autoprune.structure.labels import BEHIND_LAYER_NORM
 from autoprune.structure.tracing import trace
 from tests.patterns import PATTERNS
