@@ -16,7 +16,7 @@ from pathlib import Path
 
 import pytest
 
-from autoprune.cli.fleet import _given
+from autoprune.cli.fleet import _study_of_command
 from autoprune.cli.main import main
 from autoprune.cli.options import digests
 from autoprune.cli.study_file import load_study
@@ -233,6 +233,6 @@ def test_a_worker_takes_every_option_of_the_runs_command() -> None:
         load_study("digits"), exclude=("conv1",), only=("layer*",), norms="rescale", round_to=4,
         target="macs=0.4", max_drop=2.0, budget="5m", seed=3, device="cpu",
     )  # fmt: skip
-    study = _given(told, None).study
+    study = _study_of_command(told, None).study
     changes = {n: getattr(study, n) for n in vars(wanted) if n not in ("model", "data")}
     assert changes == {n: getattr(wanted, n) for n in changes}
