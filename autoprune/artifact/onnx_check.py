@@ -30,8 +30,8 @@ FORBIDDEN = {
 TEXTS = {(NODE, 7): "an operator of", (OPSET, 1): "the operator set"}
 STANDARD = (b"", b"ai.onnx")
 LOCATION = (TENSOR, 14)
-VARINT, FIXED64, BYTES, FIXED32 = 0, 1, 2, 5
-MAX_DEPTH = 32
+VARINT, FIXED64, BYTES, FIXED32 = 0, 1, 2, 5  # wire types of protobuf
+MAX_DEPTH = 32  # a guess: ten subgraphs inside one another; Python gives up at a thousand
 
 
 def _refusal(what: str) -> ArtifactError:

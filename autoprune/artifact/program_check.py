@@ -24,15 +24,14 @@ from autoprune.torch_private import OpOverload, OpOverloadPacket, schema_of
 ROOT = "archive/"
 MODEL = ROOT + "models/model.json"
 WEIGHTS, CONSTANTS = ROOT + "data/weights/", ROOT + "data/constants/"
-WEIGHTS_CONFIG, CONSTANTS_CONFIG = (
-    WEIGHTS + "model_weights_config.json",
-    CONSTANTS + "model_constants_config.json",
-)
+WEIGHTS_CONFIG = WEIGHTS + "model_weights_config.json"
+CONSTANTS_CONFIG = CONSTANTS + "model_constants_config.json"
 SAMPLES = ROOT + "data/sample_inputs/model.pt"
 FIXED_MEMBERS = {
     MODEL, WEIGHTS_CONFIG, CONSTANTS_CONFIG, SAMPLES, ROOT + "archive_format", ROOT + "archive_version",
     ROOT + "byteorder", ROOT + ".data/version", ROOT + ".data/serialization_id",
 }  # fmt: skip
+# Guesses, far above what the largest networks need; each bounds the work on a hostile file.
 MAX_MEMBERS = 100_000
 MAX_JSON = 256 << 20
 MAX_DEPTH = 32
@@ -41,6 +40,7 @@ MAX_REPEATED = 1 << 28  # elements that tensors may have beyond their data, by s
 IDENTIFIER = re.compile(r"[A-Za-z_][A-Za-z0-9_]{0,200}")
 # Names of modules, which torch writes into code as getattr(..., "NAME"): nothing that could end that text.
 DOTTED = re.compile(r"[A-Za-z0-9_+:@ -]+(\.[A-Za-z0-9_+:@ -]+)*")
+# Sizes as sympy and torch print them (s0, u0), and the functions of shapes that torch knows by name.
 SYMBOL = re.compile(
     r"Symbol\('([suz][0-9]{1,9})'(, (positive|integer|nonnegative)=(True|False)){0,3}\)|\b[suz][0-9]{1,9}\b"
 )
@@ -49,34 +49,17 @@ EXPRESSION = re.compile(
     r"|Unequality|GreaterThan|StrictGreaterThan|LessThan|StrictLessThan|And|Or|Not|true|false)\b"
     r"|\b[0-9]{1,12}\b|[(), +-]|(?<!\*)\*(?!\*)|//)*"
 )
+# Text arguments of operators, such as padding modes and einsum equations.
 MODE_WORD = re.compile(r"[A-Za-z0-9_ ,.<>=()-]{0,200}")
 ATEN = re.compile(r"torch\.ops\.aten\.([A-Za-z0-9_]+)\.([A-Za-z0-9_]+)")
 SCALAR_OPERATORS = {
-    *(
-        f"_operator.{n}"
-        for n in [
-            "add",
-            "sub",
-            "mul",
-            "floordiv",
-            "truediv",
-            "mod",
-            "neg",
-            "pos",
-            "getitem",
-            "eq",
-            "ne",
-            "lt",
-            "le",
-            "gt",
-            "ge",
-            "and_",
-            "or_",
-        ]
-    ),
-    *(f"math.{n}" for n in ["ceil", "floor", "trunc"]),
-    *(f"torch.sym_{n}" for n in ["max", "min", "sum", "not", "int", "float", "ite"]),
-}
+    *(f"_operator.{n}" for n in (
+        "add", "sub", "mul", "floordiv", "truediv", "mod", "neg", "pos", "getitem",
+        "eq", "ne", "lt", "le", "gt", "ge", "and_", "or_",
+    )),
+    *(f"math.{n}" for n in ("ceil", "floor", "trunc")),
+    *(f"torch.sym_{n}" for n in ("max", "min", "sum", "not", "int", "float", "ite")),
+}  # fmt: skip
 CONTAINERS = {"builtins.tuple", "builtins.list", "builtins.dict", "collections.OrderedDict", None}
 TEXT_RULES = {
     "name": IDENTIFIER, "as_name": IDENTIFIER, "forward_arg_names": IDENTIFIER,
