@@ -32,7 +32,8 @@ def quiet() -> Iterator[None]:
 
 def made_up(number: int = 1, ceiling: float = 0.5) -> list[Trial]:
     """Accuracy falls with the distance of the learning rate from the best, and with the rate."""
-    space, rng = SearchSpace.of(Search(decays=("cosine", "linear")), ceiling), np.random.default_rng(number)
+    space = SearchSpace(search=Search(decays=("cosine", "linear")), ceiling=ceiling)
+    rng = np.random.default_rng(number)
     study = optuna.create_study(sampler=optuna.samplers.RandomSampler(seed=number))
     deep = {"decay": "cosine", "cosine_final": 0.0, "criterion": "l1", "strategy": "sensitivity"}
     points = [deep | {"prune_rate": ceiling, "lr": lr} for lr in (0.01, 0.03, 0.003)]
