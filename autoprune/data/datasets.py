@@ -35,9 +35,9 @@ FASHION = Normalization(mean=(0.2860,), std=(0.3530,))
 GREY = Normalization(mean=(0.449,), std=(0.226,))  # the means of ImageNet's three
 DIGITS = Normalization(mean=(0.3053,), std=(0.3760,))
 DIGITS_TEST_SHARE = 0.25  # scikit-learn's copy has no official cut; ours is stratified and always the same
-FOLDER_TEST_SHARE = 0.2
+FOLDER_TEST_SHARE = 0.2  # where a folder holds no test images of its own; a convention
 IN_MEMORY_BYTES = 1 << 30  # of pictures of a given size; a guess at what every machine can spare
-MAX_WORKERS = 8  # loading processes; more only contend for the disk
+MAX_WORKERS = 8  # loading processes; more only contend for the disk. A guess
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -33,7 +33,7 @@ __all__ = [
     "load_data",
 ]
 
-SEARCH_SHARE = 0.1
+SEARCH_SHARE = 0.1  # of the training data, where a user brings no validation set; a guess
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -34,11 +34,11 @@ STRATEGIES: tuple[Strategy, ...] = get_args(Strategy)
 Counts = NDArray[np.int64]
 Prices = NDArray[np.float64]
 
-TOLERANCE = 0.01  # of the whole network's cost, from below
-MARKS = 24  # costs at which `sensitivity` looks anew at what a unit of each group saves
-PRIOR = 0.05  # of the typical loss, times the squared ratio: decides where no loss was measured
+TOLERANCE = 0.01  # of the whole network's cost, from below; the promise of README's `--target`
+NUM_WAYPOINTS = 24  # costs at which `sensitivity` looks anew at what a unit of each group saves; a guess
+PRIOR = 0.05  # of the typical loss, times the squared ratio: decides where no loss was measured; a guess
 LEAST = 1e-9  # of the whole cost: what a step is taken to save that saves nothing, or less (latency)
-MAX_EXCHANGE = 3  # further steps of one group tried to come closer to the limit
+MAX_EXCHANGE = 3  # further steps of one group tried to come closer to the limit; a guess
 
 
 def allocate(  # noqa: PLR0913 - a plan has that many conditions
@@ -61,22 +61,22 @@ def allocate(  # noqa: PLR0913 - a plan has that many conditions
         UsageError: the metric or the strategy is not known, or the table is missing.
     """
     _check(graph, metric, strategy, table)
-    walk = _Walk(graph=graph, scores=scores, metric=metric)
+    problem = _Problem(graph=graph, scores=scores, metric=metric)
     steps = np.zeros(len(graph.groups), dtype=np.int64)
-    if walk.cost(steps) <= limit:
+    if problem.cost(steps) <= limit:
         return PruningPlan.full(graph)
-    if walk.cost(walk.num_steps) > limit:
-        raise _unreachable(walk, limit, walk.cost(walk.num_steps))
+    if problem.cost(problem.num_steps) > limit:
+        raise _unreachable(problem, limit, problem.cost(problem.num_steps))
     factors = [(emphasis or {}).get(g.name, 1.0) for g in graph.groups]
-    prices = [p * f for p, f in zip(_prices(walk, strategy, table), factors, strict=True)]
-    for mark in _marks(walk, limit) if strategy == "sensitivity" else [limit]:
-        savings = walk.savings(steps) if strategy == "sensitivity" else np.ones(len(steps))
+    prices = [p * f for p, f in zip(_prices(problem, strategy, table), factors, strict=True)]
+    for waypoint in _waypoints(problem, limit) if strategy == "sensitivity" else [limit]:
+        savings = problem.savings(steps) if strategy == "sensitivity" else np.ones(len(steps))
         priced = [p / s for p, s in zip(prices, savings, strict=True)]
-        steps = _descend(walk, priced, steps, mark)
-    steps = _fitted(walk, priced, steps, limit)
-    if limit - walk.cost(steps) > TOLERANCE * walk.full_cost:
-        raise _unreachable(walk, limit, walk.cost(steps))
-    return walk.plan(steps)
+        steps = _descend(problem, priced, steps, waypoint)
+    steps = _close_in(problem, priced, steps, limit)
+    if limit - problem.cost(steps) > TOLERANCE * problem.full_cost:
+        raise _unreachable(problem, limit, problem.cost(steps))
+    return problem.plan(steps)
 
 
 def _check(graph: ChannelGraph, metric: str, strategy: str, table: SensitivityTable | None) -> None:
@@ -93,8 +93,8 @@ def _check(graph: ChannelGraph, metric: str, strategy: str, table: SensitivityTa
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
-class _Walk:
-    """The ladders of all groups, and the cost of standing on them: step 0 keeps everything."""
+class _Problem:
+    """The ladders of all groups and what their steps cost; step 0 keeps everything."""
 
     graph: ChannelGraph
     scores: Scores
@@ -143,37 +143,37 @@ class _Walk:
         return PruningPlan(keep=keep, num_units={g.name: g.num_units for g in self.graph.groups})
 
 
-def _prices(walk: _Walk, strategy: str, table: SensitivityTable | None) -> list[Prices]:
+def _prices(problem: _Problem, strategy: str, table: SensitivityTable | None) -> list[Prices]:
     """The price of each step of each ladder, rising down the ladder; for `sensitivity`, per unit removed."""
     if strategy == "sensitivity":
         assert table is not None  # _check saw to it
-        return _loss_prices(walk, table)
+        return _loss_prices(problem, table)
     if strategy == "uniform":
-        return [1 - ladder[1:] / ladder[0] for ladder in walk.ladders]
-    prices = [_score_prices(walk, index) for index in range(len(walk.ladders))]
-    return _ranks(walk, prices) if strategy == "isomorphic" else prices
+        return [1 - ladder[1:] / ladder[0] for ladder in problem.ladders]
+    prices = [_score_prices(problem, index) for index in range(len(problem.ladders))]
+    return _ranks(problem, prices) if strategy == "isomorphic" else prices
 
 
-def _score_prices(walk: _Walk, index: int) -> Prices:
+def _score_prices(problem: _Problem, index: int) -> Prices:
     """The mean score of the units that go with each step."""
-    group, ladder = walk.graph.groups[index], walk.ladders[index]
-    total = np.concatenate([[0.0], np.cumsum(walk.scores[group.name][walk.order(index)])])
+    group, ladder = problem.graph.groups[index], problem.ladders[index]
+    total = np.concatenate([[0.0], np.cumsum(problem.scores[group.name][problem.order(index)])])
     removed = group.num_units - ladder
     return np.asarray(np.diff(total[removed]) / np.diff(removed), dtype=np.float64)
 
 
-def _ranks(walk: _Walk, prices: list[Prices]) -> list[Prices]:
+def _ranks(problem: _Problem, prices: list[Prices]) -> list[Prices]:
     """Instead of each price the share of units that are cheaper, among groups that are coupled alike."""
     kinds: dict[Hashable, list[int]] = {}
-    for index, group in enumerate(walk.graph.groups):
+    for index, group in enumerate(problem.graph.groups):
         kinds.setdefault(_coupling(group), []).append(index)
     ranks = list(prices)
     for members in kinds.values():
         all_prices = np.concatenate([prices[i] for i in members])
-        units = np.concatenate([-np.diff(walk.ladders[i]) for i in members])
+        units = np.concatenate([-np.diff(problem.ladders[i]) for i in members])
         order = np.argsort(all_prices, kind="stable")
         share = np.empty(len(order))
-        share[order] = np.cumsum(units[order]) / sum(walk.graph.groups[i].num_units for i in members)
+        share[order] = np.cumsum(units[order]) / sum(problem.graph.groups[i].num_units for i in members)
         ends = np.cumsum([len(prices[i]) for i in members])
         for i, found in zip(members, np.split(share, ends[:-1]), strict=True):
             ranks[i] = found
@@ -185,12 +185,12 @@ def _coupling(group: Group) -> Hashable:
     return tuple(sorted((m.role, m.dim, m.name.rpartition(".")[2], m.index.shape[1]) for m in group.members))
 
 
-def _loss_prices(walk: _Walk, table: SensitivityTable) -> list[Prices]:
+def _loss_prices(problem: _Problem, table: SensitivityTable) -> list[Prices]:
     """Predicted loss per unit removed, made to rise: a dear step with cheap ones behind it is one stretch."""
-    groups = [(g, x) for g, x in zip(walk.graph.groups, walk.ladders, strict=True) if len(x) > 1]
+    groups = [(g, x) for g, x in zip(problem.graph.groups, problem.ladders, strict=True) if len(x) > 1]
     typical = float(np.median([table.loss_at(g.name, 0.5) for g, _ in groups])) if groups else 0.0
     prices = []
-    for group, ladder in zip(walk.graph.groups, walk.ladders, strict=True):
+    for group, ladder in zip(problem.graph.groups, problem.ladders, strict=True):
         removed = group.num_units - ladder
         ratio = removed / group.num_units
         loss = np.zeros(1) if len(ladder) == 1 else table.loss_at(group.name, ratio)
@@ -200,18 +200,18 @@ def _loss_prices(walk: _Walk, table: SensitivityTable) -> list[Prices]:
     return prices
 
 
-def _marks(walk: _Walk, limit: float) -> Iterator[float]:
+def _waypoints(problem: _Problem, limit: float) -> Iterator[float]:
     """Costs on the way down. They do not depend on the limit, so plans for lower limits go on from here."""
-    for mark in walk.full_cost * (1 - np.arange(1, MARKS) / MARKS):
-        if mark <= limit:
+    for waypoint in problem.full_cost * (1 - np.arange(1, NUM_WAYPOINTS) / NUM_WAYPOINTS):
+        if waypoint <= limit:
             break
-        yield float(mark)
+        yield float(waypoint)
     yield limit
 
 
-def _descend(walk: _Walk, priced: list[Prices], steps: Counts, limit: float) -> Counts:
+def _descend(problem: _Problem, priced: list[Prices], steps: Counts, limit: float) -> Counts:
     """Go on from `steps`, the cheapest step first, just until the cost is within the limit."""
-    ahead = [np.full(walk.num_steps[i] - s, i) for i, s in enumerate(steps)]
+    ahead = [np.full(problem.num_steps[i] - s, i) for i, s in enumerate(steps)]
     groups = np.concatenate(ahead).astype(np.int64)
     prices = np.concatenate([p[s:] for p, s in zip(priced, steps, strict=True)])
     path = groups[np.argsort(prices, kind="stable")]
@@ -222,28 +222,28 @@ def _descend(walk: _Walk, priced: list[Prices], steps: Counts, limit: float) -> 
     low, high = 0, len(path)  # the whole path meets the limit, by the check in `allocate`
     while low < high:
         middle = (low + high) // 2
-        low, high = (low, middle) if walk.cost(after(middle)) <= limit else (middle + 1, high)
+        low, high = (low, middle) if problem.cost(after(middle)) <= limit else (middle + 1, high)
     return after(low)
 
 
-def _fitted(walk: _Walk, priced: list[Prices], steps: Counts, limit: float) -> Counts:
+def _close_in(problem: _Problem, priced: list[Prices], steps: Counts, limit: float) -> Counts:
     """Give back what fits; where too much is left over, take more of one group and give back again."""
-    best = _give_back(walk, priced, steps, limit)
-    cost, enough = walk.cost(best), limit - TOLERANCE * walk.full_cost
+    best = _give_back(problem, priced, steps, limit)
+    cost, enough = problem.cost(best), limit - TOLERANCE * problem.full_cost
     for further in range(1, MAX_EXCHANGE + 1):
-        for index in np.flatnonzero(steps + further <= walk.num_steps):
+        for index in np.flatnonzero(steps + further <= problem.num_steps):
             if cost >= enough:
                 return best
             moved = steps.copy()
             moved[index] += further
-            moved = _give_back(walk, priced, moved, limit, spared=int(index))
-            if walk.cost(moved) > cost:
-                best, cost = moved, walk.cost(moved)
+            moved = _give_back(problem, priced, moved, limit, spared=int(index))
+            if problem.cost(moved) > cost:
+                best, cost = moved, problem.cost(moved)
     return best
 
 
 def _give_back(
-    walk: _Walk, priced: list[Prices], steps: Counts, limit: float, spared: int | None = None
+    problem: _Problem, priced: list[Prices], steps: Counts, limit: float, spared: int | None = None
 ) -> Counts:
     """Undo steps while the limit allows, the dearest first; a group that no longer fits is out."""
     steps = steps.copy()
@@ -252,7 +252,7 @@ def _give_back(
     while heap:
         _, index = heapq.heappop(heap)
         steps[index] -= 1
-        if walk.cost(steps) > limit:
+        if problem.cost(steps) > limit:
             steps[index] += 1
         elif steps[index] > 0:
             heapq.heappush(heap, (-priced[index][steps[index] - 1], index))
@@ -273,11 +273,14 @@ def rising(values: Prices, weights: Prices) -> Prices:
     return np.repeat(np.asarray(means, dtype=np.float64), lengths)
 
 
-def _unreachable(walk: _Walk, limit: float, nearest: float) -> UnreachableError:
-    share, told = nearest / walk.full_cost, nearest if isinstance(nearest, int) else f"{nearest:.4g}"
+def _unreachable(problem: _Problem, limit: float, nearest: float) -> UnreachableError:
+    share, nearest_text = (
+        nearest / problem.full_cost,
+        nearest if isinstance(nearest, int) else f"{nearest:.4g}",
+    )
     return UnreachableError(
-        f"no plan costs {walk.metric} of {limit:.6g} to within 1 %; the nearest that can be had is {told} "
-        f"({share:.1%} of the present)",
-        f"ask for {walk.metric} of {told}, lower round_to or min_keep, or exclude fewer layers",
+        f"no plan costs {problem.metric} of {limit:.6g} to within 1 %; the nearest that can be had is "
+        f"{nearest_text} ({share:.1%} of the present)",
+        f"ask for {problem.metric} of {nearest_text}, lower round_to or min_keep, or exclude fewer layers",
         nearest_cost=float(nearest),
     )

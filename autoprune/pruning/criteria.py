@@ -30,11 +30,14 @@ Values = NDArray[np.float64]
 Scores = dict[str, Values]
 
 TAYLOR_BATCHES, TAYLOR_BATCH = 16, 64  # about a thousand samples rank as ten thousand do (a guess)
-FISHER_BATCHES, FISHER_BATCH = 32, 32  # few samples a batch are near the definition; batch norm wants many
+FISHER_BATCHES, FISHER_BATCH = (
+    32,
+    32,
+)  # few a batch are near the definition, batch norm wants many: a guess
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
-class Ground:
+class ScoringContext:
     """What a criterion may look at."""
 
     model: nn.Module
@@ -74,11 +77,11 @@ def score(  # noqa: PLR0913 - where and on what to compute are the caller's to s
     check_criterion(criterion)
     if criterion in NEEDS_SPLIT and split is None:
         raise UsageError(f"criterion {criterion} needs data", "give it a split, for example data.train")
-    ground = Ground(
+    context = ScoringContext(
         model=model, graph=graph, split=split, device=torch.device(device),
         loss=task.loss, seed=seed,
     )  # fmt: skip
-    return {name: _relative(values) for name, values in _CRITERIA[criterion](ground).items()}
+    return {name: _relative(values) for name, values in _CRITERIA[criterion](context).items()}
 
 
 def check_criterion(criterion: str) -> None:
@@ -103,73 +106,73 @@ def fallback_groups(model: nn.Module, graph: ChannelGraph, criterion: str) -> tu
     return tuple(g.name for g in graph.groups if not any(m.name in scales for m in g.members))
 
 
-def l1(ground: Ground) -> Scores:
+def l1(context: ScoringContext) -> Scores:
     """Sum of absolute weights (Li et al. 2017, "Pruning Filters", section 3.1), over the whole group."""
-    return _each_group(ground, lambda g: _sum_of(ground, g, torch.abs))
+    return _each_group(context, lambda g: _sum_of(context, g, torch.abs))
 
 
-def l2(ground: Ground) -> Scores:
+def l2(context: ScoringContext) -> Scores:
     """Root of the sum of squared weights, over the whole group (DepGraph, equation 4)."""
-    return _each_group(ground, lambda g: np.sqrt(_sum_of(ground, g, torch.square)))
+    return _each_group(context, lambda g: np.sqrt(_sum_of(context, g, torch.square)))
 
 
-def fpgm(ground: Ground) -> Scores:
+def fpgm(context: ScoringContext) -> Scores:
     """Sum of distances to the group's other filters: the ones near the middle are the replaceable ones.
 
     He et al. 2019, "Filter Pruning via Geometric Median", equation 8. Filters are what makes the channels;
     in a group that nothing in the network makes, what reads them.
     """
-    return _each_group(ground, lambda g: _distances(ground, g))
+    return _each_group(context, lambda g: _distances(context, g))
 
 
-def bn_scale(ground: Ground) -> Scores:
+def bn_scale(context: ScoringContext) -> Scores:
     """Absolute batch-norm scale (Liu et al. 2017, "Network Slimming", section 3); see `fallback_groups`."""
-    scales = _batch_norm_scales(ground.model)
-    missing = fallback_groups(ground.model, ground.graph, "bn_scale")
+    scales = _batch_norm_scales(context.model)
+    missing = fallback_groups(context.model, context.graph, "bn_scale")
 
     def of_group(group: Group) -> Values:
         if group.name in missing:
-            return np.asarray(np.sqrt(_sum_of(ground, group, torch.square)))
-        found = [_per_unit(w.abs(), m) for m, w in ground.weights(group, "affine") if m.name in scales]
+            return np.asarray(np.sqrt(_sum_of(context, group, torch.square)))
+        found = [_per_unit(w.abs(), m) for m, w in context.weights(group, "affine") if m.name in scales]
         return np.asarray(np.sum(found, axis=0))
 
-    return _each_group(ground, of_group)
+    return _each_group(context, of_group)
 
 
-def taylor(ground: Ground) -> Scores:
+def taylor(context: ScoringContext) -> Scores:
     """|sum of gradient x weight| over what reads a unit, the mean over batches.
 
     First order in the loss change when the unit goes (Molchanov et al. 2017, equation 7, on parameters as
     in Molchanov et al. 2019, equation 8). The absolute value is taken per batch: at the end of a training
     the gradient of all the data together is nearly zero.
     """
-    return _mean_over_batches(ground, TAYLOR_BATCHES, TAYLOR_BATCH, np.abs, _readers)
+    return _mean_over_batches(context, TAYLOR_BATCHES, TAYLOR_BATCH, np.abs, _readers)
 
 
-def fisher(ground: Ground) -> Scores:
+def fisher(context: ScoringContext) -> Scores:
     """(sum of gradient x weight)² over what reads a unit, the mean over small batches.
 
     Liu et al. 2021, "Group Fisher Pruning", equation 5, without its division by memory.
     """
-    return _mean_over_batches(ground, FISHER_BATCHES, FISHER_BATCH, np.square, _readers)
+    return _mean_over_batches(context, FISHER_BATCHES, FISHER_BATCH, np.square, _readers)
 
 
-def jacobian(ground: Ground) -> Scores:
+def jacobian(context: ScoringContext) -> Scores:
     """(sum of gradient x weight)² over everything coupled in a unit, the mean over batches.
 
     wᵀJᵀJw, where a row of J is a batch's gradient by all parameters of the unit, so that what they do
     together counts (Chen et al. 2025, "Optimal Brain Connection"). Biases are left out.
     """
-    return _mean_over_batches(ground, TAYLOR_BATCHES, TAYLOR_BATCH, np.square, _coupled)
+    return _mean_over_batches(context, TAYLOR_BATCHES, TAYLOR_BATCH, np.square, _coupled)
 
 
-def random(ground: Ground) -> Scores:
+def random(context: ScoringContext) -> Scores:
     """The control: any criterion worth its name does better."""
-    rng = np.random.default_rng(ground.seed)
-    return _each_group(ground, lambda g: rng.uniform(0.5, 1.5, g.num_units))
+    rng = np.random.default_rng(context.seed)
+    return _each_group(context, lambda g: rng.uniform(0.5, 1.5, g.num_units))
 
 
-_CRITERIA: dict[str, Callable[[Ground], Scores]] = {
+_CRITERIA: dict[str, Callable[[ScoringContext], Scores]] = {
     "l1": l1, "l2": l2, "fpgm": fpgm, "bn_scale": bn_scale, "taylor": taylor, "fisher": fisher,
     "jacobian": jacobian, "random": random,
 }  # fmt: skip
@@ -183,8 +186,8 @@ def _relative(values: Values) -> Values:
     return values / mean if mean > 0 else np.ones_like(values)
 
 
-def _each_group(ground: Ground, of_group: Callable[[Group], Values]) -> Scores:
-    return {group.name: of_group(group) for group in ground.graph.groups}
+def _each_group(context: ScoringContext, of_group: Callable[[Group], Values]) -> Scores:
+    return {group.name: of_group(group) for group in context.graph.groups}
 
 
 def _per_unit(values: Tensor, member: Member) -> Values:
@@ -193,14 +196,14 @@ def _per_unit(values: Tensor, member: Member) -> Values:
     return np.asarray(by_position.numpy()[member.index].sum(axis=1), dtype=np.float64)
 
 
-def _sum_of(ground: Ground, group: Group, function: Callable[[Tensor], Tensor]) -> Values:
-    found = [_per_unit(function(w), m) for m, w in ground.weights(group, "out", "in", "affine")]
+def _sum_of(context: ScoringContext, group: Group, function: Callable[[Tensor], Tensor]) -> Values:
+    found = [_per_unit(function(w), m) for m, w in context.weights(group, "out", "in", "affine")]
     return np.sum(found, axis=0) if found else np.ones(group.num_units)
 
 
-def _distances(ground: Ground, group: Group) -> Values:
+def _distances(context: ScoringContext, group: Group) -> Values:
     total = np.zeros(group.num_units)
-    members = list(ground.weights(group, "out")) or list(ground.weights(group, "in"))
+    members = list(context.weights(group, "out")) or list(context.weights(group, "in"))
     for member, weight in members:
         rows = weight.transpose(0, member.dim)[torch.from_numpy(member.index)].flatten(1)
         total += torch.cdist(rows, rows).sum(1).numpy()
@@ -213,7 +216,7 @@ def _batch_norm_scales(model: nn.Module) -> set[str]:
 
 
 def _mean_over_batches(
-    ground: Ground, num_batches: int, batch_size: int, function: Callable[[Values], Values],
+    context: ScoringContext, num_batches: int, batch_size: int, function: Callable[[Values], Values],
     members_of: Callable[[Group, Mapping[str, nn.Parameter]], list[Member]],
 ) -> Scores:  # fmt: skip
     """Mean over batches of function(sum of gradient x weight over the unit), in evaluation mode.
@@ -221,24 +224,24 @@ def _mean_over_batches(
     But batch norms use their batch's statistics: a pruned network has them estimated anew, which takes back
     what a channel adds to a mean and a variance, and the gradient should know (figures: docs/analysis.md).
     """
-    assert ground.split is not None  # `score` checked it
-    named = dict(ground.model.named_parameters(remove_duplicate=False))
-    summed = {g.name: members_of(g, named) for g in ground.graph.groups}
+    assert context.split is not None  # `score` checked it
+    named = dict(context.model.named_parameters(remove_duplicate=False))
+    summed = {g.name: members_of(g, named) for g in context.graph.groups}
     wanted = {m.name: named[m.name] for members in summed.values() for m in members}
-    totals = {g.name: np.zeros(g.num_units) for g in ground.graph.groups}
+    totals = {g.name: np.zeros(g.num_units) for g in context.graph.groups}
     with (
-        model_mode(ground.model, ground.device, training=False), _batch_statistics(ground.model),
+        model_mode(context.model, context.device, training=False), _batch_statistics(context.model),
         _differentiable(list(wanted.values())),
     ):  # fmt: skip
-        batches = ground.split.batches(batch_size, device=ground.device, seed=ground.seed, augment=True)
+        batches = context.split.batches(batch_size, device=context.device, seed=context.seed, augment=True)
         for _, (inputs, targets) in zip(range(num_batches), batches, strict=False):
-            loss = ground.loss(ground.model(inputs), targets)
+            loss = context.loss(context.model(inputs), targets)
             gradients = torch.autograd.grad(loss, list(wanted.values()), materialize_grads=True)
             products = {
                 name: (weight.detach() * gradient).to("cpu", torch.float64)
                 for (name, weight), gradient in zip(wanted.items(), gradients, strict=True)
             }
-            for group in ground.graph.groups:
+            for group in context.graph.groups:
                 parts = [_per_unit(products[m.name], m) for m in summed[group.name]]
                 totals[group.name] += function(np.sum(parts, axis=0))
     return totals

@@ -28,12 +28,12 @@ from autoprune.training import evaluate, recalibrate_
 
 Region = Literal["safe", "marginal", "hopeless"]
 SAFE_PP = 5.0  # lost without fine-tuning; one epoch brings such a network back. A guess
-MARGINAL = 0.5  # of what is above guessing
+MARGINAL = 0.5  # of what is above guessing; a guess that fits ResNet-20 on CIFAR-10
 COLUMNS = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
 NEAR = 0.05  # a point this close to a column is what the column shows
 FREE_PP, FRAGILE_PP = 1.0, 10.0  # lost when half of a group goes; guesses
-SHARES = (0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3, 0.2)
-RECALIBRATE_BATCHES = 10
+SHARES = (0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3, 0.2)  # of the multiply-adds
+RECALIBRATE_BATCHES = 10  # of 128: one result is measured with more care than the plans compared; a guess
 
 
 class MeasuredPoint(Protocol):

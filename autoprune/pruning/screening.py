@@ -44,7 +44,7 @@ from autoprune.structure import ChannelGraph, densify
 from autoprune.tasks import CLASSIFICATION, Task
 from autoprune.training import recalibrate_
 
-SAMPLES = 1024  # differences between plans are paired, so a thousand tell more than their own intervals
+SAMPLES = 1024  # a guess: differences are paired, so a thousand tell more than their own intervals
 
 
 @dataclass(frozen=True, kw_only=True)

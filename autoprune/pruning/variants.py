@@ -50,12 +50,12 @@ from autoprune.training import (
 )
 
 CHANGED = 1e-6  # relative; float32 rounding of another channel count stays below
-CHANGE_BATCH = 64
+CHANGE_BATCH = 64  # samples on which a change of the output is looked for; a guess
 CORE_BATCH = 64  # samples per core and batch: what a batch makes stays in the caches; measured: 2x over 512
 CUT_BYTES = 2**29  # of kept values per batch; a guess that fits beside anything
-WEIGHT_BYTES = 2**29  # of changed weights in one pass over the split; more variants take further passes
+WEIGHT_BYTES = 2**29  # of changed weights in one pass; more variants take further passes. A guess
 AGREES = 1e-3  # of the largest output, the program's against the network's own; rounding is 1e-6 on ResNets
-NUM_CHECKED = 3  # variants compared with their masked networks before the program is trusted
+NUM_CHECKED = 3  # variants compared with masked networks first: of the first, middle and last group
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

@@ -23,7 +23,7 @@ from autoprune.tasks import CLASSIFICATION, Loss, Task, logits_of
 from autoprune.torch_private import BatchNormBase
 from autoprune.training import distributed
 
-EVAL_BATCH = 512
+EVAL_BATCH = 512  # a guess: large enough for a GPU, small enough for any memory
 
 
 def resolve_device(name: str) -> torch.device:

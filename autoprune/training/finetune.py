@@ -47,7 +47,7 @@ OnEpoch = Callable[["EpochRecord"], None]
 Objective = Callable[[nn.Module, Tensor, Tensor], Tensor]
 
 CHECK_EVERY = 16  # steps between looks at the loss: each look makes a GPU wait
-BASELINE_WARMUP = 0.2  # share of the steps that the one cycle goes up
+BASELINE_WARMUP = 0.2  # share of the steps that the one cycle goes up; a guess
 SUBSET_SEED = 0  # every trial sees the same share of the train split, or trials would not compare
 
 

@@ -24,7 +24,7 @@ from autoprune.torch_private import ConvBase
 RELATIVE = 0.25  # of the learning rate, as a share of the weight's norm; measured: docs/log.md
 MATCHED_RMS = 0.2  # of an update by torch's Muon at a rate of 1, with `match_rms_adamw`
 NORMS_EVERY = 16  # steps between looks at the weights' norms: each look makes a GPU wait
-WIDEST = 4096  # orthogonalising grows with the third power of a matrix's shorter side
+WIDEST = 4096  # orthogonalising grows with the third power of a matrix's shorter side; the bound is a guess
 
 
 class Stepper:

@@ -23,7 +23,7 @@ from torch.optim.lr_scheduler import (
 from autoprune.config import DECAYS, Decay
 from autoprune.errors import UsageError
 
-WARMUP_START = 0.1  # of the rate; the warm-up rises linearly from there
+WARMUP_START = 0.1  # of the rate; the warm-up rises linearly from there. A guess
 
 
 @dataclass(frozen=True, kw_only=True)

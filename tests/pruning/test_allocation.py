@@ -13,7 +13,7 @@ from autoprune.config import Metric
 from autoprune.errors import UnreachableError, UsageError
 from autoprune.metrics import Evaluation
 from autoprune.plan import PruningPlan
-from autoprune.pruning.allocation import MARKS, STRATEGIES, TOLERANCE, allocate, rising
+from autoprune.pruning.allocation import NUM_WAYPOINTS, STRATEGIES, TOLERANCE, allocate, rising
 from autoprune.pruning.criteria import Scores
 from autoprune.pruning.sensitivity import SensitivityPoint, SensitivityTable
 from autoprune.structure.cost import Axis, Cost, CostModel, Term
@@ -290,7 +290,7 @@ def test_sixty_groups_ask_for_few_costs(strategy: str, monkeypatch: pytest.Monke
     monkeypatch.setattr(ChannelGraph, "cost_of_counts", counted)
     allocate(graph, scores, metric="macs", limit=limit, strategy=strategy, table=table)
     once_a_group = 60 + 1  # with the cost of the whole network
-    assert 0 < asked <= once_a_group * (MARKS if strategy == "sensitivity" else 2)
+    assert 0 < asked <= once_a_group * (NUM_WAYPOINTS if strategy == "sensitivity" else 2)
 
 
 @given(st.lists(st.floats(-10, 10), min_size=1, max_size=30))
