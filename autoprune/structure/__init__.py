@@ -1,4 +1,29 @@
-"""Rooms are described once all of them stand."""
+"""Understanding a network's structure and changing it: which channels belong together, what they cost.
+
+A *unit* is the smallest thing that can be removed: the same positions in all parameter dimensions that must
+shrink together. Units that are alike form a *group*. A `ChannelGraph` holds the groups of one network, what
+must stay and why, and the exact cost of every plan. It is found by recording one forward pass and propagating
+labels over it, and is given out only after a pruned copy has run and done what the labels say. A *plan*
+(`autoprune.plan`) says which units stay; `densify` makes the smaller network, `masked` the same function in
+the original's shapes.
+
+In reading order:
+
+- `tracing` `trace`, the way in: record, propagate, group, verify
+- `recorder` one forward pass as a list of ATen operators; `meta_shapes` makes it fast
+- `labels` an integer for every channel position, ties and freezes
+- `propagate` carries labels over the recording; `rules` what each operator does to them
+- `zero_channels` where removed channels are exactly zero, so that sums do not see them
+- `grouping` from tied labels to groups and costs
+- `graph` `ChannelGraph` and its parts; `cost` multiply-adds, parameters and bytes as polynomials
+- `densify` the dense and the masked network; `patches` modules that need more than sliced parameters
+- `verification` does a pruned program do what the labels say; `program_match` compares operators
+- `latency` seconds of a pass, predicted; `timings` the timing loop, and a table of what was timed
+
+Exports, for other rooms: `trace` and the graph (`ChannelGraph`, `Group`, `Member`, `Frozen`, `Cost`); surgery
+(`densify`, `masked`, `masked_tensors`, `verify`); the recorded pass (`record`, `Recording`, `Op`, `Ref`);
+latency (`with_latency_model`, `measure_latency_share`, `time_interleaved`, `device_name`).
+"""
 
 from autoprune.structure.cost import Cost
 from autoprune.structure.densify import densify, masked, masked_tensors, verify

@@ -12,7 +12,6 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from autoprune.structure.channel_shuffle import channel_shuffle
 from autoprune.structure.cost import Axis, CostModel, Product, Term
 from autoprune.structure.graph import (
     ChannelGraph,
@@ -29,6 +28,7 @@ from autoprune.structure.patches.channel_gather import GatherPatch
 from autoprune.structure.patches.count_attributes import find_count_attributes
 from autoprune.structure.propagate import Propagation, Reordering
 from autoprune.structure.recorder import Op, Recording, Ref
+from autoprune.structure.rules.channel_shuffle import channel_shuffle
 from autoprune.structure.rules.shape import reshape, split
 from autoprune.structure.rules.table import TABLE
 

@@ -1,9 +1,10 @@
-"""Labels: one integer for every position of every parameter dimension, tied by union-find.
+"""Labels: one integer for every position of every parameter dimension, and which of them must go together.
 
-A *slot* is one dimension of one parameter (or one padded edge of an activation); it owns a contiguous range
-of labels, so that a label says at once which parameter, which dimension and which position it is. Operators
-*tie* labels that must stay or go together and *freeze* those that must stay. Ties are only collected while
-the network is walked; the classes are found once at the end, all together.
+A *slot* is one dimension of one parameter (or one padded edge of an activation). It owns a contiguous range
+of labels, so that a label says which parameter, which dimension and which position it is. Operators *tie*
+labels that must stay or go together and *freeze* those that must stay. Ties are only collected during a
+propagation; the classes of tied labels are the connected components of their graph, found at the end, all
+together.
 
 `FIXED` (-1) stands for a position that has no label and therefore always stays.
 """
@@ -27,10 +28,15 @@ BEHIND_LAYER_NORM = "layer norm over the channels"
 
 @dataclass(slots=True)
 class Slot:
-    """One parameter dimension, or one padded edge (`pad_op` is the operator's position on the recording).
+    """One parameter dimension, or one padded edge of an activation.
 
-    An *open* slot is an axis along which a tensor has the same value everywhere, such as one that was
-    expanded: no parameter owns it, and it is as long as what it meets.
+    Attributes:
+        name: of the parameter or buffer, or of the module that pads.
+        start: its first label; it owns `size` of them.
+        role: what it does with channels, see `graph.Member`; None where nothing said.
+        pad_op: position of the padding operator in the recording; None for a parameter. `side` is the edge.
+        is_open: whether it is an axis along which a tensor has the same value everywhere, such as one that
+            was expanded: no parameter owns it, and it is as long as what it meets.
     """
 
     name: str
@@ -59,8 +65,8 @@ class Labels:
         self.slots: list[Slot] = []
         self.size = 0
         self.freezes: list[Freeze] = []
-        self.ignores_fixed = False  # a probe follows one axis; positions of others are unknown, not fixed
-        self.is_muted = False
+        self.ignores_fixed = False  # a lookahead follows one axis; positions of others are unknown, not fixed
+        self.is_muted = False  # set for operators whose results reach no output
         self.has_open = False
         self._starts: list[int] = []
         self._ties: list[tuple[LabelArray, LabelArray]] = []
@@ -78,15 +84,15 @@ class Labels:
         """Tie two arrays position by position; what meets `FIXED` is frozen. Returns the merged array."""
         if left is right or self.is_muted:
             return left
-        known = (left >= 0) & (right >= 0)
-        if known.all():
+        both = (left >= 0) & (right >= 0)
+        if both.all():
             self._ties.append((left, right))
             return left
-        self._ties.append((left[known], right[known]))
+        self._ties.append((left[both], right[both]))
         if self.ignores_fixed:
             return np.where(left >= 0, left, right)
-        self.freeze(np.where(left >= 0, left, right)[~known], reason)
-        return np.where(known, left, FIXED)
+        self.freeze(np.where(left >= 0, left, right)[~both], reason)
+        return np.where(both, left, FIXED)
 
     def freeze(self, labels: LabelArray | None, reason: str, *, is_structural: bool = False) -> None:
         """Keep these positions for good, for a reason that a person can read."""
@@ -97,25 +103,25 @@ class Labels:
             self.freezes.append(Freeze(reason, labels, is_structural))
 
     def mark(self, labels: LabelArray | None, role: Role) -> None:
-        """Say what the slots of these labels do; the first word stands."""
+        """Note what the slots of these labels do; a role once noted stays."""
         if labels is None:
             return
-        known = labels[labels >= 0]
-        if not known.size:
+        labels = labels[labels >= 0]
+        if not labels.size:
             return
-        first, last = (bisect_right(self._starts, int(n)) - 1 for n in (known.min(), known.max()))
-        numbers = [first] if first == last else np.unique(np.searchsorted(self._starts, known, "right") - 1)
+        first, last = (bisect_right(self._starts, int(n)) - 1 for n in (labels.min(), labels.max()))
+        numbers = [first] if first == last else np.unique(np.searchsorted(self._starts, labels, "right") - 1)
         for number in numbers:
             slot = self.slots[int(number)]
             slot.role = slot.role or role
 
     def open_labels(self) -> NDArray[np.bool_]:
         """Which labels lie in open slots, (size,)."""
-        found = np.zeros(self.size, bool)
+        is_open = np.zeros(self.size, bool)
         for slot in self.slots:
             if slot.is_open:
-                found[slot.start : slot.start + slot.size] = True
-        return found
+                is_open[slot.start : slot.start + slot.size] = True
+        return is_open
 
     def is_open(self, labels: LabelArray) -> bool:
         """Whether all of an axis lies in open slots."""
@@ -125,7 +131,7 @@ class Labels:
         return all(self.slots[n].is_open for n in numbers.tolist())
 
     def classes(self) -> NDArray[np.int32]:
-        """Class number of every label, (size,)."""
+        """Class number of every label, int32 (size,); labels with the same number are tied."""
         state = (self.size, len(self._ties))
         if self._classes is None or self._classes[0] != state:
             self._classes = (state, self._find_classes())

@@ -1,9 +1,10 @@
-"""The shapes that frequent operators make, without torch's own way of finding them.
+"""Rules for the shapes that frequent operators make of tensors without values.
 
-On tensors without values torch runs many operators through decompositions in Python: a layer norm takes a
-millisecond, a hardswish more. What they make has a plain shape, so it is made here for a few microseconds. A
-rule answers only the plain case (floating point, dense, shapes that fit) and leaves everything else, errors
-included, to torch.
+For tensors on the `meta` device torch runs many operators through decompositions in Python: a layer norm
+takes a millisecond, a hardswish more. The shape of the result is plain, so a rule makes it in a few
+microseconds. A rule answers only the plain case (floating point, dense, shapes that fit) and leaves
+everything else, errors included, to torch. Measured: without these rules a trace takes 1.9 times as long
+(docs/log.md, 2026-11-28).
 """
 
 from __future__ import annotations
@@ -14,8 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-Rule = Callable[..., Any]  # the operator's arguments -> its result, or None where torch shall say
-NARROW = frozenset({torch.float32, torch.float64, torch.float16, torch.bfloat16})
+ShapeRule = Callable[..., Any]  # the operator's arguments -> its result, or None: torch finds it
+FLOATS = frozenset({torch.float32, torch.float64, torch.float16, torch.bfloat16})
 
 LIKE_INPUT = """
     relu gelu silu hardtanh hardswish hardsigmoid sigmoid tanh elu leaky_relu mish softplus clamp clamp_min
@@ -24,8 +25,13 @@ LIKE_INPUT = """
 BINARY = "add sub mul div"
 
 
-def rule(name: str, overload: str) -> Rule | None:
-    """The rule of an operator, by its name with the in-place underscore, and its overload."""
+def shape_rule(name: str, overload: str) -> ShapeRule | None:
+    """The rule of an ATen operator, or None.
+
+    Args:
+        name: without overload, with the underscore of an operator in place (`relu_`).
+        overload: `default`, `Tensor`, `Scalar`...
+    """
     plain = name.rstrip("_")
     if plain in RULES:
         return RULES[plain] if plain == name else None
@@ -41,7 +47,7 @@ def _same(x: Tensor) -> Tensor:
 
 
 def _is_plain(x: Any) -> bool:
-    return isinstance(x, Tensor) and x.is_meta and x.dtype in NARROW and x.is_contiguous()
+    return isinstance(x, Tensor) and x.is_meta and x.dtype in FLOATS and x.is_contiguous()
 
 
 def _fits(x: Tensor, others: tuple[Any, ...]) -> bool:
@@ -106,7 +112,7 @@ def _are_matrices(left: Tensor, right: Tensor, rank: int) -> bool:
         left.is_meta
         and right.is_meta
         and left.dtype is right.dtype
-        and left.dtype in NARROW
+        and left.dtype in FLOATS
         and left.ndim == right.ndim == rank
         and left.shape[-1] == right.shape[-2]
         and left.shape[:-2] == right.shape[:-2]
@@ -180,7 +186,7 @@ def _cat(tensors: list[Tensor], dim: int = 0) -> Tensor | None:
     return first.new_empty([*first.shape[:dim], sum(t.shape[dim] for t in tensors), *first.shape[dim + 1 :]])
 
 
-RULES: dict[str, Rule] = {
+RULES: dict[str, ShapeRule] = {
     "native_batch_norm": _batch_norm,
     "native_layer_norm": _layer_norm,
     "mm": _mm,

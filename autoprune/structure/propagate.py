@@ -1,14 +1,16 @@
 """Propagation over a recording: labels travel with the tensors, one operator at a time.
 
-Every tensor carries, for each of its axes, an array of labels (which channel lies at which position) or
-None (an axis that no pruning may change). The operator table (`ops`, `shape_ops`) says for each family of
-operators which labels tie, which freeze and which go on. What a propagation finds besides the ties:
+Every tensor carries, for each of its axes, an array of labels (which channel lies at which position) or None
+(an axis that no pruning may change). For each operator a rule (`rules.table`) says which labels tie, which
+freeze, and what the axes of its outputs carry. Besides ties a propagation collects
 
-* `terms`, the multiply-adds of each operator as a product of axis lengths,
-* `sites`, places where the program must agree with the pruned sizes and may not,
-* `rules`, numbers on modules that count pruned things (heads, groups).
+* `cost_terms`, the multiply-adds of each operator as a product of axis lengths,
+* `reshape_splits`, `splits` and `reshape_merges`, where a program may have a size written in that labels
+  cannot see,
+* `unit_counts`, integers on modules that count what pruning removes (heads, groups).
 
-A *probe* is a propagation that follows one axis alone, to see where it would end.
+A *lookahead* is a small propagation of its own that follows one axis from one tensor on, to see where it
+ends.
 """
 
 from __future__ import annotations
@@ -30,40 +32,26 @@ from autoprune.structure.zero_channels import is_non_negative, maskable, stays_z
 from autoprune.torch_private import ConvBase
 
 Axes = list[LabelArray | None]
-Handler = Callable[["Propagation", Op], "Axes | list[Axes]"]
+# The propagation and an operator -> the labels of its output's axes, or of each output's.
+Rule = Callable[["Propagation", Op], "Axes | list[Axes]"]
 
-LOOKAHEAD_OPS = 60  # operators that a probe follows; attention and channel shuffle end within about 20
-WEIGHT_OPS = frozenset(
-    [
-        "t",
-        "transpose",
-        "permute",
-        "view",
-        "_unsafe_view",
-        "clone",
-        "mul",
-        "div",
-        "neg",
-        "split",
-        "split_with_sizes",
-        "select",
-        "unbind",
-        "_to_copy",
-        "to",
-        "alias",
-        "detach",
-        "squeeze",
-        "unsqueeze",
-        "slice",
-        "expand",
-        "contiguous",
-    ]
-)  # operators that keep zeros at zero, so that a weight derived by them is masked where its source is
+LOOKAHEAD_OPS = 60  # the most operators that a lookahead follows; attention and shuffles end within about 20
+SPATIAL_FROM = 2  # dimensions of a convolution's weight from here on are the kernel's, and never shrink
+# Operators that keep zeros at zero: a weight that they derive from another is masked where its source is.
+ZERO_KEEPING = """
+    t transpose permute view _unsafe_view clone mul div neg split split_with_sizes select unbind _to_copy to
+    alias detach squeeze unsqueeze slice expand contiguous
+"""
+WEIGHT_OPS = frozenset(ZERO_KEEPING.split())
 
 
 @dataclass(frozen=True, slots=True)
 class CostTerm:
-    """Multiply-adds of one operator: `constant` times the lengths of `axes`."""
+    """Multiply-adds of one operator: `constant` times the lengths of `axes`.
+
+    Attributes:
+        op: position of the operator in the recording, here and in the classes below.
+    """
 
     op: int
     constant: int
@@ -72,9 +60,13 @@ class CostTerm:
 
 @dataclass(frozen=True, slots=True)
 class ReshapeSplit:
-    """A reshape that splits a channel axis: `labels` is the axis that shrinks, the others keep their length.
+    """A reshape that splits a channel axis into several, of which one may shrink.
 
-    `options` are the axes that could have been chosen, best first; `ordinal` counts the module's reshapes.
+    Attributes:
+        ordinal: how many reshapes its module had made in the pass, this one included.
+        labels: of the axis that may shrink; the others keep their lengths.
+        options: the axes that could have been chosen, best first.
+        chosen: the axis that may shrink.
     """
 
     op: int
@@ -86,9 +78,11 @@ class ReshapeSplit:
 
 @dataclass(frozen=True, slots=True)
 class Reordering:
-    """A rearrangement of the channels `labels` along `dim`: position i of the result was `index[i]`.
+    """The channels `labels` in another order along `dim`: position i of the result was position `index[i]`.
 
-    `given` are the axes of a reshape's result over which it spreads them.
+    Attributes:
+        index: int64 (channels,).
+        given: the axes of a reshape's result over which it spreads the channels.
     """
 
     dim: int
@@ -109,27 +103,49 @@ class UnitCount:
 
 @dataclass
 class Propagation:
-    """One pass over a recording.
+    """One pass of labels over a recording. `run` fills the attributes; rules read and extend them.
 
     Attributes:
-        kept_axes: operator -> the one axis that may shrink of those that a reshape made one. reshape_merges:
-        (operator, labels) of every axis that a reshape made out of several. two_unit_axes: axes of which two
-        units must stay, because with one another operator would run. splits: (operator, labels of each piece)
-        where an axis is split into pieces of written lengths. ragged: modules in which the parts of shuffles
-        and splits may differ, see `shuffles`. shuffles: (module, labels, parts) of every shuffle whose parts
-        were tied. reorderings: operator -> what it does to the order of channels, in ragged modules.
-        shuffle_interior: Ref between the two ends of a ragged shuffle -> axes that hold the channels, and
-        their labels. shuffle_results: Ref in which a ragged shuffle ends -> the axis and its labels.
-        rescales_norms: whether a layer norm's channels may go, with its statistics rescaled. norm_widths:
-        module -> channels that its statistics count; 0 where a sum relies on zeros alone. zero_refs: Refs
-        whose removed positions are zero in the masked network, see `zeros`; `above_zero` those
-            without negative entries.
-        choices: reshape operator -> axis that shrinks, where the first choice did not hold.
+        modules: qualified name -> module of the network.
+        table: operator name -> rule, with a rule for "pointwise" and one for "unknown".
+        choices: reshape operator -> axis that may shrink, where the first choice failed verification.
+        labels: the ties and freezes.
+        axes: Ref index -> labels of the tensor's axes, for tensors that have any.
+        cost_terms: multiply-adds of every operator that multiplies.
+        reshape_splits: reshapes that split a channel axis.
+        kept_axes: reshape operator -> its ordinal, and the one axis of channels that may shrink of those that
+            it merges.
+        reshape_merges: (operator, labels) of every channel axis that a reshape merged with others.
+        two_unit_axes: axes of which two units must stay, because with one another operator would run.
+        splits: (operator, labels of each piece) where an axis is split into pieces of written lengths.
+        unit_counts: integers on modules that count units.
+        ragged: modules in which the parts of shuffles and splits may shrink unequally, see
+            `rules.channel_shuffle`.
+        shuffles: (module, labels, parts) of every channel shuffle whose parts were tied.
+        reorderings: operator -> what it does to the order of channels, in ragged modules.
+        shuffle_interior: Ref index of each tensor inside a ragged shuffle -> the axes that hold the channels,
+            and their labels.
+        shuffle_results: Ref index of the tensor in which a ragged shuffle ends -> the axis and its labels.
+        weight_refs: Ref indices of parameters and of what is derived from them by `WEIGHT_OPS`.
+        conv_group_policies: module -> "whole" or "positions", how the groups of its convolution shrink.
+        rescales_norms: whether channels behind a layer norm may go, its statistics taken over the original
+            width (`patches.norm_patch`).
+        norm_widths: module -> channels that its statistics count; 0 where a sum relies on zeros alone.
+        zero_refs: Ref indices whose removed positions are zero in the masked network, see `zero_channels`.
+        non_negative_refs: Ref indices without negative entries.
+        lookahead_depth: 0, or how many lookaheads deep this propagation is.
+        splits_channels: whether a program splits, regroups or slices channels, so that sizes may be written
+            into it.
+        batch_uses: how often an axis with labels was a batch axis of a product, such as that of heads.
+        live: per operator whether its result reaches an output.
+        readers: Ref index -> positions of the operators that read it.
+        reshapes: module -> reshapes that it has made so far.
+        position: of the operator at hand.
     """
 
     recording: Recording
     modules: Mapping[str, nn.Module]
-    table: Mapping[str, Handler]
+    table: Mapping[str, Rule]
     choices: Mapping[int, int] = field(default_factory=dict)
     labels: Labels = field(default_factory=Labels)
     axes: dict[int, Axes] = field(default_factory=dict)
@@ -161,7 +177,7 @@ class Propagation:
 
     @property
     def is_lookahead(self) -> bool:
-        """Whether only one axis is followed, so that axes without labels mean nothing."""
+        """Whether only one axis is followed, so that an axis without labels need not be a fixed one."""
         return self.lookahead_depth > 0
 
     def run(self) -> None:
@@ -185,14 +201,14 @@ class Propagation:
     def look_ahead(
         self, ref: Ref, axis: int, alike: LabelArray, *, includes_present: bool = False
     ) -> tuple[str, int]:
-        """What the axis of `ref` runs into that it may not pass, and how often it ends as a batch axis.
+        """The first reason to freeze that an axis meets further on, and how often it is a batch axis.
 
         Args:
-            alike: for each position of the axis a number, equal where positions are one unit.
+            alike: for each position of the axis a number, equal where positions are one unit, int64.
             includes_present: whether the present operator reads `ref`, and is followed too.
         """
         shape = self.recording.shapes[ref.index]
-        probe = Propagation(
+        branch = Propagation(
             self.recording,
             self.modules,
             self.table,
@@ -200,55 +216,55 @@ class Propagation:
             live=self.live,
             readers=self.readers,
         )
-        probe.lookahead_depth = self.lookahead_depth + 1
-        probe.labels.ignores_fixed = True
+        branch.lookahead_depth = self.lookahead_depth + 1
+        branch.labels.ignores_fixed = True
         labels: Axes = [None] * len(shape)
         units, which = np.unique(alike, return_inverse=True)
-        labels[axis] = probe.labels.new("probe", axis, len(units))[which]
-        probe.axes[ref.index] = labels
+        labels[axis] = branch.labels.new("lookahead", axis, len(units))[which]
+        branch.axes[ref.index] = labels
         since = self.position if includes_present else self.position + 1
         ahead = [n for n in self.readers.get(ref.index, ()) if n >= since]
         seen = set(ahead)
-        while ahead and len(seen) - len(ahead) <= LOOKAHEAD_OPS and not probe.labels.freezes:
+        while ahead and len(seen) - len(ahead) <= LOOKAHEAD_OPS and not branch.labels.freezes:
             position = heappop(ahead)
             op = self.recording.ops[position]
-            if not self.live[position] or not any(r.index in probe.axes for r in op.inputs):
+            if not self.live[position] or not any(r.index in branch.axes for r in op.inputs):
                 continue
-            probe._apply(position, op)
+            branch._apply(position, op)
             for out in op.outputs:
-                if out is not None and out.index in probe.axes:
+                if out is not None and out.index in branch.axes:
                     later = {n for n in self.readers.get(out.index, ()) if n > position} - seen
                     seen |= later
                     for number in later:
                         heappush(ahead, number)
-        return "".join(f.reason for f in probe.labels.freezes[:1]), probe.batch_uses
+        return "".join(f.reason for f in branch.labels.freezes[:1]), branch.batch_uses
 
     def _apply(self, position: int, op: Op) -> None:
         self.position = position
-        handler = self.table.get(op.name)
-        if handler is None:
-            handler = self.table["pointwise"] if op.is_pointwise else self.table["unknown"]
+        rule = self.table.get(op.name)
+        if rule is None:
+            rule = self.table["pointwise"] if op.is_pointwise else self.table["unknown"]
         if not any(a is not None for r in op.inputs for a in self.get(r)) and op.name not in self.table:
             return
-        result = handler(self, op)
-        many = result if result and isinstance(result[0], list) else [result]
+        result = rule(self, op)
+        results = result if result and isinstance(result[0], list) else [result]
         is_zero = not self.is_lookahead and stays_zero(op, self.zero_refs, self.axes)
-        is_above = not self.is_lookahead and is_non_negative(op, self.non_negative_refs)
-        for ref, axes in zip(op.outputs, many, strict=False):
+        is_non_negative_ = not self.is_lookahead and is_non_negative(op, self.non_negative_refs)
+        for ref, axes in zip(op.outputs, results, strict=False):
             if ref is not None:
                 self._set(ref, axes)  # type: ignore[arg-type]
                 self.zero_refs.update([ref.index] if is_zero else [])
-                self.non_negative_refs.update([ref.index] if is_above else [])
+                self.non_negative_refs.update([ref.index] if is_non_negative_ else [])
 
     def _set(self, ref: Ref, axes: Axes) -> None:
         shape = self.recording.shapes[ref.index]
         assert len(axes) == len(shape), (self.recording.ops[self.position], axes)
-        kept: Axes = [
+        tracked: Axes = [
             None if a is None or n <= 1 or (a[0] < 0 and (a < 0).all()) else a
             for a, n in zip(axes, shape, strict=True)
         ]
-        if any(a is not None for a in kept):
-            self.axes[ref.index] = kept
+        if any(a is not None for a in tracked):
+            self.axes[ref.index] = tracked
         else:
             self.axes.pop(ref.index, None)
 
@@ -256,26 +272,27 @@ class Propagation:
         """The label arrays of a tensor's axes. A parameter's are made when it is first asked for."""
         if ref is None:
             return []
-        known = self.axes.get(ref.index)
-        if known is not None:
-            return known
+        axes = self.axes.get(ref.index)
+        if axes is not None:
+            return axes
         shape = self.recording.shapes[ref.index]
         name = self.recording.parameters.get(ref.index)
         if name is None or self.is_lookahead:
             return [None] * len(shape)
-        fixed_from = 2 if isinstance(self.modules.get(name.rpartition(".")[0]), ConvBase) else 9
-        made: Axes = [
-            self.labels.new(name, d, n) if n > 1 and d < fixed_from else None for d, n in enumerate(shape)
+        has_kernel = isinstance(self.modules.get(name.rpartition(".")[0]), ConvBase)
+        num_tracked = SPATIAL_FROM if has_kernel else len(shape)
+        axes = [
+            self.labels.new(name, d, n) if n > 1 and d < num_tracked else None for d, n in enumerate(shape)
         ]
-        self.axes[ref.index] = made
-        return made
+        self.axes[ref.index] = axes
+        return axes
 
     def shape(self, ref: Ref) -> tuple[int, ...]:
         """The shape of a tensor."""
         return self.recording.shapes[ref.index]
 
     def extents(self, ref: Ref) -> list[int | LabelArray]:
-        """Per axis its labels, or its length in every pruned network."""
+        """Per axis its labels, or its length where that is the same in every pruned network."""
         shape = self.shape(ref)
         if ref.index in self.shuffle_interior:
             dims, labels = self.shuffle_interior[ref.index]
@@ -284,7 +301,7 @@ class Propagation:
         return [n if a is None else a for n, a in zip(shape, axes, strict=True)]
 
     def open_axis(self, dim: int, size: int) -> LabelArray | None:
-        """Labels for an axis along which a tensor is the same everywhere."""
+        """Labels for an axis along which a tensor is the same everywhere; it is as long as what it meets."""
         if self.is_lookahead or size <= 1:
             return None
         return self.labels.new("", dim, size, is_open=True)
@@ -292,6 +309,17 @@ class Propagation:
     def is_weight(self, ref: Ref) -> bool:
         """Whether a tensor is a parameter, or made from one in a way that keeps zeros at zero."""
         return ref.index in self.weight_refs
+
+    def owner(self, weight: Ref) -> str:
+        """Name of the module that holds a parameter; empty for the network itself and for no parameter."""
+        return self.recording.parameters.get(weight.index, "").rpartition(".")[0]
+
+    def integer_attributes(self, module: str, words: Sequence[str], value: int | None) -> list[str]:
+        """Integer attributes of a module named with one of the words, that hold `value` if it is given."""
+        owner = self.modules.get(module)
+        attributes = vars(owner) if owner is not None else {}
+        numbers = {n: v for n, v in attributes.items() if type(v) is int and any(w in n for w in words)}
+        return [n for n, v in numbers.items() if value is None or v == value]
 
     def with_location(self, text: str) -> str:
         """A reason with the operator, module and line where it arose."""
@@ -306,21 +334,30 @@ class Propagation:
     def join(
         self, parts: Sequence[LabelArray | None], text: str = "meets an axis of fixed length"
     ) -> LabelArray | None:
-        """One axis out of several that lie position by position on each other; None among them fixes all."""
-        known = [p for p in parts if p is not None]
-        if not known:
+        """One axis out of several that meet position by position: they tie.
+
+        If one of them has no labels, its length is fixed, and the others freeze with the reason `text`.
+        """
+        tracked = [p for p in parts if p is not None]
+        if not tracked:
             return None
-        if len(known) < len(parts) and not self.is_lookahead:
-            for axis in known:
+        if len(tracked) < len(parts) and not self.is_lookahead:
+            for axis in tracked:
                 self.freeze(axis, text)
             return None
-        merged = known[0]
-        for other in known[1:]:
+        merged = tracked[0]
+        for other in tracked[1:]:
             merged = self.labels.tie(merged, other, self.with_location(text))
         return merged
 
     def contract(self, left: tuple[Ref, int], right: tuple[Ref, int]) -> None:
-        """Two axes that are multiplied and summed over. One side must be a weight, which can be masked."""
+        """Tie two axes that are multiplied and summed over.
+
+        One side must be a weight, as only the columns of a weight can be masked; two activations freeze.
+
+        Args:
+            left, right: a tensor and one of its axes.
+        """
         axes = [self.get(ref)[axis] for ref, axis in (left, right)]
         if all(a is None for a in axes):
             return
@@ -336,12 +373,12 @@ class Propagation:
         self.join(axes, "reads an axis of fixed length, such as the model's input")
 
     def mark(self, axis: LabelArray | None, role: Role) -> None:
-        """Say what the slots of an axis do."""
+        """Note what the slots of an axis do, see `graph.Member`."""
         if not self.is_lookahead:
             self.labels.mark(axis, role)
 
     def earlier_choice(self, module: str, name: str, default: Any = None) -> Any:
-        """What an earlier pruning chose for a module, so that plans compose; see `densify`."""
+        """What an earlier pruning chose for a module and `densify` wrote on it, so that plans compose."""
         return getattr(self.modules.get(module), name, default)
 
     def cost(self, constant: int, axes: Sequence[tuple[int, LabelArray | None]]) -> None:
@@ -351,7 +388,7 @@ class Propagation:
         self.cost_terms.append(CostTerm(self.position, constant * fixed, tracked))
 
     def tie_rows(self, table: LabelArray) -> LabelArray:
-        """Tie all entries of each row of a two-dimensional array; the rows' labels."""
+        """Tie all entries of each row of a two-dimensional array, (units, k); the rows' labels, (units,)."""
         units = np.where((table < 0).any(axis=1), FIXED, table[:, 0])
         others = table[:, 1:]
         self.labels.tie(
@@ -362,8 +399,18 @@ class Propagation:
         return units
 
 
+def untracked(ctx: Propagation, op: Op) -> list[Axes]:
+    """Outputs whose axes carry no labels."""
+    return [[None] * len(ctx.shape(r)) for r in op.outputs if r is not None]
+
+
+def only_first(ctx: Propagation, op: Op, axes: Axes) -> list[Axes]:
+    """`axes` for the first output; the others are statistics that nothing reads."""
+    return [axes, *untracked(ctx, op)[1:]]
+
+
 def fixed_axis(size: int) -> LabelArray:
-    """An axis whose positions always stay."""
+    """Labels of an axis whose positions always stay."""
     return np.full(size, FIXED, np.int64)
 
 

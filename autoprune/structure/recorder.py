@@ -1,13 +1,12 @@
-"""One recorded forward pass: the operators a network runs, with every parameter known by name.
+"""One recorded forward pass: the operators that a network runs, with every parameter under its name.
 
-The network runs once, on tensors without storage (the `meta` device), under a dispatch mode that writes
-down each ATen operator with its arguments. No weight is read and nothing is computed, so this costs
-milliseconds where `torch.export` costs seconds, and any Python in `forward` is welcome. What cannot run
-without values (`.item()`, tensors kept outside the module's registry) is recorded with fake tensors, and
-at last with real ones.
+The network runs once, on tensors without storage (the `meta` device), under a dispatch mode that notes each
+ATen operator with its arguments. No weight is read and nothing is computed, so this costs milliseconds where
+`torch.export` costs seconds, and `forward` may be any Python. What cannot run without values (`.item()`,
+tensors kept outside the module's registry) is recorded with fake tensors, and if that fails with real ones.
 
-A tensor of the recorded pass is a `Ref`, an index into `Recording.shapes`. An operator applied in place gives
-back the Ref that it was given.
+A tensor of the recorded pass is a `Ref`, an index into `Recording.shapes`. An operator that works in place
+returns the Ref that it was given.
 """
 
 from __future__ import annotations
@@ -29,7 +28,7 @@ import torch
 from torch import Tensor, nn
 
 from autoprune.errors import TraceError
-from autoprune.structure.meta_shapes import Rule, rule
+from autoprune.structure.meta_shapes import ShapeRule, shape_rule
 from autoprune.torch_private import FakeTensorMode, TorchDispatchMode, schema_of, tree_leaves, tree_map_only
 
 TORCH_FOLDER = str(Path(torch.__file__).parent) + "/"
@@ -55,7 +54,7 @@ class Op:
         arguments: by the schema's names, tensors as `Ref`.
         outputs: the results in order, None where an output is no tensor.
         module: qualified name of the innermost module whose forward was running.
-        where: `file:line` of the innermost frame outside torch.
+        where: `file:line` of the innermost frame outside torch, see `source_line`.
         is_pointwise: whether torch tags the operator as computed position by position.
         is_in_place: whether it writes into one of its inputs.
         makes: whether its results are new tensors, neither views nor what it was given.
@@ -111,28 +110,29 @@ class Recording:
 
     def readers(self) -> dict[int, list[int]]:
         """Ref index -> positions of the operators that read it, in order."""
-        found: dict[int, list[int]] = {}
+        readers: dict[int, list[int]] = {}
         for position, op in enumerate(self.ops):
             for index in {r.index for r in op.inputs}:
-                found.setdefault(index, []).append(position)
-        return found
+                readers.setdefault(index, []).append(position)
+        return readers
 
     def live(self) -> list[bool]:
         """Per operator whether its result reaches an output; operators in place always count."""
         needed = {r.index for r in self.outputs}
-        alive = []
+        live = []
         for op in reversed(self.ops):
             is_live = op.is_in_place or any(r is not None and r.index in needed for r in op.outputs)
-            alive.append(is_live)
+            live.append(is_live)
             if is_live:
                 needed.update(r.index for r in op.inputs)
-        return alive[::-1]
+        return live[::-1]
 
 
 def record(model: nn.Module, example_inputs: tuple[Any, ...]) -> Recording:
-    """Run `model` once in evaluation mode and write down what it does.
+    """Run `model` once in evaluation mode and record its operators.
 
-    The model is left as it was found. Cost: one pass without arithmetic, usually.
+    The model is left as it was: modes, parameters, buffers, attributes. Cost: one pass without arithmetic,
+    and without memory for tensors, where the forward runs without values.
 
     Raises:
         TraceError: the forward pass fails on these inputs, with the module and the line.
@@ -142,7 +142,7 @@ def record(model: nn.Module, example_inputs: tuple[Any, ...]) -> Recording:
     for run in (_run_meta, _run_fake, _run_real):
         recorder = _Recorder(model)
         try:
-            with _quiet(model):
+            with _evaluating(model):
                 run(model, example_inputs, recorder)
             recorder.recording.is_meta = run is _run_meta
             return recorder.recording
@@ -158,9 +158,10 @@ def record(model: nn.Module, example_inputs: tuple[Any, ...]) -> Recording:
 
 
 def record_on_meta(model: nn.Module, example_inputs: tuple[Any, ...]) -> Recording:
-    """As `record`, of a network whose parameters have no values; what its forward pass raises comes through.
+    """As `record`, for a network whose parameters are on the meta device; errors of its forward pass through.
 
-    The network is ours: it is left in evaluation mode, without gradients, with what the pass put on it.
+    The network is a throw-away copy: it is left in evaluation mode, without gradients, with whatever
+    attributes its forward has set.
     """
     recorder = _Recorder(model)
     recorder.is_meta = True
@@ -170,7 +171,7 @@ def record_on_meta(model: nn.Module, example_inputs: tuple[Any, ...]) -> Recordi
         tensor.requires_grad_(False)  # torch multiplies by other operators where gradients may be wanted
     for module in model.modules():
         module.training = False
-    with torch.no_grad(), _slow_attention():
+    with torch.no_grad(), _unfused_attention():
         recorder.run(lambda: model(*moved), state, moved)
     return recorder.recording
 
@@ -209,17 +210,17 @@ def _named_tensors(model: nn.Module) -> list[tuple[str, Tensor]]:
 
 
 @contextmanager
-def _quiet(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode without calling anyone's `train`, no fused attention path, and no trace left behind.
+def _evaluating(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode without fused attention; afterwards every module has the attributes it had before.
 
-    A forward pass may keep things on its modules (weight_norm's weight, a cached position table); what it
-    kept here has no values, so every module's attributes are put back.
+    The flags are set directly, as a user's `train` may do more. A forward pass may keep tensors on its
+    modules (weight_norm's weight, a cached position table); here these have no values, so they must not stay.
     """
     before = [(module, _attributes(module)) for module in model.modules()]
     try:
         for module, _ in before:
             module.training = False
-        with _slow_attention():
+        with _unfused_attention():
             yield
     finally:
         for module, attributes in before:
@@ -227,7 +228,7 @@ def _quiet(model: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
-def _slow_attention() -> Iterator[None]:
+def _unfused_attention() -> Iterator[None]:
     fast = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)
     try:
@@ -252,7 +253,7 @@ def _put_back(module: nn.Module, attributes: dict[str, tuple[Any, Any]]) -> None
 
 
 class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Writes every operator of one forward pass onto a recording."""
+    """Notes every operator of one forward pass."""
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
@@ -282,14 +283,14 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         return f"module {self.stack[-1]!r}" if self.stack[-1] else "the network's own forward"
 
     def ref(self, tensor: Tensor) -> Ref:
-        known = self.refs.get(id(tensor))
-        if known is None:
-            known = self.refs[id(tensor)] = Ref(len(self.recording.shapes))
+        ref = self.refs.get(id(tensor))
+        if ref is None:
+            ref = self.refs[id(tensor)] = Ref(len(self.recording.shapes))
             self.recording.shapes.append(tuple(tensor.shape))
             self.recording.strides.append(tuple(tensor.stride()) if tensor.layout is torch.strided else ())
             self.recording.dtypes.append(tensor.dtype)
             self.alive.append(tensor)
-        return known
+        return ref
 
     def _enter(self, module: nn.Module, _: Any) -> None:
         name = self.names.get(id(module), self.stack[-1])
@@ -310,7 +311,9 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         kind = _kind(func)
         arguments = {n: self._note(v) for n, v in zip(kind.arguments, args, strict=False)}
         arguments |= {n: self._note(v) for n, v in kwargs.items()}
-        result: Any = kind.rule(*args, **kwargs) if kind.rule is not None and self.is_meta else None
+        result: Any = None
+        if kind.shape_rule is not None and self.is_meta:
+            result = kind.shape_rule(*args, **kwargs)
         if result is None:
             result = self._called(func, kind, args, kwargs)
         if not kind.is_prim:
@@ -342,8 +345,8 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         if not tensors and kind.makes_new:
             return func(*args, **{**kwargs, "device": META})
         if len({t.is_meta for t in tensors}) > 1:
-            known = [t for t in tensors if not t.is_meta and t.dtype == torch.int64 and t.dim() == 1]
-            self.recording.constants.update({self.ref(t).index: t for t in known})
+            indices = [t for t in tensors if not t.is_meta and t.dtype == torch.int64 and t.dim() == 1]
+            self.recording.constants.update({self.ref(t).index: t for t in indices})
             args, kwargs = tree_map_only(Tensor, lambda t: t if t.is_meta else t.to(META), (args, kwargs))
         return func(*args, **kwargs)
 
@@ -357,7 +360,13 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
 @dataclass(frozen=True, slots=True)
 class _Kind:
-    """What is the same for all calls of an operator; see `Op`. `rule` makes its result without values."""
+    """What is the same for all calls of an operator; see `Op`.
+
+    Attributes:
+        is_prim: whether it is no ATen operator, and is not recorded.
+        makes_new: whether it makes a tensor from nothing, on a device that it is given.
+        shape_rule: makes its result without values.
+    """
 
     name: str
     overload: str
@@ -367,7 +376,7 @@ class _Kind:
     makes: bool
     is_prim: bool
     makes_new: bool
-    rule: Rule | None
+    shape_rule: ShapeRule | None
 
 
 @cache
@@ -383,7 +392,7 @@ def _kind(func: Any) -> _Kind:
         makes=func is not UNSAFE_VIEW and any(r.alias_info is None for r in schema.returns),
         is_prim=func.namespace.startswith("prim"),
         makes_new="device" in arguments,
-        rule=rule(name, schema.overload_name or "default") if func.namespace == "aten" else None,
+        shape_rule=shape_rule(name, schema.overload_name or "default") if func.namespace == "aten" else None,
     )
 
 

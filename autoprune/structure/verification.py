@@ -21,7 +21,6 @@ import torch
 from torch import Tensor, nn
 
 from autoprune.plan import PruningPlan
-from autoprune.structure.channel_shuffle import find_ragged_modules
 from autoprune.structure.densify import copy_model, densify, densify_on_meta, largest_gap, masked, outputs
 from autoprune.structure.graph import ChannelGraph, Group
 from autoprune.structure.grouping import TraceOptions, build
@@ -31,6 +30,7 @@ from autoprune.structure.patches.reshape_patch import ReshapePatch
 from autoprune.structure.program_match import find_mismatch, find_replaced_modules, output_shape_mismatch
 from autoprune.structure.propagate import Propagation
 from autoprune.structure.recorder import Recording, record_on_meta
+from autoprune.structure.rules.channel_shuffle import find_ragged_modules
 from autoprune.torch_private import tree_map_only
 
 CHEAP_MACS = 1_000_000_000  # below this the comparison in numbers takes about a tenth of a second

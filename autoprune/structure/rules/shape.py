@@ -12,16 +12,16 @@ from typing import Literal
 
 import numpy as np
 
-from autoprune.structure.channel_shuffle import (
+from autoprune.structure.labels import LabelArray
+from autoprune.structure.propagate import Axes, Propagation, ReshapeSplit, Rule, fixed_axis
+from autoprune.structure.recorder import Op, Ref
+from autoprune.structure.rules.channel_shuffle import (
     RESHAPES,
     begins_ragged_shuffle,
     channel_shuffle,
     index_select,
     match_axes,
 )
-from autoprune.structure.labels import LabelArray
-from autoprune.structure.propagate import Axes, Handler, Propagation, ReshapeSplit, fixed_axis
-from autoprune.structure.recorder import Op, Ref
 
 
 def reshape(ctx: Propagation, op: Op) -> Axes:
@@ -416,7 +416,7 @@ def unfold(ctx: Propagation, op: Op) -> Axes:
     return [*axes[:-3], None if channels is None else np.repeat(channels, times), None]
 
 
-SHAPE_FAMILIES: dict[Handler, str] = {
+SHAPE_FAMILIES: dict[Rule, str] = {
     reshape: " ".join(RESHAPES),
     permute: "permute",
     transpose: "transpose t swapaxes",
@@ -441,5 +441,3 @@ SHAPE_FAMILIES: dict[Handler, str] = {
     pixel_shuffle: "pixel_shuffle pixel_unshuffle",
     unfold: "im2col",
 }
-
-SHAPE_TABLE: dict[str, Handler] = {n: f for f, names in SHAPE_FAMILIES.items() for n in names.split()}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from autoprune.structure.propagate import Axes, Handler, Propagation
+from autoprune.structure.propagate import Axes, Propagation, Rule
 from autoprune.structure.recorder import Op
 
 
@@ -58,11 +58,9 @@ SPACE = {name: dims for dims in (1, 2, 3) for name in SPATIAL.format(dims).split
     "upsample_trilinear3d": 3,
 }
 
-SPACE_FAMILIES: dict[Handler, str] = {
+SPATIAL_FAMILIES: dict[Rule, str] = {
     spatial: " ".join(SPACE),
     grid_sample: "grid_sampler grid_sampler_2d grid_sampler_3d _grid_sampler_2d_cpu_fallback",
     fourier: "_fft_r2c _fft_c2c _fft_c2r",
     real_pair: "view_as_real view_as_complex",
 }
-
-SPACE_TABLE: dict[str, Handler] = {n: f for f, names in SPACE_FAMILIES.items() for n in names.split()}
