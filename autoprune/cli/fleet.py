@@ -181,7 +181,7 @@ def sweep(
     command goes on where a sweep was stopped. Exit code 1: some runs are not done.
     """
     from autoprune.cli.study_file import find_study
-    from autoprune.pipeline import Clock, jobs_of, look, used_seconds
+    from autoprune.pipeline import SweepDeadline, make_jobs, read_job, used_seconds
     from autoprune.pipeline import sweep as run_all
     from autoprune.report import Job, write_sweep_report
 
@@ -189,12 +189,12 @@ def sweep(
         find_study(study)
     for text in target or ():
         Target.parse(text)
-    jobs = jobs_of(studies, target or (), seed or ())
+    jobs = make_jobs(studies, target or (), seed or ())
     if len({job.name for job in jobs}) < len(jobs):
         raise UsageError("two of the runs would have the same folder", "give each of them once")
     shared = _shared_options(max_drop, workers, device, tuple(recipient or ()), plain=plain)
-    before = tuple(look(job, out) for job in jobs)
-    clock = Clock(deadline=_deadline(until, budget, used_seconds(before)))
+    before = tuple(read_job(job, out) for job in jobs)
+    deadline = SweepDeadline(monotonic_s=_deadline(until, budget, used_seconds(before)))
 
     def command(row: JobResult, end: datetime | None) -> list[str]:
         budget = None if end is None else f"until={end.isoformat(timespec='seconds')}"
@@ -210,9 +210,9 @@ def sweep(
     out.mkdir(parents=True, exist_ok=True)
     try:
         with sigterm_interrupts():
-            rows = run_all(jobs, out, clock, command, on_line)
+            rows = run_all(jobs, out, deadline, command, on_line)
     except KeyboardInterrupt:
-        write_sweep_report(tuple(look(job, out) for job in jobs), out)
+        write_sweep_report(tuple(read_job(job, out) for job in jobs), out)
         raise StoppedError(
             f"interrupted; everything finished so far is kept in {out}", "the same command goes on"
         ) from None

@@ -21,19 +21,19 @@ from autoprune.pipeline.local_workers import local_workers
 from autoprune.pipeline.preflight import RunForecast, forecast_run, prepare, trace_for_study, trace_study
 from autoprune.pipeline.run import run
 from autoprune.pipeline.status import RunStatus, read_status
-from autoprune.pipeline.sweep import Clock, jobs_of, look, sweep, used_seconds
+from autoprune.pipeline.sweep import SweepDeadline, make_jobs, read_job, sweep, used_seconds
 from autoprune.pipeline.throughput import throughput
 from autoprune.pipeline.worker import run_worker
 
 __all__ = [
-    "Clock",
     "RunForecast",
     "RunStatus",
+    "SweepDeadline",
     "forecast_run",
-    "jobs_of",
     "local_workers",
-    "look",
+    "make_jobs",
     "prepare",
+    "read_job",
     "read_status",
     "run",
     "run_worker",

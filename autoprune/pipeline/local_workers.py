@@ -1,4 +1,4 @@
-"""Workers on this machine: started once there is something to do, ended with the run."""
+"""Workers on this machine: started once the original is measured, ended with the run."""
 
 from __future__ import annotations
 
@@ -11,34 +11,35 @@ from contextlib import contextmanager, suppress
 from autoprune import events as ev
 from autoprune.location import RunLocation
 
-END_S = 30  # what a worker may take to end
+END_TIMEOUT_S = 30  # what a worker may take to end
 
 
 @contextmanager
 def local_workers(location: RunLocation, name: str, count: int, on_event: ev.OnEvent) -> Iterator[ev.OnEvent]:
-    """Have `count` processes run trials, this one included; gives what the run should tell its events.
+    """Have `count` processes run trials, this one included; yield the listener that the run has to call.
 
-    They start when the original is measured, and share the processor's cores evenly.
+    The workers start when the original is measured, and share the processor's cores evenly.
     """
     if count <= 1:
         yield on_event
         return
     import torch
 
-    before, each = torch.get_num_threads(), max(1, torch.get_num_threads() // count)
-    started: list[subprocess.Popen[bytes]] = []
+    before = torch.get_num_threads()
+    each = max(1, before // count)
+    workers: list[subprocess.Popen[bytes]] = []
 
-    def told(event: ev.Event) -> None:
+    def listener(event: ev.Event) -> None:
         if isinstance(event, ev.BaselineMeasured):
-            started.extend(_start(location, name, each) for _ in range(count - 1))
+            workers.extend(_start(location, name, each) for _ in range(count - 1))
         on_event(event)
 
     torch.set_num_threads(each)
     try:
-        yield told
+        yield listener
     finally:
         torch.set_num_threads(before)
-        _end(started)
+        _end(workers)
 
 
 def _start(location: RunLocation, name: str, threads: int) -> subprocess.Popen[bytes]:
@@ -52,12 +53,12 @@ def _start(location: RunLocation, name: str, threads: int) -> subprocess.Popen[b
     )  # fmt: skip
 
 
-def _end(started: list[subprocess.Popen[bytes]]) -> None:
-    for worker in started:
+def _end(workers: list[subprocess.Popen[bytes]]) -> None:
+    for worker in workers:
         worker.terminate()
-    for worker in started:
+    for worker in workers:
         with suppress(subprocess.TimeoutExpired):
-            worker.wait(END_S)
+            worker.wait(END_TIMEOUT_S)
             continue
         worker.kill()
         worker.wait()

@@ -1,9 +1,10 @@
-"""Several runs one after the other, each planned into its part of the time that is left.
+"""Several runs, one after the other, each with its part of the time that is left.
 
-A job is one study with one target and one seed; its run lives in a folder of its own, which is all that is
-known about it: a job whose run has an outcome is done, any other is started, or continued. Each runs in a
-process of its own, so that one that fails, or is killed, does not stop the others. What a job leaves of its
-time goes to those after it.
+A job is one study with one target and one seed. Its run lives in a folder of its own, which is all the
+state there
+is: a job whose run has an outcome is done, any other is started or continued. Each job runs in a process of
+its own, so that one that fails, or is killed, does not stop the others. What a job leaves of its time goes
+to those after it.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import closing, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import datetime, timedelta
 from pathlib import Path
 from typing import IO
@@ -25,25 +26,25 @@ from autoprune.report import Job, JobResult, JobState
 from autoprune.search import read_run
 from autoprune.storage import RunStore, run_name_at
 
-OVERHEAD = 0.1  # of a job's time: export and report come on top of a budget; a guess
-LATE = 1.5  # times its part of the time: then a job hangs, and is ended
-PATIENCE_S = 120  # what a job may take to end cleanly
+OVERHEAD_SHARE = 0.1  # of a job's time: export and report come on top of its budget; a guess
+MAX_OVERRUN = 1.5  # times its part of the time: a job that takes longer hangs, and is ended
+END_TIMEOUT_S = 120  # what a job may take to end cleanly
 
 
 @dataclass(frozen=True, kw_only=True)
-class Clock:
-    """When a sweep has to end, in seconds of `time.monotonic`; infinite where nobody said."""
+class SweepDeadline:
+    """When a sweep has to end, in seconds of `time.monotonic`; infinite where time is not limited."""
 
-    deadline: float = math.inf
+    monotonic_s: float = math.inf
 
-    def part(self, waiting: int) -> float | None:
-        """What each of the jobs still waiting gets as its budget; None where time is not limited."""
-        left = self.deadline - time.monotonic()
-        return None if math.isinf(left) else max(0.0, (1 - OVERHEAD) * left / max(1, waiting))
+    def budget_per_job(self, waiting: int) -> float | None:
+        """Return the seconds that each waiting job gets as its budget, None where time is not limited."""
+        left = self.monotonic_s - time.monotonic()
+        return None if math.isinf(left) else max(0.0, (1 - OVERHEAD_SHARE) * left / max(1, waiting))
 
 
-def jobs_of(studies: Iterable[str], targets: Sequence[str], seeds: Sequence[int]) -> tuple[Job, ...]:
-    """Every study with every target and every seed."""
+def make_jobs(studies: Iterable[str], targets: Sequence[str], seeds: Sequence[int]) -> tuple[Job, ...]:
+    """Return every study with every target and every seed."""
     return tuple(
         Job(study=study, target=target, seed=seed)
         for seed in (seeds or (None,))
@@ -52,8 +53,8 @@ def jobs_of(studies: Iterable[str], targets: Sequence[str], seeds: Sequence[int]
     )
 
 
-def look(job: Job, out: Path) -> JobResult:
-    """What is known about a job, from its folder alone."""
+def read_job(job: Job, out: Path) -> JobResult:
+    """Read how far a job is, from its folder alone."""
     folder = out / job.name
     try:
         with closing(RunStore(folder, run_name_at(folder))) as store:
@@ -67,57 +68,57 @@ def look(job: Job, out: Path) -> JobResult:
     return JobResult(job=job, state=state, folder=folder, record=record, reason=record.outcome.message)
 
 
-def used_seconds(rows: Iterable[JobResult]) -> float:
-    """What the jobs took so far, over all earlier processes."""
-    return sum(row.record.seconds for row in rows if row.record is not None)
+def used_seconds(results: Iterable[JobResult]) -> float:
+    """Return the seconds that the jobs took so far, over all earlier processes."""
+    return sum(result.record.seconds for result in results if result.record is not None)
 
 
 def sweep(
-    jobs: Sequence[Job], out: Path, clock: Clock, command: Callable[[JobResult, datetime | None], list[str]],
+    jobs: Sequence[Job], out: Path, deadline: SweepDeadline, command: Callable[[JobResult, datetime | None], list[str]],
     on_line: Callable[[Job, str], None],
 ) -> tuple[JobResult, ...]:  # fmt: skip
-    """Run all jobs that are not done; gives what came of each, also after Ctrl-C.
+    """Run all jobs that are not done, and return the result of each.
 
     Args:
         jobs: what to do, in this order.
         out: the folder of the jobs' folders.
-        clock: when to end.
-        command: what to start for a job, given when its budget ends.
-        on_line: told of every line that a job says.
+        deadline: when to end.
+        command: returns the command line of a job, given when its budget ends.
+        on_line: called with every line that a job writes to stderr.
 
     Raises:
         KeyboardInterrupt: after the running job has ended cleanly; the same call continues.
     """
-    rows = {job: look(job, out) for job in jobs}
-    todo = [job for job in jobs if not rows[job].is_done]
-    for number, job in enumerate(todo):
-        part = clock.part(len(todo) - number)
+    results = {job: read_job(job, out) for job in jobs}
+    waiting = [job for job in jobs if not results[job].is_done]
+    for number, job in enumerate(waiting):
+        part = deadline.budget_per_job(len(waiting) - number)
         if part is not None and part <= 0:
             break
         end = None if part is None else datetime.now() + timedelta(seconds=part)
-        reason = _run(job, command(rows[job], end), part, on_line)
-        rows[job] = _judged(look(job, out), reason)
-    return tuple(rows[job] for job in jobs)
+        reason = _run_job(job, command(results[job], end), part, on_line)
+        results[job] = _with_reason(read_job(job, out), reason)
+    return tuple(results[job] for job in jobs)
 
 
-def _judged(row: JobResult, reason: str) -> JobResult:
-    if row.is_done:
-        return row
+def _with_reason(result: JobResult, reason: str) -> JobResult:
+    if result.is_done:
+        return result
     state: JobState = "stopped" if reason.startswith("stopped") else "failed"
-    return JobResult(job=row.job, state=state, folder=row.folder, record=row.record, reason=reason)
+    return replace(result, state=state, reason=reason)
 
 
-def _run(job: Job, words: list[str], part: float | None, on_line: Callable[[Job, str], None]) -> str:
-    """Run one job in a session of its own; why it did not end well, or nothing."""
+def _run_job(job: Job, words: list[str], part: float | None, on_line: Callable[[Job, str], None]) -> str:
+    """Run one job in a session of its own, and return its last error, or how it ended."""
     with subprocess.Popen(  # noqa: S603 - our own command line, made of checked words
         words, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True, start_new_session=True
     ) as process:
         assert process.stderr is not None
-        told: list[str] = []
-        reader = threading.Thread(target=_read, args=(process.stderr, job, told, on_line), daemon=True)
+        lines: list[str] = []
+        reader = threading.Thread(target=_read_lines, args=(process.stderr, job, lines, on_line), daemon=True)
         reader.start()
         try:
-            process.wait(None if part is None else LATE * part + PATIENCE_S)
+            process.wait(None if part is None else MAX_OVERRUN * part + END_TIMEOUT_S)
         except subprocess.TimeoutExpired:
             _end(process)
             return "stopped: it took far more than its time"
@@ -125,22 +126,22 @@ def _run(job: Job, words: list[str], part: float | None, on_line: Callable[[Job,
             _end(process)
             raise
         reader.join()
-    errors = [line.removeprefix("error: ") for line in told if line.startswith("error: ")]
+    errors = [line.removeprefix("error: ") for line in lines if line.startswith("error: ")]
     return (errors or [f"it ended with exit code {process.returncode}"])[-1]
 
 
-def _read(stream: IO[str], job: Job, told: list[str], on_line: Callable[[Job, str], None]) -> None:
+def _read_lines(stream: IO[str], job: Job, lines: list[str], on_line: Callable[[Job, str], None]) -> None:
     for line in stream:
-        told.append(line.rstrip("\n"))
-        del told[:-200]
-        on_line(job, told[-1])
+        lines.append(line.rstrip("\n"))
+        del lines[:-200]
+        on_line(job, lines[-1])
 
 
 def _end(process: subprocess.Popen[str]) -> None:
-    """As Ctrl-C would; by force where that does not help."""
+    """End a job as Ctrl-C would, by force where that does not help."""
     process.send_signal(signal.SIGINT)
     with suppress(subprocess.TimeoutExpired):
-        process.wait(PATIENCE_S)
+        process.wait(END_TIMEOUT_S)
         return
     process.kill()
     process.wait()

@@ -12,9 +12,9 @@ from pathlib import Path
 import pytest
 
 from autoprune.cli.main import main
-from autoprune.pipeline.sweep import Clock, jobs_of, look
+from autoprune.pipeline.sweep import SweepDeadline, make_jobs, read_job
 from autoprune.report import Job
-from tests import clock as clocks
+from tests.clock import Clock
 
 ROOT = Path(__file__).resolve().parents[2]
 TINY = "from tests.tiny import tiny_study\n\nstudy = tiny_study()\n"
@@ -36,22 +36,22 @@ def command(*words: object) -> list[str]:
 
 
 def test_a_queue_is_studies_times_targets_times_seeds() -> None:
-    jobs = jobs_of(["a", "b.py"], ["macs=0.5", "params=0.3"], [0, 1])
+    jobs = make_jobs(["a", "b.py"], ["macs=0.5", "params=0.3"], [0, 1])
     assert len(jobs) == len({job.name for job in jobs}) == 8
     assert jobs[0] == Job(study="a", target="macs=0.5", seed=0)
     assert jobs[-1].name == "b-params-0.3-seed-1"
-    assert jobs_of(["a"], [], []) == (Job(study="a"),)
+    assert make_jobs(["a"], [], []) == (Job(study="a"),)
 
 
-def test_time_is_divided_and_handed_on(clock: clocks.Clock) -> None:
-    until = Clock(deadline=time.monotonic() + 1000)
-    assert until.part(4) == pytest.approx(225)
+def test_time_is_divided_and_handed_on(clock: Clock) -> None:
+    until = SweepDeadline(monotonic_s=time.monotonic() + 1000)
+    assert until.budget_per_job(4) == pytest.approx(225)
     clock.advance(600)
-    assert until.part(4) == pytest.approx(90)
-    assert until.part(1) == pytest.approx(360)
+    assert until.budget_per_job(4) == pytest.approx(90)
+    assert until.budget_per_job(1) == pytest.approx(360)
     clock.advance(401)
-    assert until.part(3) == 0
-    assert Clock().part(3) is None
+    assert until.budget_per_job(3) == 0
+    assert SweepDeadline().budget_per_job(3) is None
 
 
 @pytest.mark.parametrize(
@@ -84,7 +84,7 @@ def test_a_failure_stops_no_other_and_a_stopped_sweep_goes_on(tmp_path: Path) ->
         process.stderr.read()
         assert process.wait() == 130
     assert (out / "sweep.csv").is_file()
-    stopped = look(Job(study=good, seed=0), out)
+    stopped = read_job(Job(study=good, seed=0), out)
     assert stopped.state == "waiting"
     assert stopped.record is not None
     finished = subprocess.run(command(*words), cwd=ROOT, capture_output=True, text=True, check=False)
