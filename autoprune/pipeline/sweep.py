@@ -1,10 +1,9 @@
 """Several runs, one after the other, each with its part of the time that is left.
 
-A job is one study with one target and one seed. Its run lives in a folder of its own, which is all the
-state there
-is: a job whose run has an outcome is done, any other is started or continued. Each job runs in a process of
-its own, so that one that fails, or is killed, does not stop the others. What a job leaves of its time goes
-to those after it.
+A job is one study with one target and one seed. Its run lives in a folder of its own, which is all the state
+that there is. A job whose run has an outcome is done, any other is started or continued. Each job runs in a
+process of its own, so that one that fails, or is killed, does not stop the others. What a job leaves of its
+time goes to those after it.
 """
 
 from __future__ import annotations
@@ -74,9 +73,12 @@ def used_seconds(results: Iterable[JobResult]) -> float:
 
 
 def sweep(
-    jobs: Sequence[Job], out: Path, deadline: SweepDeadline, command: Callable[[JobResult, datetime | None], list[str]],
+    jobs: Sequence[Job],
+    out: Path,
+    deadline: SweepDeadline,
+    command: Callable[[JobResult, datetime | None], list[str]],
     on_line: Callable[[Job, str], None],
-) -> tuple[JobResult, ...]:  # fmt: skip
+) -> tuple[JobResult, ...]:
     """Run all jobs that are not done, and return the result of each.
 
     Args:
