@@ -1,7 +1,8 @@
 """What a user asks for: a `Study`, and the values inside it.
 
-A study is Python. Every default of the product is written here and nowhere else. Nothing here imports
-torch: a study is checked, and all its problems are shown together, before anything heavy starts.
+A study is Python. The defaults of what people set are written here and nowhere else; the numbers that shape a
+run behind them are in `heuristics`. Nothing here imports torch: a study is checked, and all its problems are
+shown together, before anything heavy starts.
 """
 
 from __future__ import annotations
@@ -37,7 +38,7 @@ UNITS: dict[str, dict[str, float]] = {
     "macs": COUNTS, "params": COUNTS, "size": BYTES, "memory": BYTES, "latency": SECONDS,
 }  # fmt: skip
 DURATIONS_S = {"s": 1.0, "m": 60.0, "h": 3600.0}
-MIN_SECONDS = 1.0  # of a budget whose end has come: what was measured is delivered
+MIN_SECONDS = 1.0  # of a budget whose end has passed: what was measured so far is delivered
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -341,7 +342,12 @@ def check_study(study: Study) -> None:
     Raises:
         ConfigError: with every problem found, not only the first.
     """
-    problems = [*_parse_problems(study), *_range_problems(study), *_choice_problems(study)]
+    problems = [
+        *_parse_problems(study),
+        *_range_problems(study),
+        *_choice_problems(study),
+        *_heuristics_problems(study.heuristics),
+    ]
     if problems:
         raise ConfigError(problems)
 
@@ -407,4 +413,16 @@ def _choice_problems(study: Study) -> list[AutopruneError]:
         UsageError(f"{name}={', '.join(map(str, given))} is not allowed", f"choose from {', '.join(allowed)}")
         for name, given, allowed in checks
         if not given or not set(given) <= set(allowed)
+    ]
+
+
+def _heuristics_problems(heuristics: Heuristics) -> list[AutopruneError]:
+    """Check what holds for all of them: numbers above 0, and shares up to 1."""
+    return [
+        UsageError(
+            f"heuristics.{name}={value} is not allowed",
+            f"heuristics.{name} takes a number above 0{', up to 1' if name.endswith('_share') else ''}",
+        )
+        for name, value in vars(heuristics).items()
+        if not 0 < value or (name.endswith("_share") and value > 1)
     ]

@@ -16,6 +16,7 @@ from autoprune.config import (
     next_time,
 )
 from autoprune.errors import ConfigError, UsageError
+from autoprune.heuristics import Heuristics
 
 
 def study(**changes: object) -> Study:
@@ -124,3 +125,12 @@ def test_all_problems_are_told_together() -> None:
     for word in (*words, *of_baseline, "norms=drop"):
         assert word in caught.value.message
     assert caught.value.exit_code == 2
+
+
+def test_heuristics_are_checked_by_what_their_names_say() -> None:
+    check_study(study(heuristics=Heuristics(extension_factor=3.0, final_share=1.0)))
+    with pytest.raises(ConfigError) as caught:
+        check_study(study(heuristics=Heuristics(final_share=1.5, min_trials=0)))
+    assert {p.message for p in caught.value.problems} == {
+        "heuristics.final_share=1.5 is not allowed", "heuristics.min_trials=0 is not allowed",
+    }  # fmt: skip

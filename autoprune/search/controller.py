@@ -1,7 +1,7 @@
 """The controller: after each round, promote, lower the ceiling, go back once, finish or stop.
 
-A pure state machine: `decide` takes a `State` and what a round's trials scored, and gives the next `State`
-with the reason in plain words. Nothing is remembered elsewhere, so the state of a run is the fold of
+It is a pure state machine: `decide` takes a `State` and what a round's trials scored, and returns the next
+`State` with the reason in plain words. Nothing is remembered elsewhere, so the state of a run is the fold of
 `decide` over its finished rounds (`replay`), and resuming is replaying.
 
 Costs are shares of the original's cost in the target's metric; rates are shares of the round's starting
@@ -18,13 +18,13 @@ from dataclasses import dataclass, replace
 from autoprune.config import Control
 from autoprune.record import Action, StoppedBy
 
-EXACT = 1e-12  # float noise in sums and ratios of counts
+EXACT = 1e-12  # the float noise in sums and ratios of counts
 TIE = 0.005  # rates this near are equal: half of what an allocation may miss its limit by
 
 
 @dataclass(frozen=True, kw_only=True)
 class Goal:
-    """What the run is after.
+    """What a run has to reach.
 
     Attributes:
         baseline_top1: the original's, on the search split.
@@ -38,15 +38,15 @@ class Goal:
 
     @property
     def floor(self) -> float:
-        """Lowest top-1 that is ever accepted."""
+        """The lowest top-1 that is ever accepted."""
         return self.baseline_top1 - self.max_drop_pp / 100
 
     def is_met_by(self, cost_share: float) -> bool:
-        """Whether a model of this cost reaches the target."""
+        """Return whether a model of this cost reaches the target."""
         return cost_share <= self.target_share + EXACT
 
     def floor_at(self, cost_share: float) -> float:
-        """The floor of a model of this cost on its way to the target."""
+        """Return the floor of a model of this cost on its way to the target."""
         if cost_share >= 1 and self.target_share < 1:
             return self.baseline_top1
         if cost_share <= self.target_share:
@@ -77,7 +77,7 @@ class Promotion:
 
 @dataclass(frozen=True, kw_only=True)
 class State:
-    """Where the run stands.
+    """The state of a run between two rounds.
 
     Attributes:
         round: round attempts decided so far.
@@ -106,7 +106,7 @@ class State:
 
 @dataclass(frozen=True, kw_only=True)
 class Decision:
-    """What the controller did after a round; `promoted` is the trial that became the next baseline."""
+    """What the controller decided after a round; `promoted` is the trial that is the next baseline."""
 
     action: Action
     reason: str
@@ -116,14 +116,14 @@ class Decision:
 
 @dataclass(frozen=True, kw_only=True)
 class RoundOutcome:
-    """A finished round, as `replay` reads it: its scored trials, and whether budget was left after it."""
+    """A finished round: its scored trials, and whether budget was left after it."""
 
     trials: tuple[TrialSummary, ...]
     budget_left: bool
 
 
 def initial_state(goal: Goal, control: Control) -> State:
-    """The state before the first round."""
+    """Return the state before the first round."""
     baseline = Promotion(round=0, trial=0, cost_share=1.0, top1=goal.baseline_top1)
     return State(
         round=0,
@@ -137,19 +137,19 @@ def initial_state(goal: Goal, control: Control) -> State:
 
 
 def round_floor(goal: Goal, state: State) -> float:
-    """Lowest top-1 at which a trial of the next round counts as recovered.
+    """Return the lowest top-1 at which a trial of the next round counts as recovered.
 
-    It is the floor on the way to the target at the depth that the ceiling allows; where the current model
-    is already below that, it may lose nothing more. Never below the goal's floor.
+    It is the floor on the way to the target at the depth that the ceiling allows. Where the current model is
+    already below that, it may lose nothing more. It is never below the goal's floor.
     """
     on_the_way = goal.floor_at(state.current.cost_share * (1 - state.ceiling))
     return max(goal.floor, min(on_the_way, state.current.top1))
 
 
 def has_recovered(goal: Goal, state: State, trial: TrialSummary) -> bool:
-    """Whether a trial of the next round keeps its floor and removed something.
+    """Return whether a trial of the next round keeps its floor and removed something.
 
-    A trial that reaches the target has no way left to save for: the goal's floor is its floor.
+    A trial that reaches the target leaves no later round to save accuracy for: the goal's floor is its floor.
     """
     reaches = goal.is_met_by(trial.cost_share)
     floor = goal.floor if reaches else round_floor(goal, state)
@@ -158,9 +158,9 @@ def has_recovered(goal: Goal, state: State, trial: TrialSummary) -> bool:
 
 
 def best_recovered(goal: Goal, state: State, trials: Iterable[TrialSummary]) -> TrialSummary | None:
-    """Among the recovered trials, the one that removed most; ties go to accuracy, then to the earlier.
+    """Return the recovered trial that removed most; ties go to accuracy, then to the earlier trial.
 
-    One that reaches the target is never tied with one that does not.
+    A trial that reaches the target is never tied with one that does not.
     """
     recovered = [t for t in trials if has_recovered(goal, state, t)]
     if not recovered:
@@ -172,16 +172,16 @@ def best_recovered(goal: Goal, state: State, trials: Iterable[TrialSummary]) -> 
 
 
 def decide(goal: Goal, control: Control, state: State, outcome: RoundOutcome) -> Decision:
-    """Judge the round that `state` asked for."""
+    """Return the decision about the round that followed `state`."""
     assert state.ended is None, "the run has ended; there is no round to judge"
     best = best_recovered(goal, state, outcome.trials)
-    seen = replace(state, best=_deepest(goal, state, outcome.trials))
-    decision = _promote(goal, control, seen, best) if best else _retreat(goal, control, seen, outcome)
+    state = replace(state, best=_deepest(goal, state, outcome.trials))
+    decision = _promote(goal, control, state, best) if best else _retreat(goal, control, state, outcome)
     return _limited(control, decision, outcome.budget_left)
 
 
 def replay(goal: Goal, control: Control, outcomes: Sequence[RoundOutcome]) -> State:
-    """The state after these rounds."""
+    """Return the state after these rounds: the fold of `decide` over them."""
     state = initial_state(goal, control)
     for outcome in outcomes:
         state = decide(goal, control, state, outcome).state
@@ -283,7 +283,7 @@ def _missed(goal: Goal, state: State, trials: Sequence[TrialSummary]) -> str:
 
 
 def _limited(control: Control, decision: Decision, budget_left: bool) -> Decision:
-    """End the run where its limits say so, keeping what was decided about the round."""
+    """End the run at its limits, and keep what was decided about the round."""
     if decision.state.ended is not None:
         return decision
     ended: StoppedBy
@@ -299,7 +299,7 @@ def _limited(control: Control, decision: Decision, budget_left: bool) -> Decisio
 
 
 def _bounded(ceiling: float, goal: Goal, control: Control, cost_share: float) -> float:
-    """At least `min_rate`, at most `max_ceiling`, and never more than the target needs."""
+    """Return a ceiling of at least `min_rate`, at most `max_ceiling`, and never more than the target needs."""
     needed = max(0.0, 1 - goal.target_share / cost_share)
     return min(max(ceiling, control.min_rate), control.max_ceiling, needed)
 
