@@ -424,5 +424,5 @@ def _heuristics_problems(heuristics: Heuristics) -> list[AutopruneError]:
             f"heuristics.{name} takes a number above 0{', up to 1' if name.endswith('_share') else ''}",
         )
         for name, value in vars(heuristics).items()
-        if not 0 < value or (name.endswith("_share") and value > 1)
+        if value <= 0 or (name.endswith("_share") and value > 1)
     ]

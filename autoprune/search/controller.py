@@ -299,7 +299,7 @@ def _limited(control: Control, decision: Decision, budget_left: bool) -> Decisio
 
 
 def _bounded(ceiling: float, goal: Goal, control: Control, cost_share: float) -> float:
-    """Return a ceiling of at least `min_rate`, at most `max_ceiling`, and never more than the target needs."""
+    """Return a ceiling between `min_rate` and `max_ceiling` that takes no more than the target needs."""
     needed = max(0.0, 1 - goal.target_share / cost_share)
     return min(max(ceiling, control.min_rate), control.max_ceiling, needed)
 
