@@ -1,9 +1,9 @@
-"""How many trials does a round of several processes run, of which some are killed: slots against Optuna's own way.
+"""How many trials does a round of several processes run, some of which are killed? Slots against Optuna.
 
     python benchmarks/bench_slots.py                # a table to stdout; about two minutes
 
-Both sides share one SQLite file that is opened as `storage.database` opens it, have the same planned number of
-trials, and lose the same processes to SIGKILL in the middle of a trial. Optuna's own way is
+Both sides share one SQLite file that is opened as `storage.database` opens it, have the same planned number
+of trials, and lose the same processes to SIGKILL in the middle of a trial. Optuna's own way is
 `Study.optimize` with heartbeats, `RetryHeartbeatStaleTrialCallback` and `MaxTrialsCallback`; ours is
 `storage.trial_slots` with a coordinator that releases the slots of dead processes. Wanted are exactly the
 planned number of completed trials, and every lost trial tried again once.
@@ -62,7 +62,7 @@ else:
 
 
 def play(way: str, planned: int, workers: int, kills: int, seconds: float) -> tuple[int, int, int]:
-    """Return completed trials, trials that were lost for good, and points that were tried twice to the end."""
+    """Return completed trials, trials that were lost for good, and points that were completed twice."""
     from autoprune.location import RunLocation
     from autoprune.storage import database, trial_slots
 
@@ -88,7 +88,7 @@ def play(way: str, planned: int, workers: int, kills: int, seconds: float) -> tu
                 trial_slots.release_stale(study, {n for n, p in running.items() if p.poll() is None})
             time.sleep(0.1)
         if way == "slots":
-            # Where all others had ended before the grace period was over, a coordinator takes the slots itself.
+            # The others may have ended before the grace period was over: the coordinator takes what is left.
             trial_slots.release_stale(study, set())
             start(next_owner).wait()
         trials = study.get_trials()
