@@ -1,7 +1,8 @@
 """`autoprune dashboard`: optuna-dashboard over any number of runs, on this machine alone, to look at.
 
-A run's studies hold what there is to see (`annotations`); here they are served. The server has no users and
-no passwords, so it listens on the loopback address, answers only to its names, and takes no request that
+A run's studies hold what there is to see (`annotations`); here they are served. Optuna's private
+`FrozenStudy._study_id` is set here, because a storage gives its studies their ids. The server has no users
+and no passwords, so it listens on the loopback address, answers only to its names, and takes no request that
 would change something.
 """
 
