@@ -202,11 +202,11 @@ def _with_sizes_updated(model: nn.Module, graph: ChannelGraph, plan: PruningPlan
     counts = {name: len(kept) for name, kept in plan.keep.items()}
     modules = dict(model.named_modules())
     changed = {m.name.rpartition(".")[0] for g, _ in _removals(graph, plan) for m in g.members}
-    for counter in graph.counted:
+    for counter in graph.count_attributes:
         value = graph.length(counter.axis, counts) // counter.per
         if getattr(modules[counter.module], counter.attribute) != value:
             setattr(modules[counter.module], counter.attribute, value)
-    for name, policy in graph.grouped.items():
+    for name, policy in graph.conv_group_policies.items():
         modules[name].autoprune_conv_groups = policy
     for name, axes in graph.split_axes.items():
         modules[name].autoprune_split_axes = dict(axes)
@@ -216,11 +216,11 @@ def _with_sizes_updated(model: nn.Module, graph: ChannelGraph, plan: PruningPlan
     for name in changed:
         _update_sizes_(modules[name.removesuffix(".parametrizations.weight")])
     patch_attention_(model, changed)
-    for name in sorted(graph.loosened):
+    for name in sorted(graph.reshape_corrections):
         patch_reshapes_(
             modules[name],
             _pruned_shapes(graph, name, counts),
-            graph.loosened[name],
+            graph.reshape_corrections[name],
             _pruned_pieces(graph, name, counts),
         )
     _gather_where_ragged(modules, graph, plan, counts)
@@ -234,7 +234,7 @@ def _gather_where_ragged(
         by_line: dict[str, list[PrunedCall | None]] = {}
         for call in calls:
             by_line.setdefault(call.line, []).append(_pruned_call(graph, call, plan, counts))
-        patch_gathers_(modules[name], by_line, graph.gathered.get(name))
+        patch_gathers_(modules[name], by_line, graph.gather_sites.get(name))
 
 
 def _pruned_call(
@@ -261,7 +261,7 @@ def _index(graph: ChannelGraph, order: UnitReordering, plan: PruningPlan) -> Ten
 def _pruned_shapes(graph: ChannelGraph, module: str, counts: dict[str, int]) -> dict[str, list[Shape]]:
     """Line -> the shapes that the module's reshapes on it make under a plan."""
     shapes: dict[str, list[Shape]] = {}
-    for reshape in graph.reshaped.get(module, ()):
+    for reshape in graph.reshapes.get(module, ()):
         shape = tuple(graph.length(a, counts) for a in reshape.axes)
         shapes.setdefault(reshape.line, []).append(shape)
     return shapes

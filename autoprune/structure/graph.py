@@ -1,4 +1,4 @@
-"""What is known of a network: its groups of coupled channels, what must stay, and what everything costs.
+"""The result of tracing a network: its groups of coupled channels, what must stay, and what everything costs.
 
 A *unit* is one removable slice, the same positions in the same parameter dimensions for all units of a
 *group*. A group's members say which positions; its layers are for people to read. A `ChannelGraph` is made by
@@ -30,6 +30,7 @@ class Member:
     """One dimension of a parameter or buffer that shrinks with a group.
 
     Attributes:
+        name: qualified name of the parameter or buffer, `dim` its dimension.
         index: int64 (num_units, k), the positions along `dim` that each unit owns.
         role: `out` makes the channels, `in` reads them, `affine` scales, shifts or describes them.
     """
@@ -127,7 +128,7 @@ class UnitReordering:
 
 @dataclass(frozen=True, kw_only=True)
 class RaggedCall:
-    """A reshape, split or shuffle in a ragged module, see `shuffles`: its line, and what it makes.
+    """A reshape, split or shuffle in a ragged module: its line, and what it makes (`rules.channel_shuffle`).
 
     Attributes:
         given: the axes of a reshape, or the pieces of a split, that have labels: the program does not know
@@ -149,9 +150,20 @@ class ChannelGraph:
         frozen: what must stay, with reasons.
         round_to: kept counts should be multiples of this where a group is wide enough.
         products: the operators that multiply, for `latency`.
-        ragged: module -> all calls in it that change shapes, in order.
-        gathered: the same modules -> which of their calls is which, see `gathered.Calls`.
         latency: (axis lengths, activation bytes) -> seconds of one pass; see `latency.with_latency_model`.
+        count_attributes: integers on modules that count units.
+        conv_group_policies: module -> "whole" or "positions", how the groups of its convolution shrink.
+        split_axes: module -> ordinal of a reshape -> the axis that may shrink of those that it makes; under
+            minus the ordinal, of those that it merges.
+        reshapes: module that reshapes channels -> all of its reshapes, in order; `split` likewise the pieces
+            of its splits.
+        reshape_corrections: module -> what its reshapes need corrected (`patches.reshape_patch`).
+        ragged: module -> all calls in it that change shapes, in order (`rules.channel_shuffle`).
+        gather_sites: the same modules -> number of a call in the pass -> its call site.
+        norm_widths: module -> channels that its statistics count (`patches.norm_patch`).
+        maskable: parameters and buffers that the masked network may hold zeros in.
+        widths: (name, dim) of a parameter -> its length.
+        recording: the forward pass that all this was found from.
     """
 
     groups: tuple[Group, ...]
@@ -160,14 +172,16 @@ class ChannelGraph:
     cost_model: CostModel = field(repr=False)
     products: tuple[Product, ...] = field(repr=False, default=())
     latency: Callable[[NDArray[np.int64], int], float] | None = field(repr=False, default=None)
-    counted: tuple[CountAttribute, ...] = field(repr=False, default=())
-    grouped: Mapping[str, str] = field(repr=False, default_factory=dict)
+    count_attributes: tuple[CountAttribute, ...] = field(repr=False, default=())
+    conv_group_policies: Mapping[str, str] = field(repr=False, default_factory=dict)
     split_axes: Mapping[str, Mapping[int, int]] = field(repr=False, default_factory=dict)
-    reshaped: Mapping[str, tuple[Reshape, ...]] = field(repr=False, default_factory=dict)
+    reshapes: Mapping[str, tuple[Reshape, ...]] = field(repr=False, default_factory=dict)
     split: Mapping[str, tuple[tuple[Axis, ...], ...]] = field(repr=False, default_factory=dict)
-    loosened: Mapping[str, Mapping[CallSite, SizeCorrection] | None] = field(repr=False, default_factory=dict)
+    reshape_corrections: Mapping[str, Mapping[CallSite, SizeCorrection] | None] = field(
+        repr=False, default_factory=dict
+    )
     ragged: Mapping[str, tuple[RaggedCall, ...]] = field(repr=False, default_factory=dict)
-    gathered: Mapping[str, Mapping[int, tuple[str, int]] | None] = field(repr=False, default_factory=dict)
+    gather_sites: Mapping[str, Mapping[int, tuple[str, int]] | None] = field(repr=False, default_factory=dict)
     norm_widths: Mapping[str, int] = field(repr=False, default_factory=dict)
     maskable: frozenset[str] = field(repr=False, default=frozenset())
     widths: Mapping[tuple[str, int], int] = field(repr=False, default_factory=dict)

@@ -39,6 +39,7 @@ class TraceOptions:
 
     Attributes:
         kept: module -> why the channels that it makes stay.
+        round_to: kept counts should be multiples of this.
         rescales_norms: whether channels behind a layer norm may go.
     """
 
@@ -59,8 +60,8 @@ def build(
     """Propagate labels over the recording and sort its labels into groups.
 
     Args:
-        choices: of reshape operators, see `Walk`.
-        refused: labels that did not prove, with reasons.
+        choices: of reshape operators, see `Propagation`.
+        refused: labels of groups that failed verification, with reasons.
         ragged: modules whose shuffles tie nothing, besides those of an earlier pruning.
     """
     modules = dict(model.named_modules())
@@ -179,10 +180,10 @@ class _GroupBuilder:
             round_to=round_to,
             cost_model=model,
             products=self._products(),
-            counted=find_count_attributes(self.propagation, self._axis),
-            grouped=dict(self.propagation.conv_group_policies),
+            count_attributes=find_count_attributes(self.propagation, self._axis),
+            conv_group_policies=dict(self.propagation.conv_group_policies),
             split_axes=self._split_axes(),
-            reshaped=self._reshaped(),
+            reshapes=self._reshaped(),
             split=self._split(),
             ragged={module: tuple(self._ragged_calls(module)) for module in sorted(self.propagation.ragged)},
             norm_widths=dict(self.propagation.norm_widths),

@@ -3,7 +3,7 @@
 The pruned network runs the same operators in the same order, on the same tensors with the same numbers and
 of the lengths that the labels predict. If it does, it computes what the masked network computes. Anything
 else, such as a scale that is derived from a pruned width, is a mismatch. Inside
-modules whose class was exchanged for one of ours (`attention`, `padding`, `rescaled`) other operators run;
+modules whose class was exchanged for one of ours (`patches`) other operators run;
 these are left out, and what such a module gives out is compared by its shape. Behind it strides may differ,
 and with them the operators; then only the network's outputs are compared.
 """
@@ -123,9 +123,10 @@ def _name(op: Op) -> str:
 
 @dataclass(frozen=True)
 class ReplacedModules:
-    """Modules whose class is another now, and not only loosened: by themselves, or with all in them.
+    """Modules of a pruned copy whose class is another now, and not only by corrected reshapes.
 
     Attributes:
+        alone: modules whose own operators are others; `whole` modules with all that is in them.
         gathered: modules in which channels are gathered by index.
     """
 

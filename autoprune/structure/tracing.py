@@ -34,15 +34,15 @@ def trace(
     round_to: int = 1,
     norms: Norms = "keep",
 ) -> ChannelGraph:
-    """Understand a network: record it, tie its channels, prove that the program agrees.
+    """Understand a network: record it, tie its channels, verify that the program does what the labels say.
 
     Args:
-        model: any module; left as it was found.
+        model: any module; left as it was.
         example_inputs: a tensor or the tuple of forward's arguments, of the shape that the network will see.
         exclude: module names or globs whose channels stay.
         only: module names or globs; where given, channels of all other modules stay.
         norms: `rescale` lets channels behind a layer norm go too, where they are zero in the masked network;
-            the layer norm then counts the original width (`rescaled`). `keep` leaves such widths alone.
+            the layer norm then counts the original width. `keep` leaves such widths alone.
         round_to: kept counts should be multiples of this.
 
     Raises:
@@ -56,7 +56,7 @@ def trace(
     return verify_graph(model, inputs, record(model, inputs), options)
 
 
-def _like(pattern: str, names: Sequence[str]) -> str:
+def _suggestion(pattern: str, names: Sequence[str]) -> str:
     near = difflib.get_close_matches(pattern, names, n=1)
     return f"did you mean {near[0]!r}?" if near else f"modules are named like {', '.join(names[:3])}"
 
@@ -71,7 +71,7 @@ def _excluded(model: nn.Module, exclude: Sequence[str], only: Sequence[str]) -> 
         if not hits:
             raise UsageError(
                 f"the pattern {pattern!r} matches no module of the network",
-                f"{_like(pattern, names)}; see `autoprune groups`",
+                f"{_suggestion(pattern, names)}; see `autoprune groups`",
             )
     options = {name: f"excluded by {p!r}" for p in exclude for name in matched[p]}
     if only:

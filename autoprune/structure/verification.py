@@ -1,10 +1,10 @@
-"""Does the program agree? A graph is given out only after its pruned network has run.
+"""Does the pruned program do what the labels say? A graph is given out only after its pruned network has run.
 
 Sizes can be written into `forward` where no label sees them: a reshape to 64 channels, a slice of the first
 half, a scale taken from a width. So a pruned copy runs once without values, and must do operator by operator
-what the labels say (`agree`). Where channels are split or modules corrected, cheap networks are also compared
-with the masked original in numbers. Groups that fail are found by bisection. Each is tried with another axis
-where a reshape left the choice, and frozen with its reason otherwise.
+what the labels say (`program_match`). Where channels are split or modules corrected, cheap networks are also
+compared with the masked original in numbers. Groups that fail are found by bisection. Each is tried with
+another axis where a reshape left the choice, and frozen with its reason otherwise.
 """
 
 from __future__ import annotations
@@ -37,11 +37,11 @@ CHEAP_MACS = 1_000_000_000  # below this the comparison in numbers takes about a
 SMALL_MACS, SMALL_PARAMS = 20_000_000, 1_000_000  # so small that it costs nothing, neither time nor memory
 NOISE_DOUBLE = 1e-5  # relative; casts to float32 inside the network leave less
 NOISE_SINGLE = 1e-3
-ROUNDS = 12
+ROUNDS = 12  # a guess: attempts with fewer groups or other axes before everything is frozen
 SILENT = 1e-3  # weights below this are taken to start at zero
 TURNS = 5  # a guess: so many groups in a row lose different numbers of units
-PLACE = re.compile(r"\(\w+ in (\S+), [^()]*\)$")  # how a find_mismatch ends, see `agree`
-MAX_RUNS = 64  # runs spent on finding out which groups fail; after that whole sets are frozen together
+PLACE = re.compile(r"\(\w+ in (\S+), [^()]*\)$")  # how a mismatch ends, see `find_mismatch`
+MAX_RUNS = 64  # a guess: runs spent on finding the groups that fail; after that whole sets freeze together
 
 Built = tuple[ChannelGraph, Propagation]
 Check = Callable[[Sequence[Group]], str | None]
@@ -50,7 +50,12 @@ Check = Callable[[Sequence[Group]], str | None]
 def verify_graph(
     model: nn.Module, inputs: tuple[Any, ...], recording: Recording, options: TraceOptions
 ) -> ChannelGraph:
-    """The graph of a recorded network, without the groups that its program does not allow to shrink."""
+    """The graph of a recorded network, without the groups that its program does not allow to shrink.
+
+    Each round builds the graph, prunes a copy and compares it; groups that fail get another axis of a reshape
+    or are frozen before the next round. After `ROUNDS` everything is frozen: no group is given out
+    unverified.
+    """
     choices: dict[int, int] = {}
     refused: list[tuple[LabelArray, str]] = []
     spent: list[int] = []
@@ -62,7 +67,7 @@ def verify_graph(
             built = build(model, recording, options, choices=choices, refused=refused, ragged=ragged)
         graph, propagation = built
         verifier = _Verifier(model, inputs, propagation)
-        graph, reason = verifier.loosened(graph)
+        graph, reason = verifier.with_corrections(graph)
         failing = verifier.failing(graph, spent, reason=reason)
         if not failing:
             return graph
@@ -81,7 +86,7 @@ def verify_graph(
 def _ragged(
     model: nn.Module, recording: Recording, options: TraceOptions, built: Built
 ) -> tuple[frozenset[str], Built]:
-    """The modules that should be ragged (`shuffles`), where that gains units, and the graph with them."""
+    """The modules that should be ragged, where that gains units, and the graph with them."""
     graph, propagation = built
     modules = find_ragged_modules(propagation) if recording.is_meta and propagation.shuffles else frozenset()
     if modules:
@@ -148,21 +153,21 @@ class _Verifier:
             return f"its forward has the size written in: {_first_line(error)}"
         return None if apart < noise else f"the pruned network computes something else ({apart:.1e} apart)"
 
-    def loosened(self, graph: ChannelGraph) -> tuple[ChannelGraph, str | None]:
-        """The graph with those modules loosened without which it fails, and what goes wrong even then."""
+    def with_corrections(self, graph: ChannelGraph) -> tuple[ChannelGraph, str | None]:
+        """The graph with the reshape corrections without which it fails, and what goes wrong even then."""
         if not self.propagation.recording.is_meta or not graph.groups:
             return graph, None
         reason, dense = self._run(graph, graph.groups)
         gathered = {n: m for n, m in dense.named_modules() if isinstance(m, GatherPatch)}
-        graph = replace(graph, gathered={n: m.autoprune_calls.sites for n, m in gathered.items()})
-        candidates = dict.fromkeys((graph.reshaped.keys() | graph.split.keys()) - gathered.keys())
+        graph = replace(graph, gather_sites={n: m.autoprune_calls.sites for n, m in gathered.items()})
+        candidates = dict.fromkeys((graph.reshapes.keys() | graph.split.keys()) - gathered.keys())
         if reason is None or not candidates:
             return graph, reason
-        loose = replace(graph, loosened=candidates)
-        reason, dense = self._run(loose, graph.groups)
+        candidate = replace(graph, reshape_corrections=candidates)
+        reason, dense = self._run(candidate, graph.groups)
         loosened = {n: m.autoprune_sizes for n, m in dense.named_modules() if isinstance(m, ReshapePatch)}
         needed = {n: s.needed for n, s in loosened.items() if s.needed or s.corrects_split}
-        return replace(graph, loosened=loose.loosened if reason else needed), reason
+        return replace(graph, reshape_corrections=candidate.reshape_corrections if reason else needed), reason
 
     def failing(
         self, graph: ChannelGraph, spent: list[int], *, reason: str | None
@@ -179,8 +184,8 @@ class _Verifier:
             return _bisect(graph.groups, lambda groups: self.program(graph, groups), spent, reason)
         if not self._needs_numbers(graph):
             return []
-        if graph.loosened and (reason := self.numbers(graph, graph.groups)) is not None:
-            corrected = [g for g in graph.groups if self._passes(g, graph.loosened)]
+        if graph.reshape_corrections and (reason := self.numbers(graph, graph.groups)) is not None:
+            corrected = [g for g in graph.groups if self._passes(g, graph.reshape_corrections)]
             if corrected:
                 return [(g, reason) for g in corrected]
         return _bisect(graph.groups, lambda groups: self.numbers(graph, groups), spent)
@@ -190,7 +195,7 @@ class _Verifier:
         cost = graph.cost()
         if not self.propagation.recording.is_meta:
             return True
-        is_split = self.propagation.splits_channels or bool(graph.loosened)
+        is_split = self.propagation.splits_channels or bool(graph.reshape_corrections)
         is_small = cost.macs <= SMALL_MACS and cost.params <= SMALL_PARAMS
         return (is_split and is_small) or (self.is_doubtful and cost.macs <= CHEAP_MACS)
 
@@ -225,7 +230,7 @@ def _bisect(
     if len(groups) == 1 or len(spent) > MAX_RUNS:
         return [(g, reason) for g in groups]
     named = _named_in(reason, groups)
-    if named is not None:
+    if named is not None:  # saves the bisection: a mismatch mostly names the module of the group that fails
         rest = [g for g in groups if g is not named]
         return [(named, reason), *_bisect(rest, check, spent)]
     half = len(groups) // 2
