@@ -69,50 +69,50 @@ def read_digits(folder: Path | None, normalization: Normalization | None) -> Sou
     digits = load_digits()
     images = np.rint(digits.images * (255 / 16)).astype(np.uint8)[:, None]
     images = images.repeat(2, axis=2).repeat(2, axis=3)
-    used = normalization or DIGITS
+    constants = normalization or DIGITS
     return Source(
         train=TensorSplit(
             torch.from_numpy(images), torch.from_numpy(digits.target),
-            normalization=used, augmentation=Augmentation(crop_pad=2),
+            normalization=constants, augmentation=Augmentation(crop_pad=2),
         ),
         test=None, test_share=DIGITS_TEST_SHARE, search_share=0.3, class_names=tuple("0123456789"),
-        input_shape=(1, 16, 16), normalization=used,
+        input_shape=(1, 16, 16), normalization=constants,
     )  # fmt: skip
 
 
 def read_cifar10(folder: Path | None, normalization: Normalization | None) -> Source:
     """60,000 colour images, 32 x 32, from `train.npz` and `test.npz` or from the binary batches."""
-    found = _existing("cifar10", folder)
+    root = _existing("cifar10", folder)
     binary = next(
-        (f for f in (found, found / "cifar-10-batches-bin") if (f / "test_batch.bin").is_file()), None
+        (f for f in (root, root / "cifar-10-batches-bin") if (f / "test_batch.bin").is_file()), None
     )
-    used = normalization or CIFAR10
+    constants = normalization or CIFAR10
     parts = []
     for part, batches in (("train", [f"data_batch_{i}" for i in range(1, 6)]), ("test", ["test_batch"])):
         if binary is not None:
             images, labels = _cifar_binary([binary / f"{name}.bin" for name in batches])
         else:
-            images, labels = _cifar_npz(found / f"{part}.npz")
-        parts.append(_tensor_split(images, labels, used, Augmentation(crop_pad=4, flip=True)))
+            images, labels = _cifar_npz(root / f"{part}.npz")
+        parts.append(_tensor_split(images, labels, constants, Augmentation(crop_pad=4, flip=True)))
     return Source(
         train=parts[0],
         test=parts[1],
         class_names=CIFAR10_CLASSES,
         input_shape=(3, 32, 32),
-        normalization=used,
+        normalization=constants,
     )
 
 
 def read_fashionmnist(folder: Path | None, normalization: Normalization | None) -> Source:
     """70,000 grey images of clothes, 28 x 28, from the gzipped idx files."""
-    found = _existing("fashionmnist", folder)
-    raw = next((f for f in (found / "FashionMNIST" / "raw", found / "raw") if f.is_dir()), found)
-    used = normalization or FASHION
+    root = _existing("fashionmnist", folder)
+    raw = next((f for f in (root / "FashionMNIST" / "raw", root / "raw") if f.is_dir()), root)
+    constants = normalization or FASHION
     parts = [
         _tensor_split(
             _idx(raw / f"{part}-images-idx3-ubyte.gz", 3)[:, None],
             _idx(raw / f"{part}-labels-idx1-ubyte.gz", 1),
-            used, Augmentation(crop_pad=2, flip=True),
+            constants, Augmentation(crop_pad=2, flip=True),
         ) for part in ("train", "t10k")
     ]  # fmt: skip
     return Source(
@@ -120,7 +120,7 @@ def read_fashionmnist(folder: Path | None, normalization: Normalization | None) 
         test=parts[1],
         class_names=FASHION_CLASSES,
         input_shape=(1, 28, 28),
-        normalization=used,
+        normalization=constants,
     )
 
 
@@ -133,22 +133,22 @@ def read_imagefolder(
     the shorter side becomes that, and the middle is used: images that have the size stay as they are.
     With one of `channels` all become grey.
     """
-    found = _existing("imagefolder", folder)
-    used = normalization or (IMAGENET if channels == 3 else GREY)
-    held_out = next((found / name for name in ("val", "test") if (found / name).is_dir()), None)
-    train = _folder_split(found / "train" if (found / "train").is_dir() else found, used, size, channels)
-    test = None if held_out is None else _folder_split(held_out, used, size, channels)
+    root = _existing("imagefolder", folder)
+    constants = normalization or (IMAGENET if channels == 3 else GREY)
+    held_out = next((root / name for name in ("val", "test") if (root / name).is_dir()), None)
+    train = _folder_split(root / "train" if (root / "train").is_dir() else root, constants, size, channels)
+    test = None if held_out is None else _folder_split(held_out, constants, size, channels)
     classes = tuple(train.dataset.classes)  # type: ignore[attr-defined]  # torchvision ships no types
     if test is not None and tuple(test.dataset.classes) != classes:  # type: ignore[attr-defined]
         odd = sorted(set(classes) ^ set(test.dataset.classes))  # type: ignore[attr-defined]
         raise DataError(
-            f"{found}/train and {held_out} do not have the same classes; only one has {', '.join(odd[:5])}",
+            f"{root}/train and {held_out} do not have the same classes; only one has {', '.join(odd[:5])}",
             "give every class a folder of the same name in both",
         )
     return Source(
-        train=_kept(train, used, size, channels),
-        test=None if test is None else _kept(test, used, size, channels),
-        class_names=classes, input_shape=(channels, size or 224, size or 224), normalization=used,
+        train=_in_memory(train, constants, size, channels),
+        test=None if test is None else _in_memory(test, constants, size, channels),
+        class_names=classes, input_shape=(channels, size or 224, size or 224), normalization=constants,
         test_share=FOLDER_TEST_SHARE,
     )  # fmt: skip
 
@@ -184,10 +184,10 @@ def _damaged(path: Path, wanted: str) -> DataError:
     return DataError(f"{path} is damaged or of another kind", f"it must hold {wanted}")
 
 
-def _tensor_split(images: Bytes, labels: NDArray[Any], used: Normalization, how: Augmentation) -> TensorSplit:
+def _tensor_split(images: Bytes, labels: NDArray[Any], norm: Normalization, how: Augmentation) -> TensorSplit:
     return TensorSplit(
         torch.tensor(np.ascontiguousarray(images)), torch.from_numpy(labels.astype(np.int64)),
-        normalization=used, augmentation=how,
+        normalization=norm, augmentation=how,
     )  # fmt: skip
 
 
@@ -235,7 +235,7 @@ def _idx(path: Path, num_dims: int) -> Bytes:
     return np.frombuffer(data, dtype=np.uint8, offset=start).reshape(shape)
 
 
-def _kept(split: LoaderSplit, normalization: Normalization, size: int | None, channels: int) -> Split:
+def _in_memory(split: LoaderSplit, normalization: Normalization, size: int | None, channels: int) -> Split:
     """Small pictures decoded once and kept in memory: each pass over files costs more than the network's."""
     if size is None or len(split) * channels * size**2 > IN_MEMORY_BYTES:
         return split

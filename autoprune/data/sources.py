@@ -116,15 +116,15 @@ def cut(split: Split, share: float, *, seed: int) -> Cut:
     order = np.random.default_rng([seed, len(split)]).permutation(len(split))
     count = round(share * len(split))
     if isinstance(split, TensorSplit):
-        taken = order[_spread(split.labels_N.numpy()[order], share)]
+        picked = order[_spread(split.labels_N.numpy()[order], share)]
     else:
-        taken = order[:count]
-    if not 0 < len(taken) < len(split):
+        picked = order[:count]
+    if not 0 < len(picked) < len(split):
         raise DataError(
             f"a share of {share:g} of {len(split)} samples leaves one side empty", "give more samples"
         )
     is_taken = np.zeros(len(split), dtype=bool)
-    is_taken[taken] = True
+    is_taken[picked] = True
     return Cut(rest=split.take(np.flatnonzero(~is_taken)), part=split.take(np.flatnonzero(is_taken)))
 
 
@@ -151,22 +151,22 @@ def from_datasets(
     Raises:
         DataError: a dataset is empty, gives no pairs of tensors, or two share a sample.
     """
-    known = LoaderSplit(train, augmented=augmented, num_workers=num_workers)
-    if augmented is not None and len(augmented) != len(known):  # type: ignore[arg-type]  # map-style have a length
+    whole = LoaderSplit(train, augmented=augmented, num_workers=num_workers)
+    if augmented is not None and len(augmented) != len(whole):  # type: ignore[arg-type]  # map-style have a length
         raise DataError(
-            f"`augmented` does not have the {len(known)} samples of `train`",
+            f"`augmented` does not have the {len(whole)} samples of `train`",
             "give the same dataset with random transforms",
         )
     if val is None:
-        parts = cut(known, search_share, seed=0)
-        known_train, search = parts.rest, parts.part
+        parts = cut(whole, search_share, seed=0)
+        train_split, search = parts.rest, parts.part
     else:
-        known_train, search = known, LoaderSplit(val, num_workers=num_workers)
+        train_split, search = whole, LoaderSplit(val, num_workers=num_workers)
     class_names = tuple(str(name) for name in getattr(train, "classes", ()))
     return Data(
-        train=known_train, search=search, test=LoaderSplit(test, num_workers=num_workers),
+        train=train_split, search=search, test=LoaderSplit(test, num_workers=num_workers),
         num_classes=len(class_names) or _count_classes(train), class_names=class_names,
-        input_shape=_input_shape(known_train),
+        input_shape=_input_shape(train_split),
     )  # fmt: skip
 
 
@@ -206,12 +206,12 @@ def load_data(
     Raises:
         DataError: the name, the folder or its files are not what they should be.
     """
-    known = parse_data(spec)
-    used = normalization or known.normalization
-    if known.name == "imagefolder":
-        source = read_imagefolder(known.folder, used, known.size, known.channels)
+    parsed = parse_data(spec)
+    constants = normalization or parsed.normalization
+    if parsed.name == "imagefolder":
+        source = read_imagefolder(parsed.folder, constants, parsed.size, parsed.channels)
     else:
-        source = READERS[known.name](known.folder, used)
+        source = READERS[parsed.name](parsed.folder, constants)
     return _from_source(source, seed, search_from)
 
 

@@ -46,8 +46,8 @@ def parse_data(text: str) -> DataSpec:
     head, *options = re.split(r",(?=\w+=)", text)
     name, _, folder = head.partition(":")
     if name not in READERS:
-        known = ", ".join(n if n == "digits" else f"{n}:DIR" for n in READERS)
-        raise DataError(f"there is no data set {name!r}", _nearest(name, READERS, f"known are {known}"))
+        names = ", ".join(n if n == "digits" else f"{n}:DIR" for n in READERS)
+        raise DataError(f"there is no data set {name!r}", _nearest(name, READERS, f"known are {names}"))
     given = dict(option.split("=", 1) for option in options)
     for option in given:
         if option not in OPTIONS:
@@ -85,19 +85,19 @@ def _channels(name: str, text: str | None) -> int:
 def _normalization(text: str | None, channels: int) -> Normalization | None:
     if text is None:
         return None
-    found = NAMED.get(text) or _numbers(text)
-    if found is None:
+    constants = NAMED.get(text) or _numbers(text)
+    if constants is None:
         names = ", ".join(NAMED)
         hint = _nearest(text, NAMED, f"give one of {names}, or MEAN/STD as in 0.5/0.25")
         raise DataError(f"normalize={text} is not understood", hint)
-    if len(found.mean) == 1:
-        return Normalization(mean=found.mean * channels, std=found.std * channels)
-    if len(found.mean) != channels:
+    if len(constants.mean) == 1:
+        return Normalization(mean=constants.mean * channels, std=constants.std * channels)
+    if len(constants.mean) != channels:
         raise DataError(
-            f"normalize={text} is for {len(found.mean)} channels, and the images have {channels}",
+            f"normalize={text} is for {len(constants.mean)} channels, and the images have {channels}",
             "give one number for all channels, or one for each",
         )
-    return found
+    return constants
 
 
 def _numbers(text: str) -> Normalization | None:
@@ -110,6 +110,6 @@ def _numbers(text: str) -> Normalization | None:
     return Normalization(mean=means, std=stds) if fits else None
 
 
-def _nearest(word: str, known: Iterable[str], otherwise: str) -> str:
-    near = difflib.get_close_matches(word, list(known), n=1)
+def _nearest(word: str, choices: Iterable[str], otherwise: str) -> str:
+    near = difflib.get_close_matches(word, list(choices), n=1)
     return f"did you mean {near[0]}? {otherwise}" if near else otherwise

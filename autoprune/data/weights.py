@@ -77,23 +77,23 @@ def _read(file: Path) -> object:
         ) from error
 
 
-def _unwrapped(found: object) -> Mapping[str, Tensor] | None:
-    while isinstance(found, Mapping):
-        inner = next((found[w] for w in WRAPPERS if isinstance(found.get(w), Mapping)), None)
+def _unwrapped(content: object) -> Mapping[str, Tensor] | None:
+    while isinstance(content, Mapping):
+        inner = next((content[w] for w in WRAPPERS if isinstance(content.get(w), Mapping)), None)
         if inner is None:
             break
-        found = inner
-    if isinstance(found, Mapping) and found and all(isinstance(v, Tensor) for v in found.values()):
-        return found
+        content = inner
+    if isinstance(content, Mapping) and content and all(isinstance(v, Tensor) for v in content.values()):
+        return content
     return None
 
 
 def _without_prefixes(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    found = dict(weights)
+    weights_by_name = dict(weights)
     for prefix in PREFIXES * 2:
-        if all(name.startswith(prefix) for name in found):
-            found = {name.removeprefix(prefix): value for name, value in found.items()}
-    return found
+        if all(name.startswith(prefix) for name in weights_by_name):
+            weights_by_name = {name.removeprefix(prefix): value for name, value in weights_by_name.items()}
+    return weights_by_name
 
 
 def _misfit(wanted: Mapping[str, Any], given: Mapping[str, Tensor]) -> str:
@@ -103,4 +103,4 @@ def _misfit(wanted: Mapping[str, Any], given: Mapping[str, Tensor]) -> str:
     misshaped = [f"{n} is {list(g)} in the file, {list(w)} in the network"
                  for n, (g, w) in shapes.items() if g != w]  # fmt: skip
     kinds = (("missing", missing), ("unexpected", unexpected), ("mis-shaped", misshaped))
-    return "; ".join(f"{len(found)} {kind}, first {found[0]}" for kind, found in kinds if found)
+    return "; ".join(f"{len(names)} {kind}, first {names[0]}" for kind, names in kinds if names)

@@ -115,8 +115,8 @@ class _Problem:
     def cost(self, steps: Counts) -> float:
         """What the network costs with each group that many steps down."""
         names = (g.name for g in self.graph.groups)
-        kept = {n: int(x[s]) for n, x, s in zip(names, self.ladders, steps, strict=True)}
-        return self.graph.cost_of_counts(kept).of(self.metric)
+        counts = {n: int(x[s]) for n, x, s in zip(names, self.ladders, steps, strict=True)}
+        return self.graph.cost_of_counts(counts).of(self.metric)
 
     def savings(self, steps: Counts) -> Prices:
         """What one more unit of each group would save from here."""

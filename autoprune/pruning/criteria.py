@@ -92,9 +92,10 @@ def check_criterion(criterion: str) -> None:
     """
     if criterion not in _CRITERIA:
         near = difflib.get_close_matches(criterion, CRITERIA, n=1)
-        known = f"known are {', '.join(CRITERIA)}"
+        names = f"known are {', '.join(CRITERIA)}"
         raise UsageError(
-            f"there is no criterion {criterion!r}", f"did you mean {near[0]}? {known}" if near else known
+            f"there is no criterion {criterion!r}",
+            f"did you mean {near[0]}? {names}" if near else names,
         )
 
 
@@ -133,8 +134,8 @@ def bn_scale(context: ScoringContext) -> Scores:
     def of_group(group: Group) -> Values:
         if group.name in missing:
             return np.asarray(np.sqrt(_sum_of(context, group, torch.square)))
-        found = [_per_unit(w.abs(), m) for m, w in context.weights(group, "affine") if m.name in scales]
-        return np.asarray(np.sum(found, axis=0))
+        sums = [_per_unit(w.abs(), m) for m, w in context.weights(group, "affine") if m.name in scales]
+        return np.asarray(np.sum(sums, axis=0))
 
     return _each_group(context, of_group)
 
@@ -197,8 +198,8 @@ def _per_unit(values: Tensor, member: Member) -> Values:
 
 
 def _sum_of(context: ScoringContext, group: Group, function: Callable[[Tensor], Tensor]) -> Values:
-    found = [_per_unit(function(w), m) for m, w in context.weights(group, "out", "in", "affine")]
-    return np.sum(found, axis=0) if found else np.ones(group.num_units)
+    sums = [_per_unit(function(w), m) for m, w in context.weights(group, "out", "in", "affine")]
+    return np.sum(sums, axis=0) if sums else np.ones(group.num_units)
 
 
 def _distances(context: ScoringContext, group: Group) -> Values:
@@ -258,8 +259,8 @@ def _readers(group: Group, named: Mapping[str, nn.Parameter]) -> list[Member]:
     The sum over them is the derivative by a factor on the channel. What makes the channel goes with it and
     would count the same effect again.
     """
-    found = [m for m in group.members if m.name in named]
-    return [m for m in found if m.role == "in"] or found
+    members = [m for m in group.members if m.name in named]
+    return [m for m in members if m.role == "in"] or members
 
 
 @contextmanager

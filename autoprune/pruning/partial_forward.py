@@ -137,10 +137,10 @@ def make_program(recording: Recording, device: torch.device) -> Program:
         builder.add(position, op)
     outputs = tuple(builder.current.get(r.index, r.index) for r in recording.outputs)
     steps = _needed(tuple(builder.steps), outputs)
-    known = {*recording.parameters, *(r.index for r in recording.inputs)} | {
+    available = {*recording.parameters, *(r.index for r in recording.inputs)} | {
         v for s in steps for v in s.makes if v
     }
-    if unknown := {v for s in steps for v in s.reads} - known:
+    if unknown := {v for s in steps for v in s.reads} - available:
         raise NotRepeatableError(f"it reads {len(unknown)} tensors that are neither weights nor inputs")
     return Program(
         steps=steps, parameters=dict(recording.parameters), inputs=tuple(r.index for r in recording.inputs),
@@ -229,19 +229,19 @@ class Executor:
             step.run(values)
         return values
 
-    def run_suffix(self, suffix: Suffix, bound: Values, kept: Values) -> dict[int, Tensor]:
+    def run_suffix(self, suffix: Suffix, bound: Values, cut_values: Values) -> dict[int, Tensor]:
         """The outputs that change, by position."""
-        values = _run(suffix.steps, {**bound, **{v: kept[v] for v in suffix.cut}})
+        values = _run(suffix.steps, {**bound, **{v: cut_values[v] for v in suffix.cut}})
         return {i: values[v] for i, v in suffix.outputs.items()}
 
 
 def dependent_values(steps: Iterable[Step], start: set[int]) -> set[int]:
     """All values that depend on these."""
-    found = set(start)
+    values = set(start)
     for step in steps:
-        if any(v in found for v in step.reads):
-            found.update(v for v in step.makes if v is not None)
-    return found
+        if any(v in values for v in step.reads):
+            values.update(v for v in step.makes if v is not None)
+    return values
 
 
 def _run(steps: Iterable[tuple[Step, tuple[int, ...]]], values: Values) -> Values:
@@ -254,21 +254,21 @@ def _run(steps: Iterable[tuple[Step, tuple[int, ...]]], values: Values) -> Value
 
 def _with_releases(steps: Sequence[Step], keep: set[int]) -> tuple[tuple[Step, tuple[int, ...]], ...]:
     """Each step with the values that nobody needs after it."""
-    seen, found = set(keep), []
+    seen, result = set(keep), []
     for step in reversed(steps):
         mine = {v for v in (*step.reads, *step.makes) if v is not None}
-        found.append((step, tuple(mine - seen)))
+        result.append((step, tuple(mine - seen)))
         seen |= mine
-    return tuple(reversed(found))
+    return tuple(reversed(result))
 
 
 def _needed(steps: tuple[Step, ...], outputs: Iterable[int]) -> tuple[Step, ...]:
-    needed, found = set(outputs), []
+    needed, result = set(outputs), []
     for step in reversed(steps):
         if any(v in needed for v in step.makes):
-            found.append(step)
+            result.append(step)
             needed.update(step.reads)
-    return tuple(reversed(found))
+    return tuple(reversed(result))
 
 
 class _ProgramBuilder:
@@ -465,11 +465,11 @@ class _Fuser:
         return len(shape) == 4 and x.index in self.varying and weight.index not in self.varying
 
     def _grown(
-        self, step: Step, known: dict[int, _Convolution], readers: dict[int, int]
+        self, step: Step, candidates: dict[int, _Convolution], readers: dict[int, int]
     ) -> Iterator[_Convolution]:
         """The convolution that can do this step as well, changed so that it does."""
         for value in step.reads:
-            convolution = known.get(value)
+            convolution = candidates.get(value)
             if convolution is None or readers[value] > 1:
                 continue
             if step.call in ACTIVATIONS and (convolution.other is None or step.call is aten.relu.default):

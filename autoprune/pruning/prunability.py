@@ -78,7 +78,7 @@ def cells(
     by_group: dict[str, list[MeasuredPoint]] = {}
     for point in points:
         by_group.setdefault(point.group, []).append(point)
-    return {group: [_cell(found, c) for c in columns] for group, found in by_group.items()}
+    return {group: [_cell(group_points, c) for c in columns] for group, group_points in by_group.items()}
 
 
 def _cell(points: list[MeasuredPoint], column: float) -> Cell | None:
@@ -114,10 +114,10 @@ def region(top1: float, intact: float, num_classes: int) -> Region:
     return "marginal" if top1 - chance >= MARGINAL * (intact - chance) else "hopeless"
 
 
-def prunability_sentence(found: Sequence[Prospect]) -> str:
+def prunability_sentence(prospects: Sequence[Prospect]) -> str:
     """How far this network can go, in one sentence."""
     least = {
-        r: min((p.macs_share for p in found if p.region == r), default=None) for r in ("safe", "marginal")
+        r: min((p.macs_share for p in prospects if p.region == r), default=None) for r in ("safe", "marginal")
     }
     safe, marginal = least["safe"], least["marginal"]
     parts = []
@@ -129,7 +129,7 @@ def prunability_sentence(found: Sequence[Prospect]) -> str:
         return "Even a little pruning breaks this network without fine-tuning: prune in small rounds."
     end = (
         "below that hopeless in one step"
-        if any(p.region == "hopeless" for p in found)
+        if any(p.region == "hopeless" for p in prospects)
         else "not tried further"
     )
     return f"In one step this network is {'; '.join(parts)}; {end}.".replace("%", " %")

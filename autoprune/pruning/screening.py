@@ -117,8 +117,8 @@ def make_setup(  # noqa: PLR0913 - where and on what to try are the caller's to 
 
 def rank_plans(setup: VariantSetup, plans: Sequence[PruningPlan]) -> tuple[Candidate, ...]:
     """Every plan tried on the setup's samples, the best first; the model is left as it was found."""
-    found = [Candidate(plan=p, evaluation=evaluate_fast(setup, _built(setup, p))) for p in plans]
-    return tuple(sorted(found, key=lambda s: s.loss_key))
+    candidates = [Candidate(plan=p, evaluation=evaluate_fast(setup, _built(setup, p))) for p in plans]
+    return tuple(sorted(candidates, key=lambda s: s.loss_key))
 
 
 def refine(
@@ -235,7 +235,7 @@ class _Stage:
         ways = [(c, s, plain) for s in goal.settings.strategies for c in self.rankings]
         if joined.any() and not joined.all():
             ways += [(c, "global", spared) for c in self.rankings if "global" in goal.settings.strategies]
-        return [found for way in ways if (found := self.evaluate(goal, *way)) is not None]
+        return [individual for way in ways if (individual := self.evaluate(goal, *way)) is not None]
 
     def evaluate(
         self, goal: _Goal, criterion: str, strategy: str, factors: NDArray[np.float64]

@@ -144,7 +144,7 @@ class SensitivityTable:
         for point in self.points:
             rise = point.loss - self.baseline.loss if has_loss else point.drop_pp / 100
             measured.setdefault(point.group, {})[point.ratio] = rise
-        return {group: _Curve.through(found) for group, found in measured.items()}
+        return {group: _Curve.through(rises) for group, rises in measured.items()}
 
     def to_frame(self) -> pd.DataFrame:
         """One row a point."""
@@ -190,9 +190,9 @@ class _Curve:
     @classmethod
     def through(cls, measured: dict[float, float]) -> _Curve:
         ratios = np.array([0.0, *sorted(measured)])
-        found = np.array([0.0, *(measured[r] for r in sorted(measured))])
-        worst = float(found[np.isfinite(found)].max()) + 1.0  # a network that gives no number is broken
-        finite = np.nan_to_num(found, nan=worst, posinf=worst)
+        rises = np.array([0.0, *(measured[r] for r in sorted(measured))])
+        worst = float(rises[np.isfinite(rises)].max()) + 1.0  # a network that gives no number is broken
+        finite = np.nan_to_num(rises, nan=worst, posinf=worst)
         return cls(ratios=ratios, losses=np.maximum.accumulate(np.maximum(finite, 0.0)))
 
     def at(self, ratios: NDArray[np.float64]) -> NDArray[np.float64]:
@@ -356,18 +356,18 @@ class _Survey:
 
     def plan(self, planned: PlannedPoint) -> PruningPlan:
         width = self.graph.group(planned.group).num_units
-        kept = np.sort(np.argsort(self.scores[planned.group], kind="stable")[planned.num_removed :])
-        return PruningPlan(keep={planned.group: kept}, num_units={planned.group: width})
+        keep = np.sort(np.argsort(self.scores[planned.group], kind="stable")[planned.num_removed :])
+        return PruningPlan(keep={planned.group: keep}, num_units={planned.group: width})
 
-    def add(self, planned: PlannedPoint, found: VariantResult, baseline: Evaluation) -> SensitivityPoint:
+    def add(self, planned: PlannedPoint, result: VariantResult, baseline: Evaluation) -> SensitivityPoint:
         width = self.graph.group(planned.group).num_units
         left = self.graph.cost_of_counts({planned.group: width - planned.num_removed}).macs
-        gain_pp, interval = difference_pp(found.evaluation, baseline)
+        gain_pp, interval = difference_pp(result.evaluation, baseline)
         point = SensitivityPoint(
-            group=planned.group, ratio=planned.num_removed / width, top1=found.evaluation.top1,
-            loss=found.evaluation.loss, drop_pp=-gain_pp, low_pp=-interval.high, high_pp=-interval.low,
-            num_samples=found.evaluation.num_samples,
-            macs_share_removed=1 - left / self.graph.cost().macs, changed=found.changed,
+            group=planned.group, ratio=planned.num_removed / width, top1=result.evaluation.top1,
+            loss=result.evaluation.loss, drop_pp=-gain_pp, low_pp=-interval.high, high_pp=-interval.low,
+            num_samples=result.evaluation.num_samples,
+            macs_share_removed=1 - left / self.graph.cost().macs, changed=result.changed,
         )  # fmt: skip
         self.points[point.group, point.ratio] = point
         return point

@@ -192,10 +192,10 @@ class _Compiled:
         """What `outputs` takes from a run of the whole program."""
         return {*part.cut, *(v for i, v in enumerate(self.program.outputs) if i not in part.outputs)}
 
-    def outputs(self, part: Suffix, bound: Values, kept: Values) -> list[Tensor]:
+    def outputs(self, part: Suffix, bound: Values, cut_values: Values) -> list[Tensor]:
         """All outputs with some weights changed."""
-        new = self.executor.run_suffix(part, bound, kept)
-        return [new.get(i, kept.get(v)) for i, v in enumerate(self.program.outputs)]  # type: ignore[misc]
+        new = self.executor.run_suffix(part, bound, cut_values)
+        return [new.get(i, cut_values.get(v)) for i, v in enumerate(self.program.outputs)]  # type: ignore[misc]
 
 
 @dataclass(kw_only=True, eq=False)
@@ -253,15 +253,15 @@ class PartialEvaluator:
         plans = [_half(groups[i].name, groups[i].num_units) for i in spread]
         with self._weights() as weights:
             compiled = self._for(len(self.sample), weights)
-            kept = compiled.executor.run(self.sample)
-            found = [[kept[v] for v in compiled.program.outputs]]
+            values = compiled.executor.run(self.sample)
+            results = [[values[v] for v in compiled.program.outputs]]
             for plan in plans:
                 changed = masked_tensors(setup.graph, plan, weights, readers_only=self._readers_only)
                 part = compiled.suffix(changed)
-                found.append(compiled.outputs(part, compiled.executor.bind(part, changed), kept))
+                results.append(compiled.outputs(part, compiled.executor.bind(part, changed), values))
         with model_mode(setup.model, setup.device, training=False), torch.no_grad():
             models = [setup.model, *(masked(setup.model, setup.graph, p).eval() for p in plans)]
-            for model, outputs in zip(models, found, strict=True):
+            for model, outputs in zip(models, results, strict=True):
                 want, got = flat_output(model(self.sample)), flat_output(outputs)
                 if got.shape != want.shape or not agree(got, want):
                     raise NotRepeatableError("its recorded pass does not give what the network gives")
@@ -284,15 +284,15 @@ class PartialEvaluator:
             if not is_whole and len(inputs) not in executors:
                 needed = (compiled.needed(compiled.suffix(c)) for c in changes)
                 executors[len(inputs)] = compiled.executor.restricted_to(frozenset[int]().union(*needed))
-            kept = (compiled.executor if is_whole else executors[len(inputs)]).run(inputs)
-            whole = [kept[v] for v in compiled.program.outputs] if is_whole else []
+            values = (compiled.executor if is_whole else executors[len(inputs)]).run(inputs)
+            whole = [values[v] for v in compiled.program.outputs] if is_whole else []
             if self._baseline is None:
                 intact.add(self._output(whole), targets, self.loss)
             for index, changed in enumerate(changes):
                 part, key = compiled.suffix(changed), (len(inputs), index)
                 if key not in bound:
                     bound[key] = compiled.executor.bind(part, changed)
-                outputs = compiled.outputs(part, bound[key], kept)
+                outputs = compiled.outputs(part, bound[key], values)
                 if number == 0:
                     tallies[index].changed = differs(flat_output(outputs), flat_output(whole))
                 tallies[index].add(self._output(outputs), targets, self.loss)
@@ -313,16 +313,16 @@ class PartialEvaluator:
             compiled = self._for(len(inputs), weights, calibrates=True)
             if not compiled.statistics:
                 return plans
-            kept = compiled.executor.run(inputs)
-            for found, changed in zip(sums, plans, strict=True):
+            values = compiled.executor.run(inputs)
+            for statistics, changed in zip(sums, plans, strict=True):
                 part = compiled.suffix(changed)
-                outputs = compiled.executor.run_suffix(part, compiled.executor.bind(part, changed), kept)
+                outputs = compiled.executor.run_suffix(part, compiled.executor.bind(part, changed), values)
                 for index, value in outputs.items():
                     name = compiled.statistics[part.outputs[index]]
-                    found[name] = found[name] + value if name in found else value
+                    statistics[name] = statistics[name] + value if name in statistics else value
         return [
-            changed | {n: (v / count).to(weights[n].dtype) for n, v in found.items()}
-            for changed, found in zip(plans, sums, strict=True)
+            changed | {n: (v / count).to(weights[n].dtype) for n, v in statistics.items()}
+            for changed, statistics in zip(plans, sums, strict=True)
         ]
 
     def _output(self, outputs: list[Tensor]) -> Any:
@@ -359,15 +359,15 @@ class PartialEvaluator:
     ) -> list[list[dict[str, Tensor]]]:
         """The variants' changed weights, in parts that fit into memory together."""
         chunks: list[list[dict[str, Tensor]]] = []
-        used = 0
+        num_bytes = 0
         for plan in plans:
             changed = masked_tensors(self.setup.graph, plan, weights, readers_only=self._readers_only)
             size = sum(t.numel() * t.element_size() for t in changed.values())
-            if not chunks or used + size > WEIGHT_BYTES:
+            if not chunks or num_bytes + size > WEIGHT_BYTES:
                 chunks.append([])
-                used = 0
+                num_bytes = 0
             chunks[-1].append(changed)
-            used += size
+            num_bytes += size
         return chunks
 
     def _fitting_batch(self, weights: dict[str, Tensor]) -> int:
@@ -377,9 +377,9 @@ class PartialEvaluator:
         size = min(size, len(setup.split))
         while True:
             compiled = self._for(size, weights)
-            kept = frozenset[int]().union(*(compiled.suffix(n).cut for n in self.names.values()))
+            cut = frozenset[int]().union(*(compiled.suffix(n).cut for n in self.names.values()))
             shapes = compiled.program.shapes
-            if size == 1 or sum(4 * int(np.prod(shapes.get(v, ()))) for v in kept) <= CUT_BYTES:
+            if size == 1 or sum(4 * int(np.prod(shapes.get(v, ()))) for v in cut) <= CUT_BYTES:
                 return size
             size //= 2
 
@@ -399,8 +399,8 @@ class PartialEvaluator:
             made, names = make_calibration_program(made)
         elif not setup.exact:
             whole = made = fuse(made, weights, setup.device)
-        kept = frozenset[int]().union(*(find_suffix(made, n).cut for n in self.names.values()))
-        return _Compiled(program=made, executor=Executor(whole, weights, kept), statistics=names)
+        cut = frozenset[int]().union(*(find_suffix(made, n).cut for n in self.names.values()))
+        return _Compiled(program=made, executor=Executor(whole, weights, cut), statistics=names)
 
 
 def miscounted(setup: VariantSetup, plans: Sequence[PruningPlan]) -> tuple[str, ...]:
@@ -415,10 +415,10 @@ def miscounted(setup: VariantSetup, plans: Sequence[PruningPlan]) -> tuple[str, 
         with (
             model_mode(model, setup.device, training=False),
             torch.no_grad(),
-            FlopCounterMode(display=False) as found,
+            FlopCounterMode(display=False) as counter,
         ):
             model(inputs)
-        return int(found.get_total_flops()) // 2
+        return int(counter.get_total_flops()) // 2
 
     if not plans or counted(PruningPlan.full(graph)) != graph.cost().macs:
         return ()

@@ -109,13 +109,13 @@ def finetune_(  # noqa: PLR0913 - one whole stage: each argument is a decision o
         UsageError: nothing in the model can be trained, or a setting cannot take effect.
     """
     place = torch.device(device)
-    used = split.subset(settings.share, seed=SUBSET_SEED)
+    share_split = split.subset(settings.share, seed=SUBSET_SEED)
     if settings.label_smoothing and not task.has_logits:
         raise UsageError(
             "finetune.label_smoothing cannot take effect with the study's own loss",
             "set it to 0, or smooth inside the loss",
         )
-    num_steps = max(1, round(epochs * used.num_batches(settings.batch_size)))
+    num_steps = max(1, round(epochs * share_split.num_batches(settings.batch_size)))
     stepper = Stepper(model, settings)
     plan = _Training(
         stepper=stepper, scheduler=make_scheduler(stepper.sgd, schedule, num_steps),
@@ -128,10 +128,10 @@ def finetune_(  # noqa: PLR0913 - one whole stage: each argument is a decision o
         if teacher is not None:
             stack.enter_context(model_mode(teacher, place, training=False, channels_last=True))
         objective = _objective(settings, teacher, task)
-        records = _fit_(model, used, plan, objective)
-        check_losses(plan.watch, lambda: _loss_of_zeros(model, used, plan, objective), schedule.lr)
+        records = _fit_(model, share_split, plan, objective)
+        check_losses(plan.watch, lambda: _loss_of_zeros(model, share_split, plan, objective), schedule.lr)
     recalibrate_(
-        model, used, num_batches=settings.recalibrate_batches, batch_size=settings.batch_size,
+        model, share_split, num_batches=settings.recalibrate_batches, batch_size=settings.batch_size,
         device=place, seed=seed,
     )  # fmt: skip
     check_weights(model, schedule.lr)
