@@ -8,7 +8,6 @@ would change something.
 
 from __future__ import annotations
 
-import copy
 import threading
 from collections.abc import Callable, Container, Iterable, Iterator, Sequence
 from contextlib import suppress
@@ -23,13 +22,21 @@ from optuna.storages import BaseStorage
 from autoprune.errors import AutopruneError, UsageError
 from autoprune.location import DATABASE, RunLocation, parse_database_url
 from autoprune.report.annotations import SUMMARY
-from autoprune.storage import PROCESSES, open_storage, quiet_optuna, run_names_at, suggest_run
+from autoprune.storage import (
+    PROCESSES,
+    FrozenStudy,
+    frozen_study_id,
+    open_storage,
+    quiet_optuna,
+    renamed_study,
+    run_names_at,
+    suggest_run,
+)
 
 if TYPE_CHECKING:
     from wsgiref.types import StartResponse, WSGIApplication, WSGIEnvironment
 
     from optuna.study import StudyDirection
-    from optuna.study._frozen import FrozenStudy
     from optuna.trial import FrozenTrial, TrialState
 
 HOST = "127.0.0.1"
@@ -143,24 +150,23 @@ class RunsStorage(BaseStorage):
         for study in self._open(source).get_all_studies():
             run, _, part = study.study_name.partition("/")
             if part != PROCESSES and source.name in (None, run):
-                shown = copy.copy(study)
                 summary = study.user_attrs.get(SUMMARY, "")
-                shown.study_name = f"{source.label or run}/{part}  {summary}".rstrip()
+                name = f"{source.label or run}/{part}  {summary}".rstrip()
                 with self._lock:
-                    shown._study_id = self._ids.setdefault((source, study._study_id), len(self._ids) + 1)
-                yield shown
+                    number = self._ids.setdefault((source, frozen_study_id(study)), len(self._ids) + 1)
+                yield renamed_study(study, name, number)
 
     def get_study_id_from_name(self, study_name: str) -> int:
         """The id of the study that is called so now."""
         for study in self.get_all_studies():
             if study.study_name == study_name:
-                return study._study_id
+                return frozen_study_id(study)
         raise KeyError(study_name)
 
     def get_study_name_from_id(self, study_id: int) -> str:
         """What the study is called now."""
         for study in self.get_all_studies():
-            if study._study_id == study_id:
+            if frozen_study_id(study) == study_id:
                 return study.study_name
         raise KeyError(study_id)
 

@@ -32,7 +32,7 @@ from autoprune.storage.membership import (
     join_run,
     list_processes,
 )
-from autoprune.storage.optuna_private import cached_records
+from autoprune.storage.optuna_private import FrozenStudy, cached_records, frozen_study_id, renamed_study
 from autoprune.storage.run_header import RunHeader, read_run_header
 from autoprune.storage.run_store import (
     BASELINE,
@@ -73,6 +73,7 @@ __all__ = [
     "POLL_S",
     "PROCESSES",
     "CheckpointCipher",
+    "FrozenStudy",
     "Member",
     "MembershipLostError",
     "Process",
@@ -86,6 +87,7 @@ __all__ = [
     "completed_trials",
     "count_working",
     "finish_trial",
+    "frozen_study_id",
     "has_run",
     "is_withdrawn",
     "join_run",
@@ -95,6 +97,7 @@ __all__ = [
     "quiet_optuna",
     "read_run_header",
     "release_stale",
+    "renamed_study",
     "run_cipher",
     "run_name_at",
     "run_names_at",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, BinaryIO, Protocol
 
 from optuna.artifacts import FileSystemArtifactStore
@@ -37,26 +38,30 @@ def open_blobs(where: str) -> BlobStore:
 class FolderBlobs(FileSystemArtifactStore):
     """A folder in which a file is there completely or not at all."""
 
+    def __init__(self, folder: str) -> None:
+        super().__init__(folder)
+        self.folder = Path(folder)
+
     def write(self, artifact_id: str, content_body: BinaryIO) -> None:
         """Write a file whole or not at all.
 
         Raises:
             RunError: the disk is full, or the folder is read-only.
         """
-        path = self._get_filepath(artifact_id)
+        path = self.folder / artifact_id  # names are digests of our own
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             with atomic_write(path) as file:
                 file.write(content_body.read())
         except OSError as error:
             raise RunError(
-                f"a checkpoint cannot be written to {self._base_path}: {error.strerror}",
+                f"a checkpoint cannot be written to {self.folder}: {error.strerror}",
                 f"make room there, or make it writable; {RESUME_HINT}",
             ) from error
 
     def names(self) -> list[str]:
         """Return the names of all files, the unfinished ones of killed processes included."""
-        return [p.name for p in self._base_path.iterdir()] if self._base_path.is_dir() else []
+        return [p.name for p in self.folder.iterdir()] if self.folder.is_dir() else []
 
     def close(self) -> None:
         """Do nothing: a folder holds nothing open."""

@@ -9,17 +9,20 @@
   can only be run, and get attributes, through the storage and its id.
 * `RDBStorage._get_stale_trial_ids` compares heartbeats by the database's own clock. Optuna calls it inside
   `Study.optimize` only, which this package does not use: a run asks and tells.
+* `FrozenStudy` is what `BaseStorage.get_all_studies` returns: whoever writes a storage needs its name.
 * `BaseDistribution._contains` tells whether a stored value is still inside a distribution.
 """
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import optuna
 from optuna.distributions import BaseDistribution
 from optuna.storages import RDBStorage
 from optuna.storages._cached_storage import _CachedStorage
+from optuna.study._frozen import FrozenStudy as FrozenStudy
 from optuna.trial import FrozenTrial, TrialState
 
 # The operations of `RDBStorage` that reach the database. `database` repeats them while it is away.
@@ -54,6 +57,18 @@ class CachedStorage(_CachedStorage):
 def cached_records(study: optuna.Study) -> dict[int, Any]:
     """Return the records of a study's finished trials, an empty mapping where its storage keeps none."""
     return getattr(study._storage, "records", {})
+
+
+def frozen_study_id(study: FrozenStudy) -> int:
+    """Return the id of a study in its storage."""
+    return study._study_id
+
+
+def renamed_study(study: FrozenStudy, name: str, study_id: int) -> FrozenStudy:
+    """Return the same study under another name and id, as another storage shows it."""
+    renamed = copy.copy(study)
+    renamed.study_name, renamed._study_id = name, study_id
+    return renamed
 
 
 def trial_id(trial: FrozenTrial) -> int:
