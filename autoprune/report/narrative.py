@@ -92,9 +92,9 @@ def delivered_trial(record: RunRecord) -> tuple[RoundRecord, TrialRecord] | None
     if after is None or after.params == record.before.params:
         return None
     size = (after.macs, after.params)
-    made = [(r, t) for r in record.rounds for t in r.trials if (t.macs, t.num_params) == size]
-    known = record.tuning.before if record.tuning else after.search_top1
-    return min(made, key=lambda m: (abs((m[1].top1 or 0.0) - known), -m[0].number), default=None)
+    candidates = [(r, t) for r in record.rounds for t in r.trials if (t.macs, t.num_params) == size]
+    top1 = record.tuning.before if record.tuning else after.search_top1
+    return min(candidates, key=lambda m: (abs((m[1].top1 or 0.0) - top1), -m[0].number), default=None)
 
 
 def trial_status(trial: TrialRecord) -> str:
@@ -108,21 +108,21 @@ def trial_status(trial: TrialRecord) -> str:
 
 def caution(record: RunRecord) -> str:
     """What to know where the test split lost more than was allowed on the search split; empty otherwise."""
-    after, found = record.after, record.difference
-    if after is None or found is None or found.delta_pp >= -record.max_drop_pp:
+    after, difference = record.after, record.difference
+    if after is None or difference is None or difference.delta_pp >= -record.max_drop_pp:
         return ""
     allowed = f"{record.max_drop_pp:g} pp"
     lost = f"{signed(100 * (after.search_top1 - record.before.search_top1), 2)} pp"
     chance = (
         "the allowed loss lies inside, so this may be chance"
-        if found.high_pp >= -record.max_drop_pp >= found.low_pp
+        if difference.high_pp >= -record.max_drop_pp >= difference.low_pp
         else "more than chance explains"
     )
     return (
         f"The {allowed} that were allowed are kept on the search split, where trials are chosen ({lost}), "
-        f"and not on the test split, which no trial has seen ({signed(found.delta_pp, 2)} pp). With "
-        f"n = {after.num_samples:,} the {interval(found)}: {chance}. A split flatters what was chosen on it; "
-        "a larger one, or a smaller --max-drop, leaves less room for that."
+        f"and not on the test split, which no trial has seen ({signed(difference.delta_pp, 2)} pp). With "
+        f"n = {after.num_samples:,} the {interval(difference)}: {chance}. A split flatters what was chosen on "
+        "it; a larger one, or a smaller --max-drop, leaves less room for that."
     )
 
 
@@ -130,10 +130,10 @@ def ending(record: RunRecord) -> str:
     """How the delivered network came about, after the last round; empty where there is none."""
     if record.after is None:
         return ""
-    made, tuning = delivered_trial(record), record.tuning
-    if made is None:
+    source, tuning = delivered_trial(record), record.tuning
+    if source is None:
         return "The original is delivered: no trial stayed inside the floor."
-    one, trial = made
+    one, trial = source
     who = f"trial {trial.number} of round {one.number}"
     if tuning is None or not tuning.epochs:
         return f"{who.capitalize()} is delivered as it was: nothing of the budget was left to tune it longer."

@@ -140,15 +140,15 @@ def read_asset(name: str) -> str:
 
 
 def _winners(record: RunRecord) -> Iterator[tuple[RoundRecord, TrialRecord]]:
-    made = narrative.delivered_trial(record)
+    source = narrative.delivered_trial(record)
     for one in record.rounds:
-        yield from ((one, t) for t in one.trials if t.promoted or (one, t) == made)
+        yield from ((one, t) for t in one.trials if t.promoted or (one, t) == source)
 
 
 def keep_units_together(text: str) -> str:
     """Keep a number and its unit on one line."""
-    kept = re.sub(r" (?=[%→]|pp\b|epochs\b)|(?<=→) ", "\u00a0", text).replace("top-1", "top\u20111")
-    return kept.replace("--", "-\u2060-\u2060")  # an option is not broken after its hyphens
+    text = re.sub(r" (?=[%→]|pp\b|epochs\b)|(?<=→) ", "\u00a0", text).replace("top-1", "top\u20111")
+    return text.replace("--", "-\u2060-\u2060")  # an option is not broken after its hyphens
 
 
 def _sentence(text: str) -> str:
@@ -175,9 +175,9 @@ def _columns(record: RunRecord) -> list[str]:
     """What every trial chooses, and of the rest what differs: what all share is a setting of the run."""
     trials = [_shown(t) for r in record.rounds for t in r.trials]
     names = dict.fromkeys(name for t in trials for name in t)
-    told = {"prune_rate"}  # as what was removed, in its own column
-    values = {n: {t[n] for t in trials if n in t} for n in names if n not in told}
-    return [n for n, found in values.items() if n in CHOSEN or len(found) > 1]
+    own_columns = {"prune_rate"}  # as what was removed, in its own column
+    values = {n: {t[n] for t in trials if n in t} for n in names if n not in own_columns}
+    return [n for n, texts in values.items() if n in CHOSEN or len(texts) > 1]
 
 
 def _when(started: str) -> str:

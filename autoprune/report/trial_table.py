@@ -72,8 +72,8 @@ def importances(record: RunRecord) -> Importances | None:
         params = {n: point.params[n] for n in varied}
         study.add_trial(optuna.trial.create_trial(params=params, distributions=space, value=point.value))
     evaluator = optuna.importance.FanovaImportanceEvaluator(seed=0)
-    found = optuna.importance.get_param_importances(study, evaluator=evaluator, params=varied)
-    shares = tuple(Importance(name=n, share=float(s)) for n, s in found.items())
+    by_name = optuna.importance.get_param_importances(study, evaluator=evaluator, params=varied)
+    shares = tuple(Importance(name=n, share=float(s)) for n, s in by_name.items())
     return Importances(shares=shares, num_trials=len(points))
 
 
