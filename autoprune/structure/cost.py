@@ -41,9 +41,9 @@ class Cost:
             "macs": self.macs, "params": self.params, "size": self.size_bytes,
             "memory": self.activation_bytes, "latency": self.latency_s,
         }  # fmt: skip
-        found = costs[metric]
-        assert found is not None, f"the graph knows no {metric}"
-        return found
+        cost = costs[metric]
+        assert cost is not None, f"the graph knows no {metric}"
+        return cost
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -100,8 +100,8 @@ class CostModel:
     def _packed(self, terms: Sequence[Term]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
         """Constants (T,) and axis rows (T, most axes), padded with the row whose length is 1."""
         width = max((len(t.axes) for t in terms), default=0)
-        one = len(self.axes)
-        rows = np.full((len(terms), width), one, dtype=np.int64)
+        filler = len(self.axes)
+        rows = np.full((len(terms), width), filler, dtype=np.int64)
         for index, term in enumerate(terms):
             rows[index, : len(term.axes)] = term.axes
         return np.array([t.constant for t in terms], dtype=np.int64), rows

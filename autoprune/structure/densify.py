@@ -104,7 +104,9 @@ def masked_tensors(
             norm is rescaled.
     """
     zeros = _zeros(graph, plan, readers_only=readers_only)
-    return {name: _with_zeros(tensors[name], found) for name, found in zeros.items() if name in tensors}
+    return {
+        name: _with_zeros(tensors[name], positions) for name, positions in zeros.items() if name in tensors
+    }
 
 
 def _zeros(
@@ -168,9 +170,9 @@ def outputs(model: nn.Module, inputs: tuple[Any, ...]) -> list[Tensor]:
 
 
 def _removals(graph: ChannelGraph, plan: PruningPlan) -> Iterator[tuple[Group, NDArray[np.int64]]]:
-    known = {g.name: g for g in graph.groups}
+    groups = {g.name: g for g in graph.groups}
     for name, keep in plan.keep.items():
-        group = known.get(name)
+        group = groups.get(name)
         if group is None or group.num_units != plan.num_units[name]:
             was = "no such group" if group is None else f"{group.num_units} units there"
             raise UsageError(

@@ -216,21 +216,21 @@ class _GroupBuilder:
         is_falling = np.append(np.diff(ranks) < 0, False)
         is_falling[np.array(borders[1:]) - 1] = False
         falls = set(numbers[is_falling].tolist())
-        found = []
+        owned = []
         for start, end in pairwise(borders):
             number = int(numbers[start])
             mine = labels[start:end]
             if number in falls:
                 mine = mine[np.argsort(ranks[start:end], kind="stable")]
             slot = self.slots[number]
-            found.append((number, slot, (mine - slot.start).reshape(width, -1)))
-        return found
+            owned.append((number, slot, (mine - slot.start).reshape(width, -1)))
+        return owned
 
-    def _named(self, found: list[tuple[int, list[SlotPositions]]], round_to: int) -> list[Group]:
+    def _named(self, slots_of_groups: list[tuple[int, list[SlotPositions]]], round_to: int) -> list[Group]:
         buffers = {name for name, _ in self.model.named_buffers(remove_duplicate=False)}
         groups: list[Group] = []
         needs_two = self._needing_two()
-        for name, (width, slots) in zip(self.names, found, strict=True):
+        for name, (width, slots) in zip(self.names, slots_of_groups, strict=True):
             members = tuple(
                 Member(name=s.name, dim=s.dim, index=i, role=s.role or "affine", is_buffer=s.name in buffers)
                 for _, s, i in slots
@@ -341,28 +341,28 @@ class _GroupBuilder:
         return params, sizes
 
     def _frozen(self) -> tuple[Frozen, ...]:
-        found = []
+        frozen = []
         for slot in (s for s in self.slots if not s.is_open):
             mine = self.classes[slot.start : slot.start + slot.size]
             stuck = mine[self.has_channel_reason[mine]]
             if len(stuck):
                 reason = self.reason[int(stuck[0])]
-                found.append(Frozen(name=slot.name, dim=slot.dim, num_channels=len(stuck), reason=reason))
+                frozen.append(Frozen(name=slot.name, dim=slot.dim, num_channels=len(stuck), reason=reason))
                 continue
             alone = mine[(self.group_of[mine] < 0) & ~self.is_frozen[mine]]
             if len(alone):
                 reason = "tied into one unit, which cannot be removed without removing all"
-                found.append(Frozen(name=slot.name, dim=slot.dim, num_channels=len(alone), reason=reason))
-        return tuple(found)
+                frozen.append(Frozen(name=slot.name, dim=slot.dim, num_channels=len(alone), reason=reason))
+        return tuple(frozen)
 
     def _split_axes(self) -> dict[str, dict[int, int]]:
         """Module -> which of its reshapes shrinks along which axis of what it makes; -number: it reads."""
-        found: dict[str, dict[int, int]] = {}
+        axes: dict[str, dict[int, int]] = {}
         for site in self.propagation.reshape_splits:
-            found.setdefault(self.propagation.recording.ops[site.op].module, {})[site.ordinal] = site.chosen
+            axes.setdefault(self.propagation.recording.ops[site.op].module, {})[site.ordinal] = site.chosen
         for op, (ordinal, kept) in self.propagation.kept_axes.items():
-            found.setdefault(self.propagation.recording.ops[op].module, {})[-ordinal] = kept
-        return found
+            axes.setdefault(self.propagation.recording.ops[op].module, {})[-ordinal] = kept
+        return axes
 
     def _reshaped(self) -> dict[str, tuple[Reshape, ...]]:
         """Module that reshapes what holds channels -> all of its reshapes, in order."""
@@ -373,14 +373,14 @@ class _GroupBuilder:
         inner = {  # a matrix product folds and unfolds its batch axes by views of its own
             (r, op.where) for op in ops if op.name == "bmm" for r in (*op.inputs, *op.outputs)
         }
-        found: dict[str, list[Reshape]] = {}
+        reshapes: dict[str, list[Reshape]] = {}
         for op in ops:
             if op.module in modules and TABLE.get(op.name) is reshape:
                 if {(op.inputs[0], op.where), (op.outputs[0], op.where)} & inner:
                     continue
                 made = self._shape_axes(op.outputs[0])
-                found.setdefault(op.module, []).append(Reshape(line=op.where, axes=made))
-        return {module: tuple(reshapes) for module, reshapes in found.items()}
+                reshapes.setdefault(op.module, []).append(Reshape(line=op.where, axes=made))
+        return {module: tuple(calls) for module, calls in reshapes.items()}
 
     def _holds_units(self, ref: Ref | None) -> bool:
         axes = self.propagation.axes.get(ref.index, []) if ref is not None else []
@@ -395,12 +395,12 @@ class _GroupBuilder:
 
     def _split(self) -> dict[str, tuple[tuple[Axis, ...], ...]]:
         """Module -> the pieces of each of its splits."""
-        found: dict[str, list[tuple[Axis, ...]]] = {}
+        splits: dict[str, list[tuple[Axis, ...]]] = {}
         for op, pieces in self.propagation.splits:
             axes = tuple(self._axis(p) for p in pieces)
             if any(a.per_unit for a in axes):
-                found.setdefault(self.propagation.recording.ops[op].module, []).append(axes)
-        return {module: tuple(splits) for module, splits in found.items()}
+                splits.setdefault(self.propagation.recording.ops[op].module, []).append(axes)
+        return {module: tuple(pieces) for module, pieces in splits.items()}
 
     def _ragged_calls(self, module: str) -> Iterator[RaggedCall]:
         pieces = dict(self.propagation.splits)
@@ -445,8 +445,8 @@ def _runs(values: NDArray[np.int64], keys: NDArray[np.int64]) -> list[NDArray[np
 
 def _tensors(model: nn.Module) -> list[tuple[str, Tensor, bool]]:
     """Every parameter and buffer once, under its first name."""
-    found: dict[int, tuple[str, Tensor, bool]] = {}
+    tensors_by_id: dict[int, tuple[str, Tensor, bool]] = {}
     for are_buffers, tensors in enumerate((model.named_parameters(), model.named_buffers())):
         for name, tensor in tensors:
-            found.setdefault(id(tensor), (name, tensor, bool(are_buffers)))
-    return list(found.values())
+            tensors_by_id.setdefault(id(tensor), (name, tensor, bool(are_buffers)))
+    return list(tensors_by_id.values())

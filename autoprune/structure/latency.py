@@ -133,9 +133,9 @@ class Kernel:
     @property
     def key(self) -> str:
         """What tells it from others in the table."""
-        told = {n: v for n, v in self.op.arguments.items() if not isinstance(v, Ref) and n != "groups"}
+        arguments = {n: v for n, v in self.op.arguments.items() if not isinstance(v, Ref) and n != "groups"}
         shapes = list(zip(map(list, self.shapes), map(str, self.dtypes), map(list, self.orders), strict=True))
-        return json.dumps([self.op.name, self.op.overload, shapes, self.groups, told], default=str)
+        return json.dumps([self.op.name, self.op.overload, shapes, self.groups, arguments], default=str)
 
     def call(self, device: torch.device) -> Call:
         """The operator with operands of this shape, ready to run."""
@@ -284,11 +284,11 @@ def kernel_of(recording: Recording, product: Product, lengths: Lengths) -> Kerne
 
 def _varying(costs: CostModel, product: Product) -> list[list[int]]:
     """Axes that can shrink; those that depend on the same groups shrink together."""
-    found: dict[frozenset[int], list[int]] = {}
+    varying: dict[frozenset[int], list[int]] = {}
     for row in dict.fromkeys(r for rows in product.operands for r in rows):
         if costs.axes[row].per_unit:
-            found.setdefault(frozenset(costs.axes[row].per_unit), []).append(row)
-    return list(found.values())
+            varying.setdefault(frozenset(costs.axes[row].per_unit), []).append(row)
+    return list(varying.values())
 
 
 def _steps(graph: ChannelGraph, costs: CostModel, row: int) -> list[float]:

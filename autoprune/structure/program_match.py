@@ -143,10 +143,10 @@ class ReplacedModules:
 def find_replaced_modules(original: nn.Module, dense: nn.Module) -> ReplacedModules:
     """Which modules of a pruned copy were exchanged for ours."""
     kinds = {name: _own_class(module) for name, module in original.named_modules()}
-    found = {n: m for n, m in dense.named_modules() if _own_class(m) is not kinds.get(n)}
-    alone = frozenset(n for n, m in found.items() if isinstance(m, NormPatch))
+    replaced = {n: m for n, m in dense.named_modules() if _own_class(m) is not kinds.get(n)}
+    alone = frozenset(n for n, m in replaced.items() if isinstance(m, NormPatch))
     gathered = {n for n, m in dense.named_modules() if isinstance(m, GatherPatch)}
-    return ReplacedModules(alone, frozenset(found) - alone, frozenset(gathered))
+    return ReplacedModules(alone, frozenset(replaced) - alone, frozenset(gathered))
 
 
 def output_shape_mismatch(propagation: Propagation, pruned: Recording) -> str:

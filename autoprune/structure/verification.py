@@ -91,7 +91,7 @@ def _ragged(
     modules = find_ragged_modules(propagation) if recording.is_meta and propagation.shuffles else frozenset()
     if modules:
         finer = build(model, recording, options, choices={}, refused=(), ragged=modules)
-        before, after = (sum(g.num_units for g in found.groups) for found in (graph, finer[0]))
+        before, after = (sum(g.num_units for g in built_graph.groups) for built_graph in (graph, finer[0]))
         if after > before:
             return modules, finer
     return frozenset(), built
@@ -221,9 +221,9 @@ def _strengthen(name: str, tensor: Tensor) -> Tensor:
 
 
 def _bisect(
-    groups: Sequence[Group], check: Check, spent: list[int], known: str | None = None
+    groups: Sequence[Group], check: Check, spent: list[int], reason_of_all: str | None = None
 ) -> list[tuple[Group, str]]:
-    reason = known or check(groups)
+    reason = reason_of_all or check(groups)
     spent.append(1)
     if reason is None:
         return []
@@ -234,8 +234,8 @@ def _bisect(
         rest = [g for g in groups if g is not named]
         return [(named, reason), *_bisect(rest, check, spent)]
     half = len(groups) // 2
-    found = [*_bisect(groups[:half], check, spent), *_bisect(groups[half:], check, spent)]
-    return found or [(g, reason) for g in groups]  # they fail only together
+    failing = [*_bisect(groups[:half], check, spent), *_bisect(groups[half:], check, spent)]
+    return failing or [(g, reason) for g in groups]  # they fail only together
 
 
 def _named_in(reason: str, groups: Sequence[Group]) -> Group | None:

@@ -26,8 +26,8 @@ def find_count_attributes(
 ) -> tuple[CountAttribute, ...]:
     """All attributes that count channels of a group."""
     rules = [(r.module, r.attribute, r.labels, r.per) for r in propagation.unit_counts]
-    known = [CountAttribute(module=m, attribute=a, axis=axis_of(x), per=p) for m, a, x, p in rules]
-    return (*known, *_where_axes_split(propagation, axis_of))
+    by_rule = [CountAttribute(module=m, attribute=a, axis=axis_of(x), per=p) for m, a, x, p in rules]
+    return (*by_rule, *_where_axes_split(propagation, axis_of))
 
 
 def _where_axes_split(
@@ -37,13 +37,13 @@ def _where_axes_split(
     axes = [(s.op, np.unique(s.labels[s.labels >= 0]), PIECES) for s in propagation.reshape_splits]
     axes += [(op, labels, WIDTHS) for op, labels in propagation.reshape_merges]
     axes += [(op, pieces[0], PARTS) for op, pieces in propagation.splits]
-    found: dict[tuple[str, str], CountAttribute] = {}
+    by_name: dict[tuple[str, str], CountAttribute] = {}
     for op, labels, words in axes:
         module, axis = propagation.recording.ops[op].module, axis_of(labels)
         if axis.per_unit:
             for name in _counting_attributes(propagation.modules[module], len(labels), words):
-                found[module, name] = CountAttribute(module=module, attribute=name, axis=axis, per=1)
-    return list(found.values())
+                by_name[module, name] = CountAttribute(module=module, attribute=name, axis=axis, per=1)
+    return list(by_name.values())
 
 
 def _counting_attributes(module: nn.Module, length: int, words: tuple[str, ...]) -> list[str]:

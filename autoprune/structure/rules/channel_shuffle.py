@@ -4,7 +4,7 @@ A reshape to (parts, width), a permutation and a reshape back tie equal position
 lies between must stay a rectangle. In a trunk that is halved and shuffled block after block (Ma et al. 2018,
 "ShuffleNet V2", section 3.2) these ties end in a handful of units, or in one. There a shuffle is taken for
 what it is, a rearrangement of channels: nothing ties, and the dense network gathers its channels by index
-(`gathered`). A module in which this is done is *ragged*; its halves may differ too.
+(`patches.channel_gather`). A module in which this is done is *ragged*; its halves may differ too.
 """
 
 from __future__ import annotations
@@ -155,7 +155,7 @@ def index_select(ctx: Propagation, op: Op) -> Axes:
 
 
 def _own_call(ctx: Propagation, op: Op) -> Any:
-    """The gather that an earlier pruning put into a ragged module (a `gathered.Call`)."""
+    """The gather that an earlier pruning put into a ragged module (a `PrunedCall`)."""
     constant, calls = (
         ctx.recording.constants.get(op.arg("index").index),
         ctx.earlier_choice(op.module, "autoprune_calls"),
@@ -169,10 +169,10 @@ def find_ragged_modules(ctx: Propagation) -> frozenset[str]:
     classes = ctx.labels.classes()
     modules, trunk = set[str](), np.zeros(int(classes.max()) + 1, bool)
     for module, labels, parts in ctx.shuffles:
-        known = classes[labels[labels >= 0]]
-        if len(known) > parts * len(np.unique(known)):
+        tied = classes[labels[labels >= 0]]
+        if len(tied) > parts * len(np.unique(tied)):
             modules.add(module)
-            trunk[known] = True
+            trunk[tied] = True
     for op, pieces in ctx.splits:
         if trunk[classes[pieces[0][pieces[0] >= 0]]].any():
             modules.add(ctx.recording.ops[op].module)

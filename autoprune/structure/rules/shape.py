@@ -68,9 +68,9 @@ def _tracked(ctx: Propagation, axes: Axes, sources: list[int]) -> list[int]:
     if has_earlier:
         kept = earlier if earlier in tracked else None
     else:
-        known = {d: a for d in tracked if (a := axes[d]) is not None}
-        closed = [d for d, a in known.items() if not ctx.labels.is_open(a)]
-        verdicts = {d: ctx.look_ahead(op.inputs[0], d, known[d], includes_present=True) for d in closed}
+        labels = {d: a for d in tracked if (a := axes[d]) is not None}
+        closed = [d for d, a in labels.items() if not ctx.labels.is_open(a)]
+        verdicts = {d: ctx.look_ahead(op.inputs[0], d, labels[d], includes_present=True) for d in closed}
         free = [d for d in closed if not verdicts[d][0]] if len(closed) > 1 else closed
         kept = max(free, key=lambda d: (verdicts[d][1], len(axes[d])), default=None)  # type: ignore[arg-type]
     for d in tracked:
@@ -230,7 +230,7 @@ def stack(ctx: Propagation, op: Op) -> Axes:
 def split(ctx: Propagation, op: Op) -> list[Axes]:
     """Equal parts of a channel axis tie to each other; unequal ones shrink by themselves.
 
-    The lengths may be written in the program; `loose` puts the pruned ones there.
+    The lengths may be written in the program; `patches.reshape_patch` puts the pruned ones there.
     """
     x, dim = op.inputs[0], op.arg("dim", 0) % max(1, len(ctx.shape(op.inputs[0])))
     axes = ctx.get(x)
