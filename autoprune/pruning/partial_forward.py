@@ -13,6 +13,8 @@ taken from one run of the whole program on the same batch. An `Executor` runs ei
 * On a CPU, the activation and the addition behind a convolution run inside it (oneDNN's post-operations).
 * Convolutions keep channels last in memory.
 
+Figures: docs/log.md, 2026-11-28.
+
 A pass that draws random numbers, that reads values (`.item()`), or that writes into a tensor which is seen
 through another cannot be repeated; `make_program` says why.
 """
