@@ -41,6 +41,7 @@ from autoprune.serialization import json_text
 
 if TYPE_CHECKING:
     from autoprune.config import Study
+    from autoprune.pipeline import TracedStudy
     from autoprune.pruning import Prospect, SensitivityTable
     from autoprune.structure import ChannelGraph
 
@@ -204,14 +205,24 @@ def _write_analysis(
 
 
 def _measure(study: Study, tries: int, on_event: OnEvent) -> tuple[SensitivityTable, tuple[Prospect, ...]]:
+    from autoprune.pipeline import thread_limit, trace_study
+
+    check_study(study)
+    problem = trace_study(study)
+    with thread_limit(study, problem.graph):
+        return _analyze(study, problem, tries, on_event)
+
+
+def _analyze(
+    study: Study, problem: TracedStudy, tries: int, on_event: OnEvent
+) -> tuple[SensitivityTable, tuple[Prospect, ...]]:
     from autoprune.data import derive_seed
-    from autoprune.pipeline import trace_for_study, trace_study
+    from autoprune.pipeline import trace_for_study
     from autoprune.pruning import make_setup, max_num_points, one_shot_prospects, sensitivity
     from autoprune.tasks import task_of
     from autoprune.training import resolve_device, train_baseline_
 
-    check_study(study)
-    problem, device, task = trace_study(study), resolve_device(study.device), task_of(study)
+    device, task = resolve_device(study.device), task_of(study)
     if study.baseline is not None:
         total = study.baseline.epochs
         on_event(StageStarted(stage="baseline", round=0, detail="train"))

@@ -7,18 +7,20 @@ import os
 import platform
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich.console import Console
+from rich.console import Console, Group, RenderableType
+from rich.table import Table
+from rich.text import Text
 
 from autoprune.cli import completion
 from autoprune.cli.options import WHERE, AsJson, Name, choose_study
-from autoprune.cli.tables import findings_text
+from autoprune.cli.tables import BAD, GOOD, MUTED
 from autoprune.errors import AutopruneError
 from autoprune.formatting import plural
 from autoprune.serialization import json_text
@@ -68,7 +70,7 @@ def doctor(
     if as_json:
         sys.stdout.write(json_text(findings, indent=1) + "\n")
     else:
-        Console(highlight=False).print(findings_text(findings))
+        Console(highlight=False).print(_findings_text(findings))
     return 0 if all(f.ok for f in findings) else 1
 
 
@@ -241,3 +243,18 @@ def _key() -> Finding:
     path = default_identity_path()
     text = str(path) if path.exists() else f"none yet; {path} is made on first use"
     return Finding(name="your key", detail=text)
+
+
+def _findings_text(findings: Sequence[Finding]) -> RenderableType:
+    """What `autoprune doctor` says: the verdict first, advice where it is needed."""
+    wrong = [f.name for f in findings if not f.ok]
+    verdict = Text("A run would find everything that it needs.", GOOD)
+    if wrong:
+        verdict = Text(f"To be mended first: {', '.join(wrong)}.", BAD)
+    grid = Table.grid(padding=(0, 2, 0, 0))
+    grid.add_column(no_wrap=True)
+    for finding in findings:
+        grid.add_row(Text(finding.name, MUTED), Text(finding.detail))
+        if not finding.ok:
+            grid.add_row("", Text(finding.advice, BAD))
+    return Group(verdict, Text(), grid)

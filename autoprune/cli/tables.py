@@ -16,7 +16,6 @@ from autoprune.report import ComparisonRow, answer, caution
 from autoprune.serialization import to_plain
 
 if TYPE_CHECKING:
-    from autoprune.cli.doctor import Finding
     from autoprune.pipeline import RunForecast, RunStatus
     from autoprune.pruning import Cell, Prospect, SensitivityTable
     from autoprune.record import RunRecord, TrialRecord
@@ -122,21 +121,6 @@ def _best(trials: Iterable[TrialRecord]) -> TrialRecord | None:
     """The promoted trial, or the most accurate."""
     scored = [t for t in trials if t.top1 is not None]
     return max(scored, key=lambda t: (t.promoted, t.top1 or 0.0), default=None)
-
-
-def findings_text(findings: Sequence[Finding]) -> RenderableType:
-    """What `autoprune doctor` says: the verdict first, advice where it is needed."""
-    wrong = [f.name for f in findings if not f.ok]
-    verdict = Text("A run would find everything that it needs.", GOOD)
-    if wrong:
-        verdict = Text(f"To be mended first: {', '.join(wrong)}.", BAD)
-    grid = Table.grid(padding=(0, 2, 0, 0))
-    grid.add_column(no_wrap=True)
-    for finding in findings:
-        grid.add_row(Text(finding.name, MUTED), Text(finding.detail))
-        if not finding.ok:
-            grid.add_row("", Text(finding.advice, BAD))
-    return Group(verdict, Text(), grid)
 
 
 def sensitivity_text(table: SensitivityTable, prospects: Sequence[Prospect] = ()) -> RenderableType:

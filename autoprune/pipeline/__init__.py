@@ -18,7 +18,15 @@ In reading order:
 """
 
 from autoprune.pipeline.local_workers import local_workers
-from autoprune.pipeline.preflight import RunForecast, forecast_run, prepare, trace_for_study, trace_study
+from autoprune.pipeline.preflight import (
+    RunForecast,
+    TracedStudy,
+    forecast_run,
+    prepare,
+    thread_limit,
+    trace_for_study,
+    trace_study,
+)
 from autoprune.pipeline.run import run
 from autoprune.pipeline.status import RunStatus, read_status
 from autoprune.pipeline.sweep import SweepDeadline, make_jobs, read_job, sweep, used_seconds
@@ -29,6 +37,7 @@ __all__ = [
     "RunForecast",
     "RunStatus",
     "SweepDeadline",
+    "TracedStudy",
     "forecast_run",
     "local_workers",
     "make_jobs",
@@ -38,6 +47,7 @@ __all__ = [
     "run",
     "run_worker",
     "sweep",
+    "thread_limit",
     "throughput",
     "trace_for_study",
     "trace_study",

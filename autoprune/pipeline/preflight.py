@@ -241,16 +241,17 @@ def check_location(out: Path | RunLocation, name: str, *, resume: bool) -> None:
 
 
 @contextmanager
-def thread_limit(problem: Problem) -> Iterator[None]:
+def thread_limit(study: Study, graph: ChannelGraph) -> Iterator[None]:
     """Use one thread for networks whose batches are too small to share out, for the length of a `with` block.
 
     A rule decides rather than a timing, so that a seed gives the same weights each time. Measured on two
     cores at 0.2e9 MACs a batch: one thread is as fast as two, and ten times as fast where others want the
     cores. A latency is the user's with the threads that they gave, so with such a target the number stays.
     """
-    before, study = torch.get_num_threads(), problem.study
-    batch_macs = problem.graph.cost().macs * study.finetune.batch_size
-    if batch_macs < study.heuristics.small_batch_macs and problem.metric != "latency":
+    before = torch.get_num_threads()
+    batch_macs = graph.cost().macs * study.finetune.batch_size
+    is_small = batch_macs < study.heuristics.small_batch_macs
+    if is_small and Target.parse(study.target).metric != "latency":
         torch.set_num_threads(1)
     try:
         yield

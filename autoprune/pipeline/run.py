@@ -110,7 +110,11 @@ def run(  # noqa: PLR0913 - the whole product: each argument is a decision of it
     resume = resume and has_run(location, study.name)
     cipher = run_cipher(protection)
     problem = prepare(study, out=location, resume=resume, protection=protection)
-    with quiet_optuna(), thread_limit(problem), _coordinated(location, study.name, cipher) as member:
+    with (
+        quiet_optuna(),
+        thread_limit(study, problem.graph),
+        _coordinated(location, study.name, cipher) as member,
+    ):
         store = member.store
         on_event(_run_started(problem, location.folder, resume=resume))
         context = replace(start_run(problem, store, on_event, command, sources), member=member)

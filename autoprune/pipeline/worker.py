@@ -78,7 +78,7 @@ def _opened(study: Study, location: RunLocation, protection: Protection) -> Iter
     """Open a run that another process has started."""
     problem = prepare(study, resume=True)
     with (
-        quiet_optuna(), thread_limit(problem),
+        quiet_optuna(), thread_limit(study, problem.graph),
         closing(RunStore(location, study.name, cipher=run_cipher(protection))) as store,
     ):  # fmt: skip
         yield start_run(problem, store, ev.ignore_event)
