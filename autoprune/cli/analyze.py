@@ -164,8 +164,8 @@ def analyze(
 ) -> None:
     """Say how far a network can be pruned, and which groups of channels are fragile or free.
 
-    All before any fine-tuning. A study that trains its own baseline trains it first. The table, the outlook
-    and two pictures are written to a folder, NAME-analysis by default.
+    All before any fine-tuning. A study that trains its own baseline trains it first. The table, what is
+    left at several costs, and two pictures are written to a folder, NAME-analysis by default.
     """
     with event_display(quiet=quiet) as on_event:
         chosen = choose_study(study, model, weights, data)
@@ -186,12 +186,14 @@ def analyze(
         sys.stdout.write(document + "\n")
     else:
         Console(highlight=False).print(sensitivity_text(table, prospects))
-        Console(highlight=False).print(f"\nanalysis.json, sensitivity.png and outlook.png are in {folder}")
+        Console(highlight=False).print(
+            f"\nanalysis.json, sensitivity.png and prunability.png are in {folder}"
+        )
 
 
 def _analysis_document(table: SensitivityTable, prospects: Sequence[Prospect]) -> str:
-    """The sensitivity table's own text form, with the outlook."""
-    return json_text(json.loads(table.to_json()) | {"outlook": prospects}, indent=1)
+    """The sensitivity table's own text form, with what one-shot pruning leaves at several costs."""
+    return json_text(json.loads(table.to_json()) | {"prospects": prospects}, indent=1)
 
 
 def _write_analysis(

@@ -146,12 +146,12 @@ def sensitivity_text(table: SensitivityTable, prospects: Sequence[Prospect] = ()
         warnings.append(Text(f"changed nothing when pruned: {', '.join(sorted(unchanged))}", BAD))
     if table.miscounted:
         warnings.append(Text(f"did not cost what was predicted: {', '.join(table.miscounted)}", BAD))
-    outlook: list[RenderableType] = []
+    prunability: list[RenderableType] = []
     if prospects:
         sentence = Text(prunability_sentence(prospects), "bold")
-        outlook = [sentence, Text(), _prospects_table(prospects), Text()]
+        prunability = [sentence, Text(), _prospects_table(prospects), Text()]
     how_measured = Text("; ".join(notes), MUTED)
-    return Group(*outlook, Text(head), how_measured, Text(), drops, Text(), *groups, *warnings)
+    return Group(*prunability, Text(head), how_measured, Text(), drops, Text(), *groups, *warnings)
 
 
 def _drop(cell: Cell | None) -> Text:

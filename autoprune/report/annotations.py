@@ -50,7 +50,7 @@ def annotate_studies(store: RunStore) -> None:
     """
     record = read_run(store)
     annotations: dict[int | str, Annotation] = {0: _original(record)}
-    annotations |= {one.number: _round(store, record, one) for one in record.rounds}
+    annotations |= {r.number: _round(store, record, r) for r in record.rounds}
     if record.outcome is not None:
         annotations[FINAL] = _final(record)
     for number, annotation in annotations.items():
@@ -91,41 +91,41 @@ Make it again: `{record.command}`
     return Annotation(summary=summary, objective=TOP1, note=note, figures=dict)
 
 
-def _round(store: RunStore, record: RunRecord, one: RoundRecord) -> Annotation:
+def _round(store: RunStore, record: RunRecord, round_record: RoundRecord) -> Annotation:
     return Annotation(
-        summary=_round_summary(one), objective=SCORE, note=_round_note(one),
+        summary=_round_summary(round_record), objective=SCORE, note=_round_note(round_record),
         figures=lambda: {
-            "path": figures.path(record, one), "sensitivity": figures.sensitivity(one),
-            "curves": figures.curves(one.trials), "widths": _promoted_widths(store, one),
+            "path": figures.path(record, round_record), "sensitivity": figures.sensitivity(round_record),
+            "curves": figures.curves(round_record.trials), "widths": _promoted_widths(store, round_record),
         },
     )  # fmt: skip
 
 
-def _round_summary(one: RoundRecord) -> str:
-    if one.action is None:
-        return f"running: {plural(one.planned_trials, 'trial')} planned"
-    scored = [t for t in one.trials if t.top1 is not None]
+def _round_summary(record: RoundRecord) -> str:
+    if record.action is None:
+        return f"running: {plural(record.planned_trials, 'trial')} planned"
+    scored = [t for t in record.trials if t.top1 is not None]
     best = max(scored, key=lambda t: (t.promoted, t.top1 or 0.0), default=None)
     if best is None:
-        return ACTIONS[one.action]
-    result = f"{ACTIONS[one.action]}: {percent(best.cost_share)} left, {percent(best.top1, 2)}"
+        return ACTIONS[record.action]
+    result = f"{ACTIONS[record.action]}: {percent(best.cost_share)} left, {percent(best.top1, 2)}"
     return result if best.promoted else f"{result}, below its floor"
 
 
-def _round_note(one: RoundRecord) -> str:
-    origin = "the original" if one.started_from == 0 else f"what round {one.started_from} promoted"
-    took = "" if one.action is None else f" It took {duration(one.seconds)}."
+def _round_note(record: RoundRecord) -> str:
+    origin = "the original" if record.started_from == 0 else f"what round {record.started_from} promoted"
+    took = "" if record.action is None else f" It took {duration(record.seconds)}."
     lines = [
-        f"# Round {one.number}: {ACTIONS.get(one.action or '', 'running')}",
+        f"# Round {record.number}: {ACTIONS.get(record.action or '', 'running')}",
         "",
-        one.reason[:1].upper() + one.reason[1:] + "." if one.reason else "No decision yet.",
+        record.reason[:1].upper() + record.reason[1:] + "." if record.reason else "No decision yet.",
         "",
-        f"It started from {origin} with {percent(one.cost_share)} of the cost left, could remove up to "
-        f"{percent(one.ceiling)} of that, and had to stay at or above {percent(one.floor, 2)}: "
-        f"{plural(one.planned_trials, 'trial')} of {one.epochs:.3g} epochs.{took}",
+        f"It started from {origin} with {percent(record.cost_share)} of the cost left, could remove up to "
+        f"{percent(record.ceiling)} of that, and had to stay at or above {percent(record.floor, 2)}: "
+        f"{plural(record.planned_trials, 'trial')} of {record.epochs:.3g} epochs.{took}",
         "",
     ]
-    if one.trials and one.action is not None:
+    if record.trials and record.action is not None:
         heads = (
             "trial",
             "removed",
@@ -138,7 +138,7 @@ def _round_note(one: RoundRecord) -> str:
             "",
         )
         lines += [_table_row(*heads), "|---:|---:|---:|---:|---:|---:|---:|---|---|"]
-        lines += [_trial_row(trial) for trial in one.trials]
+        lines += [_trial_row(trial) for trial in record.trials]
     return "\n".join(lines)
 
 
@@ -157,13 +157,13 @@ def _table_row(*cells: str) -> str:
     return "".join(f"| \u2003{keep_units_together(cell)} " for cell in cells) + "|"
 
 
-def _promoted_widths(store: RunStore, one: RoundRecord) -> go.Figure | None:
+def _promoted_widths(store: RunStore, record: RoundRecord) -> go.Figure | None:
     """How wide the promoted network still is, group by group; None where there is none to be read."""
-    promoted = next((t.number for t in one.trials if t.promoted), None)
+    promoted = next((t.number for t in record.trials if t.promoted), None)
     if promoted is None:
         return None
     try:
-        plan = store.load_checkpoint(checkpoint_of(store, one.number, promoted)).plan
+        plan = store.load_checkpoint(checkpoint_of(store, record.number, promoted)).plan
     except AutopruneError:  # a figure is no reason to stop a run
         return None
     after = {name: len(keep) for name, keep in plan.keep.items()}

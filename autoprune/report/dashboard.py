@@ -43,7 +43,7 @@ HOST = "127.0.0.1"
 NAMES = ("127.0.0.1", "localhost")
 PORT = 8080
 TRIED_PORTS = 50
-DEPTH = 3  # folders below the given one in which runs are looked for: runs/sweep/study/
+DEPTH = 3  # levels below the given folder that are searched for runs: runs/SWEEP/JOB is the deepest
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,7 +52,7 @@ class Source:
 
     Attributes:
         label: of the run that it holds; None where there may be several, each under its own name.
-        name: of the one run that is wanted of it; None is all.
+        name: of the only run to show; None shows all.
         version: differs where another database took the location of an earlier one.
     """
 
@@ -132,10 +132,10 @@ class RunsStorage(BaseStorage):
 
     def _own(self, study_id: int) -> tuple[BaseStorage, int]:
         with self._lock:
-            seen = list(self._ids)
-        if not 0 < study_id <= len(seen):
+            sources = list(self._ids)
+        if not 0 < study_id <= len(sources):
             raise KeyError(study_id)
-        source, own_id = seen[study_id - 1]
+        source, own_id = sources[study_id - 1]
         return self._open(source), own_id
 
     def get_all_studies(self) -> list[FrozenStudy]:
@@ -229,8 +229,8 @@ class _Server(ThreadingMixIn, WSGIServer):
 
 
 class _Silent(WSGIRequestHandler):
-    def log_message(self, *given: Any) -> None:
-        """No line for each request."""
+    def log_message(self, *args: Any) -> None:
+        """Do nothing: a line for each request would hide what the command prints."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -270,5 +270,5 @@ def open_dashboard(text: str, port: int | None = None) -> Dashboard:
         with suppress(OSError):
             server = make_server(HOST, candidate, app, server_class=_Server, handler_class=_Silent)
             return Dashboard(server=server, runs=runs)
-    taken = f"port {port} is" if port is not None else f"ports {PORT} to {PORT + TRIED_PORTS - 1} are"
-    raise UsageError(f"{taken} taken on {HOST}", "choose another with --port; 0 takes any that is free")
+    ports = f"port {port} is" if port is not None else f"ports {PORT} to {PORT + TRIED_PORTS - 1} are"
+    raise UsageError(f"{ports} taken on {HOST}", "choose another with --port; 0 takes any that is free")

@@ -25,15 +25,18 @@ LAYOUT: dict[str, Any] = {
 }  # fmt: skip
 
 
-def path(record: RunRecord, here: RoundRecord | None = None) -> go.Figure | None:
-    """Accuracy over cost: trials, promoted line, floor and target; of one round its floor and its reach."""
+def path(record: RunRecord, round_record: RoundRecord | None = None) -> go.Figure | None:
+    """Draw accuracy over cost: trials, promoted line, floor and target.
+
+    With `round_record`, its trials stand out, and its own floor and the costs it may reach are drawn too.
+    """
     series = path_series(record)
     if series is None:
         return None
     figure = go.Figure(layout=LAYOUT)
-    number = 0 if here is None else here.number
+    number = 0 if round_record is None else round_record.number
     others = [p for p in series.trials if p.round != number]
-    _dots(figure, others, "trials" if here is None else "other rounds", "pale")
+    _dots(figure, others, "trials" if round_record is None else "other rounds", "pale")
     _dots(figure, [p for p in series.trials if p.round == number], f"round {number}", "good")
     line = [(100.0, series.original), *((p.left, p.top1) for p in series.promoted)]
     figure.add_scatter(
@@ -53,8 +56,8 @@ def path(record: RunRecord, here: RoundRecord | None = None) -> go.Figure | None
     figure.add_vline(x=series.target, line={"color": COLOURS["muted"], "dash": "dot"},
                      annotation_text=f"target {percent(record.target_share)}",
                      annotation_position="bottom left")  # fmt: skip
-    if here is not None:
-        _reach(figure, here)
+    if round_record is not None:
+        _reach(figure, round_record)
     figure.update_xaxes(title=f"{series.metric} left, % of the original", autorange="reversed")
     figure.update_yaxes(title="top-1 on the search split, %", range=[series.bottom, series.top])
     return figure.update_layout(title_text="Accuracy over cost")
@@ -75,12 +78,13 @@ def _hover_text(point: TrialPoint) -> str:
     return "<br>".join([head, *(f"{name} {setting(value)}" for name, value in point.trial.params.items())])
 
 
-def _reach(figure: go.Figure, here: RoundRecord) -> None:
-    deepest = 100 * here.cost_share * (1 - here.ceiling)
-    figure.add_hline(y=100 * here.floor, line={"color": COLOURS["bad"], "dash": "dot", "width": 1},
+def _reach(figure: go.Figure, round_record: RoundRecord) -> None:
+    deepest = 100 * round_record.cost_share * (1 - round_record.ceiling)
+    figure.add_hline(y=100 * round_record.floor, line={"color": COLOURS["bad"], "dash": "dot", "width": 1},
                      annotation_text="this round's floor", annotation_position="top left")  # fmt: skip
-    figure.add_vrect(x0=deepest, x1=100 * here.cost_share, fillcolor=COLOURS["pale"], opacity=0.25,
-                     line_width=0, annotation_text=f"this round removes up to {percent(here.ceiling)}",
+    figure.add_vrect(x0=deepest, x1=100 * round_record.cost_share, fillcolor=COLOURS["pale"], opacity=0.25,
+                     line_width=0,
+                     annotation_text=f"this round removes up to {percent(round_record.ceiling)}",
                      annotation_position="top right", annotation_xanchor="left")  # fmt: skip
 
 
@@ -102,11 +106,11 @@ def widths(
     return figure.update_xaxes(title=unit)
 
 
-def sensitivity(one: RoundRecord) -> go.Figure | None:
+def sensitivity(round_record: RoundRecord) -> go.Figure | None:
     """Change of top-1 when one group alone is pruned, by the share that is removed of it."""
-    if not one.sensitivity:
+    if not round_record.sensitivity:
         return None
-    rows = cells(one.sensitivity)
+    rows = cells(round_record.sensitivity)
     used = [c for c in range(len(COLUMNS)) if any(row[c] is not None for row in rows.values())]
     changes = [[-cell.drop_pp if (cell := row[c]) else None for c in used] for row in rows.values()]
     figure = go.Figure(layout=LAYOUT)

@@ -112,16 +112,16 @@ def caution(record: RunRecord) -> str:
     if after is None or difference is None or difference.delta_pp >= -record.max_drop_pp:
         return ""
     allowed = f"{record.max_drop_pp:g} pp"
-    lost = f"{signed(100 * (after.search_top1 - record.before.search_top1), 2)} pp"
+    search_change = f"{signed(100 * (after.search_top1 - record.before.search_top1), 2)} pp"
     chance = (
         "the allowed loss lies inside, so this may be chance"
         if difference.high_pp >= -record.max_drop_pp >= difference.low_pp
         else "more than chance explains"
     )
     return (
-        f"The {allowed} that were allowed are kept on the search split, where trials are chosen ({lost}), "
-        f"and not on the test split, which no trial has seen ({signed(difference.delta_pp, 2)} pp). With "
-        f"n = {after.num_samples:,} the {interval(difference)}: {chance}. A split flatters what was chosen "
+        f"The {allowed} that were allowed are kept on the search split, where trials are chosen "
+        f"({search_change}), and not on the test split, which no trial has seen "
+        f"({signed(difference.delta_pp, 2)} pp). With n = {after.num_samples:,} the {interval(difference)}: {chance}. A split flatters what was chosen "
         "on it; a larger one, or a smaller --max-drop, leaves less room for that."
     )
 
@@ -133,8 +133,8 @@ def ending(record: RunRecord) -> str:
     source, tuning = delivered_trial(record), record.tuning
     if source is None:
         return "The original is delivered: no trial stayed inside the floor."
-    one, trial = source
-    who = f"trial {trial.number} of round {one.number}"
+    round_record, trial = source
+    who = f"trial {trial.number} of round {round_record.number}"
     if tuning is None or not tuning.epochs:
         return f"{who.capitalize()} is delivered as it was: nothing of the budget was left to tune it longer."
     took = f"{tuning.epochs[-1].epoch:.3g} epochs"
@@ -150,14 +150,14 @@ def ending(record: RunRecord) -> str:
 
 
 def _so_far(record: RunRecord) -> str:
-    """What the round promoted last has: the next one starts from it."""
+    """Describe the network that was promoted last, from which the next round starts."""
     promoted = [(r, t) for r in record.rounds for t in r.trials if t.promoted]
     if not promoted:
         return "nothing is promoted yet"
-    one, trial = promoted[-1]
+    round_record, trial = promoted[-1]
     metric = METRICS.get(record.target_metric, record.target_metric)
     return (
-        f"round {one.number} promoted a network with {percent(trial.cost_share)} of the {metric} "
+        f"round {round_record.number} promoted a network with {percent(trial.cost_share)} of the {metric} "
         f"and {percent(trial.top1, 2)} top-1 on the search split"
     )
 

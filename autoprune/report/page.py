@@ -111,7 +111,7 @@ def _render(record: RunRecord, out: Path, svgs: Mapping[str, str]) -> str:
         "percent": formatting.percent, "duration": formatting.duration, "size": formatting.size,
         "setting": formatting.setting, "plural": formatting.plural, "when": _when,
         "trial_status": narrative.trial_status, "keep_units_together": keep_units_together,
-        "sentence": _sentence, "shown": _shown,
+        "sentence": _sentence, "shown": _displayed_params,
     }  # fmt: skip
     template = page.from_string(read_asset("report.html.j2"))
     return template.render(
@@ -141,8 +141,8 @@ def read_asset(name: str) -> str:
 
 def _winners(record: RunRecord) -> Iterator[tuple[RoundRecord, TrialRecord]]:
     source = narrative.delivered_trial(record)
-    for one in record.rounds:
-        yield from ((one, t) for t in one.trials if t.promoted or (one, t) == source)
+    pairs = ((round_record, trial) for round_record in record.rounds for trial in round_record.trials)
+    return (pair for pair in pairs if pair[1].promoted or pair == source)
 
 
 def keep_units_together(text: str) -> str:
@@ -156,8 +156,8 @@ def _sentence(text: str) -> str:
     return text[:1].upper() + text[1:] + ("" if text.endswith((".", "!", "?")) else ".")
 
 
-def _shown(trial: TrialRecord) -> dict[str, str]:
-    """A trial's parameters for a table: those that belong to its decay stand with the decay."""
+def _displayed_params(trial: TrialRecord) -> dict[str, str]:
+    """A trial's parameters for a table: those that belong to its decay are written beside the decay."""
     decay = str(trial.params.get("decay", ""))
     own = {k.removeprefix(f"{decay}_"): v for k, v in trial.params.items() if _is_of(k, decay)}
     extra = "".join(f", {name} {formatting.setting(value)}" for name, value in own.items())
@@ -173,7 +173,7 @@ def _is_of(parameter: str, decay: str) -> bool:
 
 def _columns(record: RunRecord) -> list[str]:
     """What every trial chooses, and of the rest what differs: what all share is a setting of the run."""
-    trials = [_shown(t) for r in record.rounds for t in r.trials]
+    trials = [_displayed_params(t) for r in record.rounds for t in r.trials]
     names = dict.fromkeys(name for t in trials for name in t)
     own_columns = {"prune_rate"}  # as what was removed, in its own column
     values = {n: {t[n] for t in trials if n in t} for n in names if n not in own_columns}
@@ -213,5 +213,5 @@ def _flat(settings: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, 
         if isinstance(value, Mapping):
             yield from _flat(value, f"{prefix}{name}.")
         else:
-            shown = ", ".join(map(str, value)) if isinstance(value, list | tuple) else str(value)
-            yield f"{prefix}{name}", shown
+            text = ", ".join(map(str, value)) if isinstance(value, list | tuple) else str(value)
+            yield f"{prefix}{name}", text

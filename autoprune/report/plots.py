@@ -39,15 +39,15 @@ STYLE: Any = {
     "axes.facecolor": "none", "lines.solid_capstyle": "round", "axes.unicode_minus": True,
     "figure.constrained_layout.use": True,
 }  # fmt: skip
-STRONG = 0.6  # a cell of such a colour makes grey letters hard to read
-MAX_LABELLED = 70  # layers or groups whose names are written out; beyond, names would overlap
+STRONG = 0.6  # from this strength on, a cell's colour makes grey letters hard to read; a guess
+MAX_LABELLED = 70  # layers or groups whose names are written out; beyond, names would overlap; a guess
 
 Draw = Callable[[RunRecord], Figure | None]
 
 
 @contextmanager
 def style() -> Iterator[None]:
-    """Our look, and matplotlib's own again afterwards."""
+    """Draw in the report's style for the length of a `with` block."""
     with mpl.rc_context(STYLE):
         yield
 
@@ -55,8 +55,8 @@ def style() -> Iterator[None]:
 def draw_all(record: RunRecord) -> dict[str, Figure]:
     """Every picture that this record has the numbers for, by name."""
     with style():
-        drawn = {name: draw(record) for name, draw in PLOTS.items()}
-    return {name: figure for name, figure in drawn.items() if figure is not None}
+        figures = {name: draw(record) for name, draw in PLOTS.items()}
+    return {name: figure for name, figure in figures.items() if figure is not None}
 
 
 def save_png(figure: Figure, path: Path) -> None:
@@ -143,7 +143,7 @@ def _promoted_line(axes: Axes, series: PathSeries) -> None:
 
 
 def _delivered(axes: Axes, series: PathSeries) -> None:
-    """What came of the trial that was tuned at the end, with the way from there."""
+    """Mark the delivered network, with a line from the trial that it was tuned from."""
     point = series.delivered
     if point is None:
         return
@@ -223,7 +223,7 @@ def _heat_cell(axes: Axes, place: tuple[int, int], cell: Cell, worst: float, *, 
 def write_analysis_plots(
     points: Sequence[MeasuredPoint], prospects: Sequence[Prospect], intact: float, folder: Path
 ) -> None:
-    """Write the pictures of an analysis, `sensitivity.png` and `outlook.png`, into a folder.
+    """Write the pictures of an analysis, `sensitivity.png` and `prunability.png`, into a folder.
 
     Args:
         points: the sensitivity table's.
@@ -233,21 +233,22 @@ def write_analysis_plots(
     """
     with style():
         save_png(heat_map(points), folder / "sensitivity.png")
-        save_png(outlook(prospects, intact), folder / "outlook.png")
+        save_png(prunability(prospects, intact), folder / "prunability.png")
 
 
-def outlook(found: Sequence[Prospect], intact: float) -> Figure:
+def prunability(prospects: Sequence[Prospect], intact: float) -> Figure:
     """Top-1 over the multiply-adds left, pruned in one step, without fine-tuning."""
     with style():
         figure = Figure(figsize=(WIDTH_IN, 3.0))
         axes = figure.add_subplot()
         colours = {"safe": COLOURS["good"], "marginal": COLOURS["accent"], "hopeless": COLOURS["bad"]}
-        axes.plot([1.0, *(p.macs_share for p in found)], [100 * intact, *(100 * p.top1 for p in found)],
+        shares = [1.0, *(p.macs_share for p in prospects)]
+        axes.plot(shares, [100 * intact, *(100 * p.top1 for p in prospects)],
                   color=COLOURS["muted"], linewidth=1.2)  # fmt: skip
         for region, colour in colours.items():
-            mine = [p for p in found if p.region == region]
-            if mine:
-                axes.plot([p.macs_share for p in mine], [100 * p.top1 for p in mine], "o", color=colour,
+            points = [p for p in prospects if p.region == region]
+            if points:
+                axes.plot([p.macs_share for p in points], [100 * p.top1 for p in points], "o", color=colour,
                           label=region)  # fmt: skip
         axes.invert_xaxis()
         axes.xaxis.set_major_formatter(lambda value, _: percent(value, 0))
@@ -264,10 +265,10 @@ def curves(record: RunRecord) -> Figure | None:
         return None
     figure = Figure(figsize=(WIDTH_IN, 3.0))
     left, right = figure.subplots(1, 2)
-    for one in sorted(trials, key=lambda t: t.promoted):
-        look = {"color": COLOURS["accent"], "linewidth": 1.8} if one.promoted else {
+    for trial in sorted(trials, key=lambda t: t.promoted):
+        look = {"color": COLOURS["accent"], "linewidth": 1.8} if trial.promoted else {
             "color": COLOURS["muted"], "linewidth": 0.8, "alpha": 0.55}  # fmt: skip
-        for part in schedules(one):
+        for part in schedules(trial):
             epochs = [p.epoch for p in part]
             left.plot(epochs, [p.train_loss for p in part], marker="o", markersize=2.5, **look)
             right.plot(epochs, [p.lr for p in part], marker="o", markersize=2.5, **look)

@@ -50,9 +50,9 @@ class PathSeries:
 def path_series(record: RunRecord) -> PathSeries | None:
     """The way from the original to the delivered network; None where no trial has a score."""
     trials = tuple(
-        TrialPoint(round=one.number, trial=t, left=100 * t.cost_share, top1=100 * t.top1)
-        for one in record.rounds
-        for t in one.trials
+        TrialPoint(round=r.number, trial=t, left=100 * t.cost_share, top1=100 * t.top1)
+        for r in record.rounds
+        for t in r.trials
         if t.top1 is not None and t.cost_share is not None
     )
     if not trials:
@@ -95,7 +95,7 @@ class Width:
 
 
 def width_series(before: Mapping[str, int], after: Mapping[str, int]) -> list[Width]:
-    """What both know, in the network's order."""
+    """Return the widths of the layers or groups that are in both mappings, in the network's order."""
     return [Width(name=n, before=width, after=after[n]) for n, width in before.items() if n in after]
 
 

@@ -21,16 +21,16 @@ COLUMNS = (
 
 def trial_frame(record: RunRecord) -> pd.DataFrame:
     """One row a trial: round, number, what it tried (`params_...`), what came of it."""
-    return pd.DataFrame([_row(one, trial) for one in record.rounds for trial in one.trials])
+    return pd.DataFrame([_row(r, t) for r in record.rounds for t in r.trials])
 
 
 def trials_csv(record: RunRecord) -> str:
-    """The table as text."""
+    """Return the table of all trials as CSV."""
     return str(trial_frame(record).to_csv(index=False))
 
 
-def _row(one: RoundRecord, trial: TrialRecord) -> dict[str, Any]:
-    row: dict[str, Any] = {"round": one.number, "trial": trial.number, "floor": one.floor}
+def _row(round_record: RoundRecord, trial: TrialRecord) -> dict[str, Any]:
+    row: dict[str, Any] = {"round": round_record.number, "trial": trial.number, "floor": round_record.floor}
     row |= {f"params_{name}": value for name, value in trial.params.items()}
     row |= {name: getattr(trial, name) for name in COLUMNS}
     return row | {"epochs": trial.epochs[-1].epoch if trial.epochs else 0.0}
@@ -46,7 +46,7 @@ class Importance:
 
 @dataclass(frozen=True, kw_only=True)
 class Importances:
-    """All of them, from `num_trials` trials."""
+    """The importance of every hyperparameter that varied, from `num_trials` trials."""
 
     shares: tuple[Importance, ...]
     num_trials: int
@@ -59,13 +59,13 @@ def importances(record: RunRecord) -> Importances | None:
     of the round's ceiling, and parameters that belong to one decay alone are left out. None where there are
     too few trials, or nothing differed.
     """
-    points = [p for one in record.rounds for p in _comparable(one)]
+    points = [p for r in record.rounds for p in _comparable(r)]
     names = set.intersection(*(set(p.params) for p in points)) if points else set()
-    seen = {n: {p.params[n] for p in points} for n in sorted(names)}
-    varied = [n for n in seen if len(seen[n]) > 1]
+    values = {n: {p.params[n] for p in points} for n in sorted(names)}
+    varied = [n for n in values if len(values[n]) > 1]
     if len(points) < MIN_TRIALS or not varied or len({p.value for p in points}) < 2:
         return None
-    space = {n: _range(n, seen[n]) for n in varied}
+    space = {n: _range(n, values[n]) for n in varied}
     with quiet_optuna():
         study = optuna.create_study(storage=optuna.storages.InMemoryStorage(), direction="maximize")
     for point in points:
@@ -79,24 +79,24 @@ def importances(record: RunRecord) -> Importances | None:
 
 @dataclass(frozen=True, kw_only=True)
 class _Point:
-    """A trial in terms that all rounds share."""
+    """A trial, expressed so that trials of different rounds can be compared."""
 
     params: dict[str, Any]
     value: float
 
 
-def _comparable(one: RoundRecord) -> Iterator[_Point]:
-    for trial in one.trials:
+def _comparable(round_record: RoundRecord) -> Iterator[_Point]:
+    for trial in round_record.trials:
         if trial.top1 is None:
             continue
         params = {n: v for n, v in trial.params.items() if not n.startswith(f"{trial.params.get('decay')}_")}
         if "prune_rate" in params:
-            params["prune_rate"] = min(1.0, params["prune_rate"] / one.ceiling)
-        yield _Point(params=params, value=trial.top1 - one.floor)
+            params["prune_rate"] = min(1.0, params["prune_rate"] / round_record.ceiling)
+        yield _Point(params=params, value=trial.top1 - round_record.floor)
 
 
-def _range(name: str, seen: set[Any]) -> optuna.distributions.BaseDistribution:
-    """The space that holds every value seen."""
-    if all(isinstance(v, int | float) and not isinstance(v, bool) for v in seen):
-        return optuna.distributions.FloatDistribution(min(seen), max(seen), log=name == "lr")
-    return optuna.distributions.CategoricalDistribution(sorted(seen, key=str))
+def _range(name: str, values: set[Any]) -> optuna.distributions.BaseDistribution:
+    """Return the distribution that spans these values of a hyperparameter."""
+    if all(isinstance(v, int | float) and not isinstance(v, bool) for v in values):
+        return optuna.distributions.FloatDistribution(min(values), max(values), log=name == "lr")
+    return optuna.distributions.CategoricalDistribution(sorted(values, key=str))

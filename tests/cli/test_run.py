@@ -99,9 +99,9 @@ def test_analyze_trains_and_measures(finished: Finished, capfd: pytest.CaptureFi
     assert "points measured in" in told
     document = json.loads((folder / "analysis.json").read_text())
     assert document["points"]
-    assert document["outlook"]
+    assert document["prospects"]
     assert SensitivityTable.from_json(json.dumps(document)).points
-    for name in ("sensitivity.png", "outlook.png"):
+    for name in ("sensitivity.png", "prunability.png"):
         assert (folder / name).read_bytes().startswith(b"\x89PNG")
     assert main(["analyze", str(finished.study), "--share", "0.3", "--quiet"]) == 2
     assert "half" in capfd.readouterr().err
