@@ -121,7 +121,8 @@ def caution(record: RunRecord) -> str:
     return (
         f"The {allowed} that were allowed are kept on the search split, where trials are chosen "
         f"({search_change}), and not on the test split, which no trial has seen "
-        f"({signed(difference.delta_pp, 2)} pp). With n = {after.num_samples:,} the {interval(difference)}: {chance}. A split flatters what was chosen "
+        f"({signed(difference.delta_pp, 2)} pp). With "
+        f"n = {after.num_samples:,} the {interval(difference)}: {chance}. A split flatters what was chosen "
         "on it; a larger one, or a smaller --max-drop, leaves less room for that."
     )
 
