@@ -9,6 +9,7 @@ function; `verify` measures by how much they differ.
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -29,10 +30,11 @@ from autoprune.torch_private import ConvBase, NormBase, tree_leaves, tree_map_on
 
 GATES = {"LSTM": 4, "GRU": 3, "RNN_TANH": 1, "RNN_RELU": 1}  # rows of a recurrent layer's weight a unit
 TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4}  # relative; measured: 1e-14 and 1e-6 on torchvision
+OTHER_TOLERANCE = 5e-2  # of half precision, which has two to three decimal digits; a guess
 
 
 def densify(model: nn.Module, graph: ChannelGraph, plan: PruningPlan) -> nn.Module:
-    """The dense network that a plan leaves: the user's class with smaller layers, on the same device.
+    """Return the dense network that a plan leaves: the user's class with smaller layers, on the same device.
 
     `model` is left untouched. Memory: one copy of what is kept.
 
@@ -50,7 +52,7 @@ def densify(model: nn.Module, graph: ChannelGraph, plan: PruningPlan) -> nn.Modu
 
 
 def densify_on_meta(model: nn.Module, graph: ChannelGraph, plan: PruningPlan) -> nn.Module:
-    """The dense network's shapes alone: parameters on the meta device, no weight read."""
+    """Return the dense network with its parameters on the meta device: shapes alone, no weight is read."""
     cuts = _kept_positions(graph, plan)
 
     def shrink(name: str, tensor: Tensor) -> Tensor:
@@ -63,7 +65,7 @@ def densify_on_meta(model: nn.Module, graph: ChannelGraph, plan: PruningPlan) ->
 
 
 def masked(model: nn.Module, graph: ChannelGraph, plan: PruningPlan) -> nn.Module:
-    """The reference: the original's shapes, with zeros wherever a removed channel is made or read."""
+    """Return the reference: the original's shapes, with zeros wherever a removed channel is made or read."""
     zeros = _zeros(graph, plan, readers_only=False)
 
     def zero(name: str, tensor: Tensor) -> Tensor:
@@ -73,7 +75,7 @@ def masked(model: nn.Module, graph: ChannelGraph, plan: PruningPlan) -> nn.Modul
 
 
 def copy_model(model: nn.Module, change: Callable[[str, Tensor], Tensor]) -> nn.Module:
-    """A copy of a module tree in which `change(name, tensor)` stands for each parameter and buffer.
+    """Return a copy of a module tree in which `change(name, tensor)` stands for each parameter and buffer.
 
     A tensor that has several names is changed once and stays one tensor. Memory: only what `change` makes, as
     `copy.deepcopy` finds these tensors copied already.
@@ -95,7 +97,7 @@ def copy_model(model: nn.Module, change: Callable[[str, Tensor], Tensor]) -> nn.
 def masked_tensors(
     graph: ChannelGraph, plan: PruningPlan, tensors: Mapping[str, Tensor], *, readers_only: bool
 ) -> dict[str, Tensor]:
-    """The parameters and buffers that `masked` changes, changed; the others are not in the result.
+    """Return the parameters and buffers that `masked` changes, as it changes them, and no others.
 
     Args:
         graph, plan: as for `masked`.
@@ -112,7 +114,7 @@ def masked_tensors(
 def _zeros(
     graph: ChannelGraph, plan: PruningPlan, *, readers_only: bool
 ) -> dict[str, list[tuple[int, NDArray[np.int64]]]]:
-    """Parameter name -> (dimension, positions that a plan zeroes)."""
+    """Return for each parameter name the pairs (dimension, positions that a plan zeroes)."""
     zeros: dict[str, list[tuple[int, NDArray[np.int64]]]] = {}
     for group, removed in _removals(graph, plan):
         for member in group.members:
@@ -129,7 +131,7 @@ def _with_zeros(tensor: Tensor, zeros: Sequence[tuple[int, NDArray[np.int64]]]) 
 
 
 def verify(model: nn.Module, graph: ChannelGraph, plan: PruningPlan, example_inputs: Any) -> float:
-    """Largest difference between the dense and the masked network's outputs, relative to their size.
+    """Return the largest difference between the dense and the masked network's outputs, over their size.
 
     Raises:
         VerificationError: it is above the tolerance of the network's number format.
@@ -137,7 +139,7 @@ def verify(model: nn.Module, graph: ChannelGraph, plan: PruningPlan, example_inp
     inputs = example_inputs if isinstance(example_inputs, tuple) else (example_inputs,)
     dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
     error = difference(densify(model, graph, plan), masked(model, graph, plan), inputs)
-    allowed = TOLERANCE.get(dtype, 5e-2)
+    allowed = TOLERANCE.get(dtype, OTHER_TOLERANCE)
     if not error <= allowed:
         raise VerificationError(
             f"the dense network differs from the masked one by {error:.1e} (allowed {allowed:.0e})",
@@ -147,22 +149,25 @@ def verify(model: nn.Module, graph: ChannelGraph, plan: PruningPlan, example_inp
 
 
 def difference(dense: nn.Module, reference: nn.Module, inputs: tuple[Any, ...]) -> float:
-    """Largest absolute difference of two networks' outputs over the reference's largest absolute output."""
+    """Return the largest absolute difference of two networks' outputs over the reference's largest output."""
     return largest_gap(outputs(dense, inputs), outputs(reference, inputs))
 
 
-def largest_gap(got: list[Tensor], want: list[Tensor]) -> float:
-    """Largest absolute difference over the largest absolute entry of `want`; infinite where shapes differ."""
-    if [t.shape for t in got] != [t.shape for t in want]:
+def largest_gap(actual: list[Tensor], expected: list[Tensor]) -> float:
+    """Return the largest absolute difference over the largest absolute entry of `expected`.
+
+    It is infinite where shapes differ, and NaN where an entry is.
+    """
+    if [t.shape for t in actual] != [t.shape for t in expected]:
         return float("inf")
-    largest = max((float(t.abs().max()) for t in want if t.numel()), default=0.0)
-    apart = [float((a - b).abs().max()) for a, b in zip(got, want, strict=True) if a.numel()]
-    worst = float("nan") if any(a != a for a in apart) else max(apart, default=0.0)
+    largest = max((float(t.abs().max()) for t in expected if t.numel()), default=0.0)
+    gaps = [float((a - b).abs().max()) for a, b in zip(actual, expected, strict=True) if a.numel()]
+    worst = float("nan") if any(math.isnan(gap) for gap in gaps) else max(gaps, default=0.0)
     return worst / largest if largest > 0 else worst
 
 
 def outputs(model: nn.Module, inputs: tuple[Any, ...]) -> list[Tensor]:
-    """What a network gives out in evaluation mode from a fixed seed, in float64."""
+    """Return the tensors that a network gives out in evaluation mode from a fixed seed, in float64."""
     with torch.no_grad(), torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         result = model.eval()(*tree_map_only(Tensor, torch.clone, inputs))
@@ -186,22 +191,22 @@ def _removals(graph: ChannelGraph, plan: PruningPlan) -> Iterator[tuple[Group, N
 
 
 def _kept_positions(graph: ChannelGraph, plan: PruningPlan) -> dict[str, dict[int, NDArray[np.int64]]]:
-    """Parameter name -> dimension -> kept positions, for those that shrink."""
-    stays: dict[tuple[str, int], NDArray[np.bool_]] = {}
+    """Return parameter name -> dimension -> positions that stay, for the dimensions that shrink."""
+    masks: dict[tuple[str, int], NDArray[np.bool_]] = {}
     for group, removed in _removals(graph, plan):
         for member in group.members:
             key = member.name, member.dim
-            if key not in stays:
-                stays[key] = np.ones(graph.width(*key), bool)
-            stays[key][member.index[removed]] = False
-    kept: dict[str, dict[int, NDArray[np.int64]]] = {}
-    for (name, dim), positions in stays.items():
-        kept.setdefault(name, {})[dim] = np.flatnonzero(positions)
-    return kept
+            if key not in masks:
+                masks[key] = np.ones(graph.width(*key), bool)
+            masks[key][member.index[removed]] = False
+    positions: dict[str, dict[int, NDArray[np.int64]]] = {}
+    for (name, dim), mask in masks.items():
+        positions.setdefault(name, {})[dim] = np.flatnonzero(mask)
+    return positions
 
 
 def _with_sizes_updated(model: nn.Module, graph: ChannelGraph, plan: PruningPlan) -> nn.Module:
-    counts = {name: len(kept) for name, kept in plan.keep.items()}
+    counts = {name: len(units) for name, units in plan.keep.items()}
     modules = dict(model.named_modules())
     changed = {m.name.rpartition(".")[0] for g, _ in _removals(graph, plan) for m in g.members}
     for counter in graph.count_attributes:
@@ -214,7 +219,8 @@ def _with_sizes_updated(model: nn.Module, graph: ChannelGraph, plan: PruningPlan
         modules[name].autoprune_split_axes = dict(axes)
     for name, width in sorted(graph.norm_widths.items()):
         if width and (name in changed or not isinstance(modules[name], nn.LayerNorm)):
-            patch_norm_(modules[name], width)  # who takes a mean need not hold the channels
+            # A module may take a mean over channels that it has no parameter for, so `changed` is not enough.
+            patch_norm_(modules[name], width)
     for name in changed:
         _update_sizes_(modules[name.removesuffix(".parametrizations.weight")])
     patch_attention_(model, changed)
@@ -242,26 +248,26 @@ def _gather_where_ragged(
 def _pruned_call(
     graph: ChannelGraph, call: RaggedCall, plan: PruningPlan, counts: dict[str, int]
 ) -> PrunedCall | None:
-    if call.order is None and not call.given:
+    if call.order is None and not call.labelled_axes:
         return None
     sizes = tuple(graph.length(a, counts) for a in call.axes)
     if call.order is None:
-        return PrunedCall(sizes, given=call.given)
-    return PrunedCall(sizes, call.order.given, call.order.dim, _index(graph, call.order, plan))
+        return PrunedCall(sizes, labelled_axes=call.labelled_axes)
+    return PrunedCall(sizes, call.order.labelled_axes, call.order.dim, _index(graph, call.order, plan))
 
 
 def _index(graph: ChannelGraph, order: UnitReordering, plan: PruningPlan) -> Tensor:
-    """The positions to read, in their order, once the plan's channels are gone."""
-    stays = order.group < 0
-    for number in np.unique(order.group[~stays]):
-        group, mine = graph.groups[number], order.group == number
-        stays[mine] = np.isin(order.unit[mine], plan.kept(group.name, group.num_units))
-    places = np.cumsum(stays) - 1
-    return torch.from_numpy(places[order.index[stays[order.index]]])
+    """Return the positions to read, in their order, once the plan's channels are removed."""
+    is_kept = order.group < 0
+    for number in np.unique(order.group[~is_kept]):
+        group, in_group = graph.groups[number], order.group == number
+        is_kept[in_group] = np.isin(order.unit[in_group], plan.kept(group.name, group.num_units))
+    new_positions = np.cumsum(is_kept) - 1
+    return torch.from_numpy(new_positions[order.index[is_kept[order.index]]])
 
 
 def _pruned_shapes(graph: ChannelGraph, module: str, counts: dict[str, int]) -> dict[str, list[Shape]]:
-    """Line -> the shapes that the module's reshapes on it make under a plan."""
+    """Return for each line the shapes that the module's reshapes on it make under a plan."""
     shapes: dict[str, list[Shape]] = {}
     for reshape in graph.reshapes.get(module, ()):
         shape = tuple(graph.length(a, counts) for a in reshape.axes)
@@ -270,7 +276,7 @@ def _pruned_shapes(graph: ChannelGraph, module: str, counts: dict[str, int]) -> 
 
 
 def _pruned_pieces(graph: ChannelGraph, module: str, counts: dict[str, int]) -> dict[Shape, Shape]:
-    """Old -> new lengths of the pieces of the module's splits, where they change."""
+    """Return old -> new lengths of the pieces of the module's splits, where they change."""
     pieces = {
         tuple(graph.length(a, {}) for a in axes): tuple(graph.length(a, counts) for a in axes)
         for axes in graph.split.get(module, ())
@@ -279,7 +285,7 @@ def _pruned_pieces(graph: ChannelGraph, module: str, counts: dict[str, int]) -> 
 
 
 def _update_sizes_(module: nn.Module) -> None:
-    """Set the sizes that torch's own layers carry to those of their tensors."""
+    """Set the sizes that torch's own layers store to those of their tensors."""
     weight = getattr(module, "weight", None)
     if isinstance(module, ConvBase):
         outs, ins = (1, 0) if module.transposed else (0, 1)

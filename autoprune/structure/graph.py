@@ -115,12 +115,12 @@ class UnitReordering:
     """Channels read along `dim` in another order: position i of the result was `index[i]`.
 
     Attributes:
-        given: the axes of a reshape's result over which it spreads them.
+        labelled_axes: the axes of a reshape's result over which it spreads them.
         group: per position read, the number of its group, -1 where it stays; `unit` is its unit there.
     """
 
     dim: int
-    given: tuple[int, ...]
+    labelled_axes: tuple[int, ...]
     index: NDArray[np.int64]
     group: NDArray[np.int64]
     unit: NDArray[np.int64]
@@ -131,13 +131,13 @@ class RaggedCall:
     """A reshape, split or shuffle in a ragged module: its line, and what it makes (`rules.channel_shuffle`).
 
     Attributes:
-        given: the axes of a reshape, or the pieces of a split, that have labels: the program does not know
-            their lengths.
+        labelled_axes: the axes of a reshape, or the pieces of a split, that have labels: the
+            program does not know their lengths.
     """
 
     line: str
     axes: tuple[Axis, ...]
-    given: tuple[int, ...]
+    labelled_axes: tuple[int, ...]
     order: UnitReordering | None = None
 
 
@@ -200,7 +200,7 @@ class ChannelGraph:
 
     def cost(self, plan: PruningPlan | None = None) -> Cost:
         """Cost of the network, or of what a plan leaves of it: exact, but for a predicted latency."""
-        counts = {} if plan is None else {name: len(kept) for name, kept in plan.keep.items()}
+        counts = {} if plan is None else {name: len(units) for name, units in plan.keep.items()}
         return self.cost_of_counts(counts)
 
     def cost_of_counts(self, counts: Mapping[str, int]) -> Cost:
@@ -214,8 +214,12 @@ class ChannelGraph:
 
     def with_bounds(self, *, min_keep: int, max_ratio: float) -> ChannelGraph:
         """The same graph, of whose groups so many units stay: `min_keep`, and all but `max_ratio` of them."""
-        kept = {g.name: max(min_keep, math.ceil((1 - max_ratio) * g.num_units - 1e-9)) for g in self.groups}
-        groups = (replace(g, min_keep=min(g.num_units, max(g.min_keep, kept[g.name]))) for g in self.groups)
+        min_keeps = {
+            g.name: max(min_keep, math.ceil((1 - max_ratio) * g.num_units - 1e-9)) for g in self.groups
+        }
+        groups = (
+            replace(g, min_keep=min(g.num_units, max(g.min_keep, min_keeps[g.name]))) for g in self.groups
+        )
         return replace(self, groups=tuple(groups))
 
     def with_bounds_of(self, original: ChannelGraph) -> ChannelGraph:

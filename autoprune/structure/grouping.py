@@ -38,12 +38,12 @@ class TraceOptions:
     """What the user asked of a graph.
 
     Attributes:
-        kept: module -> why the channels that it makes stay.
+        exclusions: module -> why the channels that it makes stay.
         round_to: kept counts should be multiples of this.
         rescales_norms: whether channels behind a layer norm may go.
     """
 
-    kept: Mapping[str, str]
+    exclusions: Mapping[str, str]
     round_to: int
     rescales_norms: bool
 
@@ -72,19 +72,19 @@ def build(
     propagation.run()
     for labels, reason in refused:
         propagation.labels.freeze(labels, reason)
-    _freeze_excluded(propagation, options.kept)
+    _freeze_excluded(propagation, options.exclusions)
     return _GroupBuilder(model, propagation).graph(options.round_to), propagation
 
 
-def _freeze_excluded(propagation: Propagation, kept: Mapping[str, str]) -> None:
+def _freeze_excluded(propagation: Propagation, exclusions: Mapping[str, str]) -> None:
     for slot in propagation.labels.slots:
-        wish = kept.get(slot.name.rpartition(".")[0] if slot.pad_op is None else slot.name)
-        if wish and slot.role != "in":
-            propagation.labels.freeze(np.arange(slot.start, slot.start + slot.size), wish)
+        reason = exclusions.get(slot.name.rpartition(".")[0] if slot.pad_op is None else slot.name)
+        if reason and slot.role != "in":
+            propagation.labels.freeze(np.arange(slot.start, slot.start + slot.size), reason)
 
 
 SlotPositions = tuple[int, Slot, NDArray[np.int64]]  # a slot's number, the slot, its positions (units, k)
-WIDE = 4  # a group is rounded from so many multiples on: two or three counts to choose from are too few
+WIDE = 4  # from so many multiples on a group is rounded: fewer would leave too few counts; a guess
 
 
 class _GroupBuilder:
@@ -152,16 +152,16 @@ class _GroupBuilder:
         slots: list[list[int]] = [[] for _ in starts]
         set_of = np.full(len(self.is_frozen), -1, np.int64)
         set_of[self.classes[starts]] = np.arange(len(starts))
-        mine = np.flatnonzero((set_of[self.classes] >= 0) & ~self.is_open)
-        for number, slot in np.stack([set_of[self.classes[mine]], self.slot_of[mine]], 1).tolist():
+        positions = np.flatnonzero((set_of[self.classes] >= 0) & ~self.is_open)
+        for number, slot in np.stack([set_of[self.classes[positions]], self.slot_of[positions]], 1).tolist():
             slots[number].append(slot)
-        numbers, taken = np.full(len(widths), -1, np.int64), dict[str, int]()
+        numbers, uses = np.full(len(widths), -1, np.int64), dict[str, int]()
         for number in sorted(range(len(starts)), key=lambda n: (slots[n], starts[n])):
             base = self._base_name([self.slots[s] for s in slots[number]])
-            taken[base] = taken.get(base, 0) + 1
+            uses[base] = uses.get(base, 0) + 1
             if widths[number] > 1:
                 numbers[number] = len(self.names)
-                self.names.append(base if taken[base] == 1 else f"{base}#{taken[base]}")
+                self.names.append(base if uses[base] == 1 else f"{base}#{uses[base]}")
         return numbers
 
     def _base_name(self, slots: list[Slot]) -> str:
@@ -173,9 +173,9 @@ class _GroupBuilder:
         groups = self._named(self._members(self._units()), round_to)
         model = self._cost_model()
         widths = np.array([g.num_units for g in groups], dtype=np.int64)
-        at_stake, _ = model.macs_touched(widths)
+        touched_macs, _ = model.macs_touched(widths)
         return ChannelGraph(
-            groups=tuple(replace(g, macs=int(m)) for g, m in zip(groups, at_stake, strict=True)),
+            groups=tuple(replace(g, macs=int(m)) for g, m in zip(groups, touched_macs, strict=True)),
             frozen=self._frozen(),
             round_to=round_to,
             cost_model=model,
@@ -200,14 +200,14 @@ class _GroupBuilder:
     def _members(self, units: list[NDArray[np.int64]]) -> list[tuple[int, list[SlotPositions]]]:
         """Per group its width, and for every slot that it owns positions of, which unit owns which."""
         rank = self.rank
-        for mine in units:
-            rank[mine] = np.arange(len(mine))
+        for classes in units:
+            rank[classes] = np.arange(len(classes))
         owned = np.flatnonzero((self.group_of_label[:-1] >= 0) & ~self.is_open)
         groups = self.group_of_label[owned]
         order = np.argsort(groups.astype(np.int16 if len(units) < 2**15 else np.int64), kind="stable")
         return [
-            (len(mine), self._positions(labels, rank, len(mine)))
-            for mine, labels in zip(units, _runs(owned[order], groups[order]), strict=True)
+            (len(classes), self._positions(labels, rank, len(classes)))
+            for classes, labels in zip(units, _runs(owned[order], groups[order]), strict=True)
         ]
 
     def _positions(self, labels: LabelArray, rank: LabelArray, width: int) -> list[SlotPositions]:
@@ -219,11 +219,11 @@ class _GroupBuilder:
         owned = []
         for start, end in pairwise(borders):
             number = int(numbers[start])
-            mine = labels[start:end]
+            slot_labels = labels[start:end]
             if number in falls:
-                mine = mine[np.argsort(ranks[start:end], kind="stable")]
+                slot_labels = slot_labels[np.argsort(ranks[start:end], kind="stable")]
             slot = self.slots[number]
-            owned.append((number, slot, (mine - slot.start).reshape(width, -1)))
+            owned.append((number, slot, (slot_labels - slot.start).reshape(width, -1)))
         return owned
 
     def _named(self, slots_of_groups: list[tuple[int, list[SlotPositions]]], round_to: int) -> list[Group]:
@@ -267,11 +267,11 @@ class _GroupBuilder:
         return np.bincount(self.group_of[self.group_of >= 0])
 
     def _row(self, axis: Axis) -> int:
-        """The axis' place in the cost model; axes that are as long under every plan are one."""
+        """Return the axis' row in the cost model; axes that are equally long under every plan share one."""
         return self.rows.setdefault((axis.fixed, *sorted(axis.per_unit.items())), len(self.rows))
 
     def _row_of(self, labels: LabelArray) -> int:
-        """The same for an array of the propagation's: many tensors share one."""
+        """Return the row of an axis by its labels; cached, as many tensors share one array of labels."""
         if id(labels) not in self.row_of:
             self.row_of[id(labels)] = self._row(self._axis(labels))
         return self.row_of[id(labels)]
@@ -282,16 +282,19 @@ class _GroupBuilder:
             for t in self.propagation.cost_terms
         ]
         params, sizes = self._stored_terms()
-        made = self._made_terms()
+        activations = self._activation_terms()
         self._products()  # enters its rows
         axes = [Axis(fixed=fixed, per_unit=dict(per_unit)) for fixed, *per_unit in self.rows]
         return CostModel(
-            axes=axes, macs=macs, params=params, size_bytes=sizes, activation_bytes=made,
+            axes=axes, macs=macs, params=params, size_bytes=sizes, activation_bytes=activations,
             num_groups=len(self._widths),
         )  # fmt: skip
 
-    def _made_terms(self) -> list[Term]:
-        """Bytes of every tensor that an operator makes and another reads; weights made of weights aside."""
+    def _activation_terms(self) -> list[Term]:
+        """Return the bytes of every tensor that an operator makes and another reads.
+
+        Weights that are made of weights are left out.
+        """
         recording, terms = self.propagation.recording, []
         read = {r.index for op in recording.ops for r in op.inputs} | {r.index for r in recording.outputs}
         for ref in (r for op in recording.ops if op.makes for r in op.outputs if r is not None):
@@ -343,13 +346,13 @@ class _GroupBuilder:
     def _frozen(self) -> tuple[Frozen, ...]:
         frozen = []
         for slot in (s for s in self.slots if not s.is_open):
-            mine = self.classes[slot.start : slot.start + slot.size]
-            stuck = mine[self.has_channel_reason[mine]]
+            classes = self.classes[slot.start : slot.start + slot.size]
+            stuck = classes[self.has_channel_reason[classes]]
             if len(stuck):
                 reason = self.reason[int(stuck[0])]
                 frozen.append(Frozen(name=slot.name, dim=slot.dim, num_channels=len(stuck), reason=reason))
                 continue
-            alone = mine[(self.group_of[mine] < 0) & ~self.is_frozen[mine]]
+            alone = classes[(self.group_of[classes] < 0) & ~self.is_frozen[classes]]
             if len(alone):
                 reason = "tied into one unit, which cannot be removed without removing all"
                 frozen.append(Frozen(name=slot.name, dim=slot.dim, num_channels=len(alone), reason=reason))
@@ -360,8 +363,8 @@ class _GroupBuilder:
         axes: dict[str, dict[int, int]] = {}
         for site in self.propagation.reshape_splits:
             axes.setdefault(self.propagation.recording.ops[site.op].module, {})[site.ordinal] = site.chosen
-        for op, (ordinal, kept) in self.propagation.kept_axes.items():
-            axes.setdefault(self.propagation.recording.ops[op].module, {})[-ordinal] = kept
+        for op, (ordinal, axis) in self.propagation.kept_axes.items():
+            axes.setdefault(self.propagation.recording.ops[op].module, {})[-ordinal] = axis
         return axes
 
     def _reshaped(self) -> dict[str, tuple[Reshape, ...]]:
@@ -378,8 +381,8 @@ class _GroupBuilder:
             if op.module in modules and TABLE.get(op.name) is reshape:
                 if {(op.inputs[0], op.where), (op.outputs[0], op.where)} & inner:
                     continue
-                made = self._shape_axes(op.outputs[0])
-                reshapes.setdefault(op.module, []).append(Reshape(line=op.where, axes=made))
+                axes = self._shape_axes(op.outputs[0])
+                reshapes.setdefault(op.module, []).append(Reshape(line=op.where, axes=axes))
         return {module: tuple(calls) for module, calls in reshapes.items()}
 
     def _holds_units(self, ref: Ref | None) -> bool:
@@ -410,16 +413,16 @@ class _GroupBuilder:
                 continue
             if handler is split:
                 axes = self._split_axes_of(op, pieces.get(position))
-                given = tuple(range(len(axes)))
+                labelled_axes = tuple(range(len(axes)))
             else:
                 out = op.outputs[0]
                 assert out is not None
                 axes = self._shape_axes(out)
-                given = tuple(
+                labelled_axes = tuple(
                     d for d, a in enumerate(self.propagation.extents(out)) if not isinstance(a, int)
                 )
             rearranged = self._rearranged(order) if order else None
-            yield RaggedCall(line=op.where, axes=axes, given=given, order=rearranged)
+            yield RaggedCall(line=op.where, axes=axes, labelled_axes=labelled_axes, order=rearranged)
 
     def _split_axes_of(self, op: Op, pieces: Sequence[LabelArray] | None) -> tuple[Axis, ...]:
         if pieces is not None:
@@ -433,7 +436,11 @@ class _GroupBuilder:
         units = np.append(self.rank[self.classes], 0)  # the last is FIXED's
         group = self.group_of_label[order.labels]
         return UnitReordering(
-            dim=order.dim, given=order.given, index=order.index, group=group, unit=units[order.labels]
+            dim=order.dim,
+            labelled_axes=order.labelled_axes,
+            index=order.index,
+            group=group,
+            unit=units[order.labels],
         )
 
 

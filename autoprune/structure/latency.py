@@ -71,13 +71,13 @@ class LatencyModel:
     def products_s(self, lengths: Lengths) -> float:
         """Seconds of the timed operators, alone."""
         knots, table = self._from_zero
-        left = np.where(self.span > 0, (lengths[self.rows] - self.fixed) / np.maximum(self.span, 1), 1.0)
-        at = np.clip((left[..., None] >= knots).sum(-1) - 1, 0, knots.shape[-1] - 2)
+        shares = np.where(self.span > 0, (lengths[self.rows] - self.fixed) / np.maximum(self.span, 1), 1.0)
+        at = np.clip((shares[..., None] >= knots).sum(-1) - 1, 0, knots.shape[-1] - 2)
         low, high = (np.take_along_axis(knots, (at + d)[..., None], -1)[..., 0] for d in (0, 1))
-        way = np.where(high > low, (left - low) / np.where(high > low, high - low, 1), 0.0)
+        fraction = np.where(high > low, (shares - low) / np.where(high > low, high - low, 1), 0.0)
         total = np.zeros(len(self.rows))
         for corner in combinations((0, 1), repeat=self.rows.shape[1]):
-            weight = np.where(corner, way, 1 - way).prod(axis=1)
+            weight = np.where(corner, fraction, 1 - fraction).prod(axis=1)
             total += weight * table[np.arange(len(at)), *(at + corner).T]
         return float(total.sum())
 
@@ -139,10 +139,10 @@ class Kernel:
 
     def call(self, device: torch.device) -> Call:
         """The operator with operands of this shape, ready to run."""
-        made = iter(
+        operands = iter(
             _operand(*operand, device) for operand in zip(self.shapes, self.dtypes, self.orders, strict=True)
         )
-        arguments = tree_map_only(Ref, lambda _: next(made), self.op.arguments)
+        arguments = tree_map_only(Ref, lambda _: next(operands), self.op.arguments)
         if "groups" in arguments:
             arguments["groups"] = self.groups
         if "scaled_dot_product" in self.op.name:
@@ -254,8 +254,8 @@ def _curve(graph: ChannelGraph, product: Product, device: torch.device, timings:
         lengths = full.copy()
         for rows, step, at in zip(varying, steps, index, strict=True):
             for row in rows:
-                stays = costs.axes[row].fixed
-                lengths[row] = stays + round((full[row] - stays) * step[at])
+                fixed_length = costs.axes[row].fixed
+                lengths[row] = fixed_length + round((full[row] - fixed_length) * step[at])
         kernel = kernel_of(graph.recording, product, lengths)
         seconds[index] = timings.get(kernel.key, partial(_kernel_s, kernel, device))
     first = [rows[0] for rows in varying]
@@ -326,8 +326,8 @@ def _operand(
     shape: tuple[int, ...], dtype: torch.dtype, order: tuple[int, ...], device: torch.device
 ) -> Tensor:
     """A tensor whose dimensions lie in memory in this order, the outermost first."""
-    made = torch.ones([shape[d] for d in order], device=device).to(dtype)
-    return made.permute([order.index(d) for d in range(len(shape))])
+    tensor = torch.ones([shape[d] for d in order], device=device).to(dtype)
+    return tensor.permute([order.index(d) for d in range(len(shape))])
 
 
 def _order(strides: tuple[int, ...]) -> tuple[int, ...]:

@@ -305,8 +305,8 @@ def _length_apart(
 ) -> str:
     """Whether a tensor has another shape than its labels say."""
     shape, expected = propagation.shape(left), _expected(propagation, left, lengths)
-    got = pruned.shapes[right.index]
-    return "" if got == expected or 0 in shape else f"a tensor becomes {got} and not {expected}"
+    actual = pruned.shapes[right.index]
+    return "" if actual == expected or 0 in shape else f"a tensor becomes {actual} and not {expected}"
 
 
 def _other_stretch(propagation: Propagation, pruned: Recording, old: Op, new: Op, lengths: _Lengths) -> str:
@@ -315,8 +315,8 @@ def _other_stretch(propagation: Propagation, pruned: Recording, old: Op, new: Op
         dim = old.arg("dim", 0) % len(propagation.shape(old.inputs[0]))
         axis, length = propagation.get(old.inputs[0])[dim], pruned.shapes[new.inputs[0].index][dim]
         starts = [_first(op, n) for op, n in ((old, propagation.shape(old.inputs[0])[dim]), (new, length))]
-        wanted = starts[0] if axis is None else int(np.count_nonzero(lengths.stays[axis[: starts[0]]]))
-        return "" if starts[1] == wanted else f"a slice begins at {starts[1]} and not at {wanted}"
+        expected = starts[0] if axis is None else int(np.count_nonzero(lengths.stays[axis[: starts[0]]]))
+        return "" if starts[1] == expected else f"a slice begins at {starts[1]} and not at {expected}"
     if old.name == "native_group_norm":
         widths = [int(op.arg("C")) / int(op.arg("group")) for op in (old, new)]
         return "" if widths[0] == widths[1] else "its groups are of another width"

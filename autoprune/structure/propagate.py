@@ -82,13 +82,13 @@ class Reordering:
 
     Attributes:
         index: int64 (channels,).
-        given: the axes of a reshape's result over which it spreads the channels.
+        labelled_axes: the axes of a reshape's result over which it spreads the channels.
     """
 
     dim: int
     labels: LabelArray
     index: NDArray[np.int64]
-    given: tuple[int, ...] = ()
+    labelled_axes: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

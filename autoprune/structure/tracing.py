@@ -51,7 +51,7 @@ def trace(
     """
     inputs = example_inputs if isinstance(example_inputs, tuple) else (example_inputs,)
     options = TraceOptions(
-        kept=_excluded(model, exclude, only), round_to=round_to, rescales_norms=norms == "rescale"
+        exclusions=_excluded(model, exclude, only), round_to=round_to, rescales_norms=norms == "rescale"
     )
     return verify_graph(model, inputs, record(model, inputs), options)
 
@@ -62,7 +62,7 @@ def _suggestion(pattern: str, names: Sequence[str]) -> str:
 
 
 def _excluded(model: nn.Module, exclude: Sequence[str], only: Sequence[str]) -> dict[str, str]:
-    """Modules whose channels stay at the user's wish, with the wish."""
+    """Return the modules whose channels the user wants to stay, each with the option that says so."""
     names = [name for name, _ in model.named_modules() if name]
     matched: dict[str, set[str]] = {}
     for pattern in (*exclude, *only):

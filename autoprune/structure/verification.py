@@ -147,11 +147,11 @@ class _Verifier:
         plan = _verification_plan(graph, groups)
         network, inputs, noise = self.subject
         try:
-            wanted = outputs(masked(network, graph, plan), inputs)
-            apart = largest_gap(outputs(densify(network, graph, plan), inputs), wanted)
+            expected = outputs(masked(network, graph, plan), inputs)
+            gap = largest_gap(outputs(densify(network, graph, plan), inputs), expected)
         except Exception as error:  # any failure of the user's forward is the finding
             return f"its forward has the size written in: {_first_line(error)}"
-        return None if apart < noise else f"the pruned network computes something else ({apart:.1e} apart)"
+        return None if gap < noise else f"the pruned network computes something else ({gap:.1e} apart)"
 
     def with_corrections(self, graph: ChannelGraph) -> tuple[ChannelGraph, str | None]:
         """The graph with the reshape corrections without which it fails, and what goes wrong even then."""
@@ -255,10 +255,10 @@ def _verification_plan(graph: ChannelGraph, groups: Sequence[Group]) -> PruningP
     keep = {}
     for group in groups:
         width = group.num_units
-        wanted = max(1, width // 3) + turns[group.name] % TURNS
-        lost = max(1, min(width - 2, wanted))  # with one unit left some programs run other operators
-        gone = ((np.arange(lost) + 0.5) * width / lost).astype(np.int64)
-        keep[group.name] = np.setdiff1d(np.arange(width, dtype=np.int64), gone)
+        desired = max(1, width // 3) + turns[group.name] % TURNS
+        num_removed = max(1, min(width - 2, desired))  # with one unit left some programs run other operators
+        removed = ((np.arange(num_removed) + 0.5) * width / num_removed).astype(np.int64)
+        keep[group.name] = np.setdiff1d(np.arange(width, dtype=np.int64), removed)
     return PruningPlan(keep=keep, num_units={g.name: g.num_units for g in groups})
 
 

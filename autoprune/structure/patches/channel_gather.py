@@ -33,13 +33,13 @@ class PrunedCall:
 
     Attributes:
         sizes: the shape that a reshape makes of the example, or the lengths of a split's pieces.
-        given: the axes of a reshape whose lengths must be given.
+        labelled_axes: the axes of a reshape that hold channels; their lengths are those in `sizes`.
         dim: the axis that is gathered, by the positions `order`, int64 (kept,); None where nothing is
             gathered.
     """
 
     sizes: tuple[int, ...]
-    given: tuple[int, ...] = ()
+    labelled_axes: tuple[int, ...] = ()
     dim: int = 0
     order: Tensor | None = None
 
@@ -56,15 +56,15 @@ class PrunedCall:
         return func(x, self._corrected(x, rest, **kwargs))
 
     def _corrected(self, x: Tensor, rest: list[Any], shape: Any = None, size: Any = None) -> list[int]:
-        asked = rest or [shape or size]
-        asked = list(asked[0]) if isinstance(asked[0], (tuple, list)) else asked
-        changed = [self.sizes[d] if d in self.given else n for d, n in enumerate(asked)]
-        return changed if -1 in changed or math.prod(changed) == x.numel() else asked
+        lengths = rest or [shape or size]
+        lengths = list(lengths[0]) if isinstance(lengths[0], (tuple, list)) else lengths
+        changed = [self.sizes[d] if d in self.labelled_axes else n for d, n in enumerate(lengths)]
+        return changed if -1 in changed or math.prod(changed) == x.numel() else lengths
 
 
-def _split(sizes: Sequence[int], func: Callable[..., Any], x: Tensor, asked: Any, dim: int = 0) -> Any:
+def _split(sizes: Sequence[int], func: Callable[..., Any], x: Tensor, lengths: Any, dim: int = 0) -> Any:
     is_meant = sum(sizes) == x.shape[dim]
-    return torch.split(x, list(sizes), dim) if is_meant else func(x, asked, dim)
+    return torch.split(x, list(sizes), dim) if is_meant else func(x, lengths, dim)
 
 
 @dataclass

@@ -42,15 +42,15 @@ class ChannelPadding(nn.Module):
 
 def patch_paddings_(model: nn.Module, graph: ChannelGraph, plan: PruningPlan) -> nn.Module:
     """Replace the padding modules in a dense copy whose padded edges shrink under the plan."""
-    lost: dict[tuple[int, int, str], int] = {}
+    shrinkage: dict[tuple[int, int, str], int] = {}
     for group in graph.groups:
-        kept = len(plan.kept(group.name, group.num_units))
+        num_kept = len(plan.kept(group.name, group.num_units))
         for padding in group.paddings:
             key = (padding.op, padding.dim, padding.side)
-            lost[key] = lost.get(key, 0) + padding.index.shape[1] * (group.num_units - kept)
-            if lost[key] and not isinstance(model.get_submodule(padding.module), ChannelPadding):
+            shrinkage[key] = shrinkage.get(key, 0) + padding.index.shape[1] * (group.num_units - num_kept)
+            if shrinkage[key] and not isinstance(model.get_submodule(padding.module), ChannelPadding):
                 model.set_submodule(padding.module, ChannelPadding(_steps(graph, padding.module)))
-    for (op, dim, side), count in lost.items():
+    for (op, dim, side), count in shrinkage.items():
         if count:
             _shrink(model, graph, (op, dim, side), count)
     return model

@@ -145,11 +145,12 @@ def index_select(ctx: Propagation, op: Op) -> Axes:
         ctx.freeze(axis, "channels are taken by index")
         axes[dim] = None
         return axes
-    ahead = list(ctx.readers.get(out.index, ()))
+    readers = list(ctx.readers.get(out.index, ()))
     index, axis = call.order.numpy(), fixed_axis(ctx.shape(op.inputs[0])[dim]) if axis is None else axis
     if not ctx.is_lookahead:
-        position = ahead[0] if call.given else ctx.position  # given: to the reshape that follows
-        ctx.reorderings[position] = Reordering(dim, axis, index, call.given)
+        # A gather with labelled axes stands for a reshape, which follows it.
+        position = readers[0] if call.labelled_axes else ctx.position
+        ctx.reorderings[position] = Reordering(dim, axis, index, call.labelled_axes)
     axes[dim] = axis[index]
     return axes
 
@@ -164,8 +165,11 @@ def _own_call(ctx: Propagation, op: Op) -> Any:
 
 
 def find_ragged_modules(ctx: Propagation) -> frozenset[str]:
-    """Modules that should be ragged: those of shuffles in which units are larger than the shuffle needs, and
-    those that split the same channels in equal parts."""
+    """Return the modules that should be ragged.
+
+    They are those with a shuffle whose ties made units larger than the shuffle alone needs, and those that
+    split the same channels in equal parts.
+    """
     classes = ctx.labels.classes()
     modules, trunk = set[str](), np.zeros(int(classes.max()) + 1, bool)
     for module, labels, parts in ctx.shuffles:
@@ -182,7 +186,7 @@ def find_ragged_modules(ctx: Propagation) -> frozenset[str]:
 def _has_lines_of_its_own(ctx: Propagation, module: str) -> bool:
     """Whether a module runs once, and its reshapes and splits are on no line of a module in it."""
     ops = ctx.recording.ops
-    below = {op.where for op in ops if op.module.startswith(f"{module}.") or not module}
-    mine = {ops[n].where for n, _ in ctx.splits if ops[n].module == module}
-    mine |= {op.where for op in ops if op.module == module and op.name in RESHAPES}
-    return ctx.recording.calls[module] == 1 and (not module or not mine & below)
+    inner_lines = {op.where for op in ops if op.module.startswith(f"{module}.") or not module}
+    own_lines = {ops[n].where for n, _ in ctx.splits if ops[n].module == module}
+    own_lines |= {op.where for op in ops if op.module == module and op.name in RESHAPES}
+    return ctx.recording.calls[module] == 1 and (not module or not own_lines & inner_lines)

@@ -25,16 +25,16 @@ def convolution(ctx: Propagation, op: Op) -> Axes:
         ctx.freeze(axis, "convolved over")
     _convolution_cost(ctx, op, x if transposed else out)
     if groups > 1 or ctx.earlier_choice(ctx.owner(weight), "autoprune_conv_groups"):
-        made = _grouped_transposed(ctx, op) if transposed else _grouped(ctx, op)
+        new_channels = _grouped_transposed(ctx, op) if transposed else _grouped(ctx, op)
     else:
         reads, makes = (0, 1) if transposed else (1, 0)
         ctx.contract((x, 1), (weight, reads))
-        made = ctx.get(weight)[makes]
-    ctx.mark(made, "out")
+        new_channels = ctx.get(weight)[makes]
+    ctx.mark(new_channels, "out")
     if bias is not None:
         ctx.mark(ctx.get(bias)[0], "out")
-        made = ctx.join([made, ctx.get(bias)[0]])
-    return [ctx.get(x)[0], made, *[None] * (len(ctx.shape(out)) - 2)]
+        new_channels = ctx.join([new_channels, ctx.get(bias)[0]])
+    return [ctx.get(x)[0], new_channels, *[None] * (len(ctx.shape(out)) - 2)]
 
 
 def _convolution_cost(ctx: Propagation, op: Op, over: Ref) -> None:
@@ -49,7 +49,7 @@ def _convolution_cost(ctx: Propagation, op: Op, over: Ref) -> None:
 def _grouped(ctx: Propagation, op: Op) -> LabelArray | None:
     """Whole groups go, or equal positions inside every group, whichever leaves more units.
 
-    An earlier pruning's choice stands (`autoprune_grouped` on the module), so that plans compose.
+    An earlier pruning's choice stands (`autoprune_conv_groups` on the module), so that plans compose.
     """
     x, weight, groups = op.arg("input"), op.arg("weight"), op.arg("groups")
     read, makes = ctx.get(x)[1], ctx.get(weight)[0]
@@ -148,9 +148,9 @@ def bilinear(ctx: Propagation, op: Op) -> Axes:
         return untracked(ctx, op)[0]
     ctx.contract((left, 1), (weight, 1))
     ctx.contract((right, 1), (weight, 2))
-    made = ctx.get(weight)[0]
-    ctx.mark(made, "out")
-    return [ctx.join([ctx.get(left)[0], ctx.get(right)[0]]), made]
+    new_channels = ctx.get(weight)[0]
+    ctx.mark(new_channels, "out")
+    return [ctx.join([ctx.get(left)[0], ctx.get(right)[0]]), new_channels]
 
 
 def attention(ctx: Propagation, op: Op) -> list[Axes]:

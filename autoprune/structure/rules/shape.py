@@ -66,20 +66,20 @@ def _tracked(ctx: Propagation, axes: Axes, sources: list[int]) -> list[int]:
     if ctx.is_lookahead or (not has_earlier and min(len(sources), len(tracked)) < 2):
         return tracked
     if has_earlier:
-        kept = earlier if earlier in tracked else None
+        shrinking = earlier if earlier in tracked else None
     else:
         labels = {d: a for d in tracked if (a := axes[d]) is not None}
         closed = [d for d, a in labels.items() if not ctx.labels.is_open(a)]
         verdicts = {d: ctx.look_ahead(op.inputs[0], d, labels[d], includes_present=True) for d in closed}
         free = [d for d in closed if not verdicts[d][0]] if len(closed) > 1 else closed
-        kept = max(free, key=lambda d: (verdicts[d][1], len(axes[d])), default=None)  # type: ignore[arg-type]
+        shrinking = max(free, key=lambda d: (verdicts[d][1], len(axes[d])), default=None)  # type: ignore[arg-type]
     for d in tracked:
-        if d != kept:
+        if d != shrinking:
             ctx.freeze(axes[d], "merged with another axis of channels")
-    if kept is None:
+    if shrinking is None:
         return []
-    ctx.kept_axes[ctx.position] = (ordinal, kept)
-    return [kept]
+    ctx.kept_axes[ctx.position] = (ordinal, shrinking)
+    return [shrinking]
 
 
 def _regrouped(
@@ -334,13 +334,13 @@ def index(ctx: Propagation, op: Op) -> Axes:
     assert out is not None
     axes, chosen = ctx.get(x), list(op.arg("indices"))
     chosen += [None] * (len(axes) - len(chosen))
-    used = [d for d, i in enumerate(chosen) if i is not None]
-    for d in used:
+    indexed = [d for d, i in enumerate(chosen) if i is not None]
+    for d in indexed:
         ctx.freeze(axes[d], "channels are taken by index")
-    rest: Axes = [a for d, a in enumerate(axes) if d not in used]
+    rest: Axes = [a for d, a in enumerate(axes) if d not in indexed]
     new = len(ctx.shape(out)) - len(rest)
-    adjacent = used == list(range(used[0], used[-1] + 1)) if used else True
-    at = used[0] if used and adjacent else 0
+    adjacent = indexed == list(range(indexed[0], indexed[-1] + 1)) if indexed else True
+    at = indexed[0] if indexed and adjacent else 0
     return [*rest[:at], *[None] * new, *rest[at:]]
 
 
