@@ -78,7 +78,7 @@ class Target:
         return cls(metric=metric, value=value, relative=True)
 
     def absolute(self, original: float) -> float:
-        """The allowed cost, given the original network's."""
+        """Return the allowed cost for an original of this cost."""
         return self.value * original if self.relative else self.value
 
     def __str__(self) -> str:
@@ -135,7 +135,7 @@ class Budget:
         return cls(seconds=seconds)
 
     def counted(self, used: float = 0.0) -> Budget:
-        """With what is left until then as seconds, beside those that were `used` already."""
+        """Return the budget in seconds: those that were `used`, and those until its end where it has one."""
         if self.until is None:
             return self
         left = (self.until - datetime.now()).total_seconds()
@@ -143,7 +143,7 @@ class Budget:
 
 
 def next_time(text: str, now: datetime) -> datetime:
-    """The moment `2027-01-31T07:00`, or for `07:00` the next at which the clock shows that.
+    """Return the moment that a text such as `2027-01-31T07:00` names; for `07:00` the next one on this clock.
 
     Raises:
         ValueError: the text is neither.
@@ -243,7 +243,9 @@ class Search:
 
 @dataclass(frozen=True, kw_only=True)
 class Control:
-    """How the controller moves the ceiling of the pruning rate (fractions of the baseline's MACs).
+    """How the controller moves the ceiling of the pruning rate.
+
+    Rates are shares of the cost that a round's starting model has in the target's metric.
 
     Attributes:
         first_ceiling: highest rate of the first round.

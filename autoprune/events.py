@@ -1,7 +1,7 @@
-"""What a run tells while it works: frozen values, given to the `on_event` callback in the order they happen.
+"""What a run reports while it works: frozen values, given to the `on_event` callback in order.
 
-The flow emits them, the terminal draws them, and nothing depends on anyone listening. An exception raised
-by a listener (Ctrl-C above all) stops the run with its state intact.
+The pipeline and the search emit them, the terminal draws them, and nothing depends on anyone listening. An
+exception raised by a listener (Ctrl-C above all) stops the run with its state intact.
 """
 
 from __future__ import annotations
@@ -169,4 +169,4 @@ OnEvent = Callable[[Event], None]
 
 
 def ignore_event(event: Event) -> None:
-    """A listener that does not listen."""
+    """Do nothing with an event."""

@@ -6,7 +6,7 @@
 
 `storage`: every process takes slots, is suggested five parameters, stores a record of ten epochs, and tells;
 nothing is trained. `growth`: the same alone, the first hundred trials of a study against its last hundred;
-with `--whole` all that a round does beside pruning and training, the sampler's advice included.
+with `--whole` all that a round does beside pruning and training, the sampler's proposals included.
 `run`: of a finished run's time between its first trial and its last model, the share outside analyses,
 trials (pruning, training, evaluation) and the final stage, by the run's own records.
 """

@@ -12,7 +12,7 @@ rungs alone are run once more, and scored after their batch-norm statistics were
 product does not do. Rows go to results/sampler.csv as they come; a row that is there is not made again. The
 second round stands on the network of the first round's best recorded trial at the ceiling.
 
-`replay` fits a surrogate to each round (`sampler_worlds.py`), lets the product's own advice play rounds
+`replay` fits a surrogate to each round (`sampler_worlds.py`), lets the product's own proposals play rounds
 against it for many seeds (`sampler_replay.py`), and writes results/sampler.md.
 """
 

@@ -1,4 +1,4 @@
-"""Rounds played against a surrogate of recorded trials, by the product's own advice (`autoprune.advice`).
+"""Rounds played against a surrogate of recorded trials, as the product proposes (`search.proposals`).
 
 A way is a sampler with its start-up trials, the points that it begins with, and what it is told. All ways
 play with the same seeds, so that differences are paired. What is asked of a round:

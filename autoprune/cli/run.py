@@ -57,7 +57,7 @@ if TYPE_CHECKING:
     from autoprune.location import RunLocation
     from autoprune.record import RunResult
 
-NOT_REACHED = 3
+NOT_REACHED = 3  # the exit code of a run whose target was out of reach
 
 
 class StoppedError(AutopruneError):
@@ -168,14 +168,14 @@ def run(
     )  # fmt: skip
     if events and as_json:
         raise UsageError("--events and --json are given", "the last line of --events is what --json prints")
-    given = {
+    overrides = {
         "target": target, "max_drop": max_drop, "budget": budget, "seed": seed, "device": device,
         "norms": norms, "round_to": round_to,
     }  # fmt: skip
     words = list(context.obj or ())
     with sigterm_interrupts(), event_display(quiet=quiet or dry_run) as on_event:
         on_event = event_writer(sys.stdout, on_event) if events else on_event
-        chosen = changed(choose_study(study, model, weights, data), exclude, only, **given)
+        chosen = changed(choose_study(study, model, weights, data), exclude, only, **overrides)
         location = _place(out or Path("runs") / chosen.name, storage, artifacts)
         if dry_run:
             return _show_plan(chosen, location, protection, resume=resume, as_json=as_json)
@@ -219,14 +219,16 @@ def _interrupted(location: RunLocation, name: str, words: list[str]) -> StoppedE
 
 
 def _protection(recipients: tuple[str, ...], ask: bool, descriptor: int | None, *, plain: bool) -> Protection:
-    """Who may open the result.
+    """Return who may open the result.
 
     Raises:
         UsageError: two ways at once, or an empty passphrase.
     """
-    ways = {"--recipient": recipients, "--passphrase": ask, "--passphrase-fd": descriptor is not None,
-            "--plain": plain}  # fmt: skip
-    used = [way for way, given in ways.items() if given]
+    options = {
+        "--recipient": recipients, "--passphrase": ask, "--passphrase-fd": descriptor is not None,
+        "--plain": plain,
+    }  # fmt: skip
+    used = [option for option, value in options.items() if value]
     if len(used) > 1:
         raise UsageError(f"{used[0]} and {used[1]} are given", "choose one way to protect the result")
     secret = None
@@ -237,22 +239,22 @@ def _protection(recipients: tuple[str, ...], ask: bool, descriptor: int | None, 
     return Protection(recipients=recipients, passphrase=secret, plain=plain)
 
 
-def refuse_secrets(given: Iterable[str]) -> None:
-    """A secret key on the command line is in the shell's history and in everyone's list of processes.
+def refuse_secrets(texts: Iterable[str]) -> None:
+    """Refuse secret keys on the command line, which the shell's history and everyone's process list show.
 
     Raises:
-        UsageError: there is one.
+        UsageError: one of the texts is a secret key.
     """
     from autoprune.crypto import SECRET
 
-    if any(text.strip().upper().startswith(SECRET) for text in given):
+    if any(text.strip().upper().startswith(SECRET) for text in texts):
         raise UsageError(
             "a secret key stands on the command line", "put it into a file, and name that; then change it"
         )
 
 
 def ask_secret(text: str, *, twice: bool = False) -> str:
-    """A passphrase from the terminal, unseen.
+    """Ask for a passphrase on the terminal, without showing it.
 
     Raises:
         UsageError: there is no terminal.
@@ -269,7 +271,7 @@ def ask_secret(text: str, *, twice: bool = False) -> str:
 
 
 def read_secret(descriptor: int) -> str:
-    """A passphrase from a file descriptor, without the line's end.
+    """Read a passphrase from a file descriptor, without the line's end.
 
     Raises:
         UsageError: nothing can be read from it.
@@ -314,8 +316,8 @@ def _show_result(result: RunResult, *, as_json: bool, events: bool) -> int:
         console.soft_wrap = not console.is_terminal  # a path that is piped on stays in one piece
         console.print(f"\n{answer(result.record)}\n")
         console.print(comparison_table(comparison(result.before, result.after, result.record.difference)))
-        if warned := caution(result.record):
-            console.print(f"\n{warned}", style="yellow")
+        if warning := caution(result.record):
+            console.print(f"\n{warning}", style="yellow")
         console.print(
             f"\nreport  {result.report}\nplots   {result.out / 'plots'}\nmodel   {result.model_file}"
         )
@@ -345,7 +347,7 @@ def report(
 
 
 def status(run: RunPlace, artifacts: Artifacts = None, as_json: AsJson = False) -> None:
-    """Say where a run stands: what it is at, rounds, trials, decisions, who works on it, time left."""
+    """Show a run's status: what goes on, rounds, trials, decisions, who works on it, time left."""
     from autoprune.location import parse_run
     from autoprune.pipeline import read_status
     from autoprune.report import to_json

@@ -196,7 +196,7 @@ def load_data(
     """Load `digits`, `cifar10:DIR`, `fashionmnist:DIR` or `imagefolder:DIR` and cut it.
 
     Args:
-        spec: the name, the folder where the data lie, and options, see `data_spec`.
+        spec: the name, the folder where the data lie, and options, see `autoprune.data.spec`.
         seed: of the cut.
         search_from: where the search split is cut from. `test` for weights that came trained: they have
             seen the training set, so half of the official test set is for the search. `train` when the

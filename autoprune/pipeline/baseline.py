@@ -1,4 +1,6 @@
-"""The original: trained where the study asks for it, measured once, stored as `round-00`; or taken up again.
+"""The original: trained where the study asks for it, measured once, stored as `round-00`.
+
+A run that is resumed, and a worker, read it from there.
 
 This is the one place besides `delivery` where the test split is read.
 """
@@ -50,13 +52,13 @@ def start_run(
     command: str = "",
     sources: Mapping[str, str] = NO_SOURCES,
 ) -> RunContext:
-    """Measure the original and store it, or take up what an earlier process measured.
+    """Measure the original and store it, or load what an earlier process measured.
 
     Raises:
         UsageError: study, data or network are not those that the run was started with.
     """
     if is_measured(store):
-        _take_up(problem, store)
+        _load_original(problem, store)
     else:
         _measure(problem, store, on_event, command, sources)
     goal, used = read_baseline(store).goal, used_budget(store)
@@ -117,7 +119,7 @@ def _train(problem: Problem, on_event: ev.OnEvent) -> None:
     )  # fmt: skip
 
 
-def _take_up(problem: Problem, store: RunStore) -> None:
+def _load_original(problem: Problem, store: RunStore) -> None:
     """Check that study, data and network are those that the run was started with, and load the weights.
 
     Raises:

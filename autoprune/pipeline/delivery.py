@@ -241,14 +241,15 @@ def _outcome(
     problem: Problem, state: State, final: FinalModel, before: ModelSummary, after: ModelSummary
 ) -> Outcome:
     study, share = problem.study, state.best.cost_share
-    left, wanted = _left(problem, share, before, after), f"asked for {100 * problem.target_share:.1f} %"
+    left = _cost_left(problem, share, before, after)
+    target = f"asked for {100 * problem.target_share:.1f} %"
     if (
         state.ended == "target"
         and problem.metric == "latency"
         and is_slower(problem.target_share, before, after)
     ):
         message = (
-            f"The target {study.target} is not reached, though its prediction is: {left} ({wanted}); ask for "
+            f"The target {study.target} is not reached, though its prediction is: {left} ({target}); ask for "
             "less than you need, or run on a machine that does nothing else."
         )
         return Outcome(reached=False, stopped_by="target", message=message)
@@ -264,13 +265,13 @@ def _outcome(
         "rounds": (f"the limit of {study.control.max_rounds} rounds stopped the run",
                    "raise control.max_rounds in the study"),
     }[state.ended]  # fmt: skip
-    what = "nothing could be removed" if state.best.round == 0 else left
-    message = f"The target {study.target} is not reached: {why} where {what} ({wanted}); {change}."
+    result = "nothing could be removed" if state.best.round == 0 else left
+    message = f"The target {study.target} is not reached: {why} where {result} ({target}); {change}."
     return Outcome(reached=False, stopped_by=state.ended, message=message)
 
 
-def _left(problem: Problem, share: float, before: ModelSummary, after: ModelSummary) -> str:
-    """What the result costs of the original, in words; a latency as predicted and as measured."""
+def _cost_left(problem: Problem, share: float, before: ModelSummary, after: ModelSummary) -> str:
+    """Return in words which share of the original's cost is left; a latency as predicted and as measured."""
     if problem.metric == "latency":
         measured, spread = latency_share(before, after)
         return (
@@ -282,13 +283,13 @@ def _left(problem: Problem, share: float, before: ModelSummary, after: ModelSumm
 
 
 def is_slower(target_share: float, before: ModelSummary, after: ModelSummary) -> bool:
-    """Whether the measured latency misses the target by more than its spread."""
+    """Return whether the measured latency misses the target by more than its spread."""
     share, spread = latency_share(before, after)
     return share - spread > target_share
 
 
 def latency_share(before: ModelSummary, after: ModelSummary) -> tuple[float, float]:
-    """Measured latency after over before, and how far the spreads of both can move it."""
+    """Return the measured latency after over before, and how far the spreads of both can move it."""
     assert before.latency_ms is not None
     assert after.latency_ms is not None
     share = after.latency_ms / before.latency_ms

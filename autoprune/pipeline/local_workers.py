@@ -11,7 +11,7 @@ from contextlib import contextmanager, suppress
 from autoprune import events as ev
 from autoprune.location import RunLocation
 
-END_TIMEOUT_S = 30  # what a worker may take to end
+END_TIMEOUT_S = 30  # what a worker may take to end; a guess
 
 
 @contextmanager

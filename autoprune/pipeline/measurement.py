@@ -20,8 +20,8 @@ from autoprune.structure import Cost, time_interleaved
 from autoprune.torch_private import ConvBase
 from autoprune.training import model_mode
 
-MIN_RUNS, MAX_RUNS = 15, 200
-SECONDS = 2.0  # for both models together
+MIN_RUNS, MAX_RUNS = 15, 200  # guesses: fewer make no quartiles, more gain little
+SECONDS = 2.0  # for both models together; a guess
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,7 +35,7 @@ class Latency:
 def measure_latency(
     before: nn.Module, after: nn.Module, example: tuple[Tensor, ...], device: torch.device
 ) -> tuple[Latency, Latency]:
-    """Both models on the same example, in turns, in evaluation mode and float32."""
+    """Time both models on the same example, in turns, in evaluation mode and float32."""
     inputs = tuple(t.to(device) for t in example)
     calls = [partial(model, *inputs) for model in (before, after)]
     with model_mode(before, device, training=False), model_mode(after, device, training=False):
@@ -45,7 +45,7 @@ def measure_latency(
 
 
 def summarise(model: nn.Module, cost: Cost, test: Evaluation, search_top1: float) -> ModelSummary:
-    """A model's numbers; its latency is measured later, beside another model's."""
+    """Return a model's numbers; its latency is measured later, beside another model's."""
     return ModelSummary(
         top1=test.top1, low=test.interval.low, high=test.interval.high, num_samples=test.num_samples,
         loss=test.loss if math.isfinite(test.loss) else None, search_top1=search_top1,
@@ -55,12 +55,12 @@ def summarise(model: nn.Module, cost: Cost, test: Evaluation, search_top1: float
 
 
 def with_latency(summary: ModelSummary, latency: Latency) -> ModelSummary:
-    """The same, with the latency filled in."""
+    """Return a summary with the latency filled in."""
     return replace(summary, latency_ms=latency.median_ms, latency_spread_ms=latency.spread_ms)
 
 
 def widths(model: nn.Module) -> dict[str, int]:
-    """Layer name -> output channels, for convolutions and linear layers."""
+    """Return layer name -> output channels, for convolutions and linear layers."""
     return {
         name: module.out_features if isinstance(module, nn.Linear) else module.out_channels
         for name, module in model.named_modules()

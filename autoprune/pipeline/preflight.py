@@ -101,7 +101,7 @@ def prepare(
     resume: bool = False,
     protection: Protection | None = None,
 ) -> Problem:
-    """Check a study, its data, its network and the way out; nothing is trained or written.
+    """Check a study, its data, its network, and that it can be delivered; nothing is trained or written.
 
     Args:
         study: what to run.
@@ -159,7 +159,7 @@ def check_delivery(model: nn.Module, example: tuple[Tensor, ...]) -> None:
 
 
 def trace_for_study(study: Study, model: nn.Module, example: tuple[Tensor, ...]) -> ChannelGraph:
-    """The graph of a network as the study wants it pruned."""
+    """Return the graph of a network, with what the study allows to be pruned."""
     graph = trace(
         model,
         example,
@@ -223,17 +223,22 @@ def forecast_run(problem: Problem) -> RunForecast:
 
 
 def check_location(out: Path | RunLocation, name: str, *, resume: bool) -> None:
-    """See that a run may be kept there: in an empty or new folder, or, to resume, where there is one.
+    """Check that a run may be kept here: in an empty or new folder or, to resume, where there is one.
 
     Raises:
         UsageError: it may not.
     """
     location = out if isinstance(out, RunLocation) else RunLocation(folder=out)
-    folder, there = location.folder, has_run(location, name)
-    if there and not resume:
+    folder, exists = location.folder, has_run(location, name)
+    if exists and not resume:
         hint = f"continue the run {name!r} with --resume, or choose another --out"
         raise UsageError(f"{location} exists; a run is never overwritten", hint)
-    if location.is_local and not there and folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+    if (
+        location.is_local
+        and not exists
+        and folder.exists()
+        and (not folder.is_dir() or any(folder.iterdir()))
+    ):
         raise UsageError(f"{folder} exists; a run is never overwritten", "choose another --out")
     parent = next(p for p in (folder, *folder.absolute().parents) if p.exists())
     if not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK):
@@ -260,13 +265,13 @@ def thread_limit(study: Study, graph: ChannelGraph) -> Iterator[None]:
 
 
 def plain_settings(study: Study) -> dict[str, Any]:
-    """The resolved study as plain values; functions, networks and data by their names."""
+    """Return the resolved study as plain values; functions, networks and data by their names."""
     values = {f.name: getattr(study, f.name) for f in fields(study)}
     return {name: _plain(value) for name, value in values.items()}
 
 
 def environment(device: torch.device) -> dict[str, str]:
-    """What numbers depend on: versions and machine."""
+    """Return what the numbers of a run depend on: versions and machine."""
     return {
         "device": f"{device.type} ({device_name(device)}, {_threads()})",
         "platform": platform.platform(),
@@ -285,10 +290,10 @@ def _check_choices(study: Study) -> None:
         for name, chosen, allowed in allowed_in
         if not chosen or set(chosen) - set(allowed)
     ]
-    known = study.analysis.known
-    if known is not None and not Path(known).is_file():
+    table_file = study.analysis.known
+    if table_file is not None and not Path(table_file).is_file():
         hint = "name the analysis.json that `autoprune analyze` wrote"
-        problems.append(UsageError(f"analysis.known={known} is no file", hint))
+        problems.append(UsageError(f"analysis.known={table_file} is no file", hint))
     if problems:
         raise ConfigError(problems)
 
@@ -320,11 +325,11 @@ def _costs(target: Target, graph: ChannelGraph) -> tuple[float, float]:
     original = graph.cost().of(metric)
     allowed = target.absolute(original)
     if allowed >= original:
-        asked, costs = (
+        allowed_text, original_text = (
             milliseconds(1000 * c) if metric == "latency" else f"{int(c):,}" for c in (allowed, original)
         )
         raise UsageError(
-            f"target {target} asks for {asked}, and the network costs only {costs}",
+            f"target {target} asks for {allowed_text}, and the network costs only {original_text}",
             "ask for less than it costs, or for a fraction as in macs=0.5",
         )
     nearest = graph.cost_of_counts({g.name: int(g.allowed_counts[-1]) for g in graph.groups}).of(metric)

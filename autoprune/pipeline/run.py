@@ -282,7 +282,7 @@ def _round_budget(run: RunContext, state: State, start: RoundStart, analysis_s: 
     heuristics = run.problem.heuristics
     rounds = rounds_ahead(state, run.goal.target_share)
     remaining = run.budget.remaining(reserve=heuristics.final_share)
-    # An analysis that takes too large a part of the time is not made again: see `_earlier_table`.
+    # An analysis that takes too large a part of the time is not repeated: see `_earlier_table`.
     is_repeated = analysis_s <= heuristics.analysis_share * remaining.seconds
     later_s = analysis_s * (rounds - 1) if is_repeated else 0.0
     allotment = Allotment(
@@ -308,7 +308,7 @@ def _has_budget_left(search: RoundSearch, study: optuna.Study) -> bool:
 
 
 def _worthwhile_epochs(run: RunContext) -> float:
-    """Return the epochs below which a trial is not worth its while: so far longer ones were needed."""
+    """Return the epochs below which a trial is not worth running, from what the trials so far took."""
     needed = [t.rungs[-1].epochs for s in run.store.rounds() for t in read_trials(s) if t.rungs]
     heuristics = run.problem.heuristics
     return max(heuristics.min_epochs, heuristics.worthwhile_share * max(needed, default=0.0))
@@ -320,18 +320,18 @@ def _measure_sensitivity(run: RunContext, state: State, start: RoundStart) -> Se
     analysis, heuristics = problem.study.analysis, problem.heuristics
     baseline, checkpoint = run.store.study(0), checkpoint_of(run.store, current.round, current.trial)
     assert baseline is not None
-    known = load_points(baseline, checkpoint)
-    if known is None and analysis.known is not None and current.round == 0:
-        known = SensitivityTable.from_json(Path(analysis.known).read_text(encoding="utf-8"))
+    earlier = load_points(baseline, checkpoint)
+    if earlier is None and analysis.known is not None and current.round == 0:
+        earlier = SensitivityTable.from_json(Path(analysis.known).read_text(encoding="utf-8"))
     total = max_num_points(start.graph, analysis.ratios, exact=analysis.exact)
-    done = count(1 + (len(known.points) if known else 0))
+    num_points = count(1 + (len(earlier.points) if earlier else 0))
 
     def on_point(point: SensitivityPoint) -> None:
         store_point(baseline, checkpoint, point)
         detail = f"{point.group} without {100 * point.ratio:.0f} %: {-point.drop_pp:+.1f} pp"
         run.on_event(
             ev.StageProgress(
-                stage="analysis", round=state.round + 1, done=next(done), total=total, detail=detail
+                stage="analysis", round=state.round + 1, done=next(num_points), total=total, detail=detail
             )
         )
 
@@ -339,7 +339,7 @@ def _measure_sensitivity(run: RunContext, state: State, start: RoundStart) -> Se
     return sensitivity(
         start.model, start.graph, problem.data.search, settings=analysis,
         calibration=problem.data.train, device=problem.device, task=problem.task, on_point=on_point,
-        known=known, seconds=heuristics.analysis_share * remaining.seconds,
+        known=earlier, seconds=heuristics.analysis_share * remaining.seconds,
     )  # fmt: skip
 
 
@@ -401,8 +401,9 @@ def _delete_losers(run: RunContext, study: optuna.Study, decision: Decision) -> 
     ]
     if below:
         needed.add((number, max(below, key=lambda t: t.top1).number))
-    kept = {checkpoint_of(run.store, r, t) for r, t in needed}
+    needed_ids = {checkpoint_of(run.store, r, t) for r, t in needed}
     for trial in completed_trials(study):
         artifact = trial.user_attrs.get(CHECKPOINT)
-        if artifact and (number, trial.number) not in needed and artifact not in kept:
+        # Equal weights have one checkpoint, so that a needed one may be a loser's too.
+        if artifact and (number, trial.number) not in needed and artifact not in needed_ids:
             run.store.delete_checkpoint(artifact)

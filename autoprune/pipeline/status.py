@@ -1,4 +1,4 @@
-"""The status of a run at this moment: its record, who works on it, and what they are at.
+"""The status of a run at this moment: its record, the processes that work on it, and what they are doing.
 
 A run stores decisions and finished trials. What goes on between two of them follows from the rest: a round's
 study is created when its analysis is complete, and an analysis stores its points as they come.
@@ -40,7 +40,7 @@ from autoprune.storage import (
 
 @dataclass(frozen=True, kw_only=True)
 class RunStatus:
-    """What can be known of a run from outside.
+    """The status of a run, as any process can read it from its storage.
 
     Attributes:
         record: None while the original is still being measured.
@@ -70,14 +70,14 @@ def read_status(run: RunReference) -> RunStatus:
         record, processes = read_run(store), list_processes(store)
         used = used_budget(store).seconds
         seconds = Budget.parse(record.study["budget"]).counted(used).seconds
-        left = None if seconds is None or record.outcome else max(0.0, seconds - used)
+        seconds_left = None if seconds is None or record.outcome else max(0.0, seconds - used)
         now = "" if record.outcome else _stage_text(store, record)
     if now and not _is_active(processes):
         again = f"{record.command} --resume" if record.command else "run(..., resume=True)"
         now = f"nobody works on it; it was left at {now}; go on with: {again}"
     return RunStatus(
-        location=header.location, name=header.name, record=record, processes=processes, seconds_left=left,
-        now=now,
+        location=header.location, name=header.name, record=record, processes=processes,
+        seconds_left=seconds_left, now=now,
     )  # fmt: skip
 
 
@@ -124,11 +124,11 @@ def _stage_text(store: RunStore, record: RunRecord) -> str:
 def _search_text(store: RunStore, record: RoundRecord) -> str:
     study = store.study(record.number)
     assert study is not None
-    done = sum(t.state != "running" for t in record.trials)
+    num_finished = sum(t.state != "running" for t in record.trials)
     running = [
         f"trial {t.number} has run for {duration(_seconds_since_start(t))}" for t in running_trials(study)
     ]
-    progress = f"round {record.number}, search: {done} of {record.planned_trials} trials finished"
+    progress = f"round {record.number}, search: {num_finished} of {record.planned_trials} trials finished"
     return ", ".join([progress, *running])
 
 

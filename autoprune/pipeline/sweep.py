@@ -26,7 +26,7 @@ from autoprune.search import read_run
 from autoprune.storage import RunStore, run_name_at
 
 OVERHEAD_SHARE = 0.1  # of a job's time: export and report come on top of its budget; a guess
-MAX_OVERRUN = 1.5  # times its part of the time: a job that takes longer hangs, and is ended
+MAX_OVERRUN = 1.5  # times its part of the time: a job that takes longer hangs, and is ended; a guess
 END_TIMEOUT_S = 120  # what a job may take to end cleanly
 
 
@@ -38,8 +38,8 @@ class SweepDeadline:
 
     def budget_per_job(self, waiting: int) -> float | None:
         """Return the seconds that each waiting job gets as its budget, None where time is not limited."""
-        left = self.monotonic_s - time.monotonic()
-        return None if math.isinf(left) else max(0.0, (1 - OVERHEAD_SHARE) * left / max(1, waiting))
+        seconds = self.monotonic_s - time.monotonic()
+        return None if math.isinf(seconds) else max(0.0, (1 - OVERHEAD_SHARE) * seconds / max(1, waiting))
 
 
 def make_jobs(studies: Iterable[str], targets: Sequence[str], seeds: Sequence[int]) -> tuple[Job, ...]:

@@ -13,7 +13,7 @@ from autoprune.search import seconds_of_training
 from autoprune.tasks import task_of
 from autoprune.training import evaluate, resolve_device
 
-FEW_BATCHES = 2
+FEW_BATCHES = 2  # timed first, to see how many batches fit into the time; a guess
 PART = 0.4  # of the seconds, for training and for evaluating each; the rest is warming up
 
 
@@ -64,8 +64,8 @@ def _train_speed(study: Study, traced: TracedStudy, split: Split, seconds: float
         return seconds_of_training(model, train, study, epochs, teacher=teacher, device=device)
 
     seconds_of(1)  # the first batch is slow: it warms caches and threads up
-    few = min(FEW_BATCHES, total)
-    count = min(total, max(few, int(seconds * few / seconds_of(few))))
+    num_first = min(FEW_BATCHES, total)
+    count = min(total, max(num_first, int(seconds * num_first / seconds_of(num_first))))
     return min(len(split), count * batch) / seconds_of(count)
 
 

@@ -44,8 +44,8 @@ from autoprune.storage import (
 )
 from autoprune.training import distributed
 
-MAX_WAIT_S = 2 * GRACE_PERIOD_S  # without a coordinator for this long, nothing will come any more
-POLL_S = 2.0
+MAX_WAIT_S = 2 * GRACE_PERIOD_S  # without a coordinator for this long, none is expected any more; a guess
+POLL_S = 2.0  # between two looks for a new round; a guess
 
 
 def run_worker(
@@ -96,7 +96,7 @@ def _work(study: Study, location: RunLocation, protection: Protection, on_event:
 
 
 def _follow_first_rank(study: Study, location: RunLocation, protection: Protection) -> None:
-    """Train what the first rank announces; nothing is written here."""
+    """Train the trials that the first rank announces; only the first rank writes to the storage."""
     rounds = _RoundCache()
     with _opened(study, location, protection) as run:
         run.store.guard_with(_refuse_to_write)
@@ -114,7 +114,7 @@ def _refuse_to_write() -> None:
 
 
 class _OwnTrials:
-    """Counts the trials that were started here, and passes on no end of any other trial."""
+    """A listener that counts the trials started here, and passes no end of another trial on."""
 
     def __init__(self, on_event: ev.OnEvent) -> None:
         self.number, self._on_event = 0, on_event

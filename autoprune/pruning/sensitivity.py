@@ -1,9 +1,9 @@
 """Sensitivity: how much accuracy goes when one group alone is pruned by a ratio.
 
 Each probe is the network with one group shrunk, its batch-norm statistics estimated anew where a calibration
-split is given, measured on the search split against the intact network on the same samples (`probing`). Which
-ratios are measured is found by bisection. A probe also says whether it changed the forward pass at all: one
-that did not measured nothing.
+split is given, measured on the search split against the intact network on the same samples (`variants`).
+Which ratios are measured is found by bisection. A probe also says whether it changed the forward pass at all:
+one that did not measured nothing.
 
 The table answers `loss_at(group, ratio)`: the measured loss increases, made to rise with the ratio (a gain
 counts as no loss, never as a loss) and joined by a monotone cubic (Fritsch & Carlson 1980).
@@ -80,9 +80,9 @@ class SensitivityPoint:
         top1, loss: of the pruned network on the search split.
         drop_pp: top-1 lost against the intact network, in percentage points; negative is a gain.
         low_pp, high_pp: its 95 % interval, from the paired samples.
-        num_samples: how many samples were looked at.
+        num_samples: how many samples were evaluated.
         macs_share_removed: share of the network's multiply-adds that goes with these units.
-        changed: whether the output changed; False means that the probe measured nothing.
+        changed: whether the output changed; False means that the point says nothing.
     """
 
     group: str
@@ -99,13 +99,13 @@ class SensitivityPoint:
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class SensitivityTable:
-    """All probes, and the intact network on the same samples.
+    """All measured points, and the intact network on the same samples.
 
     Attributes:
         method: `partial` or `whole` (see `variants`); `reason` says why not the first.
         seconds: that the measurement took.
         miscounted: groups whose pruned network does not cost what was predicted.
-        of: digest of the network and the data that were measured; empty where nobody noted it.
+        of: digest of the network and the data that were measured; empty in tables stored without it.
     """
 
     points: tuple[SensitivityPoint, ...]
@@ -121,10 +121,10 @@ class SensitivityTable:
     @overload
     def loss_at(self, group: str, ratio: NDArray[np.float64]) -> NDArray[np.float64]: ...
     def loss_at(self, group: str, ratio: float | NDArray[np.float64]) -> float | NDArray[np.float64]:
-        """Predicted increase of the loss, rising in the ratio, 0 at 0; (n,) for ratios (n,).
+        """Return the predicted increase of the loss: 0 at ratio 0, never falling; (n,) for ratios (n,).
 
-        Where there is no loss (a study's own score without a loss), the drop of the score instead.
-        Beyond the last ratio measured it rises more steeply than it did to there.
+        Where there is no loss (a study's own score without a loss), it is the drop of the score. Beyond the
+        last ratio that was measured it rises more steeply than before it (see `BEYOND`).
 
         Raises:
             UsageError: the group was not measured.
@@ -134,8 +134,8 @@ class SensitivityTable:
             raise UsageError(
                 f"the sensitivity table has no group {group!r}", "measure the graph that is to be pruned"
             )
-        found = curve.at(np.atleast_1d(np.asarray(ratio, dtype=np.float64)))
-        return found if isinstance(ratio, np.ndarray) else float(found[0])
+        losses = curve.at(np.atleast_1d(np.asarray(ratio, dtype=np.float64)))
+        return losses if isinstance(ratio, np.ndarray) else float(losses[0])
 
     @cached_property
     def _curves(self) -> dict[str, _Curve]:
@@ -147,17 +147,17 @@ class SensitivityTable:
         return {group: _Curve.through(rises) for group, rises in measured.items()}
 
     def to_frame(self) -> pd.DataFrame:
-        """One row a point."""
+        """Return the points as a table, one row each."""
         return pd.DataFrame(
             [asdict(p) for p in self.points], columns=[f.name for f in fields(SensitivityPoint)]
         )
 
     def to_json(self) -> str:
-        """A text form that `from_json` reads; numbers that are none become null."""
+        """Return the table as JSON, which `from_json` reads; numbers that are not finite become null."""
         baseline = {k: _plain(getattr(self.baseline, k)) for k in ("top1", "loss", "num_samples")}
         points = [point_values(p) for p in self.points]
-        about = {n: getattr(self, n) for n in ("method", "reason", "seconds", "miscounted", "of")}
-        return json.dumps({"autoprune_sensitivity": 1, "baseline": baseline, "points": points} | about)
+        metadata = {n: getattr(self, n) for n in ("method", "reason", "seconds", "miscounted", "of")}
+        return json.dumps({"autoprune_sensitivity": 1, "baseline": baseline, "points": points} | metadata)
 
     @classmethod
     def from_json(cls, text: str) -> SensitivityTable:
@@ -171,9 +171,9 @@ class SensitivityTable:
             if document["autoprune_sensitivity"] != 1:
                 raise ValueError
             points = [point_from_values(p) for p in document["points"]]
-            about = {n: document[n] for n in ("method", "reason", "seconds", "of") if n in document}
-            about["miscounted"] = tuple(document.get("miscounted", ()))
-            return cls(points=tuple(points), baseline=Evaluation(**_number(document["baseline"])), **about)
+            metadata = {n: document[n] for n in ("method", "reason", "seconds", "of") if n in document}
+            metadata["miscounted"] = tuple(document.get("miscounted", ()))
+            return cls(points=tuple(points), baseline=Evaluation(**_number(document["baseline"])), **metadata)
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise ArtifactError(
                 "the text is not a sensitivity table of version 1", "measure again"
@@ -191,7 +191,8 @@ class _Curve:
     def through(cls, measured: dict[float, float]) -> _Curve:
         ratios = np.array([0.0, *sorted(measured)])
         rises = np.array([0.0, *(measured[r] for r in sorted(measured))])
-        worst = float(rises[np.isfinite(rises)].max()) + 1.0  # a network that gives no number is broken
+        # A network whose loss is no number is broken: it counts as worse than all that were measured.
+        worst = float(rises[np.isfinite(rises)].max()) + 1.0
         finite = np.nan_to_num(rises, nan=worst, posinf=worst)
         return cls(ratios=ratios, losses=np.maximum.accumulate(np.maximum(finite, 0.0)))
 
@@ -240,8 +241,8 @@ def sensitivity(  # noqa: PLR0913 - public: the network, the data, and what a ca
         device=torch.device(device), num_batches=RECALIBRATE_BATCHES, batch_size=RECALIBRATE_BATCH,
         task=task, exact=settings.exact,
     )  # fmt: skip
-    of = fingerprint(setup)
-    if known is not None and known.of not in ("", of):
+    digest = fingerprint(setup)
+    if known is not None and known.of not in ("", digest):
         raise UsageError(
             "the known sensitivities are those of another network, or of other data", "measure them anew"
         )
@@ -265,12 +266,12 @@ def sensitivity(  # noqa: PLR0913 - public: the network, the data, and what a ca
     return SensitivityTable(
         points=survey.table_points(), baseline=evaluator.baseline, reason=reason,
         method="whole" if reason else "partial", miscounted=miscounted(setup, survey.furthest()),
-        seconds=time.perf_counter() - began, of=of,
+        seconds=time.perf_counter() - began, of=digest,
     )  # fmt: skip
 
 
 def fingerprint(setup: VariantSetup) -> str:
-    """SHA-256 of what a point depends on but its group and ratio: weights, samples, how it is measured."""
+    """Return a SHA-256 of what a point depends on besides its group and ratio: weights, samples, method."""
     splits = [s.digest() for s in (setup.split, setup.calibration) if s is not None]
     digest = hashlib.sha256(" ".join((*splits, CRITERION, str(setup.exact))).encode())
     for name, tensor in setup.model.state_dict().items():
@@ -289,23 +290,23 @@ class PlannedPoint:
 
 
 def max_num_points(graph: ChannelGraph, ratios: Sequence[float], *, exact: bool = False) -> int:
-    """How many points `sensitivity` measures at most."""
+    """Return how many points `sensitivity` measures at most."""
     per_group = ratio_counts(graph, ratios).values()
     return sum(len(counts) if exact else min(BISECTION.max_points, len(counts)) for counts in per_group)
 
 
 def ratio_counts(graph: ChannelGraph, ratios: Sequence[float]) -> dict[str, list[int]]:
-    """Per group the numbers of removed units that these ratios mean."""
+    """Return for each group the numbers of removed units that these ratios mean, rising."""
     per_group = {}
     for group in graph.groups:
-        most = group.num_units - group.min_keep
-        counts = {min(most, max(1, round(r * group.num_units))) for r in ratios}
+        highest = group.num_units - group.min_keep
+        counts = {min(highest, max(1, round(r * group.num_units))) for r in ratios}
         per_group[group.name] = sorted(n for n in counts if n > 0)
     return per_group
 
 
 def next_counts(counts: Sequence[int], drops: Mapping[int, float], bisection: Bisection | None) -> list[int]:
-    """What to measure next of one group: the middle of the interval in which its curve says least.
+    """Return what to measure next of one group: the middle of the interval in which its curve says least.
 
     Args:
         counts: numbers of removed units, rising.
@@ -331,7 +332,7 @@ def next_counts(counts: Sequence[int], drops: Mapping[int, float], bisection: Bi
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class _Survey:
-    """What one table will hold, and what it holds already."""
+    """A table that is being measured: the counts that may be measured, and the points so far."""
 
     graph: ChannelGraph
     counts: dict[str, list[int]]
@@ -340,7 +341,7 @@ class _Survey:
     points: dict[tuple[str, float], SensitivityPoint]
 
     def next_points(self) -> list[PlannedPoint]:
-        """What can be measured in one pass: for each group what its curve says is next."""
+        """Return what to measure in the next pass: for each group where its curve says least."""
         pending = []
         for group in self.graph.groups:
             counts, width = self.counts[group.name], group.num_units
@@ -351,7 +352,7 @@ class _Survey:
         return pending
 
     def has_all(self) -> bool:
-        """Whether each group that can be pruned has a point."""
+        """Return whether each group that can be pruned has a point."""
         return {name for name, counts in self.counts.items() if counts} <= {name for name, _ in self.points}
 
     def plan(self, planned: PlannedPoint) -> PruningPlan:
@@ -361,19 +362,19 @@ class _Survey:
 
     def add(self, planned: PlannedPoint, result: VariantResult, baseline: Evaluation) -> SensitivityPoint:
         width = self.graph.group(planned.group).num_units
-        left = self.graph.cost_of_counts({planned.group: width - planned.num_removed}).macs
+        macs_left = self.graph.cost_of_counts({planned.group: width - planned.num_removed}).macs
         gain_pp, interval = difference_pp(result.evaluation, baseline)
         point = SensitivityPoint(
             group=planned.group, ratio=planned.num_removed / width, top1=result.evaluation.top1,
             loss=result.evaluation.loss, drop_pp=-gain_pp, low_pp=-interval.high, high_pp=-interval.low,
             num_samples=result.evaluation.num_samples,
-            macs_share_removed=1 - left / self.graph.cost().macs, changed=result.changed,
+            macs_share_removed=1 - macs_left / self.graph.cost().macs, changed=result.changed,
         )  # fmt: skip
         self.points[point.group, point.ratio] = point
         return point
 
     def furthest(self) -> list[PruningPlan]:
-        """For each group the plan of its last point."""
+        """Return for each group the plan of its point with the most units removed."""
         return [
             self.plan(
                 PlannedPoint(
@@ -386,10 +387,10 @@ class _Survey:
         ]
 
     def table_points(self) -> tuple[SensitivityPoint, ...]:
-        """By group, in the graph's order, and ratio."""
+        """Return the points, sorted by group in the graph's order and by ratio."""
         names = [g.name for g in self.graph.groups]
-        mine = (p for p in self.points.values() if p.group in self.counts)
-        return tuple(sorted(mine, key=lambda p: (names.index(p.group), p.ratio)))
+        points = (p for p in self.points.values() if p.group in self.counts)
+        return tuple(sorted(points, key=lambda p: (names.index(p.group), p.ratio)))
 
 
 def _check(settings: Analysis) -> None:
@@ -404,12 +405,12 @@ def _check(settings: Analysis) -> None:
 
 
 def point_values(point: SensitivityPoint) -> dict[str, Any]:
-    """A point as plain values; numbers that are none become null."""
+    """Return a point as plain values; numbers that are not finite become null."""
     return {k: _plain(v) for k, v in asdict(point).items()}
 
 
 def point_from_values(values: dict[str, Any]) -> SensitivityPoint:
-    """The point of these values."""
+    """Return the point that `point_values` made these values of."""
     return SensitivityPoint(**_number(values))
 
 

@@ -1,10 +1,10 @@
-"""What a search works with: one problem, one run, one round, each built once and holding the one above it.
+"""What a search works with: a problem, a run of it, a round, each built once; run and round hold the problem.
 
-A `Problem` is a study that was found in order: network, data, device, and the target in absolute numbers. A
+A `Problem` is a study that passed all checks: network, data, device, and the target in absolute numbers. A
 `RunContext` is the process's run of it: where it is stored, what it aims at, what it may still spend. A
 `RoundContext` is what all trials of a round have in common: the dense network they start from, its
-sensitivity, and the scores of its units. A trial needs the round's context alone; it knows nothing of
-storage or Optuna.
+sensitivity, and the scores of its units. A trial needs the round's context alone; it knows nothing of storage
+or Optuna.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from autoprune.training import evaluate
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Problem:
-    """A study that was found in order.
+    """A study that passed all checks.
 
     Attributes:
         task: how the network is used, from the study.
@@ -42,8 +42,8 @@ class Problem:
         graph: of the original.
         example: one real input, as the network takes it.
         original_cost: in the target's metric; `target_cost` is what the result may cost.
-        search_evaluation: the original on the search split; None where it is still to be trained, or where a
-            run to be resumed has measured it.
+        search_evaluation: the original on the search split; None where it is still to be trained, or where
+            this process joins a run that has measured it.
     """
 
     study: Study
@@ -81,7 +81,7 @@ class Problem:
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class RunContext:
-    """A run, as one process works on it.
+    """A run, as seen by one of the processes that work on it.
 
     Attributes:
         goal: the floor and the target share, as the stored baseline was measured.
@@ -151,6 +151,7 @@ class RoundContext:
             TrialError: no plan is near it.
         """
         limit, scores = self.cost_limit(prune_rate), self.scores(criterion)
+        # Widths come in steps, so that no plan may cost what was asked for; the error names the nearest cost.
         try:
             return self._allocate(scores, limit, strategy)
         except UnreachableError as error:
@@ -164,8 +165,8 @@ class RoundContext:
         """Return the (criterion, strategy) whose plan scores best at this rate before any fine-tuning.
 
         Each plan is evaluated on a thousand search samples with batch-norm statistics estimated anew. Where
-        the study's own loss or score raises, the first choice is returned: the trials record what is the
-        matter.
+        the study's own loss or score raises, the first choice is returned, and the trials record what went
+        wrong.
         """
         if len(choices) == 1:
             return choices[0]
@@ -179,7 +180,7 @@ class RoundContext:
             best = rank_plans(setup, list(plans.values()))[0].plan
         except RunError:
             raise
-        except Exception:  # whatever the user's own functions raise
+        except Exception:  # the user's loss or score may raise anything
             return choices[0]
         return next(choice for choice, plan in plans.items() if plan is best)
 

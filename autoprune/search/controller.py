@@ -51,13 +51,13 @@ class Goal:
             return self.baseline_top1
         if cost_share <= self.target_share:
             return self.floor
-        way = math.log(cost_share) / math.log(self.target_share)
-        return self.baseline_top1 - way * self.max_drop_pp / 100
+        progress = math.log(cost_share) / math.log(self.target_share)
+        return self.baseline_top1 - progress * self.max_drop_pp / 100
 
 
 @dataclass(frozen=True, kw_only=True)
 class TrialSummary:
-    """What the controller needs to know of a finished trial; `prune_rate` is the one achieved."""
+    """What the controller decides by, of a finished trial's record; `prune_rate` is the one achieved."""
 
     number: int
     prune_rate: float
@@ -165,9 +165,9 @@ def best_recovered(goal: Goal, state: State, trials: Iterable[TrialSummary]) -> 
     recovered = [t for t in trials if has_recovered(goal, state, t)]
     if not recovered:
         return None
-    most = max(t.prune_rate for t in recovered)
+    highest_rate = max(t.prune_rate for t in recovered)
     reaching = [t for t in recovered if goal.is_met_by(t.cost_share)]
-    tied = reaching or [t for t in recovered if t.prune_rate >= most - TIE]
+    tied = reaching or [t for t in recovered if t.prune_rate >= highest_rate - TIE]
     return min(tied, key=lambda t: (-t.top1, t.cost_share, t.number))
 
 
@@ -215,15 +215,15 @@ def _promote(goal: Goal, control: Control, state: State, best: TrialSummary) -> 
         ended="target" if reached else None,
     )
     floor = goal.floor if reached else round_floor(goal, state)
-    kept = (
+    success = (
         f"trial {best.number} removed {_percent(best.prune_rate)} and kept top-1 {_percent(best.top1, 2)}, "
         f"at or above the floor {_percent(floor, 2)}"
     )
     if reached:
-        return Decision(action="finish", reason=f"{kept}; the target is reached",
+        return Decision(action="finish", reason=f"{success}; the target is reached",
                         promoted=best.number, state=after)  # fmt: skip
     moved = _moved(goal, state.ceiling, after)
-    return Decision(action="promote", reason=f"{kept}; {moved}", promoted=best.number, state=after)
+    return Decision(action="promote", reason=f"{success}; {moved}", promoted=best.number, state=after)
 
 
 def _moved(goal: Goal, before: float, after: State) -> str:
@@ -275,9 +275,9 @@ def _missed(goal: Goal, state: State, trials: Sequence[TrialSummary]) -> str:
     if not trials:
         return "no trial could be scored"
     nearest = max(trials, key=lambda t: t.top1)
-    who = f"none of {len(trials)} trials" if len(trials) > 1 else "the only trial has not"
+    subject = f"none of {len(trials)} trials" if len(trials) > 1 else "the only trial has not"
     return (
-        f"{who} recovered to the floor {_percent(floor, 2)} "
+        f"{subject} recovered to the floor {_percent(floor, 2)} "
         f"(nearest: {_percent(nearest.top1, 2)} with {_percent(nearest.prune_rate)} removed)"
     )
 

@@ -1,7 +1,7 @@
 """What a run's studies hold, written and read back as typed values.
 
 Each kind of study has an entry: the baseline, a round with the controller's decision, the delivered model.
-Their fields are the user attributes of the study, and this module is the only one that knows so. Everything
+Their fields are the user attributes of the study; no other module knows these attributes by name. Everything
 else is derived from the entries and the trials, which is what makes resuming a replay and lets the report
 be made again at any time.
 """
@@ -47,12 +47,12 @@ class BaselineEntry:
     """How a run was started, and its original measured; of the study `round-00`.
 
     Attributes:
-        command: that makes the run again; `sources` are the SHA-256 of the files that it names.
+        command: the command line that makes the run again; `sources` are the SHA-256 of the files in it.
         artifacts: the artifact store that was given, None where checkpoints lie in the run's folder.
         started: in UTC, as ISO 8601.
         settings: the resolved study as plain values.
         test_correct: what `pack_bits` made of the per-sample results on the test split.
-        seconds: that training and measuring the original took.
+        seconds: what training and measuring the original took.
     """
 
     command: str
@@ -116,7 +116,7 @@ class FinalEntry:
 
     Attributes:
         started_from: round that made the model, before it was tuned for `tuned_epochs`.
-        seconds: that the final tuning and the measurements took.
+        seconds: what the final tuning and the measurements took.
     """
 
     before: ModelSummary
@@ -219,8 +219,8 @@ def _read_trial(trial: FrozenTrial) -> TrialRecord:
     state = STATES.get(trial.state, "failed")
     if result.get("failure"):
         state = "failed"
-    stopped = "" if state != "failed" or result else "the process that ran it was stopped"
-    values = {"failure": stopped} | dict(result)
+    failure = "" if state != "failed" or result else "the process that ran it was stopped"
+    values = {"failure": failure} | dict(result)
     values |= {"number": trial.number, "state": state, "params": trial.params}
     return from_plain(TrialRecord, values)
 

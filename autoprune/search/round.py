@@ -4,8 +4,8 @@ The value of a trial is lexicographic: recovered trials count what they removed,
 short of the floor (negative), so that the sampler, the dashboard and the controller agree on what is best.
 
 What a trial tries follows from the stored trials and from (seed, round, slot), so a run that was stopped and
-resumed tries the same as one that was not. Any number of processes share the slots of a round; a trial of a
-killed process gives its slot, and its parameters, back.
+resumed tries the same as one that was not. Any number of processes share the slots of a round; when a process
+is killed, its slot becomes free, and the next trial there tries the same parameters.
 
 Trials climb rungs (`trial`), and leave when they have recovered, or when the trials before them say that they
 cannot.
@@ -114,7 +114,7 @@ class RoundSearch:
 
 @dataclass(frozen=True, kw_only=True)
 class TrialAnnouncement:
-    """What the other ranks of this process have to know of a trial that they train together."""
+    """What rank 0 tells the other ranks of a trial that all of them train together."""
 
     round: int
     params: TrialParams
@@ -141,8 +141,8 @@ def search_round(search: RoundSearch, study: optuna.Study, points: Sequence[Tria
         if run.is_coordinator:
             release_stale(study, _living_processes(run, monitor))
         run.budget.count_at_least(used_budget(run.store).epochs)
-        wanted = not _has_enough_trials(search, study) and _affords_trial(search, study)
-        slot = claim_slot(study, search.entry.trials, run.owner) if wanted else None
+        needs_trial = not _has_enough_trials(search, study) and _affords_trial(search, study)
+        slot = claim_slot(study, search.entry.trials, run.owner) if needs_trial else None
         if slot is not None:
             _run_slot(search, study, slot, points)
         _report_finished(search, study, reported)
@@ -204,6 +204,7 @@ def value_of(record: TrialRecord, search: RoundSearch) -> float:
         return FAILED_VALUE
     if _is_recovered(record, search):
         return record.prune_rate + TIE_WEIGHT * record.top1
+    # Below 0 even at the floor: a trial there that removed nothing has not recovered.
     return max(FAILED_VALUE, min(-1e-9, record.top1 - search.entry.floor))
 
 
@@ -241,7 +242,7 @@ def _report_finished(search: RoundSearch, study: optuna.Study, reported: set[int
 
 
 def _has_recovered_at_ceiling(search: RoundSearch, study: optuna.Study) -> bool:
-    ceiling = search.entry.ceiling * (1 - 1e-9)
+    ceiling = search.entry.ceiling * (1 - 1e-9)  # the float noise of a stored parameter
     return any(t.recovered and t.params["prune_rate"] >= ceiling for t in read_trials(study))
 
 
@@ -266,7 +267,7 @@ def _affords_trial(search: RoundSearch, study: optuna.Study) -> bool:
     What the running trials of other processes will use counts as used.
     """
     run, epochs = search.run, search.entry.epochs
-    planned = 1.01 * epochs  # trials that climbed beyond it took longer
+    planned = 1.01 * epochs  # 1 % for whole batches; trials that climbed beyond it say nothing of this one
     seconds = [t.seconds for t in read_trials(study) if t.epochs and t.epochs[-1].epoch <= planned]
     reserved = epochs * sum(t.user_attrs.get(OWNER) != run.owner for t in running_trials(study))
     is_first = search.entry.number == 1 and not study.get_trials(deepcopy=False)
@@ -300,8 +301,9 @@ def _of_running_trials(study: optuna.Study) -> list[Observation]:
 def _of_previous_round(search: RoundSearch) -> list[Observation]:
     """Return the trials of the round before, expressed for this one.
 
-    After a failure they started from the same network: rate and floor are comparable. After a promotion, the
-    same share of the ceiling is assumed to ask as much of the network as it did then.
+    After a failure they started from the same network: rate and floor are comparable. After a promotion, a
+    rate is scaled by the ceilings: the same share of the ceiling is assumed to be as hard to recover from as
+    before.
     """
     number, store = search.entry.number, search.run.store
     previous = store.study(number - 1) if number > 1 else None
@@ -366,6 +368,7 @@ def _run_trial(search: RoundSearch, trial: optuna.Trial, params: TrialParams, sl
 def _give_up(slot: Slot) -> TrialResult:
     """Fail a trial that killed process after process, instead of trying it once more."""
     reason = f"{slot.num_deaths} processes died running it (out of memory?)"
+    # It took no time, but a record of 0 seconds is one whose trial has no result yet.
     return TrialResult(record=failed_record(reason, seconds=1e-3), model=None, plan=None)
 
 

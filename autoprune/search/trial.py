@@ -36,7 +36,7 @@ from autoprune.training import EpochRecord, Schedule, distributed, finetune_, re
 
 # What torch's RuntimeErrors say when memory runs out on the CPU; they have no type of their own.
 OUT_OF_MEMORY = ("can't allocate memory", "not enough memory", "out of memory")
-MAX_REASON = 300  # characters of a failure's reason: it is shown in a table
+MAX_REASON = 300  # characters of a failure's reason, which has to fit into a table; a guess
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -97,12 +97,12 @@ class TrialResult:
 
 @dataclass(frozen=True, kw_only=True)
 class RungState:
-    """Where a trial stands at the end of a rung.
+    """How far a trial is at the end of a rung.
 
     Attributes:
         prune_rate, cost_share: as in its record.
         top1s: top-1 on the search split at the end of each rung so far.
-        epochs: so far; `next_epochs` would come on the next rung.
+        epochs: of fine-tuning so far; the next rung would add `next_epochs`.
     """
 
     prune_rate: float
@@ -123,7 +123,7 @@ class TrialHooks:
 
     Attributes:
         should_continue: asked between two rungs.
-        seconds_left: of the budget; a rung for which they are too few is gone through faster.
+        seconds_left: of the budget; a rung that does not fit skips steps of its schedule, see `finetune_`.
         on_epoch: called after every epoch.
     """
 
@@ -147,11 +147,11 @@ def run_trial(
         params: what to try.
         rungs: the epochs of each rung.
         seed: of order, augmentation and dropout.
-        hooks: what the round asks and hears.
+        hooks: how the round watches and steers the trial.
 
     Raises:
-        RunError: storage is away, or another rank of a distributed trial failed. Whatever else is raised, by
-            the user's loader, loss or score as well, fails the trial and stands in its record.
+        RunError: storage is away, or another rank of a distributed trial failed. Any other exception, also of
+            the user's loader, loss or score, fails the trial and is noted in its record.
     """
     began = time.perf_counter()
     try:

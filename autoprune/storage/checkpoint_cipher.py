@@ -70,9 +70,9 @@ def _cipher(recipients: Sequence[Any], identities: Sequence[Any]) -> CheckpointC
     return CheckpointCipher(encrypt=encrypt, decrypt=decrypt)
 
 
-def _identities(given: Sequence[str]) -> list[Any]:
-    if given:
-        return read_identities(list(given))
+def _identities(files: Sequence[str]) -> list[Any]:
+    if files:
+        return read_identities(list(files))
     path = default_identity_path()
     if not path.exists():
         raise UsageError(

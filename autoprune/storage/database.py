@@ -30,8 +30,8 @@ from autoprune.storage.optuna_private import READS, WRITES
 from autoprune.storage.retry import INSTALL_HINT, RESUME_HINT, retrying
 
 BUSY_TIMEOUT_S = 60
-HEARTBEAT_S = 10  # between two heartbeats of a process that works on the run
-GRACE_PERIOD_S = 90  # a process without a heartbeat for so long counts as dead
+HEARTBEAT_S = 10  # between two heartbeats of a process that works on the run; a guess
+GRACE_PERIOD_S = 90  # a process without a heartbeat for so long counts as dead: nine missed ones; a guess
 
 # A part of SQLite's message -> what to do about it.
 REMEDIES = {
@@ -93,9 +93,9 @@ _ANSWERS: dict[str, Callable[..., Any]] = {
 
 def _is_done(storage: RDBStorage, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
     if name == "set_trial_state_values":
-        wanted = kwargs.get("state", args[1] if len(args) > 1 else None)
+        state = kwargs.get("state", args[1] if len(args) > 1 else None)
         # A trial that another process failed meanwhile was not finished by this one.
-        return storage.get_trial(args[0]).state is wanted and wanted is not TrialState.FAIL
+        return storage.get_trial(args[0]).state is state and state is not TrialState.FAIL
     return name in _ANSWERS
 
 

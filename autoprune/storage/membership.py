@@ -4,8 +4,8 @@
 process id, and is completed when the process leaves. A process has died without leaving if it no longer
 exists on this host, or if its heartbeat is older than the grace period by the database's own clock. Clocks
 jump, so a silent process has to be silent at two looks that lie two heartbeats apart. Optuna gives trial
-numbers out
-atomically: the living coordinator with the lowest number holds the run, and the others are refused.
+numbers out atomically: the living coordinator with the lowest number holds the run, and the others are
+refused.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from autoprune.storage.run_store import RunStore
 PROCESSES = "processes"
 Role = Literal["coordinator", "worker"]
 ProcessState = Literal["working", "silent", "gone", "ended"]
-POLL_S = 1.0
+POLL_S = 1.0  # between two looks at other processes and their trials; a guess
 _LOCAL_TOKENS: set[str] = set()  # of the members that this very process still is
 
 

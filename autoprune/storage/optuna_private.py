@@ -9,6 +9,8 @@
   can only be run, and get attributes, through the storage and its id.
 * `RDBStorage._get_stale_trial_ids` compares heartbeats by the database's own clock. Optuna calls it inside
   `Study.optimize` only, which this package does not use: a run asks and tells.
+* `RDBStorage._get_best_trial_id`, `_get_trials`, `_create_new_trial`, `_set_trial_param`: four of the
+  operations that reach the database, all of which `database` repeats while it is away.
 * `FrozenStudy` is what `BaseStorage.get_all_studies` returns: whoever writes a storage needs its name.
 * `BaseDistribution._contains` tells whether a stored value is still inside a distribution.
 """

@@ -23,8 +23,7 @@ from optuna.trial import FrozenTrial, TrialState, create_trial
 
 from autoprune.storage.optuna_private import contains, live_trial, set_trial_attr
 
-# Keys of a trial's user attributes.
-# Attributes of a stored trial; `seat` is what version 0.1.0 called a slot, and its runs are still resumed.
+# Keys of a trial's user attributes; version 0.1.0 called a slot `seat`, and its runs are still resumed.
 SLOT, OWNER, WITHDRAWN, TOKEN, POINT = "seat", "owner", "withdrawn", "token", "point"
 HOLDING = (TrialState.RUNNING, TrialState.COMPLETE)
 NO_OWNER = -1  # the owner of a trial in a run that only one process can reach

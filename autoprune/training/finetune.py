@@ -56,7 +56,7 @@ class EpochRecord:
     """One pass over the training data, or the part of one at the end.
 
     Attributes:
-        epoch: how many passes are behind us.
+        epoch: passes made so far, this one included.
         lr: the rate of the last step.
         train_loss: mean over the steps.
         images_per_s: samples over wall-clock time.
@@ -69,15 +69,16 @@ class EpochRecord:
 
 
 def uses_bf16(device: torch.device) -> bool:
-    """Whether training runs in bfloat16: where the processor has instructions for it.
+    """Return whether training runs in bfloat16, which it does where the processor has instructions for it.
 
     A rule about the machine rather than a timing, so that equal machines give equal weights. Measured on two
     cores: ResNet-20 trains 1.5 times as fast with AVX-512 BF16 (EPYC), twice with AMX (Xeon).
     """
     if device.type == "cuda":
         return bool(torch.cuda.is_bf16_supported(including_emulation=False))
-    has = torch.cpu.get_capabilities()
-    return device.type == "cpu" and bool(has.get("amx_bf16") or has.get("avx512_bf16"))
+    capabilities = torch.cpu.get_capabilities()
+    has_bf16 = bool(capabilities.get("amx_bf16") or capabilities.get("avx512_bf16"))
+    return device.type == "cpu" and has_bf16
 
 
 def finetune_(  # noqa: PLR0913 - one whole stage: each argument is a decision of its caller
@@ -100,15 +101,15 @@ def finetune_(  # noqa: PLR0913 - one whole stage: each argument is a decision o
         teacher: what to learn from beside the labels, with weight `settings.distill`; None for labels only.
         task: its loss is minimised; where that is the study's own, the outputs may not be logits, and the
             teacher is not asked.
-        seconds: there are no more: when they get short, the rest of the schedule is gone through faster, so
-            that the learning rate still comes to its end.
-        on_epoch: told of every record as it is made.
+        seconds: the time allowed. Where it is too short for all steps, each batch takes several steps of the
+            schedule, so that the learning rate still comes to its end.
+        on_epoch: called with every record as it is made.
 
     Raises:
         TrialError: the training diverged (see `autoprune.training.divergence`).
         UsageError: nothing in the model can be trained, or a setting cannot take effect.
     """
-    place = torch.device(device)
+    device = torch.device(device)
     share_split = split.subset(settings.share, seed=SUBSET_SEED)
     if settings.label_smoothing and not task.has_logits:
         raise UsageError(
@@ -119,20 +120,20 @@ def finetune_(  # noqa: PLR0913 - one whole stage: each argument is a decision o
     stepper = Stepper(model, settings)
     plan = _Training(
         stepper=stepper, scheduler=make_scheduler(stepper.sgd, schedule, num_steps),
-        pace=_StepPacer(num_steps, seconds), batch_size=settings.batch_size, seed=seed, device=place,
-        on_epoch=on_epoch, ema_steps=settings.ema * num_steps, watch=LossWatch(num_steps, place),
+        pace=_StepPacer(num_steps, seconds), batch_size=settings.batch_size, seed=seed, device=device,
+        on_epoch=on_epoch, ema_steps=settings.ema * num_steps, watch=LossWatch(num_steps, device),
     )  # fmt: skip
     if settings.distill == 0 or not task.has_logits:
         teacher = None
     with ExitStack() as stack:
         if teacher is not None:
-            stack.enter_context(model_mode(teacher, place, training=False, channels_last=True))
+            stack.enter_context(model_mode(teacher, device, training=False, channels_last=True))
         objective = _objective(settings, teacher, task)
         records = _fit_(model, share_split, plan, objective)
         check_losses(plan.watch, lambda: _loss_of_zeros(model, share_split, plan, objective), schedule.lr)
     recalibrate_(
         model, share_split, num_batches=settings.recalibrate_batches, batch_size=settings.batch_size,
-        device=place, seed=seed,
+        device=device, seed=seed,
     )  # fmt: skip
     check_weights(model, schedule.lr)
     return records
@@ -160,26 +161,25 @@ def train_baseline_(  # noqa: PLR0913 - as finetune_
 
 
 def distillation_weight(student: Tensor, teacher: Tensor) -> Tensor:
-    """The teacher's lead over the student, in [0, 1]: the factor of `settings.distill` for one batch.
+    """Return the factor of `settings.distill` for one batch, in [0, 1]; both losses are scalars.
 
-    The lead is how far the teacher's loss on the labels is below the student's, as a share of the latter.
-
-    A teacher that was trained for long knows the training labels and leads all the way; one that the student
-    has caught up with has nothing more to teach, and would hold it back. Measured: docs/log.md.
+    It is how far the teacher's loss on the labels is below the student's, as a share of the student's. A
+    teacher that was trained for long has learned the training labels, and the factor stays high; one that the
+    student has caught up with has nothing more to teach, and would hold it back. Measured: docs/log.md.
     """
     with torch.no_grad():
         return (1 - teacher / student.clamp_min(1e-12)).clamp(0, 1)
 
 
 def distillation_loss(student_BC: Tensor, teacher_BC: Tensor, temperature: float) -> Tensor:
-    """T² KL(teacher/T || student/T), the mean over the batch, in float32."""
+    """Return T² KL(softmax(teacher/T) || softmax(student/T)), the mean over the batch, in float32."""
     student = F.log_softmax(student_BC.float() / temperature, dim=1)
     teacher = F.log_softmax(teacher_BC.float() / temperature, dim=1)
     return F.kl_div(student, teacher, reduction="batchmean", log_target=True) * temperature**2
 
 
 class _StepPacer:
-    """How many steps of its schedule a training takes with each batch: one, or more when time gets short.
+    """Decides how many steps of the schedule each batch takes: one, or more when time is short.
 
     Attributes:
         left: steps of the schedule to come.
@@ -190,14 +190,14 @@ class _StepPacer:
         self._first, self._count, self._debt = 0.0, 0, 0.0
 
     def advance(self) -> int:
-        """The number of steps to take with this batch, at most all that are left."""
-        wanted = 1 if math.isinf(self._end) else distributed.from_rank_zero(self._wanted)
-        steps = min(wanted, self.left)
+        """Return the number of steps to take with this batch, at most all that are left."""
+        steps = 1 if math.isinf(self._end) else distributed.from_rank_zero(self._steps_for_time)
+        steps = min(steps, self.left)
         self.left -= steps
         return steps
 
-    def _wanted(self) -> int:
-        """By the time that is left, and that the batches so far have taken."""
+    def _steps_for_time(self) -> int:
+        """Return the steps that the time left asks for, by the time that the batches so far have taken."""
         steps, now = 1, time.monotonic()
         if self._count:
             batches_left = max(1.0, (self._end - now) / ((now - self._first) / self._count))
@@ -231,10 +231,10 @@ class _Training:
 
 
 def _objective(settings: Finetune, teacher: nn.Module | None, task: Task) -> Objective:
-    """(model, inputs, targets) -> the scalar to go down."""
+    """Return the function (model, inputs, targets) -> the scalar that training minimises."""
 
     def label_loss(output: Any, target: Tensor) -> Tensor:
-        if settings.label_smoothing:  # finetune_ saw to it that this is a classifier
+        if settings.label_smoothing:  # finetune_ refuses smoothing for a loss of the study's own
             return classification_loss(output, target, label_smoothing=settings.label_smoothing)
         return task.loss(output, target)
 
@@ -243,19 +243,19 @@ def _objective(settings: Finetune, teacher: nn.Module | None, task: Task) -> Obj
         if teacher is None:
             return label_loss(output, targets)
         with torch.no_grad():
-            taught = teacher(inputs)
+            teacher_output = teacher(inputs)
         own = label_loss(output, targets)
         weight = settings.distill * distillation_weight(
-            *(distributed.mean(v, len(targets)) for v in (own, label_loss(taught, targets)))
+            *(distributed.mean(v, len(targets)) for v in (own, label_loss(teacher_output, targets)))
         )
-        distilled = distillation_loss(logits_of(output), logits_of(taught), settings.temperature)
+        distilled = distillation_loss(logits_of(output), logits_of(teacher_output), settings.temperature)
         return (1 - weight) * own + weight * distilled
 
     return objective
 
 
 def _fit_(model: nn.Module, split: Split, plan: _Training, objective: Objective) -> list[EpochRecord]:
-    """The training loop, as long as the schedule lasts; one record a pass."""
+    """Train until the schedule is at its end, and return one record for each pass."""
     per_epoch, records, done = split.num_batches(plan.batch_size), list[EpochRecord](), 0
     cuda = range(torch.cuda.device_count()) if plan.device.type == "cuda" else ()
     with (
@@ -287,7 +287,7 @@ def _fit_(model: nn.Module, split: Split, plan: _Training, objective: Objective)
                 plan.on_epoch(records[-1])
         plan.stepper.zero_grad()
         if average is not None:
-            average.give()
+            average.copy_to_model_()
     return records
 
 
@@ -303,15 +303,15 @@ class _WeightAverage:
         self.mean.update_parameters(self.model)
 
     @torch.no_grad()
-    def give(self) -> None:
-        """Put the average in the weights' place."""
-        for mine, mean in zip(self.model.parameters(), self.mean.module.parameters(), strict=True):
-            mine.copy_(mean)
+    def copy_to_model_(self) -> None:
+        """Replace the model's weights by their average."""
+        for weight, mean in zip(self.model.parameters(), self.mean.module.parameters(), strict=True):
+            weight.copy_(mean)
 
 
 @dataclass(frozen=True, kw_only=True)
 class _EpochResult:
-    """What one pass did: its mean loss, the last rate, how many steps and samples."""
+    """One pass over the data: its mean loss, the last learning rate, its steps and samples."""
 
     loss: float
     lr: float
@@ -351,7 +351,7 @@ def _epoch_(
 
 
 def _loss_of_zeros(model: nn.Module, split: Split, plan: _Training, objective: Objective) -> float:
-    """The level of a network that knows nothing, on the first batch."""
+    """Return the loss of a network whose outputs are all zero, on the first batch."""
     part = distributed.rank_and_size()
     batches = split.batches(plan.batch_size, device=plan.device, seed=plan.seed, part=part)
     return loss_of_zeros(model, next(iter(batches)), objective)
