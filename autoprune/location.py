@@ -60,7 +60,7 @@ class RunLocation:
 
 @dataclass(frozen=True, kw_only=True)
 class RunReference:
-    """A run that somebody named: its place, and its name where that was given."""
+    """A run that somebody named: its location, and its name where one was given."""
 
     location: RunLocation
     name: str | None
@@ -70,7 +70,7 @@ def parse_run(text: str, artifacts: str | None = None) -> RunReference:
     """Read `RUN`.
 
     Raises:
-        UsageError: the text is no such place, names no run, or holds a password.
+        UsageError: the text is no such location, names no run, or holds a password.
     """
     if "://" not in text:
         return RunReference(

@@ -69,8 +69,8 @@ class Row:
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
-class Ground:
-    """A case, understood and analysed once."""
+class Subject:
+    """A case, traced and analysed once, with the setup and the search that its rows share."""
 
     case: Case
     graph: ChannelGraph
@@ -97,17 +97,17 @@ def main() -> None:
     torch.set_num_threads(1)
     pages = []
     for name in args.networks:
-        ground = prepare(name, Path(os.environ["AUTOPRUNE_DATA"]), args.cache, args.samples)
+        subject = prepare(name, Path(os.environ["AUTOPRUNE_DATA"]), args.cache, args.samples)
         kept, rows = args.cache / f"rows-{name}.json", list[Row]()
         known = [Row(**r) for r in json.loads(kept.read_text())] if kept.exists() else []
         for share in args.shares:
-            rows += [r for r in known if r.share == share] or measured(ground, share)
+            rows += [r for r in known if r.share == share] or measured(subject, share)
             kept.write_text(json.dumps([asdict(r) for r in rows]))
-        pages.append(page(ground, rows, args.shares))
+        pages.append(page(subject, rows, args.shares))
     write(args.out, pages, " ".join(args.networks))
 
 
-def prepare(name: str, folder: Path, cache: Path, num_samples: int) -> Ground:
+def prepare(name: str, folder: Path, cache: Path, num_samples: int) -> Subject:
     """Load and analyse a network."""
     case = oneshot_models.load(name, folder, cache)
     graph, data = trace(case.model, case.example), case.data
@@ -122,14 +122,14 @@ def prepare(name: str, folder: Path, cache: Path, num_samples: int) -> Ground:
         finals=data.search,
     )  # fmt: skip
     test = data.test if len(data.test) <= num_samples else data.test.take(np.arange(num_samples))
-    return Ground(case=case, graph=graph, bench=bench, table=table, descent=descent, test=test)
+    return Subject(case=case, graph=graph, bench=bench, table=table, descent=descent, test=test)
 
 
-def measured(ground: Ground, share: float) -> list[Row]:
+def measured(subject: Subject, share: float) -> list[Row]:
     """Both sides at one cost."""
-    rows = [*ours(ground, share)]
-    limit = max(r.macs_share for r in rows) * ground.macs
-    rows += theirs(ground, share, limit)
+    rows = [*ours(subject, share)]
+    limit = max(r.macs_share for r in rows) * subject.macs
+    rows += theirs(subject, share, limit)
     for row in rows:
         print(
             row.network, f"{row.share:.0%}", row.way, f"{row.mean:.2f}", f"{row.macs_share:.4f}", flush=True
@@ -137,70 +137,70 @@ def measured(ground: Ground, share: float) -> list[Row]:
     return rows
 
 
-def ours(ground: Ground, share: float) -> Iterator[Row]:
+def ours(subject: Subject, share: float) -> Iterator[Row]:
     """The product's decision, and what it would be without trying and without steps."""
-    limit, graph, began = share * ground.macs, ground.graph, time.process_time()
-    best = ground.descent.at(limit)
-    yield row(ground, share, "autoprune", densified(ground, best.plan), time.process_time() - began)
+    limit, graph, began = share * subject.macs, subject.graph, time.process_time()
+    best = subject.descent.at(limit)
+    yield row(subject, share, "autoprune", densified(subject, best.plan), time.process_time() - began)
     for criterion, strategy in PARTS:
         try:
             plan = allocate(
                 graph,
-                ground.descent.first.rankings[criterion],
+                subject.descent.first.rankings[criterion],
                 metric="macs",
                 limit=limit,
                 strategy=strategy,
-                table=ground.table,
+                table=subject.table,
             )
         except UnreachableError:
             continue
-        yield row(ground, share, f"untried, {strategy} {criterion}", densified(ground, plan), 0.0)
+        yield row(subject, share, f"untried, {strategy} {criterion}", densified(subject, plan), 0.0)
 
 
-def densified(ground: Ground, plan: PruningPlan) -> tuple[nn.Module, float]:
+def densified(subject: Subject, plan: PruningPlan) -> tuple[nn.Module, float]:
     """The network that a plan leaves, and its multiply-adds."""
-    return densify(ground.case.model, ground.graph, plan), float(ground.graph.cost(plan).macs)
+    return densify(subject.case.model, subject.graph, plan), float(subject.graph.cost(plan).macs)
 
 
-def theirs(ground: Ground, share: float, limit: float) -> Iterator[Row]:
-    """The rival's best three by the gate's samples, on the test."""
-    base, train = oneshot_rival.prunable(ground.case.model), ground.case.data.train
+def theirs(subject: Subject, share: float, limit: float) -> Iterator[Row]:
+    """The rival's best three on the screening samples, measured on the test split."""
+    base, train = oneshot_rival.prunable(subject.case.model), subject.case.data.train
     found = []
-    for variant in oneshot_rival.variants(ground.case.model):
+    for variant in oneshot_rival.variants(subject.case.model):
         began = time.process_time()
         oneshot_rival.fill_gradients_(base, variant, train, seed=0)
-        model, macs = oneshot_rival.prune(base, ground.case.example, variant, limit)
+        model, macs = oneshot_rival.prune(base, subject.case.example, variant, limit)
         took = time.process_time() - began
-        recalibrate_(model, train, num_batches=ground.bench.num_batches, batch_size=128)
-        loss = evaluate_fast(ground.bench, model).top1
+        recalibrate_(model, train, num_batches=subject.bench.num_batches, batch_size=128)
+        loss = evaluate_fast(subject.bench, model).top1
         found.append((-loss, str(variant), model, macs, took))
-        print("  tried", variant, f"{100 * loss:.1f}", f"{macs / ground.macs:.4f}", flush=True)
+        print("  tried", variant, f"{100 * loss:.1f}", f"{macs / subject.macs:.4f}", flush=True)
     for _, name, model, macs, took in sorted(found, key=lambda f: f[:2])[:BEST]:
-        yield row(ground, share, f"Torch-Pruning, {name}", (model, macs), took)
+        yield row(subject, share, f"Torch-Pruning, {name}", (model, macs), took)
 
 
-def row(ground: Ground, share: float, way: str, made: tuple[nn.Module, float], seconds: float) -> Row:
+def row(subject: Subject, share: float, way: str, made: tuple[nn.Module, float], seconds: float) -> Row:
     """Recalibrate and evaluate on the test, once a seed."""
     (model, macs), top1 = made, []
     bench = screening.make_setup(
-        ground.case.model, ground.graph, ground.test, calibration=None, num_samples=len(ground.test)
+        subject.case.model, subject.graph, subject.test, calibration=None, num_samples=len(subject.test)
     )
     for seed in SEEDS:
-        recalibrate_(model, ground.case.data.train, num_batches=20, batch_size=128, seed=1000 + seed)
+        recalibrate_(model, subject.case.data.train, num_batches=20, batch_size=128, seed=1000 + seed)
         top1.append(evaluate_fast(bench, model).top1)
     return Row(
-        network=ground.case.name, share=share, way=way, macs_share=macs / ground.macs, top1=tuple(top1),
+        network=subject.case.name, share=share, way=way, macs_share=macs / subject.macs, top1=tuple(top1),
         seconds=seconds,
     )  # fmt: skip
 
 
-def page(ground: Ground, rows: list[Row], shares: Sequence[float]) -> str:
+def page(subject: Subject, rows: list[Row], shares: Sequence[float]) -> str:
     """One network's table: a line a way, a column a cost, the rival's best of each cost in one line."""
     intact = evaluate_fast(
         screening.make_setup(
-            ground.case.model, ground.graph, ground.test, calibration=None, num_samples=len(ground.test)
+            subject.case.model, subject.graph, subject.test, calibration=None, num_samples=len(subject.test)
         ),
-        ground.case.model,
+        subject.case.model,
     ).top1
     best = [max((r for r in rows if r.share == s and "Torch" in r.way), key=lambda r: r.mean) for s in shares]
     ways = list(dict.fromkeys(r.way for r in rows if "Torch" not in r.way))
@@ -211,10 +211,10 @@ def page(ground: Ground, rows: list[Row], shares: Sequence[float]) -> str:
     heads = " | ".join(f"{s:.0%} of the MACs kept".replace("%", " %") for s in shares)
     took = [f"{r.seconds:.0f}" for r in rows if r.way == "autoprune"]
     return "\n".join([
-        f"## {ground.case.title}", "",
-        f"Intact {100 * intact:.2f} %; n = {len(ground.test):,} test images, {ground.macs / 1e6:.1f} million "
-        f"multiply-adds, {len(ground.graph.groups)} groups. autoprune's decision took {', '.join(took)} CPU "
-        f"seconds after an analysis of {ground.table.seconds:.0f} s.", "",
+        f"## {subject.case.title}", "",
+        f"Intact {100 * intact:.2f} %; n = {len(subject.test):,} test images, "
+        f"{subject.macs / 1e6:.1f} million multiply-adds, {len(subject.graph.groups)} groups. autoprune's decision took {', '.join(took)} CPU "
+        f"seconds after an analysis of {subject.table.seconds:.0f} s.", "",
         f"| | {heads} |", "|---" * (len(shares) + 1) + "|", *lines, "",
     ])  # fmt: skip
 
@@ -236,7 +236,7 @@ def write(folder: Path, pages: list[str], networks: str) -> None:
         f"{headline('torch', 'torch-pruning')}\n\nTop-1 in percent on "
         "test images that no decision saw, mean and range over three calibration seeds. Command: "
         f"`AUTOPRUNE_DATA=DIR python benchmarks/bench_oneshot.py --networks {networks}`; its first lines say "
-        'what is compared. "Untried" rows are single allocations, without the gate and without steps.\n\n'
+        'what is compared. "Untried" rows are single allocations, without screening and without steps.\n\n'
     )
     dated_page(folder, "oneshot").write_text(head + "\n".join(pages), encoding="utf-8")
 

@@ -84,7 +84,7 @@ def one_trial(study: optuna.Study, planned: int, owner: int) -> bool:
 
 
 def worker(where: str, planned: int, owner: int) -> None:
-    """Run trials until no seat is left; prints the milliseconds of each."""
+    """Run trials until no slot is left; prints the milliseconds of each."""
     study = open_study(where)
     print("ready", flush=True)
     sys.stdin.readline()
@@ -114,7 +114,7 @@ def storage_cost(where: str, workers: int, planned: int) -> list[float]:
     for one in started:
         out, _ = one.communicate()
         told += [float(line) for line in out.split()]
-    assert len(told) == planned, "every seat is taken once"
+    assert len(told) == planned, "every slot is taken once"
     return told
 
 

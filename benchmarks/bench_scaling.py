@@ -80,7 +80,7 @@ def times_of(folder: Path) -> Times:
 
 
 def simulate(times: Times, workers: int, planned: int, dice: random.Random) -> Scaled:
-    """Greedy: a free worker takes the next seat."""
+    """Greedy: a free worker takes the next slot."""
     wall = work = 0.0
     for _ in range(ROUNDS):
         free = [0.0] * workers

@@ -176,26 +176,26 @@ def play(
     if way.decays is not None:
         space = replace(space, search=replace(space.search, decays=way.decays))
     begin = list(world.known if known is None else known) if way.begins else []
-    for seat in range(min(trials, way.most)):
+    for slot in range(min(trials, way.most)):
         settled = one.goal == "settled" or any(
             s.recovered and s.point["prune_rate"] >= world.ceiling * (1 - 1e-9) for s in own
         )
         points = _points_at_ceiling(begin, space) if settled and begin else begin
-        if seat < len(points):
-            point = points[seat]
-        elif settled and own and seat < len(points) + way.line:
+        if slot < len(points):
+            point = points[slot]
+        elif settled and own and slot < len(points) + way.line:
             point = _on_the_line(own, space)
         else:
-            sampler = way.sampler(seed * 1000 + seat)
+            sampler = way.sampler(seed * 1000 + slot)
             point = propose(space, sampler, way.told(own, earlier)).to_optuna()
         if settled:
             point = point | {"prune_rate": world.ceiling}
-        own.append(_tried(one, point, seed * 1000 + seat))
+        own.append(_tried(one, point, seed * 1000 + slot))
     return own
 
 
 def _tried(one: Round, point: Point, seed: int) -> Seen:
-    """The noise belongs to the seat: all ways meet the same luck there."""
+    """The noise belongs to the slot: all ways meet the same luck there."""
     world = one.world
     rate = params_of(point, world.ceiling).prune_rate
     top1 = round(world.observe(point, np.random.default_rng(seed)), DECIMALS)

@@ -75,11 +75,11 @@ def test_every_help_page_ends_in_examples_with_options_that_exist(name: str) -> 
 
 @pytest.mark.parametrize("name", sorted(COMMANDS))
 def test_many_options_stand_in_groups(name: str) -> None:
-    loose = [
+    ungrouped = [
         p.name for p in COMMANDS[name].params
         if p.param_type_name == "option" and getattr(p, "rich_help_panel", None) is None
     ]  # fmt: skip
-    assert len(loose) <= 4, f"autoprune {name} --help has {loose} in one heap"
+    assert len(ungrouped) <= 4, f"autoprune {name} --help has {ungrouped} in one heap"
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda p: p.name)

@@ -32,8 +32,8 @@ def test_paired_differences_are_narrower_than_independent_ones() -> None:
     before = evaluation([True] * 90 + [False] * 10)
     after = evaluation([True] * 88 + [False] * 12)
     delta, paired = difference_pp(after, before)
-    loose = Evaluation(top1=after.top1, loss=0.0, num_samples=100)
-    _, independent = difference_pp(loose, before)
+    unpaired = Evaluation(top1=after.top1, loss=0.0, num_samples=100)
+    _, independent = difference_pp(unpaired, before)
     assert delta == pytest.approx(-2)
     assert paired.low <= delta <= paired.high
     assert paired.high - paired.low < independent.high - independent.low

@@ -170,14 +170,14 @@ def analyze(
     with event_display(quiet=quiet) as on_event:
         chosen = choose_study(study, model, weights, data)
         chosen = changed(chosen, exclude, only, norms=norms, round_to=round_to, device=device)
-        usual = chosen.analysis
-        asked = replace(
-            usual,
-            ratios=tuple(ratio) if ratio else usual.ratios,
-            share=usual.share if share is None else share,
-            exact=exact or usual.exact,
+        defaults = chosen.analysis
+        analysis = replace(
+            defaults,
+            ratios=tuple(ratio) if ratio else defaults.ratios,
+            share=defaults.share if share is None else share,
+            exact=exact or defaults.exact,
         )
-        chosen = replace(chosen, analysis=asked)
+        chosen = replace(chosen, analysis=analysis)
         table, prospects = _measure(chosen, tries, on_event)
     folder = out or Path(f"{chosen.name}-analysis")
     document = _analysis_document(table, prospects)

@@ -14,32 +14,32 @@ RUNS = ("*", "runs/*", "runs/*/*")  # where runs lie, from the folder that one i
 
 
 def studies(incomplete: str) -> list[str]:
-    """The studies that come with autoprune, and the Python files here; the shell knows all other files."""
-    here = [path.name for path in sorted(Path().glob("*.py"))]
-    return [name for name in (*built_in_studies(), *here) if name.startswith(incomplete)]
+    """Return the studies that come with autoprune, and the Python files here; the shell adds other files."""
+    files = [path.name for path in sorted(Path().glob("*.py"))]
+    return [name for name in (*built_in_studies(), *files) if name.startswith(incomplete)]
 
 
 def runs(incomplete: str) -> list[str]:
-    """Folders that hold a run."""
+    """Return the folders that hold a run."""
     from autoprune.location import DATABASE
 
-    found = sorted({path.parent for pattern in RUNS for path in Path().glob(f"{pattern}/{DATABASE}")})
-    return [str(path) for path in found if str(path).startswith(incomplete)]
+    folders = sorted({path.parent for pattern in RUNS for path in Path().glob(f"{pattern}/{DATABASE}")})
+    return [str(path) for path in folders if str(path).startswith(incomplete)]
 
 
 def devices(incomplete: str) -> list[str]:
-    """Where a network may run."""
+    """Return the devices that a network may run on."""
     return [name for name in DEVICES if name.startswith(incomplete)]
 
 
 def data_sets(incomplete: str) -> list[str]:
-    """Kinds of data; the folder after the colon is the user's."""
+    """Return the kinds of data; the folder after the colon is the user's."""
     names = ("cifar10:", "digits", "fashionmnist:", "imagefolder:")
     return [name for name in names if name.startswith(incomplete)]
 
 
 def examples(*lines: str) -> str:
-    """The end of a help page."""
+    """Return the end of a help page: its examples."""
     return "\n\n".join(["Examples:", *(f"- `autoprune {line}`" for line in lines)])
 
 

@@ -27,7 +27,7 @@ from autoprune.cli.options import (
     AsJson,
     Device,
     Quiet,
-    RunPlace,
+    RunArgument,
     changed,
     choose_study,
     digests,
@@ -63,7 +63,7 @@ def register(app: typer.Typer) -> None:
 
 
 def worker(
-    run: RunPlace,
+    run: RunArgument,
     artifacts: Artifacts = None,
     study: Annotated[str | None, typer.Option(
         metavar="STUDY", rich_help_panel=DATA, show_default=False, autocompletion=completion.studies,
@@ -84,9 +84,9 @@ def worker(
 
     header = read_run_header(parse_run(run, artifacts))
     with sigterm_interrupts(), event_display(quiet=quiet) as on_event:
-        given = _study_of_command(header, study)
-        chosen = given.study if device is None else replace(given.study, device=device)
-        protection = given.protection
+        command_study = _study_of_command(header, study)
+        chosen = command_study.study if device is None else replace(command_study.study, device=device)
+        protection = command_study.protection
         if run_identity:
             protection = replace(protection, run_identities=tuple(run_identity))
         try:
@@ -198,9 +198,11 @@ def sweep(
 
     def command(row: JobResult, end: datetime | None) -> list[str]:
         budget = None if end is None else f"until={end.isoformat(timespec='seconds')}"
-        given = {"--target": row.job.target, "--seed": row.job.seed, "--budget": budget}
-        own = [w for option, value in given.items() if value is not None for w in (option, str(value))]
-        words = ["run", row.job.study, "--out", str(row.folder), "--resume", *own, *shared]
+        options = {"--target": row.job.target, "--seed": row.job.seed, "--budget": budget}
+        own_words = [
+            w for option, value in options.items() if value is not None for w in (option, str(value))
+        ]
+        words = ["run", row.job.study, "--out", str(row.folder), "--resume", *own_words, *shared]
         return [sys.executable, "-m", "autoprune", *words]
 
     def on_line(job: Job, line: str) -> None:
@@ -241,15 +243,15 @@ def _deadline(until: str | None, budget: str | None, used: float) -> float:
         raise UsageError("--until and --budget are given", "give one of them")
     if until is not None:
         try:
-            wanted = Budget(until=next_time(until, datetime.now()))
+            parsed = Budget(until=next_time(until, datetime.now()))
         except ValueError:
             hint = "write for example --until 07:00"
             raise UsageError(f"--until {until} is no time of day", hint) from None
     elif budget is not None:
-        wanted = Budget.parse(budget)
+        parsed = Budget.parse(budget)
     else:
         return math.inf
-    seconds = wanted.counted(used).seconds
+    seconds = parsed.counted(used).seconds
     if seconds is None:
         raise UsageError("the budget of a sweep is a time", "write for example --budget 8h")
     return time.monotonic() + seconds - used

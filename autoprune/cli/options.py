@@ -83,7 +83,7 @@ AsJson = Annotated[
     bool, typer.Option("--json", metavar="", rich_help_panel=SHOW, help="The result as JSON on stdout.")
 ]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", metavar="", rich_help_panel=SHOW, help="No progress.")]
-RunPlace = Annotated[
+RunArgument = Annotated[
     str,
     typer.Argument(
         metavar="RUN", help="The run's folder, or postgresql://user@host/database#name.",

@@ -38,7 +38,7 @@ from autoprune.cli.options import (
     Only,
     Quiet,
     RoundTo,
-    RunPlace,
+    RunArgument,
     Storage,
     Weights,
     changed,
@@ -176,7 +176,7 @@ def run(
     with sigterm_interrupts(), event_display(quiet=quiet or dry_run) as on_event:
         on_event = event_writer(sys.stdout, on_event) if events else on_event
         chosen = changed(choose_study(study, model, weights, data), exclude, only, **overrides)
-        location = _place(out or Path("runs") / chosen.name, storage, artifacts)
+        location = _run_location(out or Path("runs") / chosen.name, storage, artifacts)
         if dry_run:
             return _show_plan(chosen, location, protection, resume=resume, as_json=as_json)
         on_event(
@@ -200,7 +200,7 @@ def _command(words: list[str]) -> str:
     return shlex.join(["autoprune", *(w for w in words if w != "--resume")])
 
 
-def _place(folder: Path, storage: str | None, artifacts: str | None) -> RunLocation:
+def _run_location(folder: Path, storage: str | None, artifacts: str | None) -> RunLocation:
     from autoprune.location import RunLocation, parse_artifact_url, parse_database_url
 
     database = None if storage is None else parse_database_url(storage)
@@ -325,7 +325,7 @@ def _show_result(result: RunResult, *, as_json: bool, events: bool) -> int:
 
 
 def report(
-    run: RunPlace,
+    run: RunArgument,
     open_: Annotated[bool, typer.Option("--open", metavar="", help="Show it in the browser.")] = False,
     artifacts: Artifacts = None,
     as_json: AsJson = False,
@@ -346,7 +346,7 @@ def report(
         webbrowser.open(page.resolve().as_uri())
 
 
-def status(run: RunPlace, artifacts: Artifacts = None, as_json: AsJson = False) -> None:
+def status(run: RunArgument, artifacts: Artifacts = None, as_json: AsJson = False) -> None:
     """Show a run's status: what goes on, rounds, trials, decisions, who works on it, time left."""
     from autoprune.location import parse_run
     from autoprune.pipeline import read_status

@@ -22,9 +22,9 @@ PACKAGE = Path(__file__).resolve().parents[1]
 FOLDERS = (PACKAGE / "studies", PACKAGE.parent / "studies")  # in an installed wheel, in a checkout
 
 
-def nearest(word: str, known: Iterable[str]) -> str:
-    """A hint that names the nearest of `known`, or all of them where none is near."""
-    names = sorted(known)
+def nearest(word: str, candidates: Iterable[str]) -> str:
+    """Return a hint that names the nearest of the candidates, or all of them where none is near."""
+    names = sorted(candidates)
     close = difflib.get_close_matches(word, names, n=1)
     return f"did you mean {close[0]!r}?" if close else f"known are {', '.join(names) or 'none'}"
 
@@ -32,8 +32,8 @@ def nearest(word: str, known: Iterable[str]) -> str:
 def nearest_file(path: str, suffixes: Iterable[str], otherwise: str) -> str:
     """A hint that names the file of these kinds that is nearest to a path at which there is none."""
     folder = Path(path).expanduser().parent
-    known = [str(f) for f in folder.iterdir() if f.suffix in suffixes] if folder.is_dir() else []
-    close = difflib.get_close_matches(str(Path(path).expanduser()), known, n=1)
+    candidates = [str(f) for f in folder.iterdir() if f.suffix in suffixes] if folder.is_dir() else []
+    close = difflib.get_close_matches(str(Path(path).expanduser()), candidates, n=1)
     return f"did you mean {close[0]}?" if close else otherwise
 
 
@@ -58,18 +58,18 @@ def find_study(text: str) -> Path:
     Raises:
         UsageError: there is none; the hint names the nearest.
     """
-    known = built_in_studies()
+    studies = built_in_studies()
     path = Path(text).expanduser()
-    if path.suffix != ".py" and text in known:
-        return known[text]
+    if path.suffix != ".py" and text in studies:
+        return studies[text]
     if path.is_file() and path.suffix == ".py":
         return path.resolve()
     if path.suffix == ".py" or path.parent != Path():
-        own = f"give a .py file, or a built-in study: {', '.join(sorted(known))}"
+        own = f"give a .py file, or a built-in study: {', '.join(sorted(studies))}"
         raise UsageError(f"there is no study file {text}", nearest_file(text, (".py",), own))
     raise UsageError(
         f"there is no study {text!r}",
-        f"{nearest(text, known)} Or give the path of a .py file that defines a Study",
+        f"{nearest(text, studies)} Or give the path of a .py file that defines a Study",
     )
 
 
@@ -86,8 +86,8 @@ def import_file(path: Path) -> ModuleType:
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
-    taken = sys.modules.get(path.stem)
-    if taken is not None and getattr(taken, "__file__", None) != str(path):
+    loaded = sys.modules.get(path.stem)
+    if loaded is not None and getattr(loaded, "__file__", None) != str(path):
         raise UsageError(
             f"the study file {path} has the name of a module that is already loaded ({path.stem})",
             "give the file another name",
@@ -118,18 +118,20 @@ def _only_study(module: ModuleType) -> Study:
     function = getattr(module, "study", None)
     if callable(function):
         try:
-            made = function()
+            study = function()
         except AutopruneError:
             raise
         except Exception as error:
             raise _failed(path, error) from error
-        if not isinstance(made, Study):
-            raise UsageError(f"study() of {path} returned {type(made).__name__}", "return an autoprune.Study")
-        return made
-    found = {id(v): v for v in vars(module).values() if isinstance(v, Study)}
-    if len(found) != 1:
+        if not isinstance(study, Study):
+            raise UsageError(
+                f"study() of {path} returned {type(study).__name__}", "return an autoprune.Study"
+            )
+        return study
+    studies = {id(v): v for v in vars(module).values() if isinstance(v, Study)}
+    if len(studies) != 1:
         raise UsageError(
-            f"{path} defines {len(found) or 'no'} studies",
+            f"{path} defines {len(studies) or 'no'} studies",
             "define one value of type autoprune.Study, or a function study() that returns one",
         )
-    return next(iter(found.values()))
+    return next(iter(studies.values()))

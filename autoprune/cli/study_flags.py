@@ -85,19 +85,19 @@ def find_factory(model: str) -> Callable[..., Any]:
         )
     if not Path(source).expanduser().is_file():
         raise UsageError(f"--model {model}: there is no file {source}", nearest_file(source, (".py",), FORMS))
-    found = import_file(Path(source).expanduser().resolve())
-    made_here = {n for n, v in vars(found).items() if callable(v) and not n.startswith("_")}
-    if name not in made_here:
-        raise UsageError(f"{source} has no class or function {name!r}", nearest(name, made_here))
-    factory: Callable[..., Any] = getattr(found, name)
+    module = import_file(Path(source).expanduser().resolve())
+    factories = {n for n, v in vars(module).items() if callable(v) and not n.startswith("_")}
+    if name not in factories:
+        raise UsageError(f"{source} has no class or function {name!r}", nearest(name, factories))
+    factory: Callable[..., Any] = getattr(module, name)
     return factory
 
 
 def _torchvision(name: str) -> Callable[..., Any]:
     models = importlib.import_module("torchvision.models")
-    known = models.list_models(module=models)
-    if name not in known:
-        raise UsageError(f"torchvision has no classifier {name!r}", nearest(name, known))
+    names = models.list_models(module=models)
+    if name not in names:
+        raise UsageError(f"torchvision has no classifier {name!r}", nearest(name, names))
     factory: Callable[..., Any] = models.get_model_builder(name)
     return factory
 

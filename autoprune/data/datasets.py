@@ -244,9 +244,9 @@ def _in_memory(split: LoaderSplit, normalization: Normalization, size: int | Non
     fixed = v2.Compose([*_grey(channels), v2.Resize(size), v2.CenterCrop(size)])
     folder: Any = split.dataset
     images = np.empty((len(folder.samples), size, size, channels), np.uint8)
-    for place, (path, _) in enumerate(folder.samples):
+    for index, (path, _) in enumerate(folder.samples):
         try:
-            images[place] = np.asarray(fixed(folder.loader(path))).reshape(size, size, channels)
+            images[index] = np.asarray(fixed(folder.loader(path))).reshape(size, size, channels)
         except OSError as error:
             raise DataError(f"{path} is no picture that can be read: {error}", "take it away") from None
     how = Augmentation(crop_pad=size // 8, flip=True)

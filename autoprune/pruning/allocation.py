@@ -113,22 +113,22 @@ class _Problem:
         return self.cost(np.zeros(len(self.ladders), dtype=np.int64))
 
     def cost(self, steps: Counts) -> float:
-        """What the network costs with each group that many steps down."""
+        """Return what the network costs with each group that many steps down its ladder of widths."""
         names = (g.name for g in self.graph.groups)
         counts = {n: int(x[s]) for n, x, s in zip(names, self.ladders, steps, strict=True)}
         return self.graph.cost_of_counts(counts).of(self.metric)
 
     def savings(self, steps: Counts) -> Prices:
-        """What one more unit of each group would save from here."""
-        here = self.cost(steps)
-        saved = np.ones(len(steps))
+        """Return what one more removed unit of each group would save."""
+        present_cost = self.cost(steps)
+        savings = np.ones(len(steps))
         for index, ladder in enumerate(self.ladders):
             if steps[index] < self.num_steps[index]:
                 further = steps.copy()
                 further[index] += 1
                 units = ladder[steps[index]] - ladder[steps[index] + 1]
-                saved[index] = max(here - self.cost(further), LEAST * self.full_cost) / units
-        return saved
+                savings[index] = max(present_cost - self.cost(further), LEAST * self.full_cost) / units
+        return savings
 
     def order(self, index: int) -> Counts:
         """A group's units, the least important first."""
@@ -175,8 +175,8 @@ def _ranks(problem: _Problem, prices: list[Prices]) -> list[Prices]:
         share = np.empty(len(order))
         share[order] = np.cumsum(units[order]) / sum(problem.graph.groups[i].num_units for i in members)
         ends = np.cumsum([len(prices[i]) for i in members])
-        for i, found in zip(members, np.split(share, ends[:-1]), strict=True):
-            ranks[i] = found
+        for i, group_ranks in zip(members, np.split(share, ends[:-1]), strict=True):
+            ranks[i] = group_ranks
     return ranks
 
 

@@ -30,7 +30,7 @@ Region = Literal["safe", "marginal", "hopeless"]
 SAFE_PP = 5.0  # lost without fine-tuning; one epoch brings such a network back. A guess
 MARGINAL = 0.5  # of what is above guessing; a guess that fits ResNet-20 on CIFAR-10
 COLUMNS = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
-NEAR = 0.05  # a point this close to a column is what the column shows
+NEAR = 0.05  # half the distance of two columns: a point this close to a column is what the column shows
 FREE_PP, FRAGILE_PP = 1.0, 10.0  # lost when half of a group goes; guesses
 SHARES = (0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3, 0.2)  # of the multiply-adds
 RECALIBRATE_BATCHES = 10  # of 128: one result is measured with more care than the plans compared; a guess
@@ -90,7 +90,7 @@ def _cell(points: list[MeasuredPoint], column: float) -> Cell | None:
 
 
 def drop_at(points: Iterable[MeasuredPoint], ratio: float) -> float | None:
-    """The drop at a ratio on a rising line through one group's points; None beyond the last."""
+    """Return the drop at a ratio, on a rising line through one group's points; None beyond the last."""
     ordered = sorted(points, key=lambda p: p.ratio)
     if not ordered or ratio > ordered[-1].ratio:
         return None
@@ -107,7 +107,7 @@ def free_and_fragile(points: Iterable[MeasuredPoint]) -> tuple[list[str], list[s
 
 
 def region(top1: float, intact: float, num_classes: int) -> Region:
-    """Where a score lies between the intact network's and guessing."""
+    """Return the region of a score, by where it lies between the intact network's and guessing."""
     chance = 1 / max(num_classes, 2)
     if 100 * (intact - top1) <= SAFE_PP:
         return "safe"
@@ -115,11 +115,11 @@ def region(top1: float, intact: float, num_classes: int) -> Region:
 
 
 def prunability_sentence(prospects: Sequence[Prospect]) -> str:
-    """How far this network can go, in one sentence."""
-    least = {
+    """Say in one sentence how far this network can be pruned in one step."""
+    lowest = {
         r: min((p.macs_share for p in prospects if p.region == r), default=None) for r in ("safe", "marginal")
     }
-    safe, marginal = least["safe"], least["marginal"]
+    safe, marginal = lowest["safe"], lowest["marginal"]
     parts = []
     if safe is not None:
         parts.append(f"safe down to {safe:.0%} of the MACs")
@@ -158,10 +158,10 @@ def one_shot_prospects(
     model, graph, device, calibration = setup.model, setup.graph, setup.device, setup.calibration
     assert calibration is not None, "a pruned network needs its statistics estimated anew"
     choose = _searching(setup, table, tries, retrace) if tries and retrace else _comparing(setup, table)
-    whole, prospects = graph.cost().macs, list[Prospect]()
+    full_macs, prospects = graph.cost().macs, list[Prospect]()
     for share in SHARES:
         try:
-            plan = choose(share * whole).plan
+            plan = choose(share * full_macs).plan
         except UnreachableError:
             continue
         pruned = densify(model, graph, plan)
@@ -169,7 +169,7 @@ def one_shot_prospects(
         after = evaluate(pruned, split, device=device, task=setup.task)
         prospects.append(
             Prospect(
-                macs_share=graph.cost(plan).macs / whole, top1=after.top1, low=after.interval.low,
+                macs_share=graph.cost(plan).macs / full_macs, top1=after.top1, low=after.interval.low,
                 high=after.interval.high, region=region(after.top1, table.baseline.top1, num_classes),
             )
         )  # fmt: skip
@@ -179,7 +179,7 @@ def one_shot_prospects(
 
 
 def _comparing(setup: VariantSetup, table: SensitivityTable) -> Callable[[float], Candidate]:
-    """The best of one plan a criterion, at a cost."""
+    """Return a function from a cost to the best of one plan for each criterion."""
     settings = replace(SEARCH, strategies=("sensitivity",), tries=0)
     rankings = {
         c: score_units(
@@ -195,5 +195,5 @@ def _comparing(setup: VariantSetup, table: SensitivityTable) -> Callable[[float]
 def _searching(
     setup: VariantSetup, table: SensitivityTable, tries: int, retrace: Callable[[nn.Module], ChannelGraph]
 ) -> Callable[[float], Candidate]:
-    """The best plan that an iterative search finds, at a cost."""
+    """Return a function from a cost to the best plan that an iterative search finds."""
     return IterativeSearch(setup, retrace, table=table, settings=replace(SEARCH, tries=tries)).at

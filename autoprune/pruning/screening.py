@@ -97,7 +97,7 @@ class Candidate:
 
     @property
     def loss_key(self) -> float:
-        """What is compared: the loss, or the missing score where there is no loss."""
+        """What plans are compared by, lower is better: the loss, or the missing score where there is none."""
         loss = self.evaluation.loss
         return loss if math.isfinite(loss) else 1e9 * (1 - self.evaluation.top1)
 
@@ -106,7 +106,7 @@ def make_setup(  # noqa: PLR0913 - where and on what to try are the caller's to 
     model: nn.Module, graph: ChannelGraph, split: Split, *, calibration: Split | None,
     num_samples: int = SAMPLES, device: torch.device | str = "cpu", task: Task = CLASSIFICATION,
 ) -> VariantSetup:  # fmt: skip
-    """What plans are tried on: `num_samples` of a split, and data that estimate statistics anew."""
+    """Return the setup to try plans on: `num_samples` of a split, and data that estimate statistics anew."""
     part = split.subset(min(1.0, num_samples / len(split)), seed=0)
     return VariantSetup(
         model=model, graph=graph, split=cache_batches(part), device=torch.device(device),
@@ -116,7 +116,7 @@ def make_setup(  # noqa: PLR0913 - where and on what to try are the caller's to 
 
 
 def rank_plans(setup: VariantSetup, plans: Sequence[PruningPlan]) -> tuple[Candidate, ...]:
-    """Every plan tried on the setup's samples, the best first; the model is left as it was found."""
+    """Evaluate every plan on the setup's samples, and return them best first; the model is left unchanged."""
     candidates = [Candidate(plan=p, evaluation=evaluate_fast(setup, _built(setup, p))) for p in plans]
     return tuple(sorted(candidates, key=lambda s: s.loss_key))
 
@@ -125,7 +125,7 @@ def refine(
     setup: VariantSetup, rankings: Mapping[str, Scores], target: Target, *,
     table: SensitivityTable | None = None, settings: SearchSettings = SEARCH, finals: Split | None = None,
 ) -> Candidate:  # fmt: skip
-    """The best plan found within a target: on the setup's samples never worse than the allocation's own.
+    """Return the best plan within a target: on the setup's samples never worse than the allocation's own.
 
     Args:
         setup: the samples, and the data that estimate statistics anew.
@@ -170,7 +170,7 @@ class IterativeSearch:
         self.stages: list[_Stage] = []  # the network after each step
 
     def at(self, limit: float) -> Candidate:
-        """The best plan found that costs `limit`.
+        """Return the best plan that costs `limit`.
 
         Raises:
             UnreachableError: no plan costs that.
@@ -201,14 +201,14 @@ class IterativeSearch:
 
 
 def num_steps(full_cost: float, limit: float, settings: SearchSettings = SEARCH) -> int:
-    """How many steps lead to the last cost from which the limit is still worth a step of its own."""
+    """Return how many steps lead to the last cost from which the limit is still worth a step of its own."""
     share = limit / full_cost / settings.nearest
     return max(0, math.floor(math.log(share) / math.log(settings.step) + 1e-9))
 
 
 @dataclass(frozen=True, kw_only=True)
 class _Goal:
-    """What a plan may cost, and how it is searched for."""
+    """The allowed cost of a plan, and how plans are searched for."""
 
     metric: Metric
     limit: float
@@ -232,10 +232,10 @@ class _Stage:
         groups = self.setup.graph.groups
         joined = np.array([sum(m.role == "out" for m in g.members) > 1 for g in groups])
         plain, spared = np.zeros(len(groups)), np.where(joined, math.log(goal.settings.spared_factor), 0.0)
-        ways = [(c, s, plain) for s in goal.settings.strategies for c in self.rankings]
+        attempts = [(c, s, plain) for s in goal.settings.strategies for c in self.rankings]
         if joined.any() and not joined.all():
-            ways += [(c, "global", spared) for c in self.rankings if "global" in goal.settings.strategies]
-        return [individual for way in ways if (individual := self.evaluate(goal, *way)) is not None]
+            attempts += [(c, "global", spared) for c in self.rankings if "global" in goal.settings.strategies]
+        return [i for attempt in attempts if (i := self.evaluate(goal, *attempt)) is not None]
 
     def evaluate(
         self, goal: _Goal, criterion: str, strategy: str, factors: NDArray[np.float64]
@@ -276,7 +276,7 @@ class _Individual:
 def _evolve(
     stages: Sequence[_Stage], goal: _Goal, rng: np.random.Generator
 ) -> list[_Individual]:  # fmt: skip
-    """Every stage's first plans, then those varied around the best so far; of all, the best few."""
+    """Try every stage's first plans, then variations of the best so far; return the best few of all."""
     settings = goal.settings
     population = [individual for stage in stages for individual in stage.first_plans(goal)]
     if not population:
@@ -300,7 +300,7 @@ def _evolve(
 
 
 def _select_best(population: Sequence[_Individual], finals: Split | None) -> _Individual:
-    """The best, by more samples where there are more."""
+    """Return the best, judged on the final samples where there are any."""
     if finals is None or len(population) == 1:
         return population[0]
     finalists = []
@@ -335,7 +335,7 @@ def _rankings(setup: VariantSetup, settings: SearchSettings) -> dict[str, Scores
 
 
 def _built(setup: VariantSetup, plan: PruningPlan) -> nn.Module:
-    """The pruned network, recalibrated."""
+    """Return the pruned network, recalibrated."""
     pruned = densify(setup.model, setup.graph, plan)
     if setup.calibration is not None:
         recalibrate_(

@@ -54,7 +54,7 @@ CHANGE_BATCH = 64  # samples on which a change of the output is looked for; a gu
 CORE_BATCH = 64  # samples per core and batch: what a batch makes stays in the caches; measured: 2x over 512
 CUT_BYTES = 2**29  # of kept values per batch; a guess that fits beside anything
 WEIGHT_BYTES = 2**29  # of changed weights in one pass; more variants take further passes. A guess
-AGREES = 1e-3  # of the largest output, the program's against the network's own; rounding is 1e-6 on ResNets
+ROUNDING = 1e-3  # of the largest output, the program's against the network's own; rounding is 1e-6 on ResNets
 NUM_CHECKED = 3  # variants compared with masked networks first: of the first, middle and last group
 
 
@@ -262,8 +262,8 @@ class PartialEvaluator:
         with model_mode(setup.model, setup.device, training=False), torch.no_grad():
             models = [setup.model, *(masked(setup.model, setup.graph, p).eval() for p in plans)]
             for model, outputs in zip(models, results, strict=True):
-                want, got = flat_output(model(self.sample)), flat_output(outputs)
-                if got.shape != want.shape or not agree(got, want):
+                expected, actual = flat_output(model(self.sample)), flat_output(outputs)
+                if actual.shape != expected.shape or not outputs_match(actual, expected):
                     raise NotRepeatableError("its recorded pass does not give what the network gives")
 
     def measure(self, plans: Sequence[PruningPlan]) -> Iterator[VariantResult]:
@@ -394,13 +394,13 @@ class PartialEvaluator:
         example = next(setup.split.take(np.zeros(1, dtype=np.int64)).batches(1, device=setup.device))[0]
         inputs = torch.zeros((size, *example.shape[1:]), dtype=example.dtype, device=setup.device)
         recording = record(setup.model, (inputs,))
-        whole = made = make_program(recording, setup.device)
+        full = program = make_program(recording, setup.device)
         if calibrates:
-            made, names = make_calibration_program(made)
+            program, names = make_calibration_program(program)
         elif not setup.exact:
-            whole = made = fuse(made, weights, setup.device)
-        cut = frozenset[int]().union(*(find_suffix(made, n).cut for n in self.names.values()))
-        return _Compiled(program=made, executor=Executor(whole, weights, cut), statistics=names)
+            full = program = fuse(program, weights, setup.device)
+        cut = frozenset[int]().union(*(find_suffix(program, n).cut for n in self.names.values()))
+        return _Compiled(program=program, executor=Executor(full, weights, cut), statistics=names)
 
 
 def miscounted(setup: VariantSetup, plans: Sequence[PruningPlan]) -> tuple[str, ...]:
@@ -430,10 +430,10 @@ def _half(name: str, num_units: int) -> PruningPlan:
     return PruningPlan(keep={name: keep}, num_units={name: num_units})
 
 
-def agree(got: Tensor, want: Tensor) -> bool:
-    """Whether two outputs are the same but for rounding."""
-    scale = float(want.abs().max()) if len(want) else 0.0
-    return len(want) == 0 or float((got - want).abs().max()) <= AGREES * scale
+def outputs_match(actual: Tensor, expected: Tensor) -> bool:
+    """Return whether two flat outputs are the same but for rounding."""
+    scale = float(expected.abs().max()) if len(expected) else 0.0
+    return len(expected) == 0 or float((actual - expected).abs().max()) <= ROUNDING * scale
 
 
 def evaluate_fast(setup: VariantSetup, model: nn.Module) -> Evaluation:
@@ -459,14 +459,14 @@ def _evaluate_recorded(setup: VariantSetup, model: nn.Module) -> Evaluation:
         weights = to_channels_last({n: t.detach() for n, t in named})
         for inputs, targets in setup.split.batches(size, device=setup.device):
             if len(inputs) not in executors:
-                made = fuse(make_program(record(model, (inputs,)), setup.device), weights, setup.device)
-                executors[len(inputs)] = Executor(made, weights)
+                program = fuse(make_program(record(model, (inputs,)), setup.device), weights, setup.device)
+                executors[len(inputs)] = Executor(program, weights)
                 leaves, structure = tree_flatten(model(inputs))
             executor = executors[len(inputs)]
             values = executor.run(inputs)
             new = [values[v] for v in executor.program.outputs]
             output = tree_unflatten([new.pop(0) if isinstance(x, Tensor) else x for x in leaves], structure)
-            if not tally.correct and not agree(flat_output(output), flat_output(leaves)):
+            if not tally.correct and not outputs_match(flat_output(output), flat_output(leaves)):
                 raise NotRepeatableError("its recorded pass does not give what the network gives")
             tally.add(output, targets, loss)
     return tally.evaluation

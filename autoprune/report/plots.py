@@ -199,9 +199,9 @@ def heat_map(points: Sequence[MeasuredPoint]) -> Figure:
     axes.set_xlim(-0.5, len(used) - 0.5)
     axes.set_ylim(len(rows) - 0.5, -0.5)
     for line, row in enumerate(rows.values()):
-        for place, cell in ((place, row[c]) for place, c in enumerate(used)):
+        for column, cell in ((column, row[c]) for column, c in enumerate(used)):
             if cell is not None:
-                _heat_cell(axes, (place, line), cell, worst, labelled=len(rows) <= MAX_LABELLED)
+                _heat_cell(axes, (column, line), cell, worst, labelled=len(rows) <= MAX_LABELLED)
     axes.grid(visible=False)
     axes.spines[:].set_visible(False)
     axes.xaxis.tick_top()
@@ -211,13 +211,15 @@ def heat_map(points: Sequence[MeasuredPoint]) -> Figure:
     return figure
 
 
-def _heat_cell(axes: Axes, place: tuple[int, int], cell: Cell, worst: float, *, labelled: bool) -> None:
+def _heat_cell(axes: Axes, cell_xy: tuple[int, int], cell: Cell, worst: float, *, labelled: bool) -> None:
     strength = min(1.0, max(0.0, cell.drop_pp) / worst) ** 0.5  # the root keeps small losses visible
-    axes.barh(place[1], 0.97, left=place[0] - 0.485, height=0.9, color=COLOURS["bad"], alpha=0.85 * strength)
+    axes.barh(
+        cell_xy[1], 0.97, left=cell_xy[0] - 0.485, height=0.9, color=COLOURS["bad"], alpha=0.85 * strength
+    )
     if labelled:
         look: Any = {"fontsize": 8 if cell.is_measured else 7}
         look["color"] = COLOURS["ink" if cell.is_measured or strength > STRONG else "muted"]
-        axes.annotate(signed(-cell.drop_pp), place, ha="center", va="center", **look)
+        axes.annotate(signed(-cell.drop_pp), cell_xy, ha="center", va="center", **look)
 
 
 def write_analysis_plots(

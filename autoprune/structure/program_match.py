@@ -107,7 +107,7 @@ def _steps(recording: Recording, source: dict[int, int], others: ReplacedModules
         if op.module in outside:
             continue
         ends = {r.index for r in (*op.inputs, *op.outputs) if r is not None}
-        is_gather = op.name in GATHERS and op.module in others.gathered
+        is_gather = op.name in GATHERS and op.module in others.gather_modules
         if is_gather or (op.name == "clone" and not ends & written):
             copy, original = op.outputs[0], op.inputs[0].index
             assert copy is not None
@@ -127,12 +127,12 @@ class ReplacedModules:
 
     Attributes:
         alone: modules whose own operators are others; `whole` modules with all that is in them.
-        gathered: modules in which channels are gathered by index.
+        gather_modules: modules in which channels are gathered by index.
     """
 
     alone: frozenset[str]
     whole: frozenset[str]
-    gathered: frozenset[str]
+    gather_modules: frozenset[str]
 
     def has(self, name: str) -> bool:
         """Whether the operators of a module of that name are others now."""
@@ -145,8 +145,8 @@ def find_replaced_modules(original: nn.Module, dense: nn.Module) -> ReplacedModu
     kinds = {name: _own_class(module) for name, module in original.named_modules()}
     replaced = {n: m for n, m in dense.named_modules() if _own_class(m) is not kinds.get(n)}
     alone = frozenset(n for n, m in replaced.items() if isinstance(m, NormPatch))
-    gathered = {n for n, m in dense.named_modules() if isinstance(m, GatherPatch)}
-    return ReplacedModules(alone, frozenset(replaced) - alone, frozenset(gathered))
+    gather_modules = {n for n, m in dense.named_modules() if isinstance(m, GatherPatch)}
+    return ReplacedModules(alone, frozenset(replaced) - alone, frozenset(gather_modules))
 
 
 def output_shape_mismatch(propagation: Propagation, pruned: Recording) -> str:

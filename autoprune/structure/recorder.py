@@ -150,7 +150,7 @@ def record(model: nn.Module, example_inputs: tuple[Any, ...]) -> Recording:
             error = caught
     assert recorder is not None
     raise TraceError(
-        f"the network's forward pass fails on the example input in {recorder.place()}: "
+        f"the network's forward pass fails on the example input in {recorder.location()}: "
         f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else _last_line(error)}",
         "run model(example_input) yourself; give an input of the shape and type that the network takes (with "
         "--data, `size=` and `channels=` after the folder say which)",
@@ -278,8 +278,8 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
             result = forward()
         self.recording.outputs = [self.ref(t) for t in tree_leaves(result) if isinstance(t, Tensor)]
 
-    def place(self) -> str:
-        """Where the pass was when it ended."""
+    def location(self) -> str:
+        """Return the module that the pass was in when it ended, in words."""
         return f"module {self.stack[-1]!r}" if self.stack[-1] else "the network's own forward"
 
     def ref(self, tensor: Tensor) -> Ref:

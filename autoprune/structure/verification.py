@@ -40,7 +40,7 @@ NOISE_SINGLE = 1e-3
 ROUNDS = 12  # a guess: attempts with fewer groups or other axes before everything is frozen
 SILENT = 1e-3  # weights below this are taken to start at zero
 TURNS = 5  # a guess: so many groups in a row lose different numbers of units
-PLACE = re.compile(r"\(\w+ in (\S+), [^()]*\)$")  # how a mismatch ends, see `find_mismatch`
+MODULE_AT_END = re.compile(r"\(\w+ in (\S+), [^()]*\)$")  # how a mismatch ends, see `find_mismatch`
 MAX_RUNS = 64  # a guess: runs spent on finding the groups that fail; after that whole sets freeze together
 
 Built = tuple[ChannelGraph, Propagation]
@@ -158,15 +158,15 @@ class _Verifier:
         if not self.propagation.recording.is_meta or not graph.groups:
             return graph, None
         reason, dense = self._run(graph, graph.groups)
-        gathered = {n: m for n, m in dense.named_modules() if isinstance(m, GatherPatch)}
-        graph = replace(graph, gather_sites={n: m.autoprune_calls.sites for n, m in gathered.items()})
-        candidates = dict.fromkeys((graph.reshapes.keys() | graph.split.keys()) - gathered.keys())
+        gather_modules = {n: m for n, m in dense.named_modules() if isinstance(m, GatherPatch)}
+        graph = replace(graph, gather_sites={n: m.autoprune_calls.sites for n, m in gather_modules.items()})
+        candidates = dict.fromkeys((graph.reshapes.keys() | graph.split.keys()) - gather_modules.keys())
         if reason is None or not candidates:
             return graph, reason
         candidate = replace(graph, reshape_corrections=candidates)
         reason, dense = self._run(candidate, graph.groups)
-        loosened = {n: m.autoprune_sizes for n, m in dense.named_modules() if isinstance(m, ReshapePatch)}
-        needed = {n: s.needed for n, s in loosened.items() if s.needed or s.corrects_split}
+        sizes = {n: m.autoprune_sizes for n, m in dense.named_modules() if isinstance(m, ReshapePatch)}
+        needed = {n: s.needed for n, s in sizes.items() if s.needed or s.corrects_split}
         return replace(graph, reshape_corrections=candidate.reshape_corrections if reason else needed), reason
 
     def failing(
@@ -240,10 +240,10 @@ def _bisect(
 
 def _named_in(reason: str, groups: Sequence[Group]) -> Group | None:
     """The one group that is made in the module in which something went wrong, if there is one."""
-    place = PLACE.search(reason)
-    inside = f"{place[1]}." if place else ""
+    match = MODULE_AT_END.search(reason)
+    inside = f"{match[1]}." if match else ""
     makers = [g for g in groups if any(m.role == "out" and m.name.startswith(inside) for m in g.members)]
-    return makers[0] if place and len(makers) == 1 else None
+    return makers[0] if match and len(makers) == 1 else None
 
 
 def _verification_plan(graph: ChannelGraph, groups: Sequence[Group]) -> PruningPlan:

@@ -97,10 +97,10 @@ def evaluate(
 def _evaluate_top1(
     model: nn.Module, split: Split, device: torch.device | str, batch_size: int, loss: Loss
 ) -> Evaluation:
-    place, count = distributed.rank_and_size(), -(-len(split) // batch_size)
+    (rank, num_ranks), count = distributed.rank_and_size(), -(-len(split) // batch_size)
     hits, losses = torch.zeros(len(split), dtype=torch.int32), torch.zeros(count, dtype=torch.float64)
     for number, (inputs, targets) in zip(
-        range(place[0], count, place[1]), _own_batches(split, batch_size, device), strict=True
+        range(rank, count, num_ranks), _own_batches(split, batch_size, device), strict=True
     ):
         output, start = model(inputs), number * batch_size
         losses[number] = float(loss(output, targets)) * len(inputs)
@@ -117,10 +117,10 @@ def _own_batches(split: Split, batch_size: int, device: torch.device | str) -> I
     rank, size = distributed.rank_and_size()
     if size > 1:
         batch = np.arange(len(split)) // batch_size
-        mine = np.flatnonzero(batch % size == rank).astype(np.int64)
-        if not len(mine):
+        indices = np.flatnonzero(batch % size == rank).astype(np.int64)
+        if not len(indices):
             return
-        split = split.take(mine)
+        split = split.take(indices)
     yield from split.batches(batch_size, device=device)
 
 
@@ -153,12 +153,12 @@ def recalibrate_(
         try:
             batches = split.batches(batch_size, device=device, seed=seed, augment=True)
             rank, size = distributed.rank_and_size()
-            mine = 0
+            num_own = 0
             for number, (inputs, _) in zip(range(num_batches), batches, strict=False):
                 if number % size == rank:
                     model(inputs)
-                    mine += 1
-            distributed.average_statistics_(norms, mine)
+                    num_own += 1
+            distributed.average_statistics_(norms, num_own)
         finally:
             for norm, momentum in zip(norms, momenta, strict=True):
                 norm.momentum = momentum

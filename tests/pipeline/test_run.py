@@ -73,7 +73,9 @@ def test_what_is_delivered_computes_what_was_measured(finished: tuple[RunResult,
     model = load(result.model_file)
     assert sum(p.numel() for p in model.parameters()) == result.after.params
     found = evaluate(model, tiny_data().test)
-    assert found.top1 == pytest.approx(result.after.top1, abs=0.011)  # a sample or two may sit on the fence
+    assert found.top1 == pytest.approx(
+        result.after.top1, abs=0.011
+    )  # a sample or two may lie between two classes
 
 
 def test_the_record_tells_the_whole_story(finished: tuple[RunResult, list[ev.Event]]) -> None:

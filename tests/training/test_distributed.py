@@ -144,7 +144,7 @@ def test_two_ranks_give_what_one_process_gives(
     assert first["curve"] == pytest.approx(alone["curve"], rel=bound)
     assert first["loss"] == second["loss"] == pytest.approx(alone["loss"], rel=bound)
     flips = int((first["correct"] != alone["correct"]).sum())
-    assert flips <= (0 if exact else 2), "a sample or two may sit on the fence"
+    assert flips <= (0 if exact else 2), "a sample or two may lie between two classes"
     assert first["top1"] == second["top1"]
     assert not any(first["own"]), "the norms are left as they were found"
 
