@@ -399,8 +399,8 @@ def _range_problems(study: Study) -> list[AutopruneError]:
         (study.min_keep >= 1, f"min_keep={study.min_keep}", "1 or more"),
         (0 < study.max_ratio < 1, f"max_ratio={study.max_ratio}", "a share between 0 and 1"),
     )  # fmt: skip
-    return [UsageError(f"{given} is not allowed", f"{given.split('=')[0]} takes {allowed}")
-            for ok, given, allowed in checks if not ok]  # fmt: skip
+    return [UsageError(f"{setting} is not allowed", f"{setting.split('=')[0]} takes {allowed}")
+            for ok, setting, allowed in checks if not ok]  # fmt: skip
 
 
 def _choice_problems(study: Study) -> list[AutopruneError]:
@@ -412,9 +412,11 @@ def _choice_problems(study: Study) -> list[AutopruneError]:
         ("search.decays", study.search.decays, DECAYS),
     )
     return [
-        UsageError(f"{name}={', '.join(map(str, given))} is not allowed", f"choose from {', '.join(allowed)}")
-        for name, given, allowed in checks
-        if not given or not set(given) <= set(allowed)
+        UsageError(
+            f"{name}={', '.join(map(str, setting))} is not allowed", f"choose from {', '.join(allowed)}"
+        )
+        for name, setting, allowed in checks
+        if not setting or not set(setting) <= set(allowed)
     ]
 
 

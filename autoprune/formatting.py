@@ -61,15 +61,15 @@ def duration(seconds: float) -> str:
     """A time span: 83 -> `1:23 min`, 4.2 -> `4.2 s`, 7325 -> `2:02 h`."""
     if seconds < 59.95:
         return f"{seconds:.1f} s"
-    whole = round(seconds)
-    minutes = whole // 60
-    return f"{minutes}:{whole % 60:02d} min" if minutes < 60 else f"{minutes // 60}:{minutes % 60:02d} h"
+    rounded = round(seconds)
+    minutes = rounded // 60
+    return f"{minutes}:{rounded % 60:02d} min" if minutes < 60 else f"{minutes // 60}:{minutes % 60:02d} h"
 
 
 def clock(seconds: float) -> str:
     """A running time that does not change its width every second: 83 -> `0:01:23`."""
-    whole = int(seconds)
-    return f"{whole // 3600}:{whole // 60 % 60:02d}:{whole % 60:02d}"
+    total = int(seconds)
+    return f"{total // 3600}:{total // 60 % 60:02d}:{total % 60:02d}"
 
 
 def plural(number: int, noun: str) -> str:

@@ -58,13 +58,13 @@ class PruningPlan:
     num_units: Mapping[str, int]
 
     def __post_init__(self) -> None:
-        for name, kept in self.keep.items():
+        for name, units in self.keep.items():
             width = self.num_units.get(name)
             if width is None:
                 raise UsageError(
                     f"the plan keeps units of {name!r} but gives no width for it", "make it again"
                 )
-            if len(kept) == 0 or kept[0] < 0 or kept[-1] >= width or np.any(np.diff(kept) <= 0):
+            if len(units) == 0 or units[0] < 0 or units[-1] >= width or np.any(np.diff(units) <= 0):
                 raise UsageError(
                     f"the plan for group {name!r} keeps no unit, or units outside 0..{width - 1}",
                     "keep at least one unit of every group, sorted, each once",
@@ -82,8 +82,8 @@ class PruningPlan:
         rng = np.random.default_rng(seed)
         keep = {}
         for group in graph.groups:
-            kept = max(group.min_keep, group.num_units - round(ratio * group.num_units))
-            keep[group.name] = np.sort(rng.permutation(group.num_units)[:kept]).astype(np.int64)
+            num_kept = max(group.min_keep, group.num_units - round(ratio * group.num_units))
+            keep[group.name] = np.sort(rng.permutation(group.num_units)[:num_kept]).astype(np.int64)
         return cls(keep=keep, num_units={g.name: g.num_units for g in graph.groups})
 
     def kept(self, name: str, num_units: int) -> Indices:

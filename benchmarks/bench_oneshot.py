@@ -213,8 +213,9 @@ def page(subject: Subject, rows: list[Row], shares: Sequence[float]) -> str:
     return "\n".join([
         f"## {subject.case.title}", "",
         f"Intact {100 * intact:.2f} %; n = {len(subject.test):,} test images, "
-        f"{subject.macs / 1e6:.1f} million multiply-adds, {len(subject.graph.groups)} groups. autoprune's decision took {', '.join(took)} CPU "
-        f"seconds after an analysis of {subject.table.seconds:.0f} s.", "",
+        f"{subject.macs / 1e6:.1f} million multiply-adds, {len(subject.graph.groups)} groups. "
+        f"autoprune's decision took {', '.join(took)} CPU seconds after an analysis of "
+        f"{subject.table.seconds:.0f} s.", "",
         f"| | {heads} |", "|---" * (len(shares) + 1) + "|", *lines, "",
     ])  # fmt: skip
 

@@ -50,8 +50,8 @@ class Entry:
         return self.offset + LOCAL.size + len(self.name) + LOCAL_EXTRA.size
 
 
-def _damage(what: str) -> ArtifactError:
-    return ArtifactError(f"the container is damaged or not of our making: {what}", "get the file again")
+def _damage(problem: str) -> ArtifactError:
+    return ArtifactError(f"the container is damaged or not of our making: {problem}", "get the file again")
 
 
 def _local_header(e: Entry) -> bytes:
@@ -170,10 +170,10 @@ class Container:
             ArtifactError: the member ends early, or its checksum is wrong.
         """
         entry = self.entries[name]
-        crc, done = 0, 0
-        while done < entry.size:
-            piece = self._at(entry.data_offset + done, min(CHUNK, entry.size - done))
-            crc, done = zlib.crc32(piece, crc), done + len(piece)
+        crc, position = 0, 0
+        while position < entry.size:
+            piece = self._at(entry.data_offset + position, min(CHUNK, entry.size - position))
+            crc, position = zlib.crc32(piece, crc), position + len(piece)
             yield piece
         if crc != entry.crc32:
             raise _damage(f"the checksum of {name!r} is wrong")

@@ -210,9 +210,9 @@ def _without_paths(value: Any) -> Any:
     return [_without_paths(v) for v in value] if isinstance(value, list) else value
 
 
-def _refusal(what: str) -> ArtifactError:
+def _refusal(problem: str) -> ArtifactError:
     return ArtifactError(
-        f"manifest.json is not of format version {FORMAT_VERSION}: {what}",
+        f"manifest.json is not of format version {FORMAT_VERSION}: {problem}",
         "get the file again",
     )
 

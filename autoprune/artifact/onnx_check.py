@@ -34,9 +34,9 @@ VARINT, FIXED64, BYTES, FIXED32 = 0, 1, 2, 5  # wire types of protobuf
 MAX_DEPTH = 32  # a guess: ten subgraphs inside one another; Python gives up at a thousand
 
 
-def _refusal(what: str) -> ArtifactError:
+def _refusal(problem: str) -> ArtifactError:
     return ArtifactError(
-        f"model.onnx holds what a delivered network may not hold: {what}",
+        f"model.onnx holds what a delivered network may not hold: {problem}",
         "get the file again, or export the network again",
     )
 

@@ -87,9 +87,9 @@ KNOWN_KEYS = {
 }  # fmt: skip
 
 
-def _refusal(what: str) -> ArtifactError:
+def _refusal(problem: str) -> ArtifactError:
     return ArtifactError(
-        f"model.pt2 holds what a delivered program may not hold: {what}",
+        f"model.pt2 holds what a delivered program may not hold: {problem}",
         "export it again; a network with custom operators or control flow has no safe program",
     )
 

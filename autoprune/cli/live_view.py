@@ -68,9 +68,9 @@ class _Window:
         if self._width > screen.width:
             self._erase_folds()
         self._width = max(1, min(PANEL, screen.width - ECHOED))
-        shown = Constrain(self._panel.render(), self._width)
-        self._height = len(screen.render_lines(shown, pad=False))
-        return shown
+        panel = Constrain(self._panel.render(), self._width)
+        self._height = len(screen.render_lines(panel, pad=False))
+        return panel
 
     def _erase_folds(self) -> None:
         """Take away lines that `Live` does not know of: a terminal made narrower folds each into several."""
@@ -261,11 +261,11 @@ class _Panel:
         return "top-1", percent(top1), text
 
     def _cost(self, base: ev.BaselineMeasured) -> Iterator[Sequence[RenderableType]]:
-        way = ProgressBar(
+        bar = ProgressBar(
             total=1 - base.target_share, completed=min(1 - self.cost_share, 1 - base.target_share), width=24
         )
         row = Table.grid(padding=(0, 1, 0, 0))
-        row.add_row(way, Text(f"to the target of {percent(base.target_share)}", MUTED))
+        row.add_row(bar, Text(f"to the target of {percent(base.target_share)}", MUTED))
         yield METRICS.get(base.metric, base.metric), percent(self.cost_share), row
 
     def _time_left(self) -> Text:

@@ -180,8 +180,8 @@ def _missing(path: Path, looked_for: str) -> DataError:
     )
 
 
-def _damaged(path: Path, wanted: str) -> DataError:
-    return DataError(f"{path} is damaged or of another kind", f"it must hold {wanted}")
+def _damaged(path: Path, expected: str) -> DataError:
+    return DataError(f"{path} is damaged or of another kind", f"it must hold {expected}")
 
 
 def _tensor_split(images: Bytes, labels: NDArray[Any], norm: Normalization, how: Augmentation) -> TensorSplit:
@@ -194,15 +194,15 @@ def _tensor_split(images: Bytes, labels: NDArray[Any], norm: Normalization, how:
 def _cifar_npz(path: Path) -> tuple[Bytes, NDArray[Any]]:
     if not path.is_file():
         raise _missing(path, "train.npz and test.npz, or the binary batches of CIFAR-10")
-    wanted = "`images` (N, 32, 32, 3) of uint8 and `labels` (N,) from 0 to 9"
+    expected = "`images` (N, 32, 32, 3) of uint8 and `labels` (N,) from 0 to 9"
     try:
         with np.load(path, allow_pickle=False) as archive:
             images, labels = archive["images"], archive["labels"]
     except (ValueError, KeyError, EOFError, OSError, zipfile.BadZipFile, zlib.error) as error:
-        raise _damaged(path, wanted) from error
+        raise _damaged(path, expected) from error
     shape_ok = images.shape == (len(labels), 32, 32, 3) and images.dtype == np.uint8
     if not shape_ok or labels.min(initial=0) < 0 or labels.max(initial=0) > 9:
-        raise _damaged(path, wanted)
+        raise _damaged(path, expected)
     return images.transpose(0, 3, 1, 2), labels
 
 
@@ -223,15 +223,15 @@ def _idx(path: Path, num_dims: int) -> Bytes:
     """Read an idx file of bytes: a magic number, the lengths as big-endian 32-bit numbers, the data."""
     if not path.is_file():
         raise _missing(path, "the gzipped idx files, in the folder, in raw or in FashionMNIST/raw")
-    wanted = f"{num_dims}-dimensional bytes in the idx format, gzipped"
+    expected = f"{num_dims}-dimensional bytes in the idx format, gzipped"
     try:
         data = gzip.decompress(path.read_bytes())
     except (OSError, EOFError, zlib.error) as error:
-        raise _damaged(path, wanted) from error
+        raise _damaged(path, expected) from error
     start = 4 + 4 * num_dims
     shape = tuple(int.from_bytes(data[i : i + 4], "big") for i in range(4, start, 4))
     if data[:4] != bytes((0, 0, 8, num_dims)) or len(data) != start + int(np.prod(shape)):
-        raise _damaged(path, wanted)
+        raise _damaged(path, expected)
     return np.frombuffer(data, dtype=np.uint8, offset=start).reshape(shape)
 
 

@@ -48,15 +48,15 @@ def parse_data(text: str) -> DataSpec:
     if name not in READERS:
         names = ", ".join(n if n == "digits" else f"{n}:DIR" for n in READERS)
         raise DataError(f"there is no data set {name!r}", _nearest(name, READERS, f"known are {names}"))
-    given = dict(option.split("=", 1) for option in options)
-    for option in given:
+    values = dict(option.split("=", 1) for option in options)
+    for option in values:
         if option not in OPTIONS:
             hint = _nearest(option, OPTIONS, f"known are {', '.join(OPTIONS)}")
             raise DataError(f"data {text!r} has no option {option!r}", hint)
-    channels = _channels(name, given.get("channels"))
+    channels = _channels(name, values.get("channels"))
     return DataSpec(
-        name=name, folder=Path(folder).expanduser() if folder else None, size=_size(name, given.get("size")),
-        channels=channels, normalization=_normalization(given.get("normalize"), channels),
+        name=name, folder=Path(folder).expanduser() if folder else None, size=_size(name, values.get("size")),
+        channels=channels, normalization=_normalization(values.get("normalize"), channels),
     )  # fmt: skip
 
 

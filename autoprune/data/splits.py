@@ -155,8 +155,8 @@ class TensorSplit(Split):
             picked = images[rows.to(images.device)]
             if augment:
                 picked = _augmented(picked, self.augmentation, generator)
-            mine = own_part(len(rows), part)  # all draws are made on every rank, so that each makes the same
-            yield self._normalized(picked[mine]), labels[rows.to(labels.device)][mine]
+            own = own_part(len(rows), part)  # all draws are made on every rank, so that each makes the same
+            yield self._normalized(picked[own]), labels[rows.to(labels.device)][own]
 
     def identities(self) -> Sequence[Hashable]:
         """The digest of each image's bytes."""
@@ -284,9 +284,9 @@ def _root(dataset: Dataset[Any], indices: NDArray[np.int64]) -> tuple[Dataset[An
 
 
 def own_part(length: int, part: tuple[int, int]) -> slice:
-    """The positions of a part in a batch of this length."""
-    number, of = part
-    return slice(number * length // of, (number + 1) * length // of)
+    """Return the positions in a batch of this length that belong to `part`: (rank, number of ranks)."""
+    rank, num_ranks = part
+    return slice(rank * length // num_ranks, (rank + 1) * length // num_ranks)
 
 
 def _positions(length: int, batch_size: int, part: tuple[int, int]) -> list[list[int]]:

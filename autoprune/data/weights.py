@@ -96,10 +96,10 @@ def _without_prefixes(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return weights_by_name
 
 
-def _misfit(wanted: Mapping[str, Any], given: Mapping[str, Tensor]) -> str:
-    missing = [n for n in wanted if n not in given]
-    unexpected = [n for n in given if n not in wanted]
-    shapes = {n: (tuple(given[n].shape), tuple(w.shape)) for n, w in wanted.items() if n in given}
+def _misfit(state: Mapping[str, Any], weights: Mapping[str, Tensor]) -> str:
+    missing = [n for n in state if n not in weights]
+    unexpected = [n for n in weights if n not in state]
+    shapes = {n: (tuple(weights[n].shape), tuple(w.shape)) for n, w in state.items() if n in weights}
     misshaped = [f"{n} is {list(g)} in the file, {list(w)} in the network"
                  for n, (g, w) in shapes.items() if g != w]  # fmt: skip
     kinds = (("missing", missing), ("unexpected", unexpected), ("mis-shaped", misshaped))

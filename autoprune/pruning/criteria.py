@@ -227,23 +227,23 @@ def _mean_over_batches(
     """
     assert context.split is not None  # `score` checked it
     named = dict(context.model.named_parameters(remove_duplicate=False))
-    summed = {g.name: members_of(g, named) for g in context.graph.groups}
-    wanted = {m.name: named[m.name] for members in summed.values() for m in members}
+    members_by_group = {g.name: members_of(g, named) for g in context.graph.groups}
+    weights = {m.name: named[m.name] for members in members_by_group.values() for m in members}
     totals = {g.name: np.zeros(g.num_units) for g in context.graph.groups}
     with (
         model_mode(context.model, context.device, training=False), _batch_statistics(context.model),
-        _differentiable(list(wanted.values())),
+        _differentiable(list(weights.values())),
     ):  # fmt: skip
         batches = context.split.batches(batch_size, device=context.device, seed=context.seed, augment=True)
         for _, (inputs, targets) in zip(range(num_batches), batches, strict=False):
             loss = context.loss(context.model(inputs), targets)
-            gradients = torch.autograd.grad(loss, list(wanted.values()), materialize_grads=True)
+            gradients = torch.autograd.grad(loss, list(weights.values()), materialize_grads=True)
             products = {
                 name: (weight.detach() * gradient).to("cpu", torch.float64)
-                for (name, weight), gradient in zip(wanted.items(), gradients, strict=True)
+                for (name, weight), gradient in zip(weights.items(), gradients, strict=True)
             }
             for group in context.graph.groups:
-                parts = [_per_unit(products[m.name], m) for m in summed[group.name]]
+                parts = [_per_unit(products[m.name], m) for m in members_by_group[group.name]]
                 totals[group.name] += function(np.sum(parts, axis=0))
     return totals
 

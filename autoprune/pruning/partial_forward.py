@@ -211,15 +211,15 @@ class Executor:
         self.steps = _with_releases(moving, {*keep, *program.outputs, *self.constants})
 
     def restricted_to(self, values: Iterable[int]) -> Executor:
-        """The same with fewer steps: those that these values need."""
-        less, wanted = copy(self), set(values)
-        less.steps = _with_releases(
-            _needed(tuple(s for s, _ in self.steps), wanted), {*wanted, *self.constants}
+        """Return an executor of only those steps that these values need."""
+        restricted, targets = copy(self), set(values)
+        restricted.steps = _with_releases(
+            _needed(tuple(s for s, _ in self.steps), targets), {*targets, *self.constants}
         )
-        return less
+        return restricted
 
     def run(self, *inputs: Tensor) -> Values:
-        """Every output and every value that is to be kept."""
+        """Run the program, and return every output and every value that is to be kept."""
         values = dict(zip(self.program.inputs, inputs, strict=True))
         return _run(self.steps, {**self.constants, **values})
 
@@ -255,12 +255,12 @@ def _run(steps: Iterable[tuple[Step, tuple[int, ...]]], values: Values) -> Value
 
 
 def _with_releases(steps: Sequence[Step], keep: set[int]) -> tuple[tuple[Step, tuple[int, ...]], ...]:
-    """Each step with the values that nobody needs after it."""
-    seen, result = set(keep), []
+    """Return each step with the values that no later step needs."""
+    needed_later, result = set(keep), []
     for step in reversed(steps):
-        mine = {v for v in (*step.reads, *step.makes) if v is not None}
-        result.append((step, tuple(mine - seen)))
-        seen |= mine
+        touched = {v for v in (*step.reads, *step.makes) if v is not None}
+        result.append((step, tuple(touched - needed_later)))
+        needed_later |= touched
     return tuple(reversed(result))
 
 
@@ -437,27 +437,27 @@ class _Fuser:
         """Give convolutions of images the additions and activations that follow them."""
         program = self.result()
         self.steps, readers = list(program.steps), program.readers()
-        open_ones: dict[int, _Convolution] = {}
-        done: list[Step | _Convolution] = []
+        growing: dict[int, _Convolution] = {}
+        steps: list[Step | _Convolution] = []
         for step in self.steps:
             if self._is_plain(step):
                 convolution = _Convolution(
                     step=step, value=_made(step), weight=step.args[1], bias=step.args[2]
                 )
-                open_ones[convolution.value] = convolution
-                done.append(convolution)
+                growing[convolution.value] = convolution
+                steps.append(convolution)
                 continue
-            grown = next((c for c in self._grown(step, open_ones, readers)), None)
-            if grown is None:
-                done.append(step)
+            earlier = next((c for c in self._grown(step, growing, readers)), None)
+            if earlier is None:
+                steps.append(step)
                 continue
-            done.remove(grown)  # it runs where its last part ran: by then all that it reads is there
-            done.append(grown)
-            del open_ones[grown.value]
-            grown.value = _made(step)
-            if grown.activation[0] == "none":
-                open_ones[grown.value] = grown
-        self.steps = [_pointwise(c) if isinstance(c, _Convolution) else c for c in done]
+            steps.remove(earlier)  # it runs where its last part ran: by then all that it reads is there
+            steps.append(earlier)
+            del growing[earlier.value]
+            earlier.value = _made(step)
+            if earlier.activation[0] == "none":
+                growing[earlier.value] = earlier
+        self.steps = [_pointwise(c) if isinstance(c, _Convolution) else c for c in steps]
 
     def _is_plain(self, step: Step) -> bool:
         if step.call is not CONVOLUTION or step.args[6] or any(step.args[7]):

@@ -152,8 +152,8 @@ def find_replaced_modules(original: nn.Module, dense: nn.Module) -> ReplacedModu
 def output_shape_mismatch(propagation: Propagation, pruned: Recording) -> str:
     """Whether the pruned network's outputs have other shapes; empty if not."""
     expected = [propagation.shape(r) for r in propagation.recording.outputs]
-    got = [pruned.shapes[r.index] for r in pruned.outputs]
-    return f"its output becomes {got}" if got != expected else ""
+    actual = [pruned.shapes[r.index] for r in pruned.outputs]
+    return f"its output becomes {actual}" if actual != expected else ""
 
 
 def _own_class(module: nn.Module) -> type:

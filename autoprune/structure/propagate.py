@@ -223,20 +223,20 @@ class Propagation:
         labels[axis] = branch.labels.new("lookahead", axis, len(units))[which]
         branch.axes[ref.index] = labels
         since = self.position if includes_present else self.position + 1
-        ahead = [n for n in self.readers.get(ref.index, ()) if n >= since]
-        seen = set(ahead)
-        while ahead and len(seen) - len(ahead) <= LOOKAHEAD_OPS and not branch.labels.freezes:
-            position = heappop(ahead)
+        queue = [n for n in self.readers.get(ref.index, ()) if n >= since]
+        queued = set(queue)
+        while queue and len(queued) - len(queue) <= LOOKAHEAD_OPS and not branch.labels.freezes:
+            position = heappop(queue)
             op = self.recording.ops[position]
             if not self.live[position] or not any(r.index in branch.axes for r in op.inputs):
                 continue
             branch._apply(position, op)
             for out in op.outputs:
                 if out is not None and out.index in branch.axes:
-                    later = {n for n in self.readers.get(out.index, ()) if n > position} - seen
-                    seen |= later
+                    later = {n for n in self.readers.get(out.index, ()) if n > position} - queued
+                    queued |= later
                     for number in later:
-                        heappush(ahead, number)
+                        heappush(queue, number)
         return "".join(f.reason for f in branch.labels.freezes[:1]), branch.batch_uses
 
     def _apply(self, position: int, op: Op) -> None:

@@ -21,7 +21,7 @@ Score = Callable[[nn.Module, Split, str], float]
 
 
 def logits_of(output: Any) -> Tensor:
-    """The logits (B, C) in what a classifier returns; networks with auxiliary heads return theirs first.
+    """Return the logits (B, C) of a classifier's output; networks with auxiliary heads return them first.
 
     Raises:
         UsageError: there are none.
@@ -57,7 +57,7 @@ class Task:
     def has_logits(self) -> bool:
         """Whether the outputs are known to be a classifier's logits: the loss is cross-entropy.
 
-        Only then can labels be smoothed, and can a student be taught by the original network's logits.
+        Only then can labels be smoothed, and can the original network's logits be distilled.
         """
         return self.loss is classification_loss
 
@@ -66,5 +66,5 @@ CLASSIFICATION = Task()
 
 
 def task_of(study: Study) -> Task:
-    """The task of a study, from its fields `loss` and `evaluate`; what it leaves out is classification's."""
+    """Return the task of a study, from `loss` and `evaluate`; classification's, where these are None."""
     return Task(loss=study.loss or classification_loss, score=study.evaluate)

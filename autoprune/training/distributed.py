@@ -95,19 +95,19 @@ def from_rank_zero(make: Callable[[], T]) -> T:
     if box[1] is not None:
         kind, message, hint = box[1]
         raise kind(message, hint)
-    made: T = box[0]
-    return made
+    result: T = box[0]
+    return result
 
 
 def all_reduce_(tensor: Tensor) -> Tensor:
-    """The sum over all ranks, in place."""
+    """Add a tensor over all ranks, in place, and return it."""
     if world_size() > 1:
         dist.all_reduce(tensor)
     return tensor
 
 
 def mean(value: Tensor, count: int) -> Tensor:
-    """The mean over all samples, of means over `count` samples on each rank; without gradients."""
+    """Return the mean over all samples, from each rank's mean over `count` samples; without gradients."""
     if world_size() == 1:
         return value
     both = all_reduce_(
@@ -120,8 +120,8 @@ def scale_loss(loss: Tensor, count: int) -> Tensor:
     """Scale a rank's mean loss so that the mean of all ranks' gradients is that of the whole batch's loss."""
     if world_size() == 1:
         return loss
-    whole = all_reduce_(torch.tensor(float(count), device=loss.device))
-    return loss * (count * world_size() / whole)
+    total = all_reduce_(torch.tensor(float(count), device=loss.device))
+    return loss * (count * world_size() / total)
 
 
 @contextmanager

@@ -83,10 +83,10 @@ def inner_weights(model: nn.Module) -> Iterator[nn.Parameter]:
     better (Jordan et al. 2024). Parametrised and very wide weights are left to SGD.
     """
     layers = [m for m in model.modules() if isinstance(m, nn.Linear | ConvBase | nn.MultiheadAttention)]
-    seen = {id(w) for m in (*layers[:1], *layers[-1:]) for w in _weights_of(m)}
+    excluded_ids = {id(w) for m in (*layers[:1], *layers[-1:]) for w in _weights_of(m)}
     for weight in (w for layer in layers[1:-1] for w in _weights_of(layer)):
-        if isinstance(weight, nn.Parameter) and weight.requires_grad and id(weight) not in seen:
-            seen.add(id(weight))
+        if isinstance(weight, nn.Parameter) and weight.requires_grad and id(weight) not in excluded_ids:
+            excluded_ids.add(id(weight))
             if min(len(weight), weight[0].numel()) <= WIDEST and _is_in_rows(weight):
                 yield weight
 

@@ -71,10 +71,10 @@ class Schedule:
              f"peak={self.peak}", "a share between 0 and 1 with onecycle decay"),
             (self.decay != "onecycle" and self.peak is not None, f"peak={self.peak}", "onecycle decay"),
         )  # fmt: skip
-        for wrong, given, allowed in problems:
+        for wrong, setting, allowed in problems:
             if wrong:
                 raise UsageError(
-                    f"schedule: {given} is not allowed", f"{given.split('=')[0]} takes {allowed}"
+                    f"schedule: {setting} is not allowed", f"{setting.split('=')[0]} takes {allowed}"
                 )
 
 

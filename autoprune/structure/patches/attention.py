@@ -59,8 +59,8 @@ class PrunedMultiheadAttention(nn.MultiheadAttention):
         else:
             matrices = (self.q_proj_weight, self.k_proj_weight, self.v_proj_weight)
         biases = self.in_proj_bias.chunk(3) if self.in_proj_bias is not None else (None, None, None)
-        made = [F.linear(x, w, b) for x, w, b in zip((query, key, value), matrices, biases, strict=True)]
-        return [t.view(*t.shape[:2], -1, self.head_dim).transpose(1, 2) for t in made]
+        projected = [F.linear(x, w, b) for x, w, b in zip((query, key, value), matrices, biases, strict=True)]
+        return [t.view(*t.shape[:2], -1, self.head_dim).transpose(1, 2) for t in projected]
 
     def _mask(
         self, attn_mask: Tensor | None, padding: Tensor | None, q: Tensor, k: Tensor, is_causal: bool

@@ -138,15 +138,15 @@ class _ReshapeMode(PatchMode):
         self.sizes.needed[site] = replace(correction, call=self.num_calls)
         return correction
 
-    def _split(self, func: Callable[..., Any], x: Tensor, asked: Any, dim: int = 0) -> Any:
-        """A split whose pieces do not add up to the axis is given the pruned pieces' lengths."""
-        is_list = isinstance(asked, (tuple, list))
+    def _split(self, func: Callable[..., Any], x: Tensor, lengths: Any, dim: int = 0) -> Any:
+        """Split by the pruned pieces' lengths where the program's own do not add up to the axis."""
+        is_list = isinstance(lengths, (tuple, list))
         for old, new in self.sizes.pieces.items():
-            is_meant = tuple(asked) == old if is_list else asked == old[0]
+            is_meant = tuple(lengths) == old if is_list else lengths == old[0]
             if is_meant and sum(new) == x.shape[dim] and new != old:
                 self.sizes.corrects_split = True
                 return func(x, list(new) if is_list else new[0], dim)
-        return func(x, asked, dim)
+        return func(x, lengths, dim)
 
 
 def patch_reshapes_(
