@@ -43,10 +43,17 @@ $(KEY): | $(STAMP)
 # Tests run on all cores, in a random order (`-p no:randomly` keeps the order of the files).
 PYTEST := $(BIN)/pytest -n auto --dist worksteal --cov --cov-report=term:skip-covered
 
+# Benchmarks and scripts are checked for names and arguments that do not exist, so that a rename reaches them;
+# not strictly, because peers and model zoos have no types.
+SCRIPT_TYPES := MYPYPATH=benchmarks:studies $(BIN)/mypy --explicit-package-bases --ignore-missing-imports \
+  --no-warn-unused-ignores $(addprefix --disable-error-code=,arg-type assignment index list-item \
+  no-any-return no-untyped-call operator return-value union-attr)
+
 lint: $(STAMP)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(SCRIPT_TYPES) benchmarks/*.py scripts/*.py
 	$(BIN)/lint-imports
 
 test: lint

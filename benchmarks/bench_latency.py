@@ -34,7 +34,9 @@ from autoprune.structure.graph import ChannelGraph
 from autoprune.structure.latency import measure_latency_share, with_latency_model
 from autoprune.structure.timings import Timings
 from autoprune.structure.tracing import trace
-from studies.models import resnet20
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "studies"))
+from models import resnet20
 
 NETWORKS: dict[str, tuple[Callable[[], nn.Module], int]] = {
     "resnet20": (resnet20, 32),

@@ -28,6 +28,7 @@ from typing import Any
 from unittest.mock import patch
 
 import optuna
+from optuna.storages.journal import JournalFileBackend
 from subcommands import Subcommand, run_subcommand
 
 from autoprune import events as ev
@@ -55,7 +56,7 @@ def open_study(where: str, *, create: bool = False) -> optuna.Study:
     """`sqlite:FOLDER`, `journal:FILE` or a PostgreSQL URL."""
     kind, _, rest = where.partition(":")
     if kind == "journal":
-        backend = optuna.storages.journal.JournalFileBackend(rest)
+        backend = JournalFileBackend(rest)
         storage: optuna.storages.BaseStorage = optuna.storages.JournalStorage(backend)
     else:
         database = None if kind == "sqlite" else parse_database_url(where)
