@@ -40,7 +40,7 @@ class Split(ABC):
 
     @abstractmethod
     def __len__(self) -> int:
-        """How many samples there are."""
+        """Return how many samples there are."""
 
     @abstractmethod
     def batches(

@@ -97,7 +97,7 @@ class Program:
         return {v: s for s in self.steps for v in s.makes if v is not None}
 
     def readers(self) -> dict[int, int]:
-        """How many steps read each value; an output has one reader more."""
+        """Return how many steps read each value; an output has one reader more."""
         counts = dict.fromkeys(self.outputs, 1)
         for step in self.steps:
             for value in step.reads:
@@ -482,7 +482,7 @@ class _Fuser:
                 yield convolution
 
     def _adds(self, step: Step) -> bool:
-        """Whether a step adds two different activations of one shape."""
+        """Return whether a step adds two different activations of one shape."""
         if step.call is not aten.add.Tensor or step.kwargs or len(step.reads) != 2 or len(step.args) != 2:
             return False
         shapes = [self.program.shapes.get(v) for v in step.reads]

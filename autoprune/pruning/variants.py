@@ -165,7 +165,7 @@ def flat_output(output: Any) -> Tensor:
 
 
 def differs(output: Tensor, intact: Tensor) -> bool:
-    """Whether an output is another one, beyond rounding."""
+    """Return whether an output is another one, beyond rounding."""
     if output.shape != intact.shape:
         return True
     scale = float(intact.abs().max()) if len(intact) else 0.0

@@ -124,7 +124,7 @@ class Labels:
         return is_open
 
     def is_open(self, labels: LabelArray) -> bool:
-        """Whether all of an axis lies in open slots."""
+        """Return whether all of an axis lies in open slots."""
         if not self.has_open or not (labels >= 0).any():
             return False
         numbers = np.unique(np.searchsorted(self._starts, labels[labels >= 0], "right") - 1)

@@ -51,7 +51,7 @@ def _is_plain(x: Any) -> bool:
 
 
 def _fits(x: Tensor, others: tuple[Any, ...]) -> bool:
-    """Whether every other tensor broadcasts to `x` and changes nothing about it; numbers are real."""
+    """Return whether every other tensor broadcasts to `x` and changes nothing about it; numbers are real."""
     for other in others:
         if isinstance(other, Tensor):
             if other.dtype is not x.dtype and other.dtype is not torch.bool:

@@ -135,7 +135,7 @@ class ReplacedModules:
     gather_modules: frozenset[str]
 
     def has(self, name: str) -> bool:
-        """Whether the operators of a module of that name are others now."""
+        """Return whether the operators of a module of that name are others now."""
         parts = name.split(".")
         return name in self.alone or any(".".join(parts[: n + 1]) in self.whole for n in range(len(parts)))
 
@@ -150,7 +150,7 @@ def find_replaced_modules(original: nn.Module, dense: nn.Module) -> ReplacedModu
 
 
 def output_shape_mismatch(propagation: Propagation, pruned: Recording) -> str:
-    """Whether the pruned network's outputs have other shapes; empty if not."""
+    """Return how the pruned network's outputs differ in shape from their labels; empty where they do not."""
     expected = [propagation.shape(r) for r in propagation.recording.outputs]
     actual = [pruned.shapes[r.index] for r in pruned.outputs]
     return f"its output becomes {actual}" if actual != expected else ""
@@ -222,7 +222,9 @@ class _TensorMap:
                 self.of.setdefault(left.index, right.index)
 
     def changed(self, old: Op, new: Op, *, is_live: bool) -> str:
-        """Whether the operator reads other tensors than its twin did; constants come up at their use."""
+        """Return why the operator reads other tensors than its twin; empty where it does not.
+
+        Constants are matched when they are used."""
         if len(old.inputs) != len(new.inputs):
             return "it reads another number of tensors"
         for left, right in zip(old.inputs, new.inputs, strict=True):
@@ -243,7 +245,7 @@ class _TensorMap:
         return self.of.get(self.source.get(old.index, old.index))
 
     def changed_outputs(self) -> str:
-        """Whether the network gives out other tensors."""
+        """Return that the network gives out other tensors, in words; empty where it does not."""
         for left, right in zip(self.original.outputs, self.pruned.outputs, strict=False):
             if self._found(left) not in (None, self.source_pruned.get(right.index, right.index)):
                 return "it gives out other tensors"
@@ -251,7 +253,7 @@ class _TensorMap:
 
 
 def _moves_alike(propagation: Propagation, pruned: Recording, old: Op, new: Op, lengths: _Lengths) -> bool:
-    """Whether two permutations differ by axes of length 1 alone, which einsum puts elsewhere."""
+    """Return whether two permutations differ by axes of length 1 alone, which einsum puts elsewhere."""
     if old.name != "permute":
         return False
     shapes = _expected(propagation, old.inputs[0], lengths), pruned.shapes[new.inputs[0].index]
@@ -303,7 +305,7 @@ def _expected(propagation: Propagation, ref: Ref, lengths: _Lengths) -> Shape:
 def _length_apart(
     propagation: Propagation, pruned: Recording, left: Ref, right: Ref, lengths: _Lengths
 ) -> str:
-    """Whether a tensor has another shape than its labels say."""
+    """Return how a tensor's shape differs from what its labels say; empty where it does not."""
     shape, expected = propagation.shape(left), _expected(propagation, left, lengths)
     actual = pruned.shapes[right.index]
     return "" if actual == expected or 0 in shape else f"a tensor becomes {actual} and not {expected}"

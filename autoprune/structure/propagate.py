@@ -307,7 +307,7 @@ class Propagation:
         return self.labels.new("", dim, size, is_open=True)
 
     def is_weight(self, ref: Ref) -> bool:
-        """Whether a tensor is a parameter, or made from one in a way that keeps zeros at zero."""
+        """Return whether a tensor is a parameter, or made from one in a way that keeps zeros at zero."""
         return ref.index in self.weight_refs
 
     def owner(self, weight: Ref) -> str:

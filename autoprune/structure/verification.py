@@ -200,7 +200,7 @@ class _Verifier:
         return (is_split and is_small) or (self.is_doubtful and cost.macs <= CHEAP_MACS)
 
     def _passes(self, group: Group, modules: Collection[str]) -> bool:
-        """Whether a group's channels are put together or split in one of the modules."""
+        """Return whether a group's channels are put together or split in one of the modules."""
         labels, ops = _labels(self.propagation, group), self.propagation.recording.ops
         axes = [
             *self.propagation.reshape_merges,
@@ -268,7 +268,7 @@ def _labels(propagation: Propagation, group: Group) -> LabelArray:
 
 
 def _passes(propagation: Propagation, modules: Collection[str], group: Group) -> bool:
-    """Whether a group's channels are rearranged or split in one of the modules."""
+    """Return whether a group's channels are rearranged or split in one of the modules."""
     labels, ops = _labels(propagation, group), propagation.recording.ops
     axes = [
         *((n, o.labels) for n, o in propagation.reorderings.items()),

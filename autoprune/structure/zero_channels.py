@@ -66,7 +66,7 @@ def maskable(recording: Recording) -> frozenset[str]:
 
 
 def stays_zero(op: Op, zero: set[int], labelled: Container[int]) -> bool:
-    """Whether an operator's result is zero wherever a removed channel would be.
+    """Return whether an operator's result is zero wherever a removed channel would be.
 
     Args:
         zero: Ref indices of the tensors that are; `labelled` those of tensors that hold channels at all.
@@ -92,7 +92,7 @@ def stays_zero(op: Op, zero: set[int], labelled: Container[int]) -> bool:
 
 
 def is_non_negative(op: Op, non_negative: Container[int]) -> bool:
-    """Whether no entry of an operator's result is negative.
+    """Return whether no entry of an operator's result is negative.
 
     Args:
         non_negative: Ref indices of the tensors without negative entries.

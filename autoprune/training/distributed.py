@@ -59,7 +59,7 @@ def shared_work() -> Iterator[None]:
 
 
 def world_size() -> int:
-    """How many ranks share the work of this moment."""
+    """Return how many ranks share the work of this moment."""
     return dist.get_world_size() if _SHARES_WORK.get() else 1
 
 

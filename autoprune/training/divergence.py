@@ -61,7 +61,7 @@ class LossWatch:
 
 
 def is_far_above(lowest: float, untrained: float) -> bool:
-    """Whether even the lowest loss is far above that of an untrained network.
+    """Return whether even the lowest loss is far above that of an untrained network.
 
     A loss may be negative, so it is its size that is compared; infinite is a half without a step.
     """

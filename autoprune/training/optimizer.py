@@ -101,7 +101,7 @@ def _weights_of(layer: nn.Module) -> list[Any]:
 
 
 def _is_in_rows(weight: Tensor) -> bool:
-    """Whether the weight lies in memory so that `_rows` copies nothing."""
+    """Return whether the weight lies in memory so that `_rows` copies nothing."""
     return _rows(weight.detach(), weight).data_ptr() == weight.data_ptr()
 
 

@@ -184,7 +184,7 @@ def find_ragged_modules(ctx: Propagation) -> frozenset[str]:
 
 
 def _has_lines_of_its_own(ctx: Propagation, module: str) -> bool:
-    """Whether a module runs once, and its reshapes and splits are on no line of a module in it."""
+    """Return whether a module runs once, and its reshapes and splits are on no line of a module in it."""
     ops = ctx.recording.ops
     inner_lines = {op.where for op in ops if op.module.startswith(f"{module}.") or not module}
     own_lines = {ops[n].where for n, _ in ctx.splits if ops[n].module == module}

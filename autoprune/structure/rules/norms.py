@@ -109,7 +109,7 @@ def reduction(ctx: Propagation, op: Op) -> list[Axes]:
 
 
 def _counts_zeros(ctx: Propagation, op: Op, x: Ref) -> bool:
-    """Whether a sum, mean or maximum over channels is the same without zeros; `norm_patch` divides."""
+    """Return whether a sum, mean or maximum over channels is the same without zeros; `norm_patch` divides."""
     width = ctx.earlier_choice(op.module, "autoprune_norm_width")
     if x.index not in ctx.zero_refs or ctx.is_lookahead:
         return False
