@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from autoprune.data import load_data as load_data
     from autoprune.data import load_weights_ as load_weights_
     from autoprune.errors import AutopruneError as AutopruneError
+    from autoprune.heuristics import Heuristics as Heuristics
     from autoprune.pipeline import run as run
     from autoprune.plan import PruningPlan as PruningPlan
     from autoprune.pruning import sensitivity as sensitivity
@@ -46,6 +47,7 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(
         "config": ["Analysis", "Baseline", "Control", "Finetune", "Protection", "Search", "Study"],
         "data": ["Data", "from_datasets", "load_data", "load_weights_"],
         "errors": ["AutopruneError"],
+        "heuristics": ["Heuristics"],
         "pipeline": ["run"],
         "plan": ["PruningPlan"],
         "pruning": ["sensitivity"],
