@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 
 def escape_control(text: str) -> str:
@@ -10,6 +11,11 @@ def escape_control(text: str) -> str:
     if text.isprintable():
         return text
     return "".join(c if c.isprintable() or c in "\n\t" else c.encode("unicode_escape").decode() for c in text)
+
+
+def _rebuild_error(kind: type[AutopruneError], message: str) -> AutopruneError:
+    """Make an error without its initialiser; pickle sets its attributes afterwards."""
+    return kind.__new__(kind, message)
 
 
 class AutopruneError(Exception):
@@ -28,6 +34,11 @@ class AutopruneError(Exception):
 
     def __str__(self) -> str:
         return f"{self.message}\nhint: {self.hint}"
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # An exception is rebuilt from `args` by default, which would call __init__ without the hint: the
+        # error of a data loader's process would then arrive as a TypeError about a missing argument.
+        return _rebuild_error, (type(self), self.message), self.__dict__
 
 
 class UsageError(AutopruneError):

@@ -10,6 +10,7 @@ wrappings are understood: a checkpoint dict around the state dict, and key prefi
 from __future__ import annotations
 
 import pickle
+import struct
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, TypeVar
@@ -21,6 +22,12 @@ from torch import Tensor, nn
 
 from autoprune.errors import UsageError
 
+# What torch.load and load_file raise for bytes that are no weights; the unpickler runs whatever opcodes the
+# first bytes happen to be, and so fails on its empty stack or memo before it sees that this is no pickle.
+UNREADABLE = (
+    SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError, ValueError, LookupError, AttributeError,
+    TypeError, struct.error,
+)  # fmt: skip
 WRAPPERS = ("state_dict", "model_state_dict", "model")
 Network = TypeVar("Network", bound=nn.Module)
 COUNTER = ".num_batches_tracked"  # weights from before PyTorch 0.4.1 lack it, and nothing here reads it
@@ -69,7 +76,7 @@ def _read(file: Path) -> object:
         if file.suffix == ".safetensors":
             return load_file(file)
         return torch.load(file, map_location="cpu", weights_only=True)
-    except (SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError, ValueError) as error:
+    except UNREADABLE as error:
         first_line = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise UsageError(
             f"{file} cannot be read as weights: {first_line[:160]}",
