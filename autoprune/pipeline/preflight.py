@@ -87,7 +87,7 @@ def trace_study(study: Study) -> TracedStudy:
     Raises:
         UsageError: the network or the data cannot be made, or the network cannot be traced.
     """
-    data = study.data() if callable(study.data) else study.data
+    data = _build_data(study)
     model = _copy_model(study)
     example = _first_input(data)
     graph = trace_for_study(study, model, example)
@@ -301,13 +301,24 @@ def _check_choices(study: Study) -> None:
 def _copy_model(study: Study) -> nn.Module:
     with torch.random.fork_rng():
         torch.manual_seed(study.seed)  # a network that is built untrained starts from the study's seed
-        built = study.model if isinstance(study.model, nn.Module) else study.model()
+        is_network = isinstance(study.model, nn.Module) or not callable(study.model)
+        built = study.model if is_network else study.model()
     if not isinstance(built, nn.Module):
         raise UsageError(
             f"the study's model is a {type(built).__name__}",
             "give a torch.nn.Module or a function that builds one",
         )
     return copy.deepcopy(built).cpu()
+
+
+def _build_data(study: Study) -> Data:
+    data = study.data() if callable(study.data) else study.data
+    if not isinstance(data, Data):
+        raise UsageError(
+            f"the study's data is a {type(data).__name__}",
+            "give what load_data or from_datasets returns, or a function that returns it",
+        )
+    return data
 
 
 def _first_input(data: Data) -> tuple[Tensor, ...]:
