@@ -26,7 +26,12 @@ from autoprune.storage.trial_slots import SLOT
 from tests.tiny import tiny_study
 
 ROOT = Path(__file__).resolve().parents[1]
-STUDY = "from tests.tiny import tiny_study\n\nstudy = tiny_study()\n"
+STUDY = """
+from autoprune.config import Search
+from tests.tiny import tiny_study
+
+study = tiny_study(search=Search(trials={trials}, epochs=2))
+"""
 TRIAL, PROMOTED = r"round \d+ trial", r"round \d+ promoted"
 # Where each of the twenty runs dies: soon after a line that matches, or inside an upload or a commit.
 MOMENTS = (
@@ -133,10 +138,15 @@ def check(out: Path, before: dict[tuple[str, int], Any]) -> None:
                 store.load_checkpoint(attempt.trials[one.trial].user_attrs[CHECKPOINT])
 
 
-def killed_again_and_again(folder: Path, moments: Sequence[tuple[str, str]]) -> list[tuple[str, str]]:
-    """Kill a run at these moments, checking it after each, and let it end; gives those at which it died."""
+def killed_again_and_again(
+    folder: Path, moments: Sequence[tuple[str, str]], trials: int
+) -> list[tuple[str, str]]:
+    """Kill a run of so many trials a round at these moments, check it after each, and let it end.
+
+    Returns those at which it died.
+    """
     study, out = folder / "a_mortal_study.py", folder / "run"
-    study.write_text(STUDY, encoding="utf-8")
+    study.write_text(STUDY.format(trials=trials), encoding="utf-8")
     words = ["run", str(study), "--out", str(out), "--plain", "--resume"]
     before, died = finished_trials(out), []
     for seed, (kind, stage) in enumerate(moments):
@@ -169,11 +179,11 @@ def killed_again_and_again(folder: Path, moments: Sequence[tuple[str, str]]) -> 
 
 def test_a_run_that_is_killed_four_times_loses_nothing(tmp_path: Path) -> None:
     moments = (("stage", TRIAL), ("upload", ""), ("commit", ""), ("begin", ""))
-    assert len(killed_again_and_again(tmp_path, moments)) >= 3, "it has to die, or nothing was tried"
+    assert killed_again_and_again(tmp_path, moments, trials=2) == list(moments), "it has to die each time"
 
 
 @pytest.mark.slow
 def test_a_run_that_is_killed_twenty_times_loses_nothing(tmp_path: Path) -> None:
-    died = killed_again_and_again(tmp_path, MOMENTS)
+    died = killed_again_and_again(tmp_path, MOMENTS, trials=5)  # enough to do for all of them
     assert len(died) >= 18, died
     assert set(died) == set(MOMENTS), "inside every stage, inside an upload, inside a commit"

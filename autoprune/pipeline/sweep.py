@@ -28,6 +28,7 @@ from autoprune.storage import RunStore, run_name_at
 OVERHEAD_SHARE = 0.1  # of a job's time: export and report come on top of its budget; a guess
 MAX_OVERRUN = 1.5  # times its part of the time: a job that takes longer hangs, and is ended; a guess
 END_TIMEOUT_S = 120  # what a job may take to end cleanly
+INTERRUPT_EVERY_S = 20  # longer than a job takes to end; a guess
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -140,10 +141,14 @@ def _read_lines(stream: IO[str], job: Job, lines: list[str], on_line: Callable[[
 
 
 def _end(process: subprocess.Popen[str]) -> None:
-    """End a job as Ctrl-C would, by force where that does not help."""
-    process.send_signal(signal.SIGINT)
-    with suppress(subprocess.TimeoutExpired):
-        process.wait(END_TIMEOUT_S)
-        return
+    """End a job as Ctrl-C would, by force where that does not help.
+
+    Once is not enough: Python swallows an interrupt that meets a destructor or a weak reference's callback.
+    """
+    for _ in range(END_TIMEOUT_S // INTERRUPT_EVERY_S):
+        process.send_signal(signal.SIGINT)
+        with suppress(subprocess.TimeoutExpired):
+            process.wait(INTERRUPT_EVERY_S)
+            return
     process.kill()
     process.wait()

@@ -23,7 +23,7 @@ from autoprune.location import ARTIFACTS, DATABASE
 from autoprune.pipeline.delivery import is_slower, latency_share
 from autoprune.pipeline.preflight import forecast_run, prepare
 from autoprune.pipeline.run import run
-from autoprune.record import RunResult
+from autoprune.record import RunRecord, RunResult
 from autoprune.search.history import CHECKPOINT, read_run
 from autoprune.storage.run_store import RunStore, completed_trials
 from autoprune.training.evaluation import evaluate
@@ -96,18 +96,23 @@ def test_the_record_tells_the_whole_story(finished: tuple[RunResult, list[ev.Eve
     assert record.difference.low_pp <= record.difference.delta_pp <= record.difference.high_pp
 
 
+def needed_checkpoints(store: RunStore, record: RunRecord) -> set[str]:
+    """What a finished run keeps: the original, what each round promoted, and what was delivered."""
+    needed = {completed_trials(store.study(n))[0].user_attrs[CHECKPOINT] for n in (0, "final")}  # type: ignore[arg-type]
+    for round_ in record.rounds:
+        attempt = store.study(round_.number)
+        assert attempt is not None
+        needed |= {attempt.trials[t.number].user_attrs[CHECKPOINT] for t in round_.trials if t.promoted}
+    return needed
+
+
 def test_only_needed_models_are_kept(finished: tuple[RunResult, list[ev.Event]]) -> None:
     result, _ = finished
-    kept = {p.name for p in (result.out / ARTIFACTS).iterdir()}
+    assert sum(t.promoted for r in result.record.rounds for t in r.trials) >= 2
     with closing(RunStore(result.out, "tiny")) as store:
-        attempts = {r.number: store.study(r.number) for r in result.record.rounds}
-        promoted = {
-            attempts[r.number].trials[t.number].user_attrs[CHECKPOINT]  # type: ignore[union-attr]
-            for r in result.record.rounds for t in r.trials if t.promoted
-        }  # fmt: skip
-        original, final = (completed_trials(store.study(n))[0] for n in (0, "final"))  # type: ignore[arg-type]
-    assert len(promoted) == len(result.record.rounds) >= 2
-    assert kept == promoted | {t.user_attrs[CHECKPOINT] for t in (original, final)}
+        assert {p.name for p in (result.out / ARTIFACTS).iterdir()} == needed_checkpoints(
+            store, result.record
+        )
 
 
 def test_listeners_hear_everything_in_order(finished: tuple[RunResult, list[ev.Event]]) -> None:

@@ -17,7 +17,28 @@ from autoprune.report import Job
 from tests.clock import Clock
 
 ROOT = Path(__file__).resolve().parents[2]
-TINY = "from tests.tiny import tiny_study\n\nstudy = tiny_study()\n"
+TINY = """
+import time
+from pathlib import Path
+
+import torch
+
+from autoprune.config import Search
+from tests.tiny import tiny_study, trained_net
+
+# Until the file is there a training step lasts, so that there is time to stop the sweep.
+GO = Path(__file__).with_name("go")
+
+
+def loss(output, target):
+    time.sleep(1.5 if output.requires_grad and not GO.exists() else 0)
+    return torch.nn.functional.cross_entropy(output, target)
+
+
+study = tiny_study(
+    loss=loss, search=Search(trials=2, epochs=2, criteria=("l1",)), model=trained_net, baseline=None,
+)
+"""
 BROKEN = (
     "from tests.tiny import tiny_study\n\n\ndef data():\n    raise OSError('the disk is gone')\n\n\n"
     "study = tiny_study(name='broken', data=data)\n"
@@ -85,6 +106,7 @@ def test_a_failure_stops_no_other_and_a_stopped_sweep_goes_on(tmp_path: Path) ->
         assert process.wait() == 130
     assert (out / "sweep.csv").is_file()
     stopped = read_job(Job(study=good, seed=0), out)
+    (tmp_path / "go").touch()
     assert stopped.state == "waiting"
     assert stopped.record is not None
     finished = subprocess.run(command(*words), cwd=ROOT, capture_output=True, text=True, check=False)
