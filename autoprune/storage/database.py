@@ -68,7 +68,7 @@ def _retry(name: str) -> Callable[..., Any]:
             except (DuplicatedStudyError, UpdateFinishedTrialError, KeyError):
                 if attempts == 1 or not _is_done(self, name, args, kwargs):
                     raise
-                return _ANSWERS[name](self, *args)
+                return _ANSWERS[name](self, *args, **kwargs)
 
         try:
             return retrying("the database", _is_away)(attempt)
@@ -85,9 +85,9 @@ def _retry(name: str) -> Callable[..., Any]:
 
 # What an operation returns whose earlier attempt was carried out though its answer was lost.
 _ANSWERS: dict[str, Callable[..., Any]] = {
-    "create_new_study": lambda storage, directions, name: storage.get_study_id_from_name(name),
+    "create_new_study": lambda storage, directions, study_name: storage.get_study_id_from_name(study_name),
     "delete_study": lambda storage, study_id: None,
-    "set_trial_state_values": lambda storage, trial_id, *rest: True,
+    "set_trial_state_values": lambda storage, trial_id, state, values=None: True,
 }
 
 
