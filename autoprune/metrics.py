@@ -1,4 +1,4 @@
-"""What a model scored, with the uncertainty that goes with it.
+"""The score of a model, with its uncertainty.
 
 A top-1 is a count of correct samples out of `num_samples`; its interval is Wilson's score interval
 (Wilson 1927; Brown, Cai & DasGupta 2001, section 3.1.1). The difference of two models on the *same*
@@ -26,13 +26,14 @@ class Interval:
 
 @dataclass(frozen=True, kw_only=True)
 class Evaluation:
-    """One model on one split.
+    """The result of one model on one split.
 
     Attributes:
-        top1: share of correct samples in [0, 1], or the study's own score in [0, 1], higher is better.
-        loss: mean loss over the samples.
-        num_samples: how many samples were looked at.
-        correct: bool (num_samples,), per sample in the split's order; None for a study's own score.
+        top1: the share of correct samples in [0, 1], or the study's own score in [0, 1], higher is better.
+        loss: the mean loss over the samples.
+        num_samples: the number of samples that were evaluated.
+        correct: whether each sample is correct, bool (num_samples,) in the split's order; None for a
+            study's own score.
     """
 
     top1: float
@@ -42,12 +43,15 @@ class Evaluation:
 
     @property
     def interval(self) -> Interval:
-        """Wilson's 95 % interval of `top1`."""
+        """The 95 % score interval of `top1`, by Wilson (1927)."""
         return wilson_interval(self.top1, self.num_samples)
 
 
 def wilson_interval(top1: float, num_samples: int) -> Interval:
-    """Wilson's 95 % score interval of a proportion measured on `num_samples` samples."""
+    """Return Wilson's 95 % score interval of a proportion measured on `num_samples` samples.
+
+    Brown, Cai and DasGupta 2001, section 3.1.1. Without samples the interval is [0, 1].
+    """
     if num_samples <= 0:
         return Interval(low=0.0, high=1.0)
     square = Z95 * Z95 / num_samples
@@ -57,10 +61,10 @@ def wilson_interval(top1: float, num_samples: int) -> Interval:
 
 
 def difference_pp(after: Evaluation, before: Evaluation) -> tuple[float, Interval]:
-    """`after.top1 - before.top1` in percentage points, with its 95 % interval.
+    """Return `after.top1 - before.top1` in percentage points, with its 95 % interval.
 
     With per-sample results of the same samples the interval is that of the mean of the paired
-    differences; otherwise the two are taken as independent.
+    differences; otherwise the two results are taken as independent.
     """
     delta = after.top1 - before.top1
     if after.correct is not None and before.correct is not None and len(after.correct) == len(before.correct):

@@ -32,11 +32,11 @@ FASHION_CLASSES = (
 # Mean and standard deviation of the pixels of each official train split, computed from it.
 CIFAR10 = Normalization(mean=(0.4914, 0.4822, 0.4465), std=(0.2470, 0.2435, 0.2616))
 FASHION = Normalization(mean=(0.2860,), std=(0.3530,))
-GREY = Normalization(mean=(0.449,), std=(0.226,))  # the means of ImageNet's three
+GREY = Normalization(mean=(0.449,), std=(0.226,))  # the mean over ImageNet's three channels
 DIGITS = Normalization(mean=(0.3053,), std=(0.3760,))
 DIGITS_TEST_SHARE = 0.25  # scikit-learn's copy has no official cut; ours is stratified and always the same
-FOLDER_TEST_SHARE = 0.2  # where a folder holds no test images of its own; a convention
-IN_MEMORY_BYTES = 1 << 30  # of pictures of a given size; a guess at what every machine can spare
+FOLDER_TEST_SHARE = 0.2  # of a folder that holds no test images of its own; a convention
+IN_MEMORY_BYTES = 1 << 30  # the most that pictures of one size may take; a guess at what machines can spare
 MAX_WORKERS = 8  # loading processes; more only contend for the disk. A guess
 
 
@@ -45,10 +45,10 @@ class Source:
     """A data set as its makers cut it.
 
     Attributes:
-        train: what a network may learn from.
-        test: the official test set; None where there is none and a part of `train` has to do.
-        search_share: of `train`, when the search split is cut from there.
-        test_share: of `train`, when `test` is None.
+        train: the samples that a network may learn from.
+        test: the official test set; None where the data set has none, and a part of `train` serves instead.
+        search_share: the share of `train` that becomes the search split, when that is cut from `train`.
+        test_share: the share of `train` that becomes the test split, when `test` is None.
     """
 
     train: Split
@@ -61,7 +61,11 @@ class Source:
 
 
 def read_digits(folder: Path | None, normalization: Normalization | None) -> Source:
-    """1,797 grey images of handwritten digits, 8 x 8, every pixel doubled to 16 x 16."""
+    """Return 1,797 grey images of handwritten digits, 8 x 8, with every pixel doubled to 16 x 16.
+
+    Raises:
+        DataError: a folder is given; scikit-learn brings the images.
+    """
     if folder is not None:
         raise DataError(f"digits comes with scikit-learn, not from a folder ({folder})", "write just digits")
     from sklearn.datasets import load_digits
@@ -81,7 +85,11 @@ def read_digits(folder: Path | None, normalization: Normalization | None) -> Sou
 
 
 def read_cifar10(folder: Path | None, normalization: Normalization | None) -> Source:
-    """60,000 colour images, 32 x 32, from `train.npz` and `test.npz` or from the binary batches."""
+    """Read 60,000 colour images, 32 x 32, from `train.npz` and `test.npz` or from the binary batches.
+
+    Raises:
+        DataError: the folder or a file in it is missing or damaged.
+    """
     root = _existing("cifar10", folder)
     binary = next(
         (f for f in (root, root / "cifar-10-batches-bin") if (f / "test_batch.bin").is_file()), None
@@ -104,7 +112,11 @@ def read_cifar10(folder: Path | None, normalization: Normalization | None) -> So
 
 
 def read_fashionmnist(folder: Path | None, normalization: Normalization | None) -> Source:
-    """70,000 grey images of clothes, 28 x 28, from the gzipped idx files."""
+    """Read 70,000 grey images of clothes, 28 x 28, from the gzipped idx files.
+
+    Raises:
+        DataError: the folder or a file in it is missing or damaged.
+    """
     root = _existing("fashionmnist", folder)
     raw = next((f for f in (root / "FashionMNIST" / "raw", root / "raw") if f.is_dir()), root)
     constants = normalization or FASHION
@@ -127,11 +139,15 @@ def read_fashionmnist(folder: Path | None, normalization: Normalization | None) 
 def read_imagefolder(
     folder: Path | None, normalization: Normalization | None, size: int | None = None, channels: int = 3
 ) -> Source:
-    """Photographs in one folder a class, below `train` and `val` (or `test`), or directly in the folder.
+    """Read photographs from one folder a class, below `train` and `val` (or `test`) or right in `folder`.
 
-    Preprocessing is that of ImageNet's classifiers: 224 x 224 from a shorter side of 256. With a `size`,
-    the shorter side becomes that, and the middle is used: images that have the size stay as they are.
-    With one of `channels` all become grey.
+    The preprocessing is that of ImageNet's classifiers: 224 x 224 from a shorter side of 256. With `size`,
+    the shorter side is resized to it and the middle is used: images that have the size stay as they are.
+    With `channels` = 1 all images become grey.
+
+    Raises:
+        DataError: the folder holds no images in folders of classes, or `train` and the test folder do not
+            have the same classes.
     """
     root = _existing("imagefolder", folder)
     constants = normalization or (IMAGENET if channels == 3 else GREY)
@@ -236,7 +252,7 @@ def _idx(path: Path, num_dims: int) -> Bytes:
 
 
 def _in_memory(split: LoaderSplit, normalization: Normalization, size: int | None, channels: int) -> Split:
-    """Small pictures decoded once and kept in memory: each pass over files costs more than the network's."""
+    """Decode small pictures once and keep them in memory: a pass over files costs more than the network."""
     if size is None or len(split) * channels * size**2 > IN_MEMORY_BYTES:
         return split
     from torchvision.transforms import v2

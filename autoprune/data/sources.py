@@ -1,8 +1,8 @@
 """The data of a run: three splits that share no sample.
 
-Fine-tuning sees `train`, sensitivity and trials see `search`, `test` is read twice in a run (the baseline
-and the final model). Cuts are deterministic and stratified by class where classes are known; a sample in
-two splits is refused, whoever made the cut.
+Fine-tuning sees `train`, sensitivity and trials see `search`, and `test` is read twice in a run (for the
+baseline and the final model). Cuts are deterministic, and stratified by class where classes are known. A
+sample in two splits is refused, whoever made the cut.
 """
 
 from __future__ import annotations
@@ -38,12 +38,15 @@ SEARCH_SHARE = 0.1  # of the training data, where a user brings no validation se
 
 @dataclass(frozen=True, kw_only=True)
 class Data:
-    """Three splits and what one must know to feed the network.
+    """The three splits of a run, and the facts that are needed to feed the network.
 
     Attributes:
-        num_classes: 0 where the targets are no classes.
-        class_names: empty where they are not known.
-        input_shape: of one sample, for images (C, H, W).
+        train: the samples that fine-tuning learns from.
+        search: the samples that sensitivity and trials are measured on.
+        test: the samples that the baseline and the final model are measured on.
+        num_classes: the number of classes; 0 where the targets are no classes.
+        class_names: the names of the classes in the order of their indices; empty where they are not known.
+        input_shape: the shape of one sample's input, for images (C, H, W).
         normalization: how pixels in [0, 1] become inputs; None where the dataset does that itself.
 
     Raises:
@@ -69,25 +72,25 @@ class Data:
 
     @property
     def mean(self) -> tuple[float, ...]:
-        """Per channel; empty where the dataset normalises itself."""
+        """The mean of each channel, of pixels in [0, 1]; empty where the dataset normalises itself."""
         return () if self.normalization is None else self.normalization.mean
 
     @property
     def std(self) -> tuple[float, ...]:
-        """Per channel; empty where the dataset normalises itself."""
+        """The standard deviation of each channel; empty where the dataset normalises itself."""
         return () if self.normalization is None else self.normalization.std
 
     @property
     def digests(self) -> dict[str, str]:
-        """Split name -> SHA-256 of what it holds."""
+        """The SHA-256 of the content of each split, by the split's name."""
         return {"train": self.train.digest(), "search": self.search.digest(), "test": self.test.digest()}
 
 
 def check_overlap(splits: Mapping[str, Split]) -> None:
-    """See that no sample is in two splits.
+    """Check that no sample is in two splits.
 
     Raises:
-        DataError: one is; the message counts them.
+        DataError: a sample is in two splits; the message counts such samples.
     """
     keys = {name: frozenset(split.identities()) for name, split in splits.items()}
     for first, second in combinations(splits, 2):
@@ -101,14 +104,14 @@ def check_overlap(splits: Mapping[str, Split]) -> None:
 
 @dataclass(frozen=True, kw_only=True)
 class Cut:
-    """A split in two: `part` holds the share that was asked for, `rest` the others."""
+    """The two sides of a split that was cut: `part` holds the requested share, `rest` the other samples."""
 
     rest: Split
     part: Split
 
 
 def cut(split: Split, share: float, *, seed: int) -> Cut:
-    """Cut a split in two, at random but always the same for a seed, stratified where labels are known.
+    """Cut a split in two at random, stratified by class where labels are known; a seed always cuts alike.
 
     Raises:
         DataError: either side would be empty.
@@ -129,7 +132,7 @@ def cut(split: Split, share: float, *, seed: int) -> Cut:
 
 
 def _spread(labels: NDArray[np.int64], share: float) -> NDArray[np.int64]:
-    """Positions of the first `share` of each class."""
+    """Return the positions of the first `share` of each class."""
     by_class = [np.flatnonzero(labels == c) for c in np.unique(labels)]
     return np.concatenate([where[: round(share * len(where))] for where in by_class])
 
@@ -138,18 +141,18 @@ def from_datasets(
     train: Dataset[Any], test: Dataset[Any], *, val: Dataset[Any] | None = None,
     augmented: Dataset[Any] | None = None, search_share: float = SEARCH_SHARE, num_workers: int = 0,
 ) -> Data:  # fmt: skip
-    """Make the splits of any map-style datasets of (input tensor, target) pairs.
+    """Make the splits from any map-style datasets of (input tensor, target) pairs.
 
     Args:
-        train: for fine-tuning, with the transforms of evaluation.
-        test: read twice in a run.
-        val: the search split; None cuts `search_share` of `train`.
+        train: the samples for fine-tuning, with the transforms of evaluation.
+        test: the samples of the test split, which is read twice in a run.
+        val: the samples of the search split; None cuts `search_share` of `train` for it.
         augmented: the samples of `train`, in the same order, with random transforms.
-        search_share: see `val`.
-        num_workers: loading processes; 0 loads in this one.
+        search_share: the share of `train`, in (0, 1), that becomes the search split where `val` is None.
+        num_workers: the number of loading processes; 0 loads in this process.
 
     Raises:
-        DataError: a dataset is empty, gives no pairs of tensors, or two share a sample.
+        DataError: a dataset is empty or gives no pairs of tensors, or two datasets share a sample.
     """
     whole = LoaderSplit(train, augmented=augmented, num_workers=num_workers)
     if augmented is not None and len(augmented) != len(whole):  # type: ignore[arg-type]  # map-style have a length
@@ -171,7 +174,7 @@ def from_datasets(
 
 
 def _count_classes(dataset: Dataset[Any]) -> int:
-    """From the `targets` that torchvision's datasets carry; 0 where there are none."""
+    """Count the classes in the `targets` that torchvision's datasets carry; 0 where there are none."""
     targets = np.asarray(getattr(dataset, "targets", ()))
     return int(targets.max()) + 1 if targets.size and targets.dtype.kind in "iu" else 0
 
@@ -193,18 +196,21 @@ def load_data(
     spec: str, *, seed: int = 0, search_from: Literal["train", "test"] = "test",
     normalization: Normalization | None = None,
 ) -> Data:  # fmt: skip
-    """Load `digits`, `cifar10:DIR`, `fashionmnist:DIR` or `imagefolder:DIR` and cut it.
+    """Load `digits`, `cifar10:DIR`, `fashionmnist:DIR` or `imagefolder:DIR`, and cut it into three splits.
+
+    Nothing is downloaded.
 
     Args:
-        spec: the name, the folder where the data lie, and options, see `autoprune.data.spec`.
-        seed: of the cut.
-        search_from: where the search split is cut from. `test` for weights that came trained: they have
-            seen the training set, so half of the official test set is for the search. `train` when the
-            baseline is trained here.
-        normalization: what the weights were trained with, where it is not the data set's own.
+        spec: the name, the folder that holds the data, and options; see `autoprune.data.spec`.
+        seed: the seed of the cut.
+        search_from: the split that the search split is cut from. `test` is for weights that came trained:
+            they have seen the training set, so half of the official test set is for the search. `train` is
+            for a baseline that is trained here.
+        normalization: the constants that the weights were trained with, where they are not the data set's
+            own.
 
     Raises:
-        DataError: the name, the folder or its files are not what they should be.
+        DataError: the name or an option is not known, or the folder or a file is missing or damaged.
     """
     parsed = parse_data(spec)
     constants = normalization or parsed.normalization

@@ -1,9 +1,9 @@
 """The text that names data: `NAME[:DIR][,size=N][,channels=N][,normalize=HOW]`, as `--data` takes it.
 
-`size` is the height and width of an image folder's inputs, `channels` 1 for a network of grey images (3 is
-the usual way), `normalize` what the weights were trained with:
-the name of a data set whose constants are meant, `half` (0.5 and 0.5), `none` (inputs in [0, 1]), or numbers
-as MEAN/STD, for all channels or one each: `0.5/0.25`, `0.49:0.48:0.45/0.25:0.24:0.26`.
+`size` is the height and width of an image folder's inputs. `channels` is 1 for a network of grey images;
+its default is 3. `normalize` is the normalisation that the weights were trained with: the name of the data
+set that has these constants, `half` (0.5 and 0.5), `none` (inputs in [0, 1]), or numbers as MEAN/STD, one
+for all channels or one for each: `0.5/0.25`, `0.49:0.48:0.45/0.25:0.24:0.26`.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ OPTIONS = ("size", "channels", "normalize")
 
 @dataclass(frozen=True, kw_only=True)
 class DataSpec:
-    """Which data, and how they become inputs; None is the data set's own way."""
+    """The data that a text names, and how they become inputs; None stands for the data set's own way."""
 
     name: str
     folder: Path | None
@@ -38,10 +38,10 @@ class DataSpec:
 
 
 def parse_data(text: str) -> DataSpec:
-    """Read a data spec.
+    """Parse the text that names data.
 
     Raises:
-        DataError: it names no data set, or an option of it is wrong; the hint names the nearest.
+        DataError: the text names no data set, or one of its options is wrong; the hint names the nearest.
     """
     head, *options = re.split(r",(?=\w+=)", text)
     name, _, folder = head.partition(":")

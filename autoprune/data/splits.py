@@ -1,10 +1,10 @@
 """Splits: fixed sets of samples that come in batches, in order or shuffled, plain or augmented.
 
 A `TensorSplit` keeps small images as bytes and does everything else (normalising, random crops, flips) on
-whole batches on the device: on two cores no worker process keeps up with that. A `LoaderSplit` takes any
+whole batches on the device: on two cores no worker process keeps up with that. A `LoaderSplit` reads any
 map-style dataset through torch's DataLoader. Both give the same batches for the same seed, whatever the
-number of workers, and both can say what they hold: `digest` for the record, `identities` to find overlaps.
-A `CachedSplit` loads the batches of another split once.
+number of workers, and both identify their content: `digest` is for the record, `identities` for finding
+overlaps. A `CachedSplit` loads the batches of another split once.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ WHOLE = (0, 1)
 
 
 def derive_seed(*parts: int) -> int:
-    """One 63-bit seed from several numbers, so that streams for neighbouring numbers do not resemble."""
+    """Return one 63-bit seed from several numbers; the streams of neighbouring numbers are unlike."""
     return int(np.random.SeedSequence(list(parts)).generate_state(1, np.uint64)[0] >> np.uint64(1))
 
 
@@ -40,39 +40,39 @@ class Split(ABC):
 
     @abstractmethod
     def __len__(self) -> int:
-        """Return how many samples there are."""
+        """Return the number of samples."""
 
     @abstractmethod
     def batches(
         self, batch_size: int, *, device: torch.device | str = "cpu", seed: int | None = None,
         augment: bool = False, part: tuple[int, int] = WHOLE,
     ) -> Iterator[Batch]:  # fmt: skip
-        """Inputs and targets on the device.
+        """Give batches of inputs and targets, on the device.
 
-        `part` (k, n) gives the k-th of n nearly equal parts of every batch, for processes that share them.
-
-        Without a seed: every sample once, in order, the last batch as small as it comes. With one:
-        shuffled, and `num_batches` full batches, for training. Only `augment` changes the samples.
+        Without a seed every sample comes once, in order; the last batch may be smaller. With a seed, for
+        training, the samples are shuffled and come in `num_batches` full batches. Only `augment` changes
+        the samples. `part` (k, n) gives the k-th of n nearly equal parts of every batch, for processes that
+        share the batches.
         """
 
     @abstractmethod
     def take(self, indices: NDArray[np.int64]) -> Split:
-        """The split of these samples only, in this order."""
+        """Return the split of the samples at these positions only, in this order."""
 
     @abstractmethod
     def identities(self) -> Sequence[Hashable]:
-        """One key a sample: equal keys in two splits mean the same sample."""
+        """Return one key for each sample; equal keys in two splits mean the same sample."""
 
     @abstractmethod
     def digest(self) -> str:
-        """SHA-256, hexadecimal, of what the split holds."""
+        """Return the SHA-256 of the split's content, in hexadecimal."""
 
     def num_batches(self, batch_size: int) -> int:
-        """Batches of one shuffled pass: full ones only, or the one that there is."""
+        """Return the number of batches of a shuffled pass: the number of full ones, at least 1."""
         return max(1, len(self) // batch_size)
 
     def subset(self, share: float, *, seed: int) -> Split:
-        """A random share of the samples, at least one, the same for the same seed, in the same order."""
+        """Return a random share of the samples, at least one, in their order; a seed always picks alike."""
         if share >= 1:
             return self
         count = max(1, round(share * len(self)))
@@ -82,7 +82,7 @@ class Split(ABC):
 
 @dataclass(frozen=True, kw_only=True)
 class Normalization:
-    """What is subtracted from and divides each channel of an image in [0, 1]."""
+    """The mean that is subtracted from each channel of an image in [0, 1], and the `std` that divides."""
 
     mean: tuple[float, ...]
     std: tuple[float, ...]
@@ -93,11 +93,11 @@ IMAGENET = Normalization(mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225))
 
 @dataclass(frozen=True, kw_only=True)
 class Augmentation:
-    """Random changes that leave the class as it is.
+    """The random changes of an image that leave its class as it is.
 
     Attributes:
-        crop_pad: black pixels added around the image before a crop of the old size, in pixels.
-        flip: mirror half of the images left to right.
+        crop_pad: the width, in pixels, of a black border that is added before a crop of the old size.
+        flip: whether a random half of the images is mirrored left to right.
     """
 
     crop_pad: int = 0
@@ -105,13 +105,16 @@ class Augmentation:
 
 
 class TensorSplit(Split):
-    """Images in memory.
+    """A split of images that are in memory.
 
     Args:
-        images_NCHW: uint8.
-        labels_N: int64, class indices.
-        normalization: one mean and standard deviation a channel.
-        augmentation: what `augment=True` does.
+        images_NCHW: the images, uint8.
+        labels_N: the class indices, int64.
+        normalization: one mean and one standard deviation a channel.
+        augmentation: the random changes that `augment=True` makes.
+
+    Raises:
+        DataError: the images are of another type or shape, or there are not as many labels.
     """
 
     def __init__(
@@ -132,7 +135,7 @@ class TensorSplit(Split):
         return len(self.images_NCHW)
 
     def take(self, indices: NDArray[np.int64]) -> TensorSplit:
-        """The split of these samples only, in this order."""
+        """Return the split of the samples at these positions only, in this order."""
         rows = torch.from_numpy(indices)
         return TensorSplit(
             self.images_NCHW[rows], self.labels_N[rows],
@@ -143,7 +146,7 @@ class TensorSplit(Split):
         self, batch_size: int, *, device: torch.device | str = "cpu", seed: int | None = None,
         augment: bool = False, part: tuple[int, int] = WHOLE,
     ) -> Iterator[Batch]:  # fmt: skip
-        """Normalised float images (B, C, H, W) and labels (B,); see `Split.batches`."""
+        """Give normalised float images (B, C, H, W) and labels (B,); see `Split.batches`."""
         images, labels = self._on(torch.device(device))
         generator = torch.Generator().manual_seed(0 if seed is None else seed)
         if seed is None:
@@ -159,19 +162,19 @@ class TensorSplit(Split):
             yield self._normalized(picked[own]), labels[rows.to(labels.device)][own]
 
     def identities(self) -> Sequence[Hashable]:
-        """The digest of each image's bytes."""
+        """Return the BLAKE2b digest of each image's bytes."""
         rows = self.images_NCHW.numpy().reshape(len(self), -1)
         return [hashlib.blake2b(row.tobytes(), digest_size=16).digest() for row in rows]
 
     def digest(self) -> str:
-        """Of all pixels and labels."""
+        """Return the SHA-256 of the shape, all pixels and all labels, in hexadecimal."""
         hasher = hashlib.sha256(repr(tuple(self.images_NCHW.shape)).encode())
         hasher.update(self.images_NCHW.contiguous().numpy().tobytes())
         hasher.update(self.labels_N.numpy().tobytes())
         return hasher.hexdigest()
 
     def _on(self, device: torch.device) -> Batch:
-        """The whole split on a device, copied there once."""
+        """Return the whole split on a device; it is copied there once."""
         if device.type == "cpu":
             return self.images_NCHW, self.labels_N
         if device not in self._placed:
@@ -187,7 +190,7 @@ class TensorSplit(Split):
 
 
 def _augmented(images_BCHW: Tensor, how: Augmentation, generator: torch.Generator) -> Tensor:
-    """Crop and flip every image by its own draw: one gather for the whole batch."""
+    """Crop and flip every image by its own draw, with one gather for the whole batch."""
     batch, channels, height, width = images_BCHW.shape
     dy, dx = torch.randint(0, 2 * how.crop_pad + 1, (2, batch, 1), generator=generator)
     rows = torch.arange(height) + dy
@@ -207,11 +210,11 @@ def _augmented(images_BCHW: Tensor, how: Augmentation, generator: torch.Generato
 
 
 class LoaderSplit(Split):
-    """Samples of a map-style dataset of (input, target) pairs.
+    """A split of a map-style dataset of (input, target) pairs.
 
     Args:
-        dataset: gives the samples as evaluation wants them.
-        indices: which of them; None is all.
+        dataset: the samples, with the transforms of evaluation.
+        indices: the positions in `dataset` that belong to the split, (N,); None takes all samples.
         augmented: the same samples with random transforms, used where `augment=True`.
         num_workers: processes that load; 0 loads in this one, which is best for data in memory.
     """
@@ -229,7 +232,7 @@ class LoaderSplit(Split):
         return len(self.indices)
 
     def take(self, indices: NDArray[np.int64]) -> LoaderSplit:
-        """The split of these samples only, in this order."""
+        """Return the split of the samples at these positions only, in this order."""
         return LoaderSplit(
             self.dataset, self.indices[indices], augmented=self.augmented, num_workers=self.num_workers
         )
@@ -238,7 +241,7 @@ class LoaderSplit(Split):
         self, batch_size: int, *, device: torch.device | str = "cpu", seed: int | None = None,
         augment: bool = False, part: tuple[int, int] = WHOLE,
     ) -> Iterator[Batch]:  # fmt: skip
-        """Whatever the dataset gives, collated and moved to the device; see `Split.batches`."""
+        """Give the dataset's samples, collated and moved to the device; see `Split.batches`."""
         order = self.indices
         if seed is not None:
             order = np.random.default_rng(seed).permutation(order)
@@ -254,15 +257,16 @@ class LoaderSplit(Split):
             yield inputs.to(device, non_blocking=True), targets.to(device, non_blocking=True)
 
     def identities(self) -> Sequence[Hashable]:
-        """The file's path where the dataset names files, otherwise the dataset and the index into it."""
+        """Return the files' paths where the dataset names files, otherwise the dataset and the indices."""
         root, rows = _root(self.dataset, self.indices)
         samples = getattr(root, "samples", None)
         return [(id(root), int(i)) if samples is None else str(samples[i][0]) for i in rows]
 
     def digest(self) -> str:
-        """Of the file names and classes where the dataset lists them, otherwise of its class and the indices.
+        """Return the SHA-256 of the file names and classes where the dataset lists them, in hexadecimal.
 
-        The samples themselves are not read: that could take hours.
+        Otherwise it is the SHA-256 of the dataset's class, its length and the indices. The samples
+        themselves are not read: that could take hours.
         """
         root, rows = _root(self.dataset, self.indices)
         hasher = hashlib.sha256(f"{type(root).__module__}.{type(root).__qualname__} ".encode())
@@ -276,7 +280,7 @@ class LoaderSplit(Split):
 
 
 def _root(dataset: Dataset[Any], indices: NDArray[np.int64]) -> tuple[Dataset[Any], NDArray[np.int64]]:
-    """Look through torch's `Subset`s, down to the dataset that holds the samples."""
+    """Return the dataset below all of torch's `Subset`s, and the indices into that dataset."""
     while isinstance(dataset, Subset):
         indices = np.asarray(dataset.indices, dtype=np.int64)[indices]
         dataset = dataset.dataset
@@ -295,7 +299,7 @@ def _positions(length: int, batch_size: int, part: tuple[int, int]) -> list[list
 
 
 class _Seeded(Dataset[Any]):
-    """Gives each sample its own random stream, so that neither workers nor order change it."""
+    """A dataset that gives each sample its own random stream, whatever the workers and the order."""
 
     def __init__(self, dataset: Dataset[Any], order: NDArray[np.int64], seed: int) -> None:
         self.dataset, self.order, self.seed = dataset, order, seed
@@ -310,11 +314,11 @@ class _Seeded(Dataset[Any]):
             return self.dataset[index]
 
 
-CACHE_BYTES = 2**30  # of batches held; further ones are loaded again. A guess at what fits beside anything
+CACHE_BYTES = 2**30  # the most that held batches take up; a guess at what fits beside anything
 
 
 def cache_batches(split: Split) -> Split:
-    """The same split with its first batches held in memory; one that is in memory anyway is given back.
+    """Return the same split with its first batches held in memory; return a split that is in memory itself.
 
     Plans are tried on the same samples again and again. For samples that are read from disk, decoding a
     thousand images takes longer than running a network on them.
@@ -323,7 +327,7 @@ def cache_batches(split: Split) -> Split:
 
 
 class CachedSplit(Split):
-    """Gives the same batches as `split`, those of an earlier pass from memory."""
+    """A split with the batches of another split, where the batches of an earlier pass come from memory."""
 
     def __init__(self, split: Split) -> None:
         self.split = split
@@ -334,14 +338,14 @@ class CachedSplit(Split):
         return len(self.split)
 
     def take(self, indices: NDArray[np.int64]) -> Split:
-        """The split of these samples only, in this order."""
+        """Return the split of the samples at these positions only, in this order."""
         return CachedSplit(self.split.take(indices))
 
     def batches(
         self, batch_size: int, *, device: torch.device | str = "cpu", seed: int | None = None,
         augment: bool = False, part: tuple[int, int] = WHOLE,
     ) -> Iterator[Batch]:  # fmt: skip
-        """See `Split.batches`."""
+        """Give the batches of the other split; see `Split.batches`."""
         held = self._batches.setdefault((batch_size, str(device), seed, augment, part), [])
         for inputs, targets in held:
             yield inputs.clone(), targets  # a network may write into its input
@@ -353,13 +357,13 @@ class CachedSplit(Split):
             yield batch
 
     def num_batches(self, batch_size: int) -> int:
-        """See `Split.num_batches`."""
+        """Return the number of batches of the other split; see `Split.num_batches`."""
         return self.split.num_batches(batch_size)
 
     def identities(self) -> Sequence[Hashable]:
-        """See `Split.identities`."""
+        """Return the keys of the other split's samples; see `Split.identities`."""
         return self.split.identities()
 
     def digest(self) -> str:
-        """See `Split.digest`."""
+        """Return the digest of the other split; see `Split.digest`."""
         return self.split.digest()

@@ -1,10 +1,10 @@
 """Load trained weights into a network, without running anything that a file could smuggle in.
 
-Weights come as `.safetensors`, which holds tensors alone, or as what `torch.save` writes. The latter is a
-pickle; it is read with `weights_only=True`, torch's restricted unpickler, which builds tensors and plain
-containers and calls nothing else. That is safe as far as torch's allow-list is; where the origin of a file is
-in doubt, prefer `.safetensors`. The usual
-wrappings are understood: a checkpoint dict around the state dict, and key prefixes left by wrappers.
+Weights come as `.safetensors`, which holds tensors alone, or as a file that `torch.save` wrote. The latter
+is a pickle; it is read with `weights_only=True`, torch's restricted unpickler, which builds tensors and
+plain containers and calls nothing else. That is as safe as torch's allow-list; where a file's origin is in
+doubt, prefer `.safetensors`. Two usual wrappings are removed: a checkpoint dict around the state dict, and
+key prefixes left by wrappers.
 """
 
 from __future__ import annotations
@@ -35,7 +35,9 @@ PREFIXES = ("module.", "_orig_mod.")  # DataParallel and DistributedDataParallel
 
 
 def load_weights_(model: Network, path: str | Path) -> Network:
-    """Load the weights in `path` into `model`, in place; every key has to fit. Gives the model.
+    """Load the weights in the file `path` into `model`, in place, and return it; every key has to fit.
+
+    Only `num_batches_tracked` may be missing: weights from before PyTorch 0.4.1 lack it.
 
     Raises:
         UsageError: the file is missing or no weights file, or its keys do not fit the model's; the message
@@ -54,7 +56,7 @@ def load_weights_(model: Network, path: str | Path) -> Network:
 
 
 def read_weights(path: str | Path) -> dict[str, Tensor]:
-    """The state dict in a `.safetensors` file or a `torch.save` checkpoint, unwrapped.
+    """Return the state dict in a `.safetensors` file or a `torch.save` checkpoint, unwrapped, on the CPU.
 
     Raises:
         UsageError: there is no such file, or it holds no state dict that is safe to read.

@@ -1,6 +1,6 @@
 """A task: the loss that training minimises, and the score that a network is judged by.
 
-Classification is the default: cross-entropy of the logits, and top-1.
+The default is classification, with the cross-entropy of the logits and top-1.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ def logits_of(output: Any) -> Tensor:
     """Return the logits (B, C) of a classifier's output; networks with auxiliary heads return them first.
 
     Raises:
-        UsageError: there are none.
+        UsageError: the output holds no logits.
     """
     logits = output[0] if isinstance(output, tuple) and output else output
     if not isinstance(logits, Tensor) or logits.ndim < 2:
@@ -36,18 +36,22 @@ def logits_of(output: Any) -> Tensor:
 
 
 def classification_loss(output: Any, target: Tensor, *, label_smoothing: float = 0.0) -> Tensor:
-    """Mean cross-entropy of logits (B, C) and class indices (B,), in float32."""
+    """Return the mean cross-entropy of logits (B, C) and class indices (B,), a scalar in float32.
+
+    Raises:
+        UsageError: the output holds no logits.
+    """
     return F.cross_entropy(logits_of(output).float(), target, label_smoothing=label_smoothing)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Task:
-    """How a network is used.
+    """The loss that training minimises, and the score that a network is judged by.
 
     Attributes:
         loss: (model output, targets) -> scalar loss, the mean over the batch; training minimises it.
-        score: (model, split, device) -> score in [0, 1], higher is better; None is top-1, which is measured
-            sample by sample.
+        score: (model, split, device) -> score in [0, 1], higher is better; None stands for top-1, which is
+            measured sample by sample.
     """
 
     loss: Loss = classification_loss
@@ -57,7 +61,7 @@ class Task:
     def has_logits(self) -> bool:
         """Whether the outputs are known to be a classifier's logits: the loss is cross-entropy.
 
-        Only then can labels be smoothed, and can the original network's logits be distilled.
+        Only then labels can be smoothed and the original network's logits can be distilled.
         """
         return self.loss is classification_loss
 
@@ -66,5 +70,5 @@ CLASSIFICATION = Task()
 
 
 def task_of(study: Study) -> Task:
-    """Return the task of a study, from `loss` and `evaluate`; classification's, where these are None."""
+    """Return the task of a study, from its fields `loss` and `evaluate`; None means classification's."""
     return Task(loss=study.loss or classification_loss, score=study.evaluate)
