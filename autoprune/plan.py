@@ -1,4 +1,4 @@
-"""A pruning plan: which units stay, per group.
+"""Pruning plans: a plan says, for each group, which units stay.
 
 A plan speaks about one `ChannelGraph`. Groups that it does not mention stay whole. Plans compose: a plan
 for an already pruned network, seen from the original, is one plan again, so any number of rounds comes
@@ -22,7 +22,7 @@ Indices = NDArray[np.int64]
 
 
 class HasUnits(Protocol):
-    """A group, as far as a plan needs to know it."""
+    """The part of a group that a plan needs to know."""
 
     @property
     def name(self) -> str:
@@ -30,15 +30,15 @@ class HasUnits(Protocol):
 
     @property
     def num_units(self) -> int:
-        """How many units the group has."""
+        """The number of units of the group."""
 
     @property
     def min_keep(self) -> int:
-        """How many of them must stay."""
+        """The number of units that must stay."""
 
 
 class HasGroups(Protocol):
-    """A graph, as far as a plan needs to know it."""
+    """The part of a graph that a plan needs to know."""
 
     @property
     def groups(self) -> Iterable[HasUnits]:
@@ -47,11 +47,14 @@ class HasGroups(Protocol):
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class PruningPlan:
-    """What stays.
+    """The units that stay, for each group that the plan mentions; immutable.
 
     Attributes:
         keep: group name -> sorted unit indices, int64 (kept,), at least one each.
         num_units: group name -> width before this plan, for the same names.
+
+    Raises:
+        UsageError: a group keeps no unit, or units outside its width, unsorted or twice, or has no width.
     """
 
     keep: Mapping[str, Indices]
@@ -72,13 +75,18 @@ class PruningPlan:
 
     @classmethod
     def full(cls, graph: HasGroups) -> PruningPlan:
-        """The plan that removes nothing."""
+        """Return the plan that removes nothing from the groups of `graph`."""
         widths = {g.name: g.num_units for g in graph.groups}
         return cls(keep={n: np.arange(w, dtype=np.int64) for n, w in widths.items()}, num_units=widths)
 
     @classmethod
     def random(cls, graph: HasGroups, ratio: float, seed: int) -> PruningPlan:
-        """Remove `ratio` of every group's units at random, as far as `min_keep` allows. Mostly for tests."""
+        """Return a plan that removes the share `ratio` of every group's units at random; mostly for tests.
+
+        Args:
+            ratio: from 0 to 1; a group keeps its `min_keep` units nevertheless.
+            seed: the same seed gives the same plan.
+        """
         rng = np.random.default_rng(seed)
         keep = {}
         for group in graph.groups:
@@ -87,11 +95,11 @@ class PruningPlan:
         return cls(keep=keep, num_units={g.name: g.num_units for g in graph.groups})
 
     def kept(self, name: str, num_units: int) -> Indices:
-        """The kept units of one group, all `num_units` of them where the plan does not mention it."""
+        """Return the kept units of one group, int64 (kept,): all of them where it is not mentioned."""
         return self.keep[name] if name in self.keep else np.arange(num_units, dtype=np.int64)
 
     def compose(self, other: PruningPlan) -> PruningPlan:
-        """The plan that does this one first and `other`, made for its result, second.
+        """Return the plan that applies this one first and then `other`, which was made for its result.
 
         Raises:
             UsageError: `other` was not made for the network that this plan leaves.
@@ -112,7 +120,7 @@ class PruningPlan:
         return PruningPlan(keep=keep, num_units=widths)
 
     def to_json(self) -> str:
-        """A stable text form: names sorted, ranges of kept indices written out."""
+        """Return a stable text form of the plan: names sorted, every kept index written out."""
         groups = {
             name: {"num_units": int(self.num_units[name]), "keep": [int(i) for i in self.keep[name]]}
             for name in sorted(self.keep)
@@ -121,10 +129,11 @@ class PruningPlan:
 
     @classmethod
     def from_json(cls, text: str) -> PruningPlan:
-        """Read what `to_json` wrote.
+        """Read the plan that `to_json` wrote.
 
         Raises:
             ArtifactError: the text is not a plan of a known version.
+            UsageError: the text is a plan, but its indices are not those of a group of that width.
         """
         try:
             document = json.loads(text)
@@ -138,7 +147,7 @@ class PruningPlan:
 
     @property
     def digest(self) -> str:
-        """SHA-256 of the text form, hexadecimal."""
+        """The SHA-256 digest of the text form, hexadecimal."""
         return hashlib.sha256(self.to_json().encode()).hexdigest()
 
     def __eq__(self, other: object) -> bool:

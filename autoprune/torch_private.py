@@ -1,11 +1,11 @@
-"""The private names of torch that this package uses, and why; no other module uses any.
+"""The private names of torch that this package uses, and the reasons; no other module uses any.
 
-torch promises nothing about a name with an underscore in its path, so a release may move or change it. Hence
-this one place, and an upper bound for torch in `pyproject.toml`: the first release that was not tried. To
-raise it, run `make test` with the new release; what breaks is mended here.
+torch promises nothing about a name with an underscore in its path, so a release may move or change it. This
+is why such names stand in one place, and why `pyproject.toml` has an upper bound for torch: the first
+release that was not tried. To raise it, run `make test` with the new release and mend here what breaks.
 
-Names of ATen operators that begin with an underscore (`aten._softmax`) are no names of Python modules: they
-are what a recorded network consists of, and stand in the tables that speak of them.
+Names of ATen operators that begin with an underscore (`aten._softmax`) are not names of Python modules. A
+recorded network consists of these operators, and the rules' tables list them.
 """
 
 from __future__ import annotations
@@ -51,14 +51,14 @@ __all__ = [
 
 
 def schema_of(operator: OpOverload) -> Any:
-    """The operator's schema: names and aliases of its arguments and results, its overload's name."""
+    """Return the operator's schema: names and aliases of arguments and results, and the overload's name."""
     return operator._schema
 
 
 def leave_fused_encoder_path_(module: nn.MultiheadAttention) -> None:
     """Keep `nn.TransformerEncoderLayer` from running this attention by its fused operator.
 
-    That operator takes the width of a head for the model's width over the number of heads, which is wrong
-    once heads are gone. The layer asks this attribute, and nothing public.
+    The operator computes the width of a head as the model's width over the number of heads, which is wrong
+    once heads are removed. The layer reads this private attribute, and no public one, before it decides.
     """
     module._qkv_same_embed_dim = False

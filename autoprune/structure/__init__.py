@@ -1,9 +1,9 @@
-"""Understanding a network's structure and changing it: which channels belong together, what they cost.
+"""A network's structure: which channels belong together, what they cost, and the surgery that removes them.
 
 A *unit* is the smallest thing that can be removed: the same positions in all parameter dimensions that must
 shrink together. Units that are alike form a *group*. A `ChannelGraph` holds the groups of one network, what
-must stay and why, and the exact cost of every plan. It is found by recording one forward pass and propagating
-labels over it, and is given out only after a pruned copy has run and done what the labels say. A *plan*
+must stay and why, and the exact cost of every plan. `trace` records one forward pass, propagates labels
+over it, and gives out the graph only after a pruned copy has run and done what the labels say. A *plan*
 (`autoprune.plan`) says which units stay; `densify` makes the smaller network, `masked` the same function in
 the original's shapes.
 
@@ -20,9 +20,9 @@ In reading order:
 - `verification` does a pruned program do what the labels say; `program_match` compares operators
 - `latency` seconds of a pass, predicted; `timings` the timing loop, and a table of what was timed
 
-Exports, for other rooms: `trace` and the graph (`ChannelGraph`, `Group`, `Member`, `Frozen`, `Cost`); surgery
-(`densify`, `masked`, `masked_tensors`, `verify`); the recorded pass (`record`, `Recording`, `Op`, `Ref`);
-latency (`with_latency_model`, `measure_latency_share`, `time_interleaved`, `device_name`).
+Exports, for other rooms: `trace` and the graph (`ChannelGraph`, `Group`, `Member`, `Frozen`, `Cost`);
+surgery (`densify`, `masked`, `masked_tensors`, `verify`); the recorded pass (`record`, `Recording`, `Op`,
+`Ref`); latency (`with_latency_model`, `measure_latency_share`, `time_interleaved`, `device_name`).
 """
 
 from autoprune.structure.cost import Cost

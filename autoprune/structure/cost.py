@@ -1,9 +1,9 @@
-"""What a network costs under a plan: multiply-adds, parameters and bytes, exactly, without building it.
+"""The cost of a network under a plan: multiply-adds, parameters and bytes, exactly, without building it.
 
-Every operator's multiply-adds are a constant times the lengths of the axes that may shrink, and a parameter's
-or an activation's size is the product of its own; a length is a fixed part plus, per group, the units kept
-times the positions that one unit has there. So the cost is a polynomial in the kept counts alone, evaluated
-in microseconds. Latency is no polynomial: `latency` measures it, and a graph that has it tells it.
+Every operator's multiply-adds are a constant times the lengths of the axes that may shrink, and a
+parameter's or an activation's size is the product of its own axis lengths. A length is a fixed part plus,
+per group, the units kept times the positions that one unit has there. So the cost is a polynomial in the
+kept counts alone, evaluated in microseconds. Latency is no polynomial: `latency` measures and predicts it.
 """
 
 from __future__ import annotations
@@ -19,13 +19,14 @@ from autoprune.config import Metric
 
 @dataclass(frozen=True, kw_only=True)
 class Cost:
-    """What one network costs.
+    """The cost of one network.
 
     Attributes:
         macs: multiply-adds of one pass of the example input.
-        size_bytes: of parameters and buffers.
-        activation_bytes: of all tensors that one pass makes for others to read, together; views and results
-            written in place are none. Fused attention counts as its parts.
+        params: number of parameter elements.
+        size_bytes: bytes of parameters and buffers.
+        activation_bytes: bytes of all tensors that one pass makes for others to read, together; views and
+            results written in place are none. Fused attention counts as its parts.
         latency_s: predicted seconds of one pass; None where it was not asked for.
     """
 
@@ -36,7 +37,7 @@ class Cost:
     latency_s: float | None = None
 
     def of(self, metric: Metric) -> float:
-        """The cost in the unit that a target of this metric is given in."""
+        """Return the cost in the unit in which a target of this metric is given."""
         costs: dict[Metric, float | None] = {
             "macs": self.macs, "params": self.params, "size": self.size_bytes,
             "memory": self.activation_bytes, "latency": self.latency_s,
@@ -48,7 +49,7 @@ class Cost:
 
 @dataclass(frozen=True, kw_only=True)
 class Axis:
-    """An axis length: `fixed` positions, and `per_unit[group]` positions for every unit kept."""
+    """The length of an axis: `fixed` positions, and `per_unit[group]` positions for every unit kept."""
 
     fixed: int
     per_unit: Mapping[int, int]
@@ -56,7 +57,7 @@ class Axis:
 
 @dataclass(frozen=True, kw_only=True)
 class Term:
-    """`constant` times the lengths of some axes; `axes` are positions in the model's list of axes."""
+    """A product of `constant` and the lengths of `axes`, positions in the model's list of axes."""
 
     constant: int
     axes: tuple[int, ...]
@@ -64,7 +65,7 @@ class Term:
 
 @dataclass(frozen=True, kw_only=True)
 class Product:
-    """An operator that multiplies: its position on the recording, and the axes of every tensor that it reads.
+    """An operator that multiplies: its position in the recording, and the axes of each tensor it reads.
 
     Attributes:
         operands: per tensor, per dimension, a position in the model's list of axes.
@@ -75,7 +76,7 @@ class Product:
 
 
 class CostModel:
-    """The four polynomials of one network."""
+    """The four polynomials of one network: multiply-adds, parameters, stored bytes and activation bytes."""
 
     def __init__(
         self,
@@ -98,7 +99,7 @@ class CostModel:
         )
 
     def _packed(self, terms: Sequence[Term]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-        """Constants (T,) and axis rows (T, most axes), padded with the row whose length is 1."""
+        """Return constants (T,) and axis rows (T, most axes), padded with the row whose length is 1."""
         width = max((len(t.axes) for t in terms), default=0)
         filler = len(self.axes)
         rows = np.full((len(terms), width), filler, dtype=np.int64)
@@ -116,11 +117,15 @@ class CostModel:
         return Cost(macs=macs, params=params, size_bytes=size, activation_bytes=activations)
 
     def lengths(self, counts: NDArray[np.int64]) -> NDArray[np.int64]:
-        """Length of every axis when group g keeps `counts[g]` units, and a last entry of 1."""
+        """Return the length of every axis when group g keeps `counts[g]` units, and a last entry of 1."""
         return np.asarray(self._fixed + self._per_unit @ counts)
 
     def macs_touched(self, counts: NDArray[np.int64]) -> tuple[NDArray[np.int64], int]:
-        """Per group the multiply-adds of the operators that shrink with it, (groups,); those of any group."""
+        """Return the multiply-adds of the operators that shrink with a group.
+
+        The first result counts those that shrink with each group, int64 (groups,); the second counts those
+        that shrink with at least one group.
+        """
         lengths = self.lengths(counts)
         constant, rows = self._macs
         cost = constant * lengths[rows].prod(axis=1)

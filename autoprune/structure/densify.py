@@ -1,4 +1,4 @@
-"""Transformation: from a network and a plan to the dense, smaller network, and to its zeroed reference.
+"""The surgery that turns a network and a plan into the dense network, and into its zeroed reference.
 
 `densify` copies the module tree with every parameter already sliced, so the large weights are never copied
 whole, and mends the numbers that go with them (`out_channels`, `groups`, `num_heads`). The result is the
@@ -34,9 +34,9 @@ OTHER_TOLERANCE = 5e-2  # of half precision, which has two to three decimal digi
 
 
 def densify(model: nn.Module, graph: ChannelGraph, plan: PruningPlan) -> nn.Module:
-    """Return the dense network that a plan leaves: the user's class with smaller layers, on the same device.
+    """Return the dense network that a plan leaves: the user's class with smaller layers, same device.
 
-    `model` is left untouched. Memory: one copy of what is kept.
+    `model` is left untouched. The memory needed is one copy of the kept tensors.
 
     Raises:
         UsageError: the plan was not made for this graph.
@@ -52,7 +52,7 @@ def densify(model: nn.Module, graph: ChannelGraph, plan: PruningPlan) -> nn.Modu
 
 
 def densify_on_meta(model: nn.Module, graph: ChannelGraph, plan: PruningPlan) -> nn.Module:
-    """Return the dense network with its parameters on the meta device: shapes alone, no weight is read."""
+    """Return the dense network with parameters on the meta device, as shapes alone; no weight is read."""
     cuts = _kept_positions(graph, plan)
 
     def shrink(name: str, tensor: Tensor) -> Tensor:
@@ -65,7 +65,13 @@ def densify_on_meta(model: nn.Module, graph: ChannelGraph, plan: PruningPlan) ->
 
 
 def masked(model: nn.Module, graph: ChannelGraph, plan: PruningPlan) -> nn.Module:
-    """Return the reference: the original's shapes, with zeros wherever a removed channel is made or read."""
+    """Return the reference network, with zeros wherever a removed channel is made or read.
+
+    It has the original's shapes. `model` is left untouched; the memory needed is one copy of its tensors.
+
+    Raises:
+        UsageError: the plan was not made for this graph.
+    """
     zeros = _zeros(graph, plan, readers_only=False)
 
     def zero(name: str, tensor: Tensor) -> Tensor:
@@ -101,9 +107,12 @@ def masked_tensors(
 
     Args:
         graph, plan: as for `masked`.
-        tensors: by qualified name.
-        readers_only: zero only what reads a removed channel. That is the same function, as long as no layer
-            norm is rescaled.
+        tensors: parameters and buffers by qualified name; they are not changed.
+        readers_only: zero only the weights that read a removed channel. That is the same function, as long
+            as no layer norm is rescaled.
+
+    Raises:
+        UsageError: the plan was not made for this graph.
     """
     zeros = _zeros(graph, plan, readers_only=readers_only)
     return {
@@ -133,8 +142,12 @@ def _with_zeros(tensor: Tensor, zeros: Sequence[tuple[int, NDArray[np.int64]]]) 
 def verify(model: nn.Module, graph: ChannelGraph, plan: PruningPlan, example_inputs: Any) -> float:
     """Return the largest difference between the dense and the masked network's outputs, over their size.
 
+    Args:
+        example_inputs: a tensor or the tuple of forward's arguments.
+
     Raises:
-        VerificationError: it is above the tolerance of the network's number format.
+        UsageError: the plan was not made for this graph.
+        VerificationError: the difference is above the tolerance of the network's number format.
     """
     inputs = example_inputs if isinstance(example_inputs, tuple) else (example_inputs,)
     dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
@@ -156,7 +169,7 @@ def difference(dense: nn.Module, reference: nn.Module, inputs: tuple[Any, ...]) 
 def largest_gap(actual: list[Tensor], expected: list[Tensor]) -> float:
     """Return the largest absolute difference over the largest absolute entry of `expected`.
 
-    It is infinite where shapes differ, and NaN where an entry is.
+    The result is infinite where shapes differ, and NaN where an entry is NaN.
     """
     if [t.shape for t in actual] != [t.shape for t in expected]:
         return float("inf")
@@ -167,7 +180,7 @@ def largest_gap(actual: list[Tensor], expected: list[Tensor]) -> float:
 
 
 def outputs(model: nn.Module, inputs: tuple[Any, ...]) -> list[Tensor]:
-    """Return the tensors that a network gives out in evaluation mode from a fixed seed, in float64."""
+    """Return the tensors that a network outputs in evaluation mode from a fixed seed, in float64."""
     with torch.no_grad(), torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         result = model.eval()(*tree_map_only(Tensor, torch.clone, inputs))
@@ -191,7 +204,7 @@ def _removals(graph: ChannelGraph, plan: PruningPlan) -> Iterator[tuple[Group, N
 
 
 def _kept_positions(graph: ChannelGraph, plan: PruningPlan) -> dict[str, dict[int, NDArray[np.int64]]]:
-    """Return parameter name -> dimension -> positions that stay, for the dimensions that shrink."""
+    """Return for each parameter name and dimension that shrinks the positions that stay."""
     masks: dict[tuple[str, int], NDArray[np.bool_]] = {}
     for group, removed in _removals(graph, plan):
         for member in group.members:
@@ -276,7 +289,7 @@ def _pruned_shapes(graph: ChannelGraph, module: str, counts: dict[str, int]) -> 
 
 
 def _pruned_pieces(graph: ChannelGraph, module: str, counts: dict[str, int]) -> dict[Shape, Shape]:
-    """Return old -> new lengths of the pieces of the module's splits, where they change."""
+    """Return the lengths of the pieces of the module's splits, old -> new, where they change."""
     pieces = {
         tuple(graph.length(a, {}) for a in axes): tuple(graph.length(a, counts) for a in axes)
         for axes in graph.split.get(module, ())

@@ -1,8 +1,8 @@
-"""The result of tracing a network: its groups of coupled channels, what must stay, and what everything costs.
+"""The result of tracing a network: its groups of coupled channels, what must stay, and all costs.
 
 A *unit* is one removable slice, the same positions in the same parameter dimensions for all units of a
-*group*. A group's members say which positions; its layers are for people to read. A `ChannelGraph` is made by
-`tracing.trace` and never changes.
+*group*. A group's members say which positions these are; its layers are for people to read. `tracing.trace`
+makes a `ChannelGraph`, and nothing changes it afterwards.
 """
 
 from __future__ import annotations
@@ -30,7 +30,8 @@ class Member:
     """One dimension of a parameter or buffer that shrinks with a group.
 
     Attributes:
-        name: qualified name of the parameter or buffer, `dim` its dimension.
+        name: qualified name of the parameter or buffer.
+        dim: the dimension.
         index: int64 (num_units, k), the positions along `dim` that each unit owns.
         role: `out` makes the channels, `in` reads them, `affine` scales, shifts or describes them.
     """
@@ -55,13 +56,13 @@ class Padding:
 
 @dataclass(frozen=True, kw_only=True)
 class Group:
-    """Channels that must shrink together.
+    """A set of like units that are made and read in the same layers; any of its units can be removed.
 
     Attributes:
-        name: of the first layer that makes these channels; stable over pruning.
+        name: the name of the first layer that makes these channels; stable over pruning.
         layers: qualified names of all modules with members, in the order in which they run.
         macs: multiply-adds of the operators that shrink with this group.
-        min_keep: units that must stay.
+        min_keep: the number of units that must stay.
         round_to: kept counts are multiples of this, unless all units stay.
     """
 
@@ -76,7 +77,7 @@ class Group:
 
     @property
     def allowed_counts(self) -> NDArray[np.int64]:
-        """The counts that the group may keep, from all of its units down."""
+        """The counts that the group may keep, int64, from all of its units down."""
         top = (self.num_units - 1) // self.round_to * self.round_to
         counts = np.arange(top, 0, -self.round_to, dtype=np.int64)
         return np.concatenate([[self.num_units], counts[counts >= self.min_keep]])
@@ -84,7 +85,7 @@ class Group:
 
 @dataclass(frozen=True, kw_only=True)
 class Frozen:
-    """A parameter dimension some of whose channels must stay, and why."""
+    """A parameter dimension of which `num_channels` channels must stay, and the reason."""
 
     name: str
     dim: int
@@ -94,7 +95,7 @@ class Frozen:
 
 @dataclass(frozen=True, kw_only=True)
 class CountAttribute:
-    """An integer attribute that counts units of groups: `fixed` plus the units kept, over `per`."""
+    """An integer attribute that counts units of groups: the length of `axis` over `per`."""
 
     module: str
     attribute: str
@@ -104,7 +105,7 @@ class CountAttribute:
 
 @dataclass(frozen=True, kw_only=True)
 class Reshape:
-    """A reshape in a module that splits or merges channels: the line that it is on, and what it makes."""
+    """A reshape in a module that splits or merges channels: its line, and the axes of its result."""
 
     line: str
     axes: tuple[Axis, ...]
@@ -112,11 +113,12 @@ class Reshape:
 
 @dataclass(frozen=True, kw_only=True)
 class UnitReordering:
-    """Channels read along `dim` in another order: position i of the result was `index[i]`.
+    """An order in which channels are read along `dim`: position i of the result was `index[i]`.
 
     Attributes:
-        labelled_axes: the axes of a reshape's result over which it spreads them.
-        group: per position read, the number of its group, -1 where it stays; `unit` is its unit there.
+        labelled_axes: the axes of a reshape's result over which it spreads the channels.
+        group: per position read, the number of its group, -1 where the position stays.
+        unit: per position read, its unit in that group.
     """
 
     dim: int
@@ -128,7 +130,7 @@ class UnitReordering:
 
 @dataclass(frozen=True, kw_only=True)
 class RaggedCall:
-    """A reshape, split or shuffle in a ragged module: its line, and what it makes (`rules.channel_shuffle`).
+    """A reshape, split or shuffle in a ragged module (`rules.channel_shuffle`): its line, and its result.
 
     Attributes:
         labelled_axes: the axes of a reshape, or the pieces of a split, that have labels: the
@@ -147,23 +149,23 @@ class ChannelGraph:
 
     Attributes:
         groups: in the order in which their channels are made.
-        frozen: what must stay, with reasons.
+        frozen: the channels that must stay, with reasons.
         round_to: kept counts should be multiples of this where a group is wide enough.
         products: the operators that multiply, for `latency`.
         latency: (axis lengths, activation bytes) -> seconds of one pass; see `latency.with_latency_model`.
         count_attributes: integers on modules that count units.
         conv_group_policies: module -> "whole" or "positions", how the groups of its convolution shrink.
-        split_axes: module -> ordinal of a reshape -> the axis that may shrink of those that it makes; under
-            minus the ordinal, of those that it merges.
-        reshapes: module that reshapes channels -> all of its reshapes, in order; `split` likewise the pieces
-            of its splits.
-        reshape_corrections: module -> what its reshapes need corrected (`patches.reshape_patch`).
+        split_axes: module -> ordinal of a reshape -> which axis of the reshape's result may shrink; under
+            minus the ordinal, which axis of its input.
+        reshapes: module that reshapes channels -> all of its reshapes, in order.
+        split: module that splits channels -> the pieces of each of its splits, in order.
+        reshape_corrections: module -> the corrections that its reshapes need (`patches.reshape_patch`).
         ragged: module -> all calls in it that change shapes, in order (`rules.channel_shuffle`).
         gather_sites: the same modules -> number of a call in the pass -> its call site.
         norm_widths: module -> channels that its statistics count (`patches.norm_patch`).
         maskable: parameters and buffers that the masked network may hold zeros in.
         widths: (name, dim) of a parameter -> its length.
-        recording: the forward pass that all this was found from.
+        recording: the forward pass from which the graph was made.
     """
 
     groups: tuple[Group, ...]
@@ -188,10 +190,10 @@ class ChannelGraph:
     recording: Recording | None = field(repr=False, default=None, compare=False)
 
     def group(self, name: str) -> Group:
-        """The group called `name`.
+        """Return the group called `name`.
 
         Raises:
-            UsageError: there is none.
+            UsageError: there is no group of that name.
         """
         for group in self.groups:
             if group.name == name:
@@ -199,12 +201,18 @@ class ChannelGraph:
         raise UsageError(f"there is no group {name!r}", "see `autoprune groups` for the names")
 
     def cost(self, plan: PruningPlan | None = None) -> Cost:
-        """Cost of the network, or of what a plan leaves of it: exact, but for a predicted latency."""
+        """Return the cost of the network, or of what a plan leaves of it: exact but for the latency.
+
+        The latency is predicted, and None for a graph without a latency model.
+        """
         counts = {} if plan is None else {name: len(units) for name, units in plan.keep.items()}
         return self.cost_of_counts(counts)
 
     def cost_of_counts(self, counts: Mapping[str, int]) -> Cost:
-        """Exact cost when each named group keeps that many units and all others keep all."""
+        """Return the cost when each named group keeps that many units and all others keep all.
+
+        The cost is exact, but for a predicted latency.
+        """
         vector = self._vector(counts)
         cost = self.cost_model(vector)
         if self.latency is None:
@@ -213,7 +221,11 @@ class ChannelGraph:
         return replace(cost, latency_s=seconds)
 
     def with_bounds(self, *, min_keep: int, max_ratio: float) -> ChannelGraph:
-        """The same graph, of whose groups so many units stay: `min_keep`, and all but `max_ratio` of them."""
+        """Return the same graph with bounds on how many units each group keeps.
+
+        A group keeps at least `min_keep` units and loses at most the share `max_ratio` of them, from 0 to
+        1.
+        """
         min_keeps = {
             g.name: max(min_keep, math.ceil((1 - max_ratio) * g.num_units - 1e-9)) for g in self.groups
         }
@@ -223,7 +235,7 @@ class ChannelGraph:
         return replace(self, groups=tuple(groups))
 
     def with_bounds_of(self, original: ChannelGraph) -> ChannelGraph:
-        """The same graph, under the bounds and multiples of the network that it was pruned from."""
+        """Return the same graph, under the bounds and multiples of the network that it was pruned from."""
         first = {g.name: g for g in original.groups}
         groups = (
             replace(g, min_keep=min(g.num_units, first[g.name].min_keep), round_to=first[g.name].round_to)
@@ -237,17 +249,17 @@ class ChannelGraph:
         return np.array([counts.get(g.name, g.num_units) for g in self.groups], dtype=np.int64)
 
     def width(self, name: str, dim: int) -> int:
-        """Length of one parameter dimension before any plan."""
+        """Return the length of one parameter dimension before any plan."""
         return self.widths[name, dim]
 
     def length(self, axis: Axis, counts: Mapping[str, int]) -> int:
-        """Length of an axis when each named group keeps that many units and all others keep all."""
+        """Return the length of an axis when each named group keeps that many units and the others all."""
         names = [(g.name, g.num_units) for g in self.groups]
         return axis.fixed + sum(n * counts.get(*names[g]) for g, n in axis.per_unit.items())
 
     @cached_property
     def reach(self) -> float:
-        """Share of the multiply-adds in operators that at least one group shrinks."""
+        """The share of the multiply-adds, from 0 to 1, in operators that at least one group shrinks."""
         _, touched = self.cost_model.macs_touched(self._vector({}))
         total = self.cost().macs
         return touched / total if total else 0.0

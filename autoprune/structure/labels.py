@@ -1,10 +1,9 @@
 """Labels: one integer for every position of every parameter dimension, and which of them must go together.
 
 A *slot* is one dimension of one parameter (or one padded edge of an activation). It owns a contiguous range
-of labels, so that a label says which parameter, which dimension and which position it is. Operators *tie*
-labels that must stay or go together and *freeze* those that must stay. Ties are only collected during a
-propagation; the classes of tied labels are the connected components of their graph, found at the end, all
-together.
+of labels, so that a label identifies a parameter, a dimension and a position. Operators *tie* labels that
+must stay or go together and *freeze* those that must stay. Ties are only collected during a propagation.
+The classes of tied labels are the connected components of the graph of ties, computed once at the end.
 
 `FIXED` (-1) stands for a position that has no label and therefore always stays.
 """
@@ -31,10 +30,11 @@ class Slot:
     """One parameter dimension, or one padded edge of an activation.
 
     Attributes:
-        name: of the parameter or buffer, or of the module that pads.
-        start: its first label; it owns `size` of them.
-        role: what it does with channels, see `graph.Member`; None where nothing said.
-        pad_op: position of the padding operator in the recording; None for a parameter. `side` is the edge.
+        name: the name of the parameter or buffer, or of the module that pads.
+        start: its first label; the slot owns `size` of them.
+        role: what it does with channels, see `graph.Member`; None where no operator marked it.
+        pad_op: position of the padding operator in the recording; None for a parameter.
+        side: the padded edge.
         is_open: whether it is an axis along which a tensor has the same value everywhere, such as one that
             was expanded: no parameter owns it, and it is as long as what it meets.
     """
@@ -51,7 +51,10 @@ class Slot:
 
 @dataclass(frozen=True, slots=True)
 class Freeze:
-    """Why labels must stay; `is_structural` marks axes that never held channels (a kernel's width)."""
+    """Labels that must stay, and the reason.
+
+    `is_structural` marks axes that never held channels, such as a kernel's width.
+    """
 
     reason: str
     labels: LabelArray
@@ -73,7 +76,7 @@ class Labels:
         self._classes: tuple[tuple[int, int], NDArray[np.int32]] | None = None
 
     def new(self, name: str, dim: int, size: int, *, is_open: bool = False) -> LabelArray:
-        """Add a slot of `size` fresh labels."""
+        """Add a slot of `size` fresh labels and return them, int64 (size,)."""
         self.slots.append(Slot(name, dim, self.size, size, is_open=is_open))
         self.has_open = self.has_open or is_open
         self._starts.append(self.size)
@@ -81,7 +84,10 @@ class Labels:
         return np.arange(self.size - size, self.size, dtype=np.int64)
 
     def tie(self, left: LabelArray, right: LabelArray, reason: str) -> LabelArray:
-        """Tie two arrays position by position; what meets `FIXED` is frozen. Returns the merged array."""
+        """Tie two arrays position by position and return the merged array.
+
+        Labels that meet `FIXED` freeze for `reason`.
+        """
         if left is right or self.is_muted:
             return left
         both = (left >= 0) & (right >= 0)
@@ -95,7 +101,7 @@ class Labels:
         return np.where(both, left, FIXED)
 
     def freeze(self, labels: LabelArray | None, reason: str, *, is_structural: bool = False) -> None:
-        """Keep these positions for good, for a reason that a person can read."""
+        """Freeze these labels, for a reason that a person can read."""
         if labels is None or self.is_muted:
             return
         labels = labels[labels >= 0]
@@ -103,7 +109,7 @@ class Labels:
             self.freezes.append(Freeze(reason, labels, is_structural))
 
     def mark(self, labels: LabelArray | None, role: Role) -> None:
-        """Note what the slots of these labels do; a role once noted stays."""
+        """Note the role of the slots of these labels; a role once noted stays."""
         if labels is None:
             return
         labels = labels[labels >= 0]
@@ -116,7 +122,7 @@ class Labels:
             slot.role = slot.role or role
 
     def open_labels(self) -> NDArray[np.bool_]:
-        """Which labels lie in open slots, (size,)."""
+        """Return which labels lie in open slots, bool (size,)."""
         is_open = np.zeros(self.size, bool)
         for slot in self.slots:
             if slot.is_open:
@@ -124,14 +130,14 @@ class Labels:
         return is_open
 
     def is_open(self, labels: LabelArray) -> bool:
-        """Return whether all of an axis lies in open slots."""
+        """Return whether all labels of an axis lie in open slots."""
         if not self.has_open or not (labels >= 0).any():
             return False
         numbers = np.unique(np.searchsorted(self._starts, labels[labels >= 0], "right") - 1)
         return all(self.slots[n].is_open for n in numbers.tolist())
 
     def classes(self) -> NDArray[np.int32]:
-        """Class number of every label, int32 (size,); labels with the same number are tied."""
+        """Return the class number of every label, int32 (size,); labels with the same number are tied."""
         state = (self.size, len(self._ties))
         if self._classes is None or self._classes[0] != state:
             self._classes = (state, self._find_classes())

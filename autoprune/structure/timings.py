@@ -1,4 +1,4 @@
-"""Timing calls on a device, and a table of what was timed.
+"""The timing of calls on a device, and a table of measured seconds.
 
 `time_interleaved` is the one timing loop of the package. It runs the calls that are compared in turns, so
 that slow drifts of the machine (clock, temperature, other work) meet all of them alike. `Timings` holds the
@@ -35,9 +35,10 @@ VERSION = 1
 
 @dataclass(kw_only=True)
 class Timings:
-    """Seconds of operators on one device, kept in a file unless `path` is None.
+    """The seconds of operators on one device, kept in a file unless `path` is None.
 
-    A file that cannot be read, or is no such table, is ignored and written anew: it can always be made again.
+    A file that cannot be read, or is no such table, is ignored and replaced: the table can always be
+    measured again.
     """
 
     path: Path | None
@@ -46,7 +47,7 @@ class Timings:
 
     @classmethod
     def of(cls, device: torch.device) -> Timings:
-        """The user's table for this device, in `$XDG_CACHE_HOME/autoprune` or `~/.cache/autoprune`."""
+        """Return the user's table for a device, in `$XDG_CACHE_HOME/autoprune` or `~/.cache/autoprune`."""
         cache = os.environ.get("XDG_CACHE_HOME", "")
         # The XDG base directory specification: a relative path is invalid and ignored.
         folder = Path(cache) if cache.startswith("/") else Path.home() / ".cache"
@@ -56,7 +57,7 @@ class Timings:
         return cls(path=path, seconds=_read(path))
 
     def get(self, key: str, measure: Callable[[], float]) -> float:
-        """The seconds under `key`; `measure` is called if the table lacks them."""
+        """Return the seconds under `key`; `measure` is called if the table lacks them."""
         if key not in self.seconds:
             self.seconds[key] = measure()
             self.is_changed = True
@@ -77,15 +78,16 @@ class Timings:
 def time_interleaved(
     calls: Sequence[Call], device: torch.device, *, runs: int, seconds: float, min_runs: int = MIN_RUNS
 ) -> Seconds:
-    """Seconds of each call, float64 (runs made, calls), without gradients.
+    """Return the measured seconds of each call without gradients, float64 (runs made, calls).
 
     Every run makes each call once, every other run in reverse order. Calls shorter than `SAMPLE_S` are
     repeated within a run, and their mean counts. Before the first run every call is made `WARM_UP` times.
 
     Args:
-        calls: what is timed. On a GPU each is waited for.
+        calls: the calls to time. On a GPU the loop waits for each to finish.
         runs: the most runs that are made.
-        seconds: after about so many no further run starts, once `min_runs` are made.
+        seconds: no further run starts after about this time, once `min_runs` are made.
+        min_runs: the fewest runs that are made, however long they take.
     """
     times: list[list[float]] = []
     with torch.no_grad():
@@ -101,7 +103,7 @@ def time_interleaved(
 
 
 def device_name(device: torch.device) -> str:
-    """What the machine calls the device: the accelerator's or the processor's model."""
+    """Return the name that the machine gives the device: the accelerator's or the processor's model."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     info = Path("/proc/cpuinfo")

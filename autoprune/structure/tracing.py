@@ -1,7 +1,7 @@
-"""Understanding a network: `trace` is the engine's front door.
+"""The way into this room: `trace` makes the graph of a network.
 
-It records one forward pass (`recorder`), propagates labels over it (`propagate`, `rules`), sorts the classes
-of tied labels into groups (`grouping`), and returns the graph once its pruned network has run
+It records one forward pass (`recorder`), propagates labels over it (`propagate`, `rules`), sorts the
+classes of tied labels into groups (`grouping`), and returns the graph once its pruned network has run
 (`verification`).
 
 The coupling of layers into groups is that of Fang et al., "DepGraph", CVPR 2023, section 3; labels that
@@ -34,15 +34,19 @@ def trace(
     round_to: int = 1,
     norms: Norms = "keep",
 ) -> ChannelGraph:
-    """Understand a network: record it, tie its channels, verify that the program does what the labels say.
+    """Trace a network: record it, tie its channels, verify that the program does what the labels say.
+
+    It takes a few passes without arithmetic where the forward runs without values, and in some cases a
+    comparison in numbers (`verification`).
 
     Args:
         model: any module; left as it was.
-        example_inputs: a tensor or the tuple of forward's arguments, of the shape that the network will see.
+        example_inputs: a tensor or the tuple of forward's arguments, of the shape that the network will
+            see.
         exclude: module names or globs whose channels stay.
         only: module names or globs; where given, channels of all other modules stay.
-        norms: `rescale` lets channels behind a layer norm go too, where they are zero in the masked network;
-            the layer norm then counts the original width. `keep` leaves such widths alone.
+        norms: `rescale` lets channels behind a layer norm go too, where they are zero in the masked
+            network; the layer norm then counts the original width. `keep` leaves such widths alone.
         round_to: kept counts should be multiples of this.
 
     Raises:

@@ -1,12 +1,12 @@
 """Where a removed channel is exactly zero in the masked network, and not only unread.
 
-For most operators it is enough that nothing reads a removed channel. A sum over the channels needs more: that
-they are zero. A tensor is *zero* here if all its labelled positions that a plan removes are zero in the
-masked network. The outputs of plain layers are, as the rows of their weights and their shifts are masked;
-operators with f(0) = 0 keep zeros; a product is zero where one factor is.
+For most operators it is enough that nothing reads a removed channel. A sum over the channels needs more:
+removed channels must be zero. A tensor is *zero* here if all its labelled positions that a plan removes are
+zero in the masked network. The outputs of plain layers are, as the rows of their weights and their shifts
+are masked; operators with f(0) = 0 keep zeros; a product is zero where one factor is.
 
-The lists below hold ATen operators that were checked by their definitions; one that is missing costs prunable
-channels, never correctness.
+The lists below hold ATen operators that were checked by their definitions. An operator that is missing
+costs prunable channels, never correctness.
 """
 
 from __future__ import annotations
@@ -47,9 +47,9 @@ NORMS = frozenset(
 
 
 def maskable(recording: Recording) -> frozenset[str]:
-    """Parameters and buffers that the masked network may hold zeros in.
+    """Return the names of the parameters and buffers that the masked network may hold zeros in.
 
-    Left out are variances, and whatever an operator may divide by.
+    Variances, and whatever an operator may divide by, are left out.
     """
     unsafe: set[int] = set()
     source = {index: index for index in recording.parameters}
@@ -69,7 +69,8 @@ def stays_zero(op: Op, zero: set[int], labelled: Container[int]) -> bool:
     """Return whether an operator's result is zero wherever a removed channel would be.
 
     Args:
-        zero: Ref indices of the tensors that are; `labelled` those of tensors that hold channels at all.
+        zero: Ref indices of the tensors that are zero there.
+        labelled: Ref indices of the tensors that hold channels at all.
     """
     inputs = [r.index for r in op.inputs if r.index in labelled]
     if op.name in ("convolution", "addmm", "mm", "baddbmm"):
