@@ -1,17 +1,17 @@
 """Training and measuring one network: fine-tuning, and evaluation without training.
 
-A *schedule* is how the learning rate moves over a fine-tuning. The *teacher* is the original network, whose
-logits a pruned network is distilled from. Batch-norm statistics are *recalibrated*: estimated anew after
-pruning and after fine-tuning, because the running ones lag behind the weights.
+A *schedule* is the course of the learning rate over a fine-tuning. The *teacher* is the original network,
+whose logits are distilled into a pruned network. Batch-norm statistics are *recalibrated*: they are
+estimated anew after pruning and after fine-tuning, because the running statistics lag behind the weights.
 
 Modules, in reading order:
 
-- `evaluation`: score and loss of a network on a split; recalibration of batch norms.
-- `schedule`: the learning rate over a fine-tuning.
-- `optimizer`: Muon for the weights inside a network, SGD for the rest.
-- `divergence`: whether a training has diverged, by its losses and weights.
-- `finetune`: the training loop of every trial, and of a baseline.
-- `distributed`: several processes that run one trial together.
+- `evaluation`: measures the score and loss of a network on a split; recalibrates batch norms.
+- `schedule`: defines the learning rate over a fine-tuning.
+- `optimizer`: steps the weights inside a network by Muon, and the rest by SGD.
+- `divergence`: judges whether a training has diverged, by its losses and weights.
+- `finetune`: holds the training loop of every trial, and of a baseline.
+- `distributed`: lets several processes run one trial together.
 """
 
 from autoprune.training.evaluation import (

@@ -1,8 +1,9 @@
-"""Several processes that run one trial together, as `torchrun` starts them; alone, everything is as it was.
+"""Several processes that run one trial together, as `torchrun` starts them; one alone is unaffected.
 
-Inside `shared_work` each rank takes its part of every batch, and what the parts give is joined so that the
-result is that of one process with the same batches, but for the order in which floats are added: gradients
-by DistributedDataParallel, batch-norm statistics by synchronised sums, decisions by the first rank alone.
+Inside `shared_work` each rank takes its part of every batch, and the results of the parts are joined so
+that the whole is that of one process with the same batches, but for the order in which floats are added.
+DistributedDataParallel joins the gradients, synchronised sums join the batch-norm statistics, and the first
+rank alone decides.
 """
 
 from __future__ import annotations
@@ -25,13 +26,13 @@ from autoprune.errors import AutopruneError
 from autoprune.torch_private import BatchNormBase
 
 T = TypeVar("T")
-WAIT = timedelta(days=2)  # the other ranks wait while the first one waits for a round to be planned
+WAIT = timedelta(days=2)  # the other ranks wait while the first rank waits for the plan of a round
 _SHARES_WORK: ContextVar[bool] = ContextVar("shared_work", default=False)
 
 
 @contextmanager
 def process_group() -> Iterator[int]:
-    """Join the ranks that `torchrun` started, if it did; gives this process's rank."""
+    """Join the ranks that `torchrun` started, if it did, and give this process's rank."""
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
         yield 0
         return
@@ -50,7 +51,7 @@ def process_group() -> Iterator[int]:
 
 @contextmanager
 def shared_work() -> Iterator[None]:
-    """What is trained and evaluated in here is shared among the ranks; all of them have to come."""
+    """Share among the ranks the training and evaluation inside this context; every rank has to enter it."""
     token = _SHARES_WORK.set(dist.is_available() and dist.is_initialized())
     try:
         yield
@@ -59,30 +60,30 @@ def shared_work() -> Iterator[None]:
 
 
 def world_size() -> int:
-    """Return how many ranks share the work of this moment."""
+    """Return the number of ranks that share the present work; it is 1 outside `shared_work`."""
     return dist.get_world_size() if _SHARES_WORK.get() else 1
 
 
 def rank_and_size() -> tuple[int, int]:
-    """This rank's number, and how many ranks share the work of this moment."""
+    """Return this rank's number, and the number of ranks that share the present work."""
     return (dist.get_rank() if _SHARES_WORK.get() else 0, world_size())
 
 
 def send_job(job: object) -> None:
-    """The first rank tells the others what to do next; alone it tells nobody."""
+    """Send a job from the first rank to the others; do nothing where there are no others."""
     if dist.is_available() and dist.is_initialized():
         dist.broadcast_object_list([job], src=0)
 
 
 def receive_job() -> Any:
-    """What the first rank announces."""
+    """Receive the job that the first rank sends; wait until it does."""
     box: list[Any] = [None]
     dist.broadcast_object_list(box, src=0)
     return box[0]
 
 
 def from_rank_zero(make: Callable[[], T]) -> T:
-    """What the first rank makes, for all; an error meant for people is raised everywhere."""
+    """Call `make` on the first rank and return its result on all; an `AutopruneError` is raised on all."""
     if world_size() == 1:
         return make()
     box: list[Any] = [None, None]
@@ -100,7 +101,7 @@ def from_rank_zero(make: Callable[[], T]) -> T:
 
 
 def all_reduce_(tensor: Tensor) -> Tensor:
-    """Add a tensor over all ranks, in place, and return it."""
+    """Sum a tensor over all ranks, in place, and return it."""
     if world_size() > 1:
         dist.all_reduce(tensor)
     return tensor
@@ -117,7 +118,7 @@ def mean(value: Tensor, count: int) -> Tensor:
 
 
 def scale_loss(loss: Tensor, count: int) -> Tensor:
-    """Scale a rank's mean loss so that the mean of all ranks' gradients is that of the whole batch's loss."""
+    """Scale a rank's mean loss so that the ranks' mean gradient is that of the whole batch's mean loss."""
     if world_size() == 1:
         return loss
     total = all_reduce_(torch.tensor(float(count), device=loss.device))
@@ -126,13 +127,13 @@ def scale_loss(loss: Tensor, count: int) -> Tensor:
 
 @contextmanager
 def parallel(model: nn.Module) -> Iterator[nn.Module]:
-    """What to call in place of the model while it trains: all ranks make the same step."""
+    """Give the module to call in the training model's place, so that all ranks make the same step."""
     if world_size() == 1:
         yield model
         return
     norms = [m for m in model.modules() if isinstance(m, BatchNormBase)]
     for norm in norms:
-        norm.forward = partial(_synchronised, norm)  # type: ignore[method-assign]  # taken back below
+        norm.forward = partial(_synchronised, norm)  # type: ignore[method-assign]  # undone below
     on_cuda = next(model.parameters()).is_cuda
     try:
         yield DistributedDataParallel(
@@ -145,7 +146,7 @@ def parallel(model: nn.Module) -> Iterator[nn.Module]:
 
 
 def _synchronised(norm: BatchNormBase, x: Tensor) -> Tensor:
-    """Batch norm with the statistics of the whole batch; torch's own SyncBatchNorm is for GPUs alone."""
+    """Apply batch norm with the statistics of the whole batch; torch's SyncBatchNorm is for GPUs alone."""
     if not norm.training:
         plain: Tensor = type(norm).forward(norm, x)
         return plain
@@ -166,7 +167,7 @@ def _synchronised(norm: BatchNormBase, x: Tensor) -> Tensor:
 
 
 class _Sum(torch.autograd.Function):
-    """The sum over all ranks. Each rank's part is in the loss of all: on the way back it is the same sum."""
+    """The sum over all ranks; its gradient is the same sum, as each rank's part is in every loss."""
 
     @staticmethod
     def forward(ctx: Any, tensor: Tensor) -> Tensor:

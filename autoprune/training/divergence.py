@@ -1,10 +1,10 @@
-"""Divergence: a training that tore its network apart, told from one that merely went badly.
+"""Divergence: the difference between a training that destroyed its network and one that merely went badly.
 
 A training has diverged if
 - its loss, or a weight at its end, is not finite; or
 - its loss stays far above that of an untrained network for the whole second half of the schedule, although
-  the learning rate falls there. "Untrained" is whichever is worse: the network as it came (freshly pruned,
-  the loss of the first step) or a network that knows nothing (all outputs zero: log C for C classes).
+  the learning rate falls there. "Untrained" is the worse of two networks: the network as it came (freshly
+  pruned, with the loss of the first step), and a network whose outputs are all zero (log C for C classes).
 
 The second rule does not wait for the arithmetic to overflow: at the same rates one processor reaches
 infinity and another stays finite with a loss of 1e30. A high loss at the top of the rate that comes down
@@ -26,19 +26,19 @@ from autoprune.errors import TrialError
 from autoprune.torch_private import BatchNormBase, tree_map_only
 from autoprune.training import distributed
 
-# How many times the untrained loss is far above it. Measured on a pruned tiny network with both optimisers,
-# in bfloat16 and float32, over rates from 1e-2 to 1e10: the losses of the worst that kept any order end at 9
-# times, those of the networks torn apart at 1e9 times and more. docs/log.md, 2026-11-28.
+# The factor by which a loss is far above the untrained one. Measured on a pruned tiny network with both
+# optimisers, in bfloat16 and float32, over rates from 1e-2 to 1e10: the losses of the worst network that
+# survived end at 9 times, those of the destroyed networks at 1e9 times and more. docs/log.md, 2026-11-28.
 FAR = 100.0
 HINT = "lower the learning rate's range"
 
 
 class LossWatch:
-    """Keeps, on the device, what the verdict needs of the losses; looking at it waits for a GPU once.
+    """The first loss of a training and the lowest of its second half, kept on the device.
 
     Args:
-        num_steps: of the schedule.
-        device: of the losses.
+        num_steps: the number of steps of the schedule.
+        device: the device of the losses.
     """
 
     def __init__(self, num_steps: int, device: torch.device) -> None:
@@ -47,14 +47,17 @@ class LossWatch:
         self._lowest = torch.full((), math.inf, device=device)
 
     def see(self, loss: Tensor, steps_left: int) -> None:
-        """Take in the loss of one step, with which `steps_left` steps of the schedule were to come."""
+        """Record the loss of one step; `steps_left` steps of the schedule remain, this one included."""
         if self._first is None:
             self._first = loss.float().clone()
         elif 2 * steps_left <= self._num_steps:
             self._lowest = torch.minimum(self._lowest, loss.float())
 
     def read(self) -> tuple[float, float]:
-        """The loss of the first step, and the lowest of the second half; infinite if that had no step."""
+        """Return the loss of the first step, and the lowest of the second half, infinite without a step.
+
+        A GPU is waited for once.
+        """
         assert self._first is not None
         first, lowest = torch.stack([self._first, self._lowest]).tolist()
         return first, lowest
@@ -63,7 +66,8 @@ class LossWatch:
 def is_far_above(lowest: float, untrained: float) -> bool:
     """Return whether even the lowest loss is far above that of an untrained network.
 
-    A loss may be negative, so it is its size that is compared; infinite is a half without a step.
+    A loss may be negative, so its absolute value is compared. An infinite `lowest` is a half without a
+    step.
     """
     return math.isfinite(lowest) and lowest > FAR * abs(untrained)
 
@@ -72,9 +76,9 @@ def check_losses(watch: LossWatch, loss_of_zeros: Callable[[], float], lr: float
     """Judge the losses of a whole schedule; all ranks come to the same verdict.
 
     Args:
-        watch: what it saw.
-        loss_of_zeros: the loss of outputs that are all zero; asked only where the losses are far above that
-            of the first step, so that a healthy training pays nothing.
+        watch: the losses that were recorded.
+        loss_of_zeros: computes the loss of outputs that are all zero; called only where the losses are far
+            above that of the first step, so that a healthy training pays nothing.
         lr: the schedule's highest rate, for the message.
 
     Raises:
@@ -100,7 +104,10 @@ def check_losses(watch: LossWatch, loss_of_zeros: Callable[[], float], lr: float
 def loss_of_zeros(
     model: nn.Module, batch: Batch, objective: Callable[[nn.Module, Tensor, Tensor], Tensor]
 ) -> float:
-    """The objective on one batch for outputs that are all zero, by a copy of the model in training mode."""
+    """Return the objective on one batch for outputs that are all zero, of a copy of the model.
+
+    The copy is in training mode, and the model is left unchanged.
+    """
     inputs, targets = batch
     blank = _Blank(copy.deepcopy(model).train())
     cuda = [inputs.device] if inputs.is_cuda else []
@@ -110,7 +117,7 @@ def loss_of_zeros(
 
 
 class _Blank(nn.Module):
-    """A network that knows nothing: outputs of another one's form, all zero."""
+    """A network whose outputs have the form of another network's and are all zero."""
 
     def __init__(self, inner: nn.Module) -> None:
         super().__init__()
@@ -121,10 +128,10 @@ class _Blank(nn.Module):
 
 
 def check_finite(total: Tensor, lr: float) -> None:
-    """See that a sum of losses is a number; it is the same on all ranks.
+    """Check that a sum of losses is finite; the sum is the same on all ranks.
 
     Raises:
-        TrialError: it is not.
+        TrialError: the sum is not finite.
     """
     value = float(total)
     if not math.isfinite(value):
@@ -132,12 +139,12 @@ def check_finite(total: Tensor, lr: float) -> None:
 
 
 def check_weights(model: nn.Module, lr: float) -> None:
-    """See that what a training wrote is finite: trained parameters, and batch norm's statistics.
+    """Check that a training left finite values in trained parameters and batch-norm statistics.
 
-    Others may hold infinities on purpose, such as the mask of an attention.
+    Other tensors may hold infinities on purpose, such as the mask of an attention.
 
     Raises:
-        TrialError: something is not.
+        TrialError: a value in one of these tensors is not finite.
     """
     norms = [m for m in model.modules() if isinstance(m, BatchNormBase)]
     written = [p.detach() for p in model.parameters() if p.requires_grad]

@@ -1,9 +1,9 @@
 """Running a network without training it: top-1 and loss on a split, and batch-norm recalibration.
 
-All of it in float32, so that numbers compare. The model's mode (every module's own), device, memory layout
-and the global random state are left as they were found.
+Everything runs in float32, so that numbers compare. The model's mode (every module's own), device, memory
+layout and the global random state are left as they were.
 
-Recalibration: Li et al. 2020, "EagleEye", section 3.3.
+Recalibration is that of Li et al. 2020, "EagleEye", section 3.3.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ EVAL_BATCH = 512  # a guess: large enough for a GPU, small enough for any memory
 
 
 def resolve_device(name: str) -> torch.device:
-    """`auto` is the GPU where there is one.
+    """Return the device of this name; `auto` is the GPU where there is one, otherwise the CPU.
 
     Raises:
         UsageError: there is no such device.
@@ -47,7 +47,14 @@ def resolve_device(name: str) -> torch.device:
 def model_mode(
     model: nn.Module, device: torch.device, *, training: bool, channels_last: bool = False
 ) -> Iterator[None]:
-    """The model in a mode, on a device; every module's own mode, the device and the layout come back."""
+    """Put the model into a mode and on a device, and at the end restore modes, device and layout.
+
+    Args:
+        model: the network; its first tensor says which device it returns to.
+        device: the device inside the context.
+        training: whether the mode is that of training.
+        channels_last: whether four-dimensional parameters lie channels last inside the context.
+    """
     modes = [(module, module.training) for module in model.modules()]
     tensors = [*model.parameters(), *model.buffers()]
     home = tensors[0].device if tensors else device
@@ -69,17 +76,21 @@ def evaluate(
     model: nn.Module, split: Split, *, device: torch.device | str = "cpu", batch_size: int = EVAL_BATCH,
     task: Task = CLASSIFICATION,
 ) -> Evaluation:  # fmt: skip
-    """The score and the mean loss of a network on a split, in float32; top-1 comes with per-sample results.
+    """Measure the score and the mean loss of a network on a split, in float32.
+
+    Top-1 comes with per-sample results; a task's own score does not.
 
     Args:
-        model: left as it was found.
-        split: read in order, without augmentation.
-        device: where to run.
-        batch_size: of the forward passes.
-        task: its loss and score; with a score of its own and the loss of classification, the loss is NaN.
+        model: the network; its mode and device are left as they were.
+        split: the samples, read in order and without augmentation.
+        device: the device to run on.
+        batch_size: the number of samples in a forward pass.
+        task: the loss and the score; with a score of its own and the loss of classification, the loss is
+            NaN.
 
     Raises:
-        UsageError: top-1 is asked for and the output is no table of logits, or the score is out of range.
+        UsageError: top-1 is measured and the output is no table of logits, or the task's own score is
+            outside [0, 1].
     """
     with model_mode(model, torch.device(device), training=False), torch.no_grad():
         score = task.score
@@ -113,7 +124,7 @@ def _evaluate_top1(
 
 
 def _own_batches(split: Split, batch_size: int, device: torch.device | str) -> Iterator[Batch]:
-    """Every n-th batch, where n ranks evaluate together; the last one may be small."""
+    """Give every n-th batch, where n ranks evaluate together; the last batch may be smaller."""
     rank, size = distributed.rank_and_size()
     if size > 1:
         batch = np.arange(len(split)) // batch_size
@@ -135,11 +146,13 @@ def recalibrate_(
     model: nn.Module, split: Split, *, num_batches: int, batch_size: int = 128,
     device: torch.device | str = "cpu", seed: int = 0,
 ) -> None:  # fmt: skip
-    """Estimate all batch-norm statistics anew: the plain mean over `num_batches` shuffled batches.
+    """Estimate all batch-norm statistics anew, in place, as the mean over `num_batches` shuffled batches.
 
-    Changes the running statistics only: no gradients, no dropout. The batches are augmented as in training,
-    because the weights were fitted to those statistics: with plain images an intact ResNet-20 falls from
-    92.1 to 89.5 % on CIFAR-10, with augmented ones it stays (5,000 images, 20 to 100 batches of 128).
+    Only the running statistics change: there are no gradients and no dropout. The batches are augmented as
+    in training, because the weights were fitted to those statistics: with plain images an intact ResNet-20
+    falls from 92.1 to 89.5 % on CIFAR-10, with augmented images it stays (5,000 images, 20 to 100 batches
+    of 128). A model without batch norms, and `num_batches` of 0, change nothing. The method is that of Li
+    et al. 2020, "EagleEye", section 3.3.
     """
     norms = [m for m in model.modules() if isinstance(m, BatchNormBase) and m.track_running_stats]
     if not norms or num_batches <= 0:

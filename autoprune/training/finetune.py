@@ -1,10 +1,10 @@
 """Training: the fine-tuning of every trial, and a baseline for studies that bring no weights.
 
-In bfloat16 where the processor multiplies it natively, and in channels-last memory. The model's mode,
-device, memory layout and the global random state are left as they were found. For a seed, two trainings on
-one machine's CPU are bit-identical.
+Training runs in bfloat16 where the processor multiplies it natively, and in channels-last memory. The
+model's mode, device, memory layout and the global random state are left as they were. For a seed, two
+trainings on one machine's CPU are bit-identical.
 
-Distillation: Hinton et al. 2015, "Distilling the Knowledge in a Neural Network", section 2.
+Distillation is that of Hinton et al. 2015, "Distilling the Knowledge in a Neural Network", section 2.
 """
 
 from __future__ import annotations
@@ -46,20 +46,20 @@ __all__ = [
 OnEpoch = Callable[["EpochRecord"], None]
 Objective = Callable[[nn.Module, Tensor, Tensor], Tensor]
 
-CHECK_EVERY = 16  # steps between looks at the loss: each look makes a GPU wait
+CHECK_EVERY = 16  # steps between checks of the loss: each check makes a GPU wait
 BASELINE_WARMUP = 0.2  # share of the steps that the one cycle goes up; a guess
 SUBSET_SEED = 0  # every trial sees the same share of the train split, or trials would not compare
 
 
 @dataclass(frozen=True, kw_only=True)
 class EpochRecord:
-    """One pass over the training data, or the part of one at the end.
+    """The record of one pass over the training data, or of a part of a pass at the end.
 
     Attributes:
-        epoch: passes made so far, this one included.
-        lr: the rate of the last step.
-        train_loss: mean over the steps.
-        images_per_s: samples over wall-clock time.
+        epoch: the number of passes so far, this one included; a fraction counts a part of a pass.
+        lr: the learning rate of the last step.
+        train_loss: the mean loss over the steps.
+        images_per_s: the number of samples over wall-clock time.
     """
 
     epoch: float
@@ -71,8 +71,9 @@ class EpochRecord:
 def uses_bf16(device: torch.device) -> bool:
     """Return whether training runs in bfloat16, which it does where the processor has instructions for it.
 
-    A rule about the machine rather than a timing, so that equal machines give equal weights. Measured on two
-    cores: ResNet-20 trains 1.5 times as fast with AVX-512 BF16 (EPYC), twice with AMX (Xeon).
+    This is a rule about the machine rather than a timing, so that equal machines give equal weights.
+    Measured on two cores, ResNet-20 trains 1.5 times as fast with AVX-512 BF16 (EPYC), twice with AMX
+    (Xeon).
     """
     if device.type == "cuda":
         return bool(torch.cuda.is_bf16_supported(including_emulation=False))
@@ -86,24 +87,30 @@ def finetune_(  # noqa: PLR0913 - one whole stage: each argument is a decision o
     device: torch.device | str = "cpu", teacher: nn.Module | None = None, task: Task = CLASSIFICATION,
     seconds: float = math.inf, on_epoch: OnEpoch | None = None,
 ) -> list[EpochRecord]:  # fmt: skip
-    """Train in place with `settings.optimizer`, on `settings.share` of the split, augmented.
+    """Train a network in place with `settings.optimizer`, on `settings.share` of the split, augmented.
 
-    After the last step batch-norm statistics are estimated anew: the running ones lag behind the weights.
+    After the last step batch-norm statistics are estimated anew: the running statistics lag behind the
+    weights. The mode and device of the model, and the global random state, are left as they were.
 
     Args:
-        model: parameters that need no gradient stay as they are.
+        model: the network; parameters that need no gradient stay as they are.
         split: the training data.
         schedule: the learning rate; its `warmup` counts, not that of `settings`.
-        settings: what does not change from trial to trial.
-        epochs: passes over that share; a fraction is a part of a pass; at least one step is made.
-        seed: of order, augmentation and dropout.
-        device: where to run.
-        teacher: what to learn from beside the labels, with weight `settings.distill`; None for labels only.
-        task: its loss is minimised; where that is the study's own, the outputs may not be logits, and the
-            teacher is not asked.
-        seconds: the time allowed. Where it is too short for all steps, each batch takes several steps of the
-            schedule, so that the learning rate still comes to its end.
+        settings: the settings that do not change from trial to trial.
+        epochs: the number of passes over the share; a fraction is a part of a pass. At least one step is
+            made.
+        seed: the seed of order, augmentation and dropout.
+        device: the device to run on.
+        teacher: the network whose logits are learned beside the labels, with weight `settings.distill`;
+            None learns from labels only.
+        task: the task whose loss is minimised. Where the loss is the study's own, the outputs may not be
+            logits, and the teacher is ignored.
+        seconds: the time allowed. Where it is too short for all steps, each batch takes several steps of
+            the schedule, so that the learning rate still comes to its end.
         on_epoch: called with every record as it is made.
+
+    Returns:
+        One record for each pass over the share.
 
     Raises:
         TrialError: the training diverged (see `autoprune.training.divergence`).
@@ -143,7 +150,9 @@ def train_baseline_(  # noqa: PLR0913 - as finetune_
     model: nn.Module, split: Split, baseline: Baseline, *, seed: int, device: torch.device | str = "cpu",
     task: Task = CLASSIFICATION, on_epoch: OnEpoch | None = None,
 ) -> list[EpochRecord]:  # fmt: skip
-    """Train a network from scratch, in place: one cycle of the learning rate, up and down.
+    """Train a network from scratch, in place, by one cycle of the learning rate, up and down.
+
+    The records and the arguments are those of `finetune_`.
 
     Raises:
         TrialError: the training diverged.
@@ -163,26 +172,30 @@ def train_baseline_(  # noqa: PLR0913 - as finetune_
 def distillation_weight(student: Tensor, teacher: Tensor) -> Tensor:
     """Return the factor of `settings.distill` for one batch, in [0, 1]; both losses are scalars.
 
-    It is how far the teacher's loss on the labels is below the student's, as a share of the student's. A
-    teacher that was trained for long has learned the training labels, and the factor stays high; one that the
-    student has caught up with has nothing more to teach, and would hold it back. Measured: docs/log.md.
+    The factor is the distance of the teacher's loss on the labels below the student's, as a share of the
+    student's. A teacher that was trained for long has learned the training labels, and the factor stays
+    high. A teacher that the student has caught up with has nothing more to teach, and would hold the
+    student back. Measured: docs/log.md.
     """
     with torch.no_grad():
         return (1 - teacher / student.clamp_min(1e-12)).clamp(0, 1)
 
 
 def distillation_loss(student_BC: Tensor, teacher_BC: Tensor, temperature: float) -> Tensor:
-    """Return T² KL(softmax(teacher/T) || softmax(student/T)), the mean over the batch, in float32."""
+    """Return T² KL(softmax(teacher/T) || softmax(student/T)), the mean over the batch, in float32.
+
+    Hinton et al. 2015, "Distilling the Knowledge in a Neural Network", section 2.
+    """
     student = F.log_softmax(student_BC.float() / temperature, dim=1)
     teacher = F.log_softmax(teacher_BC.float() / temperature, dim=1)
     return F.kl_div(student, teacher, reduction="batchmean", log_target=True) * temperature**2
 
 
 class _StepPacer:
-    """Decides how many steps of the schedule each batch takes: one, or more when time is short.
+    """The pace of a training: the number of the schedule's steps in each batch, above 1 when time is short.
 
     Attributes:
-        left: steps of the schedule to come.
+        left: the number of steps of the schedule that remain.
     """
 
     def __init__(self, num_steps: int, seconds: float) -> None:
@@ -190,14 +203,14 @@ class _StepPacer:
         self._first, self._count, self._debt = 0.0, 0, 0.0
 
     def advance(self) -> int:
-        """Return the number of steps to take with this batch, at most all that are left."""
+        """Return the number of steps to take with this batch, at most all that remain."""
         steps = 1 if math.isinf(self._end) else distributed.from_rank_zero(self._steps_for_time)
         steps = min(steps, self.left)
         self.left -= steps
         return steps
 
     def _steps_for_time(self) -> int:
-        """Return the steps that the time left asks for, by the time that the batches so far have taken."""
+        """Return the number of steps that the remaining time requires, by the mean time of a batch."""
         steps, now = 1, time.monotonic()
         if self._count:
             batches_left = max(1.0, (self._end - now) / ((now - self._first) / self._count))
@@ -212,7 +225,7 @@ class _StepPacer:
 
 @dataclass(frozen=True, kw_only=True)
 class _Training:
-    """What `_fit_` needs beside the model and the data."""
+    """The optimiser, the schedule and the settings of one training."""
 
     stepper: Stepper
     scheduler: LRScheduler
@@ -255,7 +268,7 @@ def _objective(settings: Finetune, teacher: nn.Module | None, task: Task) -> Obj
 
 
 def _fit_(model: nn.Module, split: Split, plan: _Training, objective: Objective) -> list[EpochRecord]:
-    """Train until the schedule is at its end, and return one record for each pass."""
+    """Train a model in place until the schedule is at its end, and return one record for each pass."""
     per_epoch, records, done = split.num_batches(plan.batch_size), list[EpochRecord](), 0
     cuda = range(torch.cuda.device_count()) if plan.device.type == "cuda" else ()
     with (
@@ -311,7 +324,7 @@ class _WeightAverage:
 
 @dataclass(frozen=True, kw_only=True)
 class _EpochResult:
-    """One pass over the data: its mean loss, the last learning rate, its steps and samples."""
+    """The mean loss, the last learning rate, and the numbers of steps and samples of one pass."""
 
     loss: float
     lr: float
@@ -323,7 +336,7 @@ def _epoch_(
     batches: Iterator[tuple[Tensor, Tensor]], plan: _Training, objective: Callable[[Tensor, Tensor], Tensor],
     average: _WeightAverage | None,
 ) -> _EpochResult:  # fmt: skip
-    """Train on the batches, or on as many of them as the schedule has steps for."""
+    """Train on the batches, in place, until they or the steps of the schedule are used up."""
     total, lr, samples, steps = torch.zeros((), device=plan.device), 0.0, 0, 0
     for inputs, targets in batches:
         if inputs.ndim == 4:

@@ -1,9 +1,9 @@
-"""What takes the steps of a fine-tuning: Muon for the weights inside a network, SGD for everything else.
+"""The optimisers of a fine-tuning: Muon for the weights inside a network, SGD for everything else.
 
 Muon (Jordan et al. 2024, "Muon: An optimizer for hidden layers in neural networks") turns the momentum of a
-weight matrix into the nearest matrix with orthonormal rows or columns, so that every direction of the weight
-moves as far in a step. Pruned networks recovered more with it in the same samples, or as much (measured:
-docs/log.md). It is torch's own `torch.optim.Muon`, on views of the convolutions' weights.
+weight matrix into the nearest matrix with orthonormal rows or columns, so that all directions of the weight
+move equally far in a step. With Muon pruned networks recovered as much or more in the same samples
+(measured: docs/log.md). The optimiser is `torch.optim.Muon`, on views of the convolutions' weights.
 
 The step is relative: at a learning rate of `lr` a weight moves by `RELATIVE * lr` of its own norm, so that
 the rate means the same for every layer and network, and one rate drives both optimisers.
@@ -23,7 +23,7 @@ from autoprune.torch_private import ConvBase
 
 RELATIVE = 0.25  # of the learning rate, as a share of the weight's norm; measured: docs/log.md
 MATCHED_RMS = 0.2  # of an update by torch's Muon at a rate of 1, with `match_rms_adamw`
-NORMS_EVERY = 16  # steps between looks at the weights' norms: each look makes a GPU wait
+NORMS_EVERY = 16  # steps between readings of the weights' norms: each reading makes a GPU wait
 WIDEST = 4096  # orthogonalising grows with the third power of a matrix's shorter side; the bound is a guess
 
 
@@ -31,8 +31,12 @@ class Stepper:
     """The optimisers of one training.
 
     Attributes:
-        sgd: has all parameters that Muon does not have; its first group's rate is the schedule's.
-        muon: None where there is nothing for it.
+        sgd: the optimiser of all parameters that Muon does not have; its first group's rate is the
+            schedule's.
+        muon: the optimiser of the weights inside the network; None where there are none.
+
+    Raises:
+        UsageError: no parameter of the model requires a gradient.
     """
 
     def __init__(self, model: nn.Module, settings: Finetune) -> None:
@@ -51,13 +55,13 @@ class Stepper:
         self._steps = 0
 
     def zero_grad(self) -> None:
-        """Forget all gradients."""
+        """Set all gradients to None."""
         self.sgd.zero_grad(set_to_none=True)
         for weight, matrix in zip(self._weights, self._matrices, strict=True):
             weight.grad = matrix.grad = None
 
     def step(self) -> None:
-        """One step of both, at the rate that the scheduler gave to SGD."""
+        """Make one step of both optimisers, at the rate that the scheduler gave to SGD."""
         if self.muon is not None:
             self._step_muon(self.muon)
         self.sgd.step()
@@ -77,10 +81,10 @@ class Stepper:
 
 
 def inner_weights(model: nn.Module) -> Iterator[nn.Parameter]:
-    """The weights for Muon: of linear layers, attention's projections, and ungrouped convolutions.
+    """Give the weights for Muon: of linear layers, attention's projections, and ungrouped convolutions.
 
-    The first layer reads pixels and the last makes the outputs: there a step by the gradient's size serves
-    better (Jordan et al. 2024). Parametrised and very wide weights are left to SGD.
+    The first layer reads pixels and the last layer makes the outputs: for these a step by the gradient's
+    size serves better (Jordan et al. 2024). Parametrised and very wide weights are left to SGD.
     """
     layers = [m for m in model.modules() if isinstance(m, nn.Linear | ConvBase | nn.MultiheadAttention)]
     excluded_ids = {id(w) for m in (*layers[:1], *layers[-1:]) for w in _weights_of(m)}
@@ -92,7 +96,7 @@ def inner_weights(model: nn.Module) -> Iterator[nn.Parameter]:
 
 
 def _weights_of(layer: nn.Module) -> list[Any]:
-    """A layer's weights that mix channels, without those of its children."""
+    """Return the weights of a layer that mix channels, without those of its children."""
     if isinstance(layer, nn.MultiheadAttention):
         names = ("in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight")
         return [getattr(layer, name) for name in names]
@@ -101,19 +105,19 @@ def _weights_of(layer: nn.Module) -> list[Any]:
 
 
 def _is_in_rows(weight: Tensor) -> bool:
-    """Return whether the weight lies in memory so that `_rows` copies nothing."""
+    """Return whether the memory layout of a weight lets `_rows` copy nothing."""
     return _rows(weight.detach(), weight).data_ptr() == weight.data_ptr()
 
 
 def _rows(tensor: Tensor, weight: Tensor) -> Tensor:
-    """As a matrix, in the order in which the weight lies in memory; the weight itself is never copied."""
+    """Return a tensor as a matrix, in the memory order of the weight; the weight is never copied."""
     if weight.is_contiguous():
         return tensor.reshape(len(tensor), -1)
     return tensor.movedim(1, -1).reshape(len(tensor), -1)
 
 
 def _sgd(parameters: list[nn.Parameter], settings: Finetune) -> torch.optim.SGD:
-    """Weights of more than one dimension decay; norms and biases do not."""
+    """Return an SGD under which weights of more than one dimension decay, and norms and biases do not."""
     groups = [
         {"params": [p for p in parameters if p.ndim > 1], "weight_decay": settings.weight_decay},
         {"params": [p for p in parameters if p.ndim <= 1], "weight_decay": 0.0},
@@ -125,7 +129,7 @@ def _sgd(parameters: list[nn.Parameter], settings: Finetune) -> torch.optim.SGD:
 
 
 def _muon(matrices: list[nn.Parameter], momentum: float) -> torch.optim.Optimizer:
-    """One group a matrix, since each has a rate of its own."""
+    """Return a Muon with one group for each matrix, since each matrix has a rate of its own."""
     return torch.optim.Muon(
         [{"params": [m]} for m in matrices], momentum=momentum, weight_decay=0.0,
         adjust_lr_fn="match_rms_adamw",

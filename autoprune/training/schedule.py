@@ -1,9 +1,9 @@
 """The learning rate over a fine-tuning: a warm-up, then one of five decays, one step per batch.
 
-Everything is one of `torch.optim.lr_scheduler`'s own schedulers. That the rate ends low within the given
-budget matters more than the shape on the way down (Li et al. 2020, "Budgeted training"); the warm-up is
-that of Zimmer et al. 2023 (section 4). One cycle brings a rise of its own (Smith and Topin 2018, "Super-
-convergence", section 3), so that no warm-up comes before it; momentum stays.
+Every part is one of `torch.optim.lr_scheduler`'s own schedulers. A low rate at the end of the given budget
+matters more than the shape on the way down (Li et al. 2020, "Budgeted training"). The warm-up is that of
+Zimmer et al. 2023 (section 4). One cycle brings a rise of its own (Smith and Topin 2018,
+"Super-convergence", section 3), so that no warm-up comes before it; momentum stays constant.
 """
 
 from __future__ import annotations
@@ -28,19 +28,20 @@ WARMUP_START = 0.1  # of the rate; the warm-up rises linearly from there. A gues
 
 @dataclass(frozen=True, kw_only=True)
 class Schedule:
-    """How the learning rate moves.
+    """The course of the learning rate over a fine-tuning: a warm-up, then a decay.
 
     Attributes:
-        lr: the highest rate, reached after the warm-up.
-        decay: the shape of what follows.
-        gamma: `step`: the factor of each drop; `exponential`: the last rate over the first; in (0, 1).
-        milestones: `step` only: how many drops, evenly spread over the steps after the warm-up.
-        final: `cosine` and `linear` only: the last rate over the first, in [0, 1).
-        peak: `onecycle` only: the share of the steps that go up, in (0, 1).
-        warmup: share of all steps, in [0, 1); `onecycle` takes its `peak` instead.
+        lr: the highest rate, above 0, reached after the warm-up.
+        decay: the shape of the decay after the warm-up.
+        gamma: for `step` the factor of each drop, for `exponential` the last rate over the first, in
+            (0, 1).
+        milestones: for `step` only, the number of drops, evenly spread over the steps after the warm-up.
+        final: for `cosine` and `linear` only, the last rate over the first, in [0, 1).
+        peak: for `onecycle` only, the share of the steps in which the rate rises, in (0, 1).
+        warmup: the share of all steps that is the warm-up, in [0, 1); `onecycle` takes its `peak` instead.
 
     Raises:
-        UsageError: a value is out of range, missing, or cannot take effect with this decay.
+        UsageError: a value is out of range or missing, or cannot take effect with this decay.
     """
 
     lr: float
@@ -79,7 +80,7 @@ class Schedule:
 
 
 def make_scheduler(optimizer: Optimizer, schedule: Schedule, num_steps: int) -> LRScheduler:
-    """The scheduler to step once after every batch of `num_steps`; sets the optimiser's rate at once."""
+    """Return the scheduler to step after each of `num_steps` batches; set the optimiser's rate at once."""
     for group in optimizer.param_groups:
         group["lr"] = group["initial_lr"] = schedule.lr
     rising = schedule.warmup if schedule.peak is None else schedule.peak
@@ -92,7 +93,7 @@ def make_scheduler(optimizer: Optimizer, schedule: Schedule, num_steps: int) -> 
 
 
 def _decay(optimizer: Optimizer, schedule: Schedule, num_steps: int) -> LRScheduler:
-    """The part after the warm-up, over `num_steps` steps."""
+    """Return the scheduler of the part after the warm-up, over `num_steps` steps."""
     if schedule.decay in ("cosine", "onecycle"):
         return CosineAnnealingLR(optimizer, num_steps, eta_min=schedule.final * schedule.lr)
     if schedule.decay == "linear":
