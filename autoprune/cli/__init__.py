@@ -1,7 +1,7 @@
-"""The command line: `autoprune COMMAND`, with Typer for options and rich for what is seen.
+"""The command line: `autoprune COMMAND`, with Typer for the options and rich for the output.
 
-Results go to stdout, progress and errors to stderr. A command checks what it was given, calls one function
-of another room, and shows what comes back. Help and completion have to come at once, so torch, optuna and
+Results go to stdout, progress and errors to stderr. A command checks its arguments, calls one function of
+another room, and shows the result. Help and completion have to come at once, so torch, optuna and
 matplotlib are imported inside the functions that need them.
 
 Modules in reading order:
@@ -12,8 +12,8 @@ Modules in reading order:
 - `study_file`: the study in a Python file, or a built-in one.
 - `study_flags`: the study of `--model`, `--weights` and `--data`.
 - `run`: `run`, `report`, `status`; asking for passphrases.
-- `live_view`: what a person sees while a run works.
-- `event_lines`: what a program reads while a run works (`--events`).
+- `live_view`: the progress of a run for people.
+- `event_lines`: the progress of a run for programs (`--events`).
 - `fleet`: `worker` and `sweep`.
 - `analyze`: `groups` and `analyze`.
 - `tables`: tables and trees on stdout.

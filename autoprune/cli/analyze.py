@@ -1,4 +1,4 @@
-"""`autoprune groups` and `analyze`: look at a network before anything is pruned."""
+"""The commands `autoprune groups` and `autoprune analyze`, for a network before anything is pruned."""
 
 from __future__ import annotations
 
@@ -100,7 +100,7 @@ def groups(
 
 
 def _bare_graph(model: str, size: str, *, round_to: int | None, **wishes: Any) -> ChannelGraph:
-    """The graph of a network of random weights."""
+    """Return the graph of a network with random weights."""
     import torch
 
     from autoprune.cli.study_flags import build_network, find_factory
@@ -192,7 +192,7 @@ def analyze(
 
 
 def _analysis_document(table: SensitivityTable, prospects: Sequence[Prospect]) -> str:
-    """The sensitivity table's own text form, with what one-shot pruning leaves at several costs."""
+    """Return the table's own text form, extended by what one-shot pruning leaves at several costs."""
     return json_text(json.loads(table.to_json()) | {"prospects": prospects}, indent=1)
 
 

@@ -62,7 +62,7 @@ Recipients = Annotated[
 
 
 class Form(StrEnum):
-    """What a delivered file can be turned into."""
+    """A form that a delivered file can be turned into."""
 
     onnx = "onnx"
     pt2 = "pt2"

@@ -1,4 +1,4 @@
-"""What helps typing: names that the shell may complete, and the examples at the end of help pages.
+"""Help with typing: names that the shell may complete, and the examples at the end of help pages.
 
 Nothing here imports torch: a completion is asked for at every press of the tab key.
 """

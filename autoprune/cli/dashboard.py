@@ -1,4 +1,4 @@
-"""`autoprune dashboard`: look at runs in the browser."""
+"""The command `autoprune dashboard`, which shows runs in the browser."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`autoprune doctor`: what a run would find on this machine, and what is missing."""
+"""The command `autoprune doctor`: the parts that a run needs of this machine, present and missing ones."""
 
 from __future__ import annotations
 
@@ -76,7 +76,7 @@ def doctor(
 
 @dataclass(frozen=True, kw_only=True)
 class Finding:
-    """One check and its result; `advice` says what to do where the result is not `ok`."""
+    """A check and its result; `advice` says what to do where the result is not `ok`."""
 
     name: str
     detail: str
@@ -85,11 +85,11 @@ class Finding:
 
 
 def examine(location: RunLocation, study: Callable[[], Study] | None = None) -> list[Finding]:
-    """Look at everything.
+    """Check the machine, the packages and the places that a run would use; return a finding for each.
 
     Args:
-        location: where runs would be written to.
-        study: measured for half a minute, too.
+        location: the place that runs would be written to.
+        study: returns a study whose speed is measured, too, for half a minute.
     """
     checks: list[Callable[[], Finding]] = [
         _python, _packages, _processor, _memory, _accelerator, lambda: _storage(location),
@@ -185,7 +185,7 @@ def _database(location: RunLocation) -> Finding:
 
 
 def _artifacts(location: RunLocation) -> Finding:
-    """Write a file where checkpoints would go, read it back, and take it away."""
+    """Write a file where checkpoints would go, read it, and remove it."""
     from autoprune.storage import open_blobs
 
     try:
@@ -204,7 +204,7 @@ def _artifacts(location: RunLocation) -> Finding:
 
 
 def _speed(study: Callable[[], Study]) -> Finding:
-    """A study's own throughput, and what its budget buys."""
+    """Measure a study's own throughput, and the epochs that its budget buys."""
     from autoprune.config import Budget
     from autoprune.formatting import duration
     from autoprune.pipeline import throughput
@@ -246,7 +246,7 @@ def _key() -> Finding:
 
 
 def _findings_text(findings: Sequence[Finding]) -> RenderableType:
-    """What `autoprune doctor` says: the verdict first, advice where it is needed."""
+    """Return the output of `autoprune doctor`: the verdict first, advice where it is needed."""
     wrong = [f.name for f in findings if not f.ok]
     verdict = Text("A run would find everything that it needs.", GOOD)
     if wrong:

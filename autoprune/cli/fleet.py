@@ -1,4 +1,4 @@
-"""`autoprune worker` and `sweep`: many processes on one run, many runs in one night."""
+"""The commands `autoprune worker` and `sweep`: many processes on one run, many runs in one night."""
 
 from __future__ import annotations
 
@@ -107,7 +107,7 @@ class _WorkerStudy:
 
 
 def _study_of_command(header: RunHeader, study: str | None) -> _WorkerStudy:
-    """The study as the run's own command describes it.
+    """Return the study that the run's own command describes.
 
     Raises:
         UsageError: the command cannot be followed here, or its files have changed.
@@ -234,10 +234,12 @@ def _shared_options(
 
 
 def _deadline(until: str | None, budget: str | None, used: float) -> float:
-    """In seconds of `time.monotonic`; what earlier processes used of the budget counts.
+    """Return the end of a sweep in seconds of `time.monotonic`, infinite without a limit.
+
+    The time that earlier processes used of the budget counts.
 
     Raises:
-        UsageError: both are given, or one cannot be read.
+        UsageError: both `until` and `budget` are given, or one of them cannot be read.
     """
     if until is not None and budget is not None:
         raise UsageError("--until and --budget are given", "give one of them")

@@ -1,4 +1,4 @@
-"""What a person sees while a run works: finished things as lines, the present as a small live panel.
+"""The progress of a run for people: finished steps as lines, the present step as a small live panel.
 
 Both are drawn from the events alone, on stderr. Where stderr is no terminal only the lines are written.
 Lines that scrolled by stay readable in the scrollback, and the panel is short enough for 80 by 24.
@@ -37,7 +37,7 @@ GOOD, BAD, MUTED = "green", "yellow", "dim"
 
 @contextmanager
 def event_display(*, quiet: bool = False, console: Console | None = None) -> Iterator[OnEvent]:
-    """The `on_event` of a run that is watched on this terminal; `quiet` shows nothing."""
+    """Yield the `on_event` of a run that is watched on this terminal; `quiet` shows nothing."""
     screen = console or Console(stderr=True, highlight=False)
     if quiet:
         yield ev.ignore_event
@@ -60,10 +60,10 @@ class _Window:
 
     def __init__(self, screen: Console, panel: _Panel) -> None:
         self._screen, self._panel = screen, panel
-        self._width, self._height = 0, 0  # as drawn last
+        self._width, self._height = 0, 0  # of the panel that was drawn last
 
     def draw(self) -> RenderableType:
-        """The panel of this moment; `Live` has it drawn over the last one."""
+        """Return the panel of this moment, which `Live` draws over the last one."""
         screen = self._screen
         if self._width > screen.width:
             self._erase_folds()
@@ -73,7 +73,10 @@ class _Window:
         return panel
 
     def _erase_folds(self) -> None:
-        """Take away lines that `Live` does not know of: a terminal made narrower folds each into several."""
+        """Erase lines that `Live` does not count.
+
+        A terminal that was made narrower folds each line of the last panel into several.
+        """
         folds = self._height * (math.ceil(self._width / max(1, self._screen.width)) - 1)
         line: tuple[ControlCode, ...] = ((ControlType.CURSOR_UP, 1), (ControlType.ERASE_IN_LINE, 2))
         self._screen.control(
@@ -82,7 +85,7 @@ class _Window:
 
 
 class _Lines:
-    """One line for each thing that is finished, with the time since the start."""
+    """A listener that prints one line for each finished step, with the time since the start."""
 
     def __init__(self, console: Console) -> None:
         self.console = console
@@ -105,7 +108,10 @@ class _Lines:
 
 
 def wrapped(text: Text, width: int) -> list[Text]:
-    """Lines of a text that keep a number and its unit together, which `rich` would part."""
+    """Break a text into lines of at most `width` that keep a number and its unit together.
+
+    `rich` would part them.
+    """
     bound = re.sub(r"(?<=\d) (?=[%A-Za-z])|(?<=\blr) ", "\u00a0", text.plain)
     lines, start = [], 0
     for line in textwrap.wrap(bound, width, break_on_hyphens=False) or [""]:
@@ -180,7 +186,7 @@ LINES: dict[type, Callable[[Any], Text]] = {
 
 
 def describe(params: dict[str, Any]) -> str:
-    """A trial's parameters in a few words: values that speak for themselves go without their name."""
+    """Describe a trial's parameters in a few words; values that speak for themselves have no name."""
     named = {"prune_rate": "rate", "lr": "lr"}
     plain = {"decay", "criterion"}
     words = [f"{named[k]} {setting(v)}" for k, v in params.items() if k in named]
@@ -189,7 +195,7 @@ def describe(params: dict[str, Any]) -> str:
 
 @dataclass
 class _Panel:
-    """The present, folded from events; `render` is called from the refreshing thread."""
+    """The present state of a run, gathered from events; `render` is called from the refreshing thread."""
 
     name: str = ""
     stage: str = "starting"
@@ -210,13 +216,13 @@ class _Panel:
     start: float = field(default_factory=time.monotonic)
 
     def update(self, event: Event) -> None:
-        """Take in one event."""
+        """Update the state from one event."""
         take = TAKES.get(type(event))
         if take is not None:
             take(self, event)
 
     def render(self) -> RenderableType:
-        """The panel of this moment."""
+        """Return the panel of this moment."""
         where = f"round {self.round} · {self.stage}" if self.round else self.stage
         grid = Table.grid(padding=(0, 2, 0, 1), expand=True)
         grid.add_column(width=9, no_wrap=True, style=MUTED)

@@ -1,4 +1,4 @@
-"""The command line: its options for all commands, and how an error becomes a message and an exit code.
+"""The entry point: the options of all commands, and how an error becomes a message and an exit code.
 
 Results go to stdout, progress and errors to stderr. Exit codes: 0 done, 1 failed, 2 wrong usage or study,
 3 target not reached (the deepest model inside the floor is delivered), 130 interrupted. Each module of
@@ -54,7 +54,7 @@ artifact.register(app)
 
 
 def main(args: Sequence[str] | None = None) -> int:
-    """Run one command; returns the exit code."""
+    """Run one command and return the exit code."""
     given = list(sys.argv[1:] if args is None else args)
     debug = "--debug" in given
     try:
@@ -80,7 +80,7 @@ def _report(error: Exception) -> int:
     if isinstance(error, typer.TyperException):
         return _report_usage(error)
     if isinstance(error, BrokenPipeError):
-        sys.stderr.close()  # the reader of our output is gone: nobody is there to be told
+        sys.stderr.close()  # the reader of the output is gone: a message would reach nobody
         return 1
     print_error(
         f"{type(error).__name__}: {error}",
@@ -112,7 +112,7 @@ def _lowered(text: str) -> str:
 
 
 def print_error(message: str, hint: str) -> None:
-    """Write an error and what to do about it to stderr."""
+    """Write an error and its hint to stderr."""
     from rich.console import Console
     from rich.text import Text
 

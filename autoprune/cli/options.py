@@ -1,4 +1,4 @@
-"""What several commands take: their options, grouped as the help shows them, and the study they name."""
+"""The options that several commands share, grouped as the help shows them, and the study that they name."""
 
 from __future__ import annotations
 
@@ -107,14 +107,14 @@ Artifacts = Annotated[
 
 
 def changed(study: Study, exclude: list[str] | None, only: list[str] | None, **given: Any) -> Study:
-    """The study with further module patterns beside its own, and with other settings replaced."""
+    """Return the study with further module patterns beside its own, and with other settings replaced."""
     settings: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
     settings |= {"exclude": (*study.exclude, *(exclude or ())), "only": (*study.only, *(only or ()))}
     return replace(study, **settings)
 
 
 def choose_study(name: str | None, model: str | None, weights: str | None, data: str | None) -> Study:
-    """The study that the command line names.
+    """Return the study that the command line names.
 
     Raises:
         UsageError: neither or both of a study and --model are given, or the options are not complete.
@@ -141,7 +141,7 @@ def choose_study(name: str | None, model: str | None, weights: str | None, data:
 
 
 def digests(study: str | None, model: str | None) -> dict[str, str]:
-    """SHA-256 of the file that defines a study or a network, by the name that was given."""
+    """Return the SHA-256 of the file that defines a study or a network, by the name that was given."""
     from autoprune.cli.study_file import find_study
 
     files = {study: find_study(study)} if study else {}

@@ -1,4 +1,4 @@
-"""`autoprune run`, `report` and `status`: start a run, look at one."""
+"""The commands `autoprune run`, `report` and `status`: start a run, look at one."""
 
 from __future__ import annotations
 
@@ -61,14 +61,14 @@ NOT_REACHED = 3  # the exit code of a run whose target was out of reach
 
 
 class StoppedError(AutopruneError):
-    """Ctrl-C stopped a command."""
+    """The error of a command that Ctrl-C stopped."""
 
     exit_code = 130
 
 
 @contextmanager
 def sigterm_interrupts() -> Iterator[None]:
-    """SIGTERM, which Slurm, Kubernetes and systemd send, ends a command as Ctrl-C does."""
+    """End a command on SIGTERM, which Slurm, Kubernetes and systemd send, as on Ctrl-C."""
 
     def interrupt(number: int, frame: FrameType | None) -> None:
         raise KeyboardInterrupt
@@ -219,10 +219,10 @@ def _interrupted(location: RunLocation, name: str, words: list[str]) -> StoppedE
 
 
 def _protection(recipients: tuple[str, ...], ask: bool, descriptor: int | None, *, plain: bool) -> Protection:
-    """Return who may open the result.
+    """Return the protection of the result: who may open it.
 
     Raises:
-        UsageError: two ways at once, or an empty passphrase.
+        UsageError: two ways of protection are given at once, or the passphrase is empty.
     """
     options = {
         "--recipient": recipients, "--passphrase": ask, "--passphrase-fd": descriptor is not None,
@@ -274,7 +274,7 @@ def read_secret(descriptor: int) -> str:
     """Read a passphrase from a file descriptor, without the line's end.
 
     Raises:
-        UsageError: nothing can be read from it.
+        UsageError: the file descriptor gives no passphrase.
     """
     try:
         with os.fdopen(descriptor, encoding="utf-8") as stream:

@@ -1,8 +1,8 @@
-"""Find the study that a person named: a Python file of theirs, or one that comes with the package.
+"""The study that a person named: a Python file of theirs, or one that comes with the package.
 
 A study file is ordinary Python that ends in one `Study`: a value at module level, or a function `study()`
-that returns it. It runs like a script, its own folder first on `sys.path`, so that a network defined
-beside it imports; and it runs with the caller's rights: a study is code, not a document.
+that returns it. It runs like a script, with its own folder first on `sys.path`, so that a network defined
+beside it can be imported. It runs with the caller's rights: a study is code, not a document.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ def nearest(word: str, candidates: Iterable[str]) -> str:
 
 
 def nearest_file(path: str, suffixes: Iterable[str], otherwise: str) -> str:
-    """A hint that names the file of these kinds that is nearest to a path at which there is none."""
+    """Return a hint that names the file of these kinds that is nearest to a path without a file."""
     folder = Path(path).expanduser().parent
     candidates = [str(f) for f in folder.iterdir() if f.suffix in suffixes] if folder.is_dir() else []
     close = difflib.get_close_matches(str(Path(path).expanduser()), candidates, n=1)
@@ -38,13 +38,13 @@ def nearest_file(path: str, suffixes: Iterable[str], otherwise: str) -> str:
 
 
 def built_in_studies() -> dict[str, Path]:
-    """Name -> file of the studies that come with autoprune."""
+    """Return the files of the studies that come with autoprune, by the studies' names."""
     files = (f for folder in FOLDERS if folder.is_dir() for f in sorted(folder.glob("*.py")))
     return {f.stem: f for f in files if "Study(" in f.read_text(encoding="utf-8")}
 
 
 def load_study(text: str) -> Study:
-    """The study that `text` names: a built-in name, or the path of a `.py` file.
+    """Return the study that `text` names: a built-in name, or the path of a `.py` file.
 
     Raises:
         UsageError: there is no such study, the file fails, or it defines none or several.
@@ -53,10 +53,10 @@ def load_study(text: str) -> Study:
 
 
 def find_study(text: str) -> Path:
-    """The file behind a study's name or path, without running it.
+    """Return the file behind a study's name or path, without running it.
 
     Raises:
-        UsageError: there is none; the hint names the nearest.
+        UsageError: there is no such file; the hint names the nearest.
     """
     studies = built_in_studies()
     path = Path(text).expanduser()
@@ -74,10 +74,10 @@ def find_study(text: str) -> Path:
 
 
 def import_file(path: Path) -> ModuleType:
-    """Run a Python file of the user's as a module named after it, its folder first on `sys.path`.
+    """Run a Python file of the user's as a module named after it, with its folder first on `sys.path`.
 
     Raises:
-        UsageError: it fails, or a module of its name is loaded already.
+        UsageError: the file fails, or another module of its name is loaded already.
     """
     folder = str(path.parent)
     if folder not in sys.path:

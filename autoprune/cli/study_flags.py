@@ -29,7 +29,9 @@ FORMS = "write --model torchvision:resnet18, or --model FILE.py:CLASS_OR_FUNCTIO
 
 
 def study_of_flags(model: str, weights: str, data: str) -> Study:
-    """The study that the three options describe; network and data are made when the run asks for them.
+    """Return the study that the three options describe.
+
+    Network and data are made when the run asks for them.
 
     Raises:
         UsageError: the network is unknown, or the weights file does not exist.
@@ -52,7 +54,7 @@ def study_of_flags(model: str, weights: str, data: str) -> Study:
 
 
 class Named:
-    """A network that options name: called, it is built with its weights."""
+    """A network that options name; a call builds it with its weights."""
 
     def __init__(self, factory: Callable[..., Any], weights: str, num_classes: Callable[[], int]) -> None:
         self._factory, self._weights, self._num_classes = factory, weights, num_classes
@@ -62,16 +64,16 @@ class Named:
         return _with_weights(self._factory, self._num_classes(), self._weights)
 
     def source(self) -> tuple[str, dict[str, Any]]:
-        """What builds it without its weights: `module:name`, and the arguments."""
+        """Return what builds the network without its weights: `module:name`, and the arguments."""
         name = f"{self._factory.__module__}:{self._factory.__qualname__}"
         return name, _arguments(self._factory, self._num_classes())
 
 
 def find_factory(model: str) -> Callable[..., Any]:
-    """What builds the network that `--model` names.
+    """Return the class or function that `--model` names, which builds the network.
 
     Raises:
-        UsageError: there is none of this name; the hint names the nearest.
+        UsageError: nothing has this name; the hint names the nearest.
     """
     source, colon, name = model.rpartition(":")
     if not colon:
@@ -111,10 +113,10 @@ def _with_weights(factory: Callable[..., Any], num_classes: int, weights: str) -
 
 
 def build_network(factory: Callable[..., Any], num_classes: int | None) -> nn.Module:
-    """What the factory makes, for that many classes where it takes a number of them.
+    """Build a network, for `num_classes` classes where the factory takes a number of them.
 
     Raises:
-        UsageError: it fails, or makes no module.
+        UsageError: the factory fails, or makes no module.
     """
     from torch import nn
 
@@ -135,7 +137,7 @@ def build_network(factory: Callable[..., Any], num_classes: int | None) -> nn.Mo
 
 
 def _arguments(factory: Callable[..., Any], num_classes: int | None) -> dict[str, Any]:
-    """The number of classes, for what takes it."""
+    """Return the arguments of a factory: the number of classes where the factory takes it."""
     accepts = inspect.signature(factory).parameters
     takes_any = any(p.kind is inspect.Parameter.VAR_KEYWORD for p in accepts.values())
     takes_classes = num_classes is not None and ("num_classes" in accepts or takes_any)

@@ -1,4 +1,4 @@
-"""What commands print on stdout for people: tables, a tree of channel groups, how a run stands."""
+"""The tables and trees that commands print on stdout for people."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ MAX_NAMES = 4  # parameters named for one reason to stay; the rest is counted
 
 
 def _table(*columns: str) -> Table:
-    """A plain table: the first column is text, the others are numbers."""
+    """Return a plain table: the first column is text, the others are numbers."""
     table = Table(box=None, padding=(0, 2, 0, 0), show_edge=False, header_style=MUTED)
     table.add_column(columns[0], no_wrap=True)
     for name in columns[1:]:
@@ -38,7 +38,7 @@ def _table(*columns: str) -> Table:
 
 
 def comparison_table(rows: Sequence[ComparisonRow]) -> Table:
-    """Before and after."""
+    """Return the table of the network before and after."""
     table = _table("", "before", "after", "change")
     for row in rows:
         table.add_row(row.label, row.before, Text(row.after, "bold"), row.change)
@@ -46,7 +46,7 @@ def comparison_table(rows: Sequence[ComparisonRow]) -> Table:
 
 
 def plan_text(plan: RunForecast) -> RenderableType:
-    """What a run would do, for `--dry-run`."""
+    """Return the forecast of a run, for `--dry-run`."""
     samples = ", ".join(f"{n} {s:,}" for n, s in plan.num_samples.items())
     baseline = (
         f"top-1 {percent(plan.top1, 2)} on the search split, floor {percent(plan.floor, 2)}"
@@ -74,7 +74,7 @@ def plan_text(plan: RunForecast) -> RenderableType:
 
 
 def status_text(status: RunStatus) -> RenderableType:
-    """Where a run stands: the answer, what it is at, a line for every round, and who works on it."""
+    """Return the status of a run: the answer, the present step, every round, and the processes."""
     record = status.record
     if record is None:
         return Group(Text(f"{status.name}: {status.now}", "bold"), *_processes(status.processes))
@@ -118,13 +118,16 @@ def _process_text(process: Process) -> Text:
 
 
 def _best(trials: Iterable[TrialRecord]) -> TrialRecord | None:
-    """The promoted trial, or the most accurate."""
+    """Return the promoted trial, or the most accurate one; None where no trial has a score."""
     scored = [t for t in trials if t.top1 is not None]
     return max(scored, key=lambda t: (t.promoted, t.top1 or 0.0), default=None)
 
 
 def sensitivity_text(table: SensitivityTable, prospects: Sequence[Prospect] = ()) -> RenderableType:
-    """How far the network can go; then the change of top-1 when one group alone loses some channels."""
+    """Return the analysis of a network: how far it can go, and the loss by each group alone.
+
+    The losses are changes of top-1 when one group alone loses some channels.
+    """
     from autoprune.pruning import COLUMNS, cells, free_and_fragile, prunability_sentence
 
     rows, base = cells(table.points), table.baseline
@@ -155,7 +158,7 @@ def sensitivity_text(table: SensitivityTable, prospects: Sequence[Prospect] = ()
 
 
 def _drop(cell: Cell | None) -> Text:
-    """A measured drop stands out against one that was read off the curve."""
+    """Return a drop of top-1 as text; one that was read off the curve is paler than a measured one."""
     if cell is None:
         return Text("")
     return Text(signed(-cell.drop_pp), "" if cell.is_measured else MUTED)
@@ -172,7 +175,7 @@ def _prospects_table(prospects: Sequence[Prospect]) -> Table:
 
 
 def groups_tree(graph: ChannelGraph) -> RenderableType:
-    """One branch for every group, then one for every reason to stay."""
+    """Return a tree with one branch for every group, then one for every reason to stay."""
     from autoprune.structure import BEHIND_LAYER_NORM
 
     cost = graph.cost()
@@ -217,7 +220,7 @@ def _frozen_tree(frozen: tuple[Frozen, ...]) -> Tree:
 
 
 def graph_document(graph: ChannelGraph) -> dict[str, Any]:
-    """Everything that the tree shows, and every member, as plain values."""
+    """Return everything that the tree shows, and every member, as plain values."""
     groups = [
         {
             "name": g.name, "num_units": g.num_units, "macs": g.macs, "layers": list(g.layers),

@@ -1,13 +1,13 @@
-"""What people read about a run: sentences, pictures, a page, a summary of several runs, the browser.
+"""The account of a run for people: sentences, pictures, a page, a summary of several runs, the browser.
 
 Everything here is a function of a `RunRecord`, which is read from storage; nothing here changes what a run
 does. Three concepts: the *narrative* says a run in sentences; a *series* is the numbers of a picture, drawn
-twice (matplotlib for the report, Plotly for the browser); an *annotation* is what one Optuna study gets to
-show in optuna-dashboard.
+twice (matplotlib for the report, Plotly for the browser); an *annotation* is what optuna-dashboard shows of
+one Optuna study.
 
 Modules in reading order:
 
-- `narrative`: the answer, the caution, the ending, the comparison table, what came of a trial.
+- `narrative`: the answer, the caution, the ending, the comparison table, the status of a trial.
 - `trial_table`: all trials as one table (pandas, CSV), and which hyperparameters mattered.
 - `series`: the numbers behind the pictures.
 - `plots`: the pictures with matplotlib, as PNG and as SVG in the page's colours.

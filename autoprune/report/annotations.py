@@ -1,8 +1,8 @@
-"""What people read about a run in optuna-dashboard, written into the run's own Optuna studies.
+"""The notes, figures and summaries that optuna-dashboard shows, written into the run's own Optuna studies.
 
 Each study gets a note (Markdown), figures, a name for its objective, and a one-line `summary` among its user
 attributes, all through optuna-dashboard's public functions. So `optuna-dashboard sqlite:///.../study.sqlite3`
-shows a run without any help of ours. Nothing here is read back: a run goes on without it.
+shows a run without autoprune. Nothing here is read back: a run goes on without it.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ TOP1 = "top-1 on the search split"
 
 @dataclass(frozen=True, kw_only=True)
 class Annotation:
-    """What one study gets; `figures` are drawn only if the study does not have this `summary` yet."""
+    """What one study shows: `figures` is called only if the study does not have this `summary` yet."""
 
     summary: str
     objective: str
@@ -43,7 +43,7 @@ class Annotation:
 
 
 def annotate_studies(store: RunStore) -> None:
-    """Write note, figures and summary of every study of a run that does not have its present summary yet.
+    """Write the note, figures and summary of every study of a run that lacks its present summary.
 
     A stopped process leaves at worst a study without its summary, which the next call writes again. A note
     that a person has changed stays, once the round is decided.
@@ -153,12 +153,17 @@ def _trial_row(trial: TrialRecord) -> str:
 
 
 def _table_row(*cells: str) -> str:
-    """A line of a Markdown table; the dashboard gives its columns no room, hence the wide spaces."""
+    """Return a line of a Markdown table, its cells set apart by wide spaces.
+
+    The dashboard gives the columns of a table no room.
+
+    The dashboard gives the columns of a table no room.
+    """
     return "".join(f"| \u2003{keep_units_together(cell)} " for cell in cells) + "|"
 
 
 def _promoted_widths(store: RunStore, record: RoundRecord) -> go.Figure | None:
-    """How wide the promoted network still is, group by group; None where there is none to be read."""
+    """Draw the units left of each group in the promoted network; return None without such a network."""
     promoted = next((t.number for t in record.trials if t.promoted), None)
     if promoted is None:
         return None

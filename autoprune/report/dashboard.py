@@ -1,9 +1,9 @@
-"""`autoprune dashboard`: optuna-dashboard over any number of runs, on this machine alone, to look at.
+"""The server of `autoprune dashboard`: optuna-dashboard over any number of runs, read-only, loopback only.
 
-A run's studies hold what there is to see (`annotations`); here they are served. Optuna's private
+The studies of a run hold what is shown (`annotations`); this module serves them. Optuna's private
 `FrozenStudy._study_id` is set here, because a storage gives its studies their ids. The server has no users
-and no passwords, so it listens on the loopback address, answers only to its names, and takes no request that
-would change something.
+and no passwords, so it listens on the loopback address, answers only to its names, and takes no request
+that would change something.
 """
 
 from __future__ import annotations
@@ -48,12 +48,13 @@ DEPTH = 3  # levels below the given folder that are searched for runs: runs/SWEE
 
 @dataclass(frozen=True, kw_only=True)
 class Source:
-    """A storage with runs in it.
+    """A storage that holds one or more runs.
 
     Attributes:
-        label: of the run that it holds; None where there may be several, each under its own name.
-        name: of the only run to show; None shows all.
-        version: differs where another database took the location of an earlier one.
+        label: the name that the list shows for the run; None where the storage may hold several runs,
+            each shown under its own name.
+        name: the only run to show; None shows all.
+        version: a number that differs where another database took the location of an earlier one.
     """
 
     location: RunLocation
@@ -63,7 +64,7 @@ class Source:
 
 
 def find_sources(text: str) -> list[Source]:
-    """The storages that `text` names: a run's folder, a folder of runs, or a database."""
+    """Return the storages that `text` names: a run's folder, a folder of runs, or a database."""
     if "://" in text:
         address, _, name = text.partition("#")
         return [
@@ -87,10 +88,10 @@ def _label(run: Path, folder: Path) -> str:
 
 
 def find_labels(text: str) -> list[str]:
-    """What the runs that `text` names are called in the list.
+    """Return the names under which the list shows the runs that `text` names.
 
     Raises:
-        UsageError: there is none.
+        UsageError: there is no run.
     """
     labels = [source.label or name for source in find_sources(text) for name in _names(source)]
     if not labels:
@@ -102,20 +103,20 @@ def find_labels(text: str) -> list[str]:
 
 
 def _names(source: Source) -> list[str]:
-    """The runs in a storage; one that is damaged or just being made shows none."""
+    """Return the names of the runs in a storage: none where it is damaged or just being made."""
     with quiet_optuna(), suppress(AutopruneError):
         return [name for name in run_names_at(source.location) if source.name in (None, name)]
     return []
 
 
 class RunsStorage(BaseStorage):
-    """The studies of several runs as one Optuna storage, to be read: every change is refused.
+    """The studies of several runs as one read-only Optuna storage, which refuses every change.
 
-    Each run keeps its own storage. Studies are numbered as they are first seen, and a study's name says how
-    it stands.
+    Each run keeps its own storage. Studies are numbered in the order in which they are first seen, and the
+    name of a study ends in its summary.
 
     Args:
-        find: the storages at this moment; one that is new is opened at the next look.
+        find: returns the storages that exist at this moment; a new one is opened when it is first read.
     """
 
     def __init__(self, find: Callable[[], Sequence[Source]]) -> None:
@@ -139,7 +140,7 @@ class RunsStorage(BaseStorage):
         return self._open(source), own_id
 
     def get_all_studies(self) -> list[FrozenStudy]:
-        """All studies but those that list a run's processes, run by run."""
+        """Return all studies, run by run, without those that list a run's processes."""
         studies: list[FrozenStudy] = []
         for source in self._find():
             with suppress(AutopruneError):  # a database that is damaged or just being made
@@ -157,38 +158,38 @@ class RunsStorage(BaseStorage):
                 yield renamed_study(study, name, number)
 
     def get_study_id_from_name(self, study_name: str) -> int:
-        """The id of the study that is called so now."""
+        """Return the id of the study that has this name now."""
         for study in self.get_all_studies():
             if study.study_name == study_name:
                 return frozen_study_id(study)
         raise KeyError(study_name)
 
     def get_study_name_from_id(self, study_id: int) -> str:
-        """What the study is called now."""
+        """Return the name that the study has now."""
         for study in self.get_all_studies():
             if frozen_study_id(study) == study_id:
                 return study.study_name
         raise KeyError(study_id)
 
     def get_study_directions(self, study_id: int) -> list[StudyDirection]:
-        """As its own storage says."""
+        """Return the study's directions as its own storage has them."""
         storage, own_id = self._own(study_id)
         return storage.get_study_directions(own_id)
 
     def get_study_user_attrs(self, study_id: int) -> dict[str, Any]:
-        """As its own storage says."""
+        """Return the study's user attributes as its own storage has them."""
         storage, own_id = self._own(study_id)
         return storage.get_study_user_attrs(own_id)
 
     def get_study_system_attrs(self, study_id: int) -> dict[str, Any]:
-        """As its own storage says: note, figures, the objective's name."""
+        """Return the study's system attributes, its note and figures among them, from its own storage."""
         storage, own_id = self._own(study_id)
         return storage.get_study_system_attrs(own_id)
 
     def get_all_trials(
         self, study_id: int, deepcopy: bool = True, states: Container[TrialState] | None = None
     ) -> list[FrozenTrial]:
-        """As its own storage says, with the trials' ids there."""
+        """Return the study's trials as its own storage holds them, with the ids that they have there."""
         storage, own_id = self._own(study_id)
         return storage.get_all_trials(own_id, deepcopy=deepcopy, states=states)
 
@@ -202,7 +203,7 @@ class RunsStorage(BaseStorage):
 
 
 def application(text: str) -> WSGIApplication:
-    """The dashboard over the runs that `text` names, read-only and for this machine's own names."""
+    """Return the dashboard over the runs that `text` names, read-only and for this machine's own names."""
     import optuna_dashboard
 
     inner: WSGIApplication = optuna_dashboard.wsgi(RunsStorage(lambda: find_sources(text)))
@@ -235,24 +236,24 @@ class _Silent(WSGIRequestHandler):
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Dashboard:
-    """A server that is bound to a port, and answers once `serve` is called; `runs` are what it shows."""
+    """A server that is bound to a port and answers once `serve` is called; `runs` are the runs it shows."""
 
     server: WSGIServer
     runs: Sequence[str]
 
     @property
     def address(self) -> str:
-        """What to type into a browser on this machine."""
+        """The address to open in a browser on this machine."""
         return f"http://{HOST}:{self.server.server_port}/dashboard"
 
     def serve(self) -> None:
-        """Answer until interrupted."""
+        """Answer requests until the process is interrupted."""
         with suppress(KeyboardInterrupt):
             self.server.serve_forever()
         self.server.server_close()
 
     def serve_beside(self) -> threading.Thread:
-        """Answer on a thread of its own, until `server.shutdown`."""
+        """Answer requests on a thread of its own until `server.shutdown` is called."""
         thread = threading.Thread(target=self.server.serve_forever, daemon=True)
         thread.start()
         return thread

@@ -1,7 +1,7 @@
-"""The pictures of a round or a run as Plotly figures, which optuna-dashboard draws from a study's attributes.
+"""The pictures of a round or a run as Plotly figures, for optuna-dashboard to draw from a study.
 
-`plots` draws the same series for the report. Here a round's own trials stand out, and pointing at one says
-what it tried.
+`plots` draws the same series for the report. Here a round's own trials stand out, and pointing at a trial
+shows its parameters.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ LAYOUT: dict[str, Any] = {
 
 
 def path(record: RunRecord, round_record: RoundRecord | None = None) -> go.Figure | None:
-    """Draw accuracy over cost: trials, promoted line, floor and target.
+    """Draw accuracy over cost, with the trials, the promoted line, the floor and the target.
 
     With `round_record`, its trials stand out, and its own floor and the costs it may reach are drawn too.
     """
@@ -91,7 +91,7 @@ def _reach(figure: go.Figure, round_record: RoundRecord) -> None:
 def widths(
     before: Mapping[str, int], after: Mapping[str, int], title: str, unit: str = "output channels"
 ) -> go.Figure:
-    """How wide every layer or group was and is, input at the top."""
+    """Draw the width of every layer or group before and after, the input at the top."""
     series = width_series(before, after)
     figure = go.Figure(layout=LAYOUT)
     names = [width.name for width in series]
@@ -107,7 +107,7 @@ def widths(
 
 
 def sensitivity(round_record: RoundRecord) -> go.Figure | None:
-    """Change of top-1 when one group alone is pruned, by the share that is removed of it."""
+    """Draw the change of top-1 when one group alone is pruned, by the share of it that is removed."""
     if not round_record.sensitivity:
         return None
     rows = cells(round_record.sensitivity)
@@ -128,7 +128,7 @@ def sensitivity(round_record: RoundRecord) -> go.Figure | None:
 
 
 def curves(trials: Sequence[TrialRecord]) -> go.Figure | None:
-    """Training loss of a round's trials; one that was promoted stands out."""
+    """Draw the training loss of a round's trials; the promoted one stands out."""
     figure = go.Figure(layout=LAYOUT)
     for trial in trials:
         for number, part in enumerate(schedules(trial)):

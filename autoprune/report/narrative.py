@@ -1,6 +1,6 @@
 """Sentences and the comparison table about a run, for the terminal, the report and the browser alike.
 
-Each is a function of a `RunRecord`, which may be that of a run that still goes on.
+Each function takes a `RunRecord`, whose run may still be going on.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from autoprune.record import Difference, ModelSummary, RoundRecord, RunRecord, T
 
 @dataclass(frozen=True, kw_only=True)
 class ComparisonRow:
-    """One line of the before/after table; `change` says the difference in the way that fits the number."""
+    """One line of the before/after table; `change` is the difference in the form that fits the number."""
 
     label: str
     before: str
@@ -25,7 +25,7 @@ class ComparisonRow:
 def comparison(
     before: ModelSummary, after: ModelSummary | None, difference: Difference | None
 ) -> list[ComparisonRow]:
-    """The before/after table: accuracy, MACs, parameters, size, latency."""
+    """Return the before/after table: accuracy, MACs, parameters, size, latency."""
     rows = [
         ComparisonRow(
             label="top-1",
@@ -59,7 +59,7 @@ def comparison(
 
 
 def interval(difference: Difference) -> str:
-    """The paired interval of an accuracy difference, in words."""
+    """Return the paired interval of an accuracy difference in words."""
     return f"95 % interval {signed(difference.low_pp, 2)} to {signed(difference.high_pp, 2)} pp"
 
 
@@ -87,7 +87,7 @@ def _latency(before: ModelSummary, after: ModelSummary | None) -> ComparisonRow:
 
 
 def delivered_trial(record: RunRecord) -> tuple[RoundRecord, TrialRecord] | None:
-    """The trial that made the delivered network; None where that is the original, or nothing yet."""
+    """Return the trial that made the delivered network; None where the original or nothing is delivered."""
     after = record.after
     if after is None or after.params == record.before.params:
         return None
@@ -98,7 +98,7 @@ def delivered_trial(record: RunRecord) -> tuple[RoundRecord, TrialRecord] | None
 
 
 def trial_status(trial: TrialRecord) -> str:
-    """What came of a trial: `running`, `promoted`, `recovered`, `below the floor`, or why it failed."""
+    """Return a trial's status: `running`, `promoted`, `recovered`, `below the floor`, or its failure."""
     if trial.state == "running":
         return "running"
     if trial.state == "failed":
@@ -107,7 +107,7 @@ def trial_status(trial: TrialRecord) -> str:
 
 
 def caution(record: RunRecord) -> str:
-    """What to know where the test split lost more than was allowed on the search split; empty otherwise."""
+    """Return a warning where the test split lost more than was allowed, otherwise an empty text."""
     after, difference = record.after, record.difference
     if after is None or difference is None or difference.delta_pp >= -record.max_drop_pp:
         return ""
@@ -128,7 +128,7 @@ def caution(record: RunRecord) -> str:
 
 
 def ending(record: RunRecord) -> str:
-    """How the delivered network came about, after the last round; empty where there is none."""
+    """Describe how the delivered network came about after the last round; return "" before the delivery."""
     if record.after is None:
         return ""
     source, tuning = delivered_trial(record), record.tuning
@@ -164,7 +164,7 @@ def _so_far(record: RunRecord) -> str:
 
 
 def answer(record: RunRecord) -> str:
-    """The whole run in one sentence."""
+    """Describe the whole run in one sentence."""
     before, after = record.before, record.after
     if after is None:
         return f"{record.name}: not finished; {_so_far(record)}."

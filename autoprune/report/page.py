@@ -1,7 +1,8 @@
 """The result of a run for people: one self-contained HTML page, the same numbers as JSON, plots as PNG.
 
-Everything is made from a `RunRecord`, that is from storage alone, so a report can be made again at any time,
-also while the run goes on. The page needs no network and no script; it follows light and dark.
+Everything is made from a `RunRecord`, that is from storage alone, so a report can be made again at any
+time, also while the run goes on. The page needs no network and no script, and follows the reader's choice
+of light or dark.
 """
 
 from __future__ import annotations
@@ -43,13 +44,13 @@ class DeliveredFile:
 
     @property
     def is_model(self) -> bool:
-        """Whether its size says something: storage grows as it is read."""
+        """Whether the file holds the model, whose size is worth showing; a storage grows as it is read."""
         return self.name.startswith("model.")
 
 
 @dataclass(frozen=True, kw_only=True)
 class HowToLoad:
-    """A sentence and the lines of Python that load the delivered model, and its file."""
+    """A sentence and the lines of Python that load the delivered model, and the file that they load."""
 
     text: str
     code: str
@@ -57,9 +58,9 @@ class HowToLoad:
 
 
 def write_report(record: RunRecord, out: Path) -> Path:
-    """Write `report.html`, `report.json`, `trials.csv` and `plots/*.png` into `out`; returns the page's path.
+    """Write `report.html`, `report.json`, `trials.csv` and `plots/*.png` into `out`; return the page's path.
 
-    What is there is replaced, each file at once, so a page that is open elsewhere is never half written.
+    Earlier files are replaced, each in one step, so a page that is open elsewhere is never half written.
     """
     figures = plots.draw_all(record)
     (out / "plots").mkdir(parents=True, exist_ok=True)
@@ -78,7 +79,7 @@ def _replace(path: Path, text: str) -> None:
 
 
 def to_json(record: RunRecord) -> str:
-    """Every number of the page: the answer, the derived differences, and the record itself."""
+    """Return every number of the page as JSON: the answer, the derived differences, the record itself."""
     document = {
         "answer": narrative.answer(record),
         "caution": narrative.caution(record),
@@ -92,7 +93,7 @@ def to_json(record: RunRecord) -> str:
 
 
 def derived(record: RunRecord) -> dict[str, float | None]:
-    """The numbers that are computed from the record for showing."""
+    """Return the numbers that are computed from the record for showing."""
     before, after = record.before, record.after
     if after is None:
         return {}
@@ -135,7 +136,7 @@ def _render(record: RunRecord, out: Path, svgs: Mapping[str, str]) -> str:
 
 
 def read_asset(name: str) -> str:
-    """The text of a file that lies beside this module."""
+    """Return the text of a file that lies beside this module."""
     return (files("autoprune.report") / name).read_text(encoding="utf-8")
 
 
@@ -146,18 +147,18 @@ def _winners(record: RunRecord) -> Iterator[tuple[RoundRecord, TrialRecord]]:
 
 
 def keep_units_together(text: str) -> str:
-    """Keep a number and its unit on one line."""
+    """Keep a number and its unit on one line, by spaces and hyphens at which no line breaks."""
     text = re.sub(r" (?=[%→]|pp\b|epochs\b)|(?<=→) ", "\u00a0", text).replace("top-1", "top\u20111")
     return text.replace("--", "-\u2060-\u2060")  # an option is not broken after its hyphens
 
 
 def _sentence(text: str) -> str:
-    """Begin with a capital and end with a full stop."""
+    """Make a sentence of a text: begin it with a capital and end it with a full stop."""
     return text[:1].upper() + text[1:] + ("" if text.endswith((".", "!", "?")) else ".")
 
 
 def _displayed_params(trial: TrialRecord) -> dict[str, str]:
-    """A trial's parameters for a table: those that belong to its decay are written beside the decay."""
+    """Return a trial's parameters for a table, those that belong to its decay written beside the decay."""
     decay = str(trial.params.get("decay", ""))
     own = {k.removeprefix(f"{decay}_"): v for k, v in trial.params.items() if _is_of(k, decay)}
     extra = "".join(f", {name} {formatting.setting(value)}" for name, value in own.items())
@@ -172,7 +173,10 @@ def _is_of(parameter: str, decay: str) -> bool:
 
 
 def _columns(record: RunRecord) -> list[str]:
-    """What every trial chooses, and of the rest what differs: what all share is a setting of the run."""
+    """Return the parameters that get a column: those that every trial chooses, and others that differ.
+
+    A value that all trials share is a setting of the run.
+    """
     trials = [_displayed_params(t) for r in record.rounds for t in r.trials]
     names = dict.fromkeys(name for t in trials for name in t)
     own_columns = {"prune_rate"}  # as what was removed, in its own column

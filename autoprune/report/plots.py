@@ -53,7 +53,7 @@ def style() -> Iterator[None]:
 
 
 def draw_all(record: RunRecord) -> dict[str, Figure]:
-    """Every picture that this record has the numbers for, by name."""
+    """Draw every picture that this record has the numbers for; return the figures by name."""
     with style():
         figures = {name: draw(record) for name, draw in PLOTS.items()}
     return {name: figure for name, figure in figures.items() if figure is not None}
@@ -66,7 +66,7 @@ def save_png(figure: Figure, path: Path) -> None:
 
 
 def to_svg(figure: Figure, name: str) -> str:
-    """A figure as an `<svg>` element whose colours and fonts are the page's; `name` keeps its ids apart."""
+    """Return a figure as an `<svg>` element in the page's colours and fonts; `name` keeps its ids apart."""
     text = io.StringIO()
     with style():
         figure.savefig(text, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
@@ -84,7 +84,7 @@ def to_svg(figure: Figure, name: str) -> str:
 
 
 def path(record: RunRecord) -> Figure | None:
-    """Accuracy over cost: every trial, the promoted line, the floor and the target."""
+    """Draw accuracy over cost, with every trial, the promoted line, the floor and the target."""
     series = path_series(record)
     if series is None:
         return None
@@ -110,7 +110,7 @@ def path(record: RunRecord) -> Figure | None:
 
 
 def legend_above(axes: Axes) -> None:
-    """A legend in one line over the picture, where it covers nothing."""
+    """Put a legend in one line above the picture, where it covers nothing."""
     axes.legend(frameon=False, ncols=5, loc="lower left", bbox_to_anchor=(0, 1), borderpad=0,
                 borderaxespad=0.4, handletextpad=0.4, columnspacing=1.4)  # fmt: skip
 
@@ -155,7 +155,7 @@ def _delivered(axes: Axes, series: PathSeries) -> None:
 
 
 def widths(record: RunRecord) -> Figure | None:
-    """Channels of every layer, in the network's order, before and after."""
+    """Draw the channels of every layer before and after, in the network's order."""
     after = record.after
     if after is None or not after.widths:
         return None
@@ -184,13 +184,13 @@ def widths(record: RunRecord) -> Figure | None:
 
 
 def sensitivity(record: RunRecord) -> Figure | None:
-    """Accuracy lost when one group alone is pruned, as the first round saw it."""
+    """Draw the accuracy lost when one group alone is pruned, as the first round measured it."""
     first = next((r for r in record.rounds if r.sensitivity), None)
     return None if first is None else heat_map(first.sensitivity)
 
 
 def heat_map(points: Sequence[MeasuredPoint]) -> Figure:
-    """Groups by ratio; what was not measured but read off a curve has a smaller, paler number."""
+    """Draw the losses by group and ratio; one that was read off a curve has a smaller, paler number."""
     rows = cells(points)
     used = [c for c in range(len(COLUMNS)) if any(row[c] is not None for row in rows.values())]
     worst = max(1.0, *(p.drop_pp for p in points))
@@ -228,10 +228,10 @@ def write_analysis_plots(
     """Write the pictures of an analysis, `sensitivity.png` and `prunability.png`, into a folder.
 
     Args:
-        points: the sensitivity table's.
-        prospects: what is left of top-1 at several costs.
-        intact: top-1 of the network before anything is removed.
-        folder: must exist.
+        points: the points of the sensitivity table.
+        prospects: the top-1 that is left at several costs.
+        intact: top-1 of the network before anything is removed, in [0, 1].
+        folder: an existing folder.
     """
     with style():
         save_png(heat_map(points), folder / "sensitivity.png")
@@ -239,7 +239,7 @@ def write_analysis_plots(
 
 
 def prunability(prospects: Sequence[Prospect], intact: float) -> Figure:
-    """Top-1 over the multiply-adds left, pruned in one step, without fine-tuning."""
+    """Draw top-1 over the multiply-adds left, for pruning in one step without fine-tuning."""
     with style():
         figure = Figure(figsize=(WIDTH_IN, 3.0))
         axes = figure.add_subplot()
@@ -261,7 +261,7 @@ def prunability(prospects: Sequence[Prospect], intact: float) -> Figure:
 
 
 def curves(record: RunRecord) -> Figure | None:
-    """Training loss and learning rate of every trial; the promoted ones stand out."""
+    """Draw the training loss and the learning rate of every trial; the promoted ones stand out."""
     trials = [t for r in record.rounds for t in r.trials if len(t.epochs) > 1]
     if not trials:
         return None
@@ -287,7 +287,7 @@ def curves(record: RunRecord) -> Figure | None:
 
 
 def tuning(record: RunRecord) -> Figure | None:
-    """Training loss and learning rate of the final fine-tuning."""
+    """Draw the training loss and the learning rate of the final fine-tuning."""
     final = record.tuning
     if final is None or len(final.epochs) < 2:
         return None

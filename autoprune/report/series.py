@@ -12,7 +12,7 @@ from autoprune.report.narrative import delivered_trial
 
 @dataclass(frozen=True, kw_only=True)
 class TrialPoint:
-    """A trial in the plane of cost and accuracy, in percent: what is `left` of the cost, and `top1`."""
+    """A trial in the plane of cost and accuracy, both in percent: the cost `left`, and `top1`."""
 
     round: int
     trial: TrialRecord
@@ -25,11 +25,11 @@ class PathSeries:
     """Accuracy over cost, in percent, on the search split.
 
     Attributes:
-        metric: what the cost is counted in.
+        metric: the unit of the cost.
         original: top-1 of the original, which has 100 % of the cost.
         trials: every trial that has a score, round by round.
         delivered: the delivered network's trial, with the top-1 after the final tuning.
-        bottom, top: of the accuracy axis; what lies below is out of sight.
+        bottom, top: the ends of the accuracy axis; trials below it are out of sight.
     """
 
     metric: str
@@ -48,7 +48,7 @@ class PathSeries:
 
 
 def path_series(record: RunRecord) -> PathSeries | None:
-    """The way from the original to the delivered network; None where no trial has a score."""
+    """Return the way from the original to the delivered network; None where no trial has a score."""
     trials = tuple(
         TrialPoint(round=r.number, trial=t, left=100 * t.cost_share, top1=100 * t.top1)
         for r in record.rounds
@@ -79,7 +79,10 @@ def _delivered(record: RunRecord, trials: tuple[TrialPoint, ...]) -> TrialPoint 
 
 
 def _bottom(trials: tuple[TrialPoint, ...], original: float, floor: float) -> float:
-    """Keep the floor's neighbourhood readable: a trial far below it would flatten everything else."""
+    """Return the lower end of the accuracy axis, so that the floor's neighbourhood stays readable.
+
+    A trial far below the floor would flatten everything else.
+    """
     room = max(original - floor, 0.5)
     lowest = min(p.top1 for p in trials)
     return max(min(lowest, floor) - 0.3 * room, floor - 4 * room)
@@ -100,7 +103,7 @@ def width_series(before: Mapping[str, int], after: Mapping[str, int]) -> list[Wi
 
 
 def schedules(trial: TrialRecord) -> Iterator[list[EpochPoint]]:
-    """A trial's learning curve in pieces: a schedule that starts again is a line of its own."""
+    """Yield a trial's learning curve in pieces: a schedule that starts again is a line of its own."""
     ends, part = {rung.epochs for rung in trial.rungs}, list[EpochPoint]()
     for point in trial.epochs:
         part.append(point)

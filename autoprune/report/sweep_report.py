@@ -1,6 +1,7 @@
 """The summary of a sweep: one sentence, a table, the same as CSV, JSON and HTML, each study's Pareto front.
 
-A `Job` is one study with one target and one seed; a `JobResult` is what came of it, read from its run.
+A `Job` is one study with one target and one seed; a `JobResult` is its result, read from its
+run.
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ LOOKS = (("accent", "o", "-"), ("good", "s", "--"), ("bad", "^", ":"), ("muted",
 
 @dataclass(frozen=True, kw_only=True)
 class Job:
-    """One run of a sweep; None leaves what the study says."""
+    """One run of a sweep; a `target` or `seed` of None leaves what the study says."""
 
     study: str
     target: str | None = None
@@ -43,7 +44,7 @@ class Job:
 
     @property
     def name(self) -> str:
-        """Its folder's name."""
+        """The name of the job's folder."""
         parts = [Path(self.study).stem]
         parts += [self.target.replace("=", "-")] if self.target else []
         parts += [f"seed-{self.seed}"] if self.seed is not None else []
@@ -52,7 +53,7 @@ class Job:
 
 @dataclass(frozen=True, kw_only=True)
 class JobResult:
-    """A job and what came of it; `record` is None where its original was not measured."""
+    """A job and its result; `record` is None where the original was not measured."""
 
     job: Job
     state: JobState
@@ -62,7 +63,7 @@ class JobResult:
 
     @property
     def is_done(self) -> bool:
-        """Whether there is nothing left to do."""
+        """Whether nothing of the job is left to do."""
         return self.state in ("reached", "not reached")
 
 
@@ -71,8 +72,8 @@ class Point:
     """One delivered model in the plane of cost and accuracy.
 
     Attributes:
-        study: it belongs to; `name` tells it from the study's others.
-        low_pp, high_pp: the 95 % interval of `delta_pp`, where it is known.
+        study: the study that the model belongs to; `name` tells it from the study's other models.
+        low_pp, high_pp: the ends of the 95 % interval of `delta_pp`, where it is known.
     """
 
     study: str
@@ -84,7 +85,12 @@ class Point:
 
 
 def write_sweep_report(rows: Sequence[JobResult], out: Path) -> tuple[Path, ...]:
-    """Write `sweep.csv`, `sweep.json`, `sweep.html` and, once there are models, `pareto.png`."""
+    """Write `sweep.csv`, `sweep.json`, `sweep.html` and, once there are models, `pareto.png`.
+
+    Return the paths of the files.
+
+    Return the paths of the files.
+    """
     table, page, numbers = out / "sweep.csv", out / "sweep.html", out / "sweep.json"
     with table.open("w", encoding="utf-8", newline="") as file:
         writer = csv.DictWriter(file, fieldnames=list(row_numbers(rows[0])))
@@ -111,7 +117,7 @@ def _render(rows: Sequence[JobResult], figure: Figure | None) -> str:
 
 
 def sweep_answer(rows: Sequence[JobResult]) -> str:
-    """What came of the sweep, in one sentence."""
+    """Describe the result of the sweep in one sentence."""
     states = Counter[str](row.state for row in rows)
     runs = formatting.plural(len(rows), "run")
     words = {"not reached": "fell short", "failed": "failed", "stopped": "stopped", "waiting": "to be done"}
@@ -120,7 +126,7 @@ def sweep_answer(rows: Sequence[JobResult]) -> str:
 
 
 def sweep_ranges(rows: Sequence[JobResult]) -> list[str]:
-    """A sentence for each study: from its most accurate to its cheapest model that no other one beats."""
+    """Return a sentence for each study: the most accurate and the cheapest model of its Pareto front."""
     sentences = []
     for study, points in _by_study(pareto_points(rows)).items():
         front = pareto_front(points)
@@ -139,18 +145,18 @@ def _place(point: Point) -> str:
 
 @dataclass(frozen=True, kw_only=True)
 class SweepTable:
-    """A sweep for people: `heads` name the columns, each of `rows` has one text a column."""
+    """A sweep for people: `heads` name the columns, and each of `rows` has one text a column."""
 
     heads: tuple[str, ...]
     rows: tuple[tuple[str, ...], ...]
 
 
 def sweep_table(results: Sequence[JobResult], *, short: bool = False) -> SweepTable:
-    """The table of a sweep, without columns that hold nothing.
+    """Return the table of a sweep without its empty columns.
 
     Args:
-        results: one row each.
-        short: only the columns, and under the names, that fit a terminal.
+        results: the jobs' results, one row each.
+        short: take only the columns that fit a terminal, under their short names.
     """
     rows = [row_cells(result) for result in results]
     heads = [brief if short else name for name, brief in COLUMNS.items()]
@@ -165,7 +171,7 @@ def sweep_table(results: Sequence[JobResult], *, short: bool = False) -> SweepTa
 
 
 def row_cells(row: JobResult) -> tuple[str, ...]:
-    """A row for people, in the order of `COLUMNS`."""
+    """Return a job's row for people, in the order of `COLUMNS`."""
     record, job = row.record, row.job
     target = job.target or (record.target if record else formatting.MISSING)
     seed = job.seed if job.seed is not None else (record.study.get("seed") if record else None)
@@ -189,7 +195,7 @@ def row_cells(row: JobResult) -> tuple[str, ...]:
 
 
 def row_numbers(row: JobResult) -> dict[str, object]:
-    """A row for machines."""
+    """Return a job's row for machines, by column name."""
     record = row.record
     after: ModelSummary | None = record.after if record else None
     paired = record.difference if record else None
@@ -212,7 +218,7 @@ def row_numbers(row: JobResult) -> dict[str, object]:
 
 
 def pareto_points(rows: Iterable[JobResult]) -> list[Point]:
-    """The delivered models."""
+    """Return the delivered models as points."""
     return [
         Point(
             study=Path(row.job.study).stem, name=_point_name(row),
@@ -240,7 +246,7 @@ def _by_study(points: Iterable[Point]) -> dict[str, list[Point]]:
 
 
 def pareto_front(points: Iterable[Point]) -> list[Point]:
-    """Those that no other beats in both cost and accuracy, cheapest first."""
+    """Return the points that no other point beats in both cost and accuracy, cheapest first."""
     best: list[Point] = []
     for point in sorted(points, key=lambda p: (p.macs_share, -p.delta_pp)):
         if not best or point.delta_pp > best[-1].delta_pp:
@@ -249,7 +255,7 @@ def pareto_front(points: Iterable[Point]) -> list[Point]:
 
 
 def pareto(rows: Iterable[JobResult]) -> Figure | None:
-    """Accuracy kept over MACs left, a front for each study."""
+    """Draw the change of top-1 over the MACs left, with a front for each study."""
     points = pareto_points(rows)
     if not points:
         return None

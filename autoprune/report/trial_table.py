@@ -1,4 +1,4 @@
-"""Every trial of a run as one table, and which of its hyperparameters mattered."""
+"""The table of all trials of a run, and the importance of each of its hyperparameters."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ COLUMNS = (
 
 
 def trial_frame(record: RunRecord) -> pd.DataFrame:
-    """One row a trial: round, number, what it tried (`params_...`), what came of it."""
+    """Return a table with one row a trial: round, number, parameters (`params_...`), result."""
     return pd.DataFrame([_row(r, t) for r in record.rounds for t in r.trials])
 
 
@@ -38,7 +38,7 @@ def _row(round_record: RoundRecord, trial: TrialRecord) -> dict[str, Any]:
 
 @dataclass(frozen=True, kw_only=True)
 class Importance:
-    """How much of the differences between trials one hyperparameter explains, in [0, 1]."""
+    """The share of the differences between trials that one hyperparameter explains, in [0, 1]."""
 
     name: str
     share: float
@@ -53,11 +53,12 @@ class Importances:
 
 
 def importances(record: RunRecord) -> Importances | None:
-    """What explains the recovered accuracy, by Optuna's fANOVA over all rounds' trials together.
+    """Compute each hyperparameter's importance for the recovered accuracy, over all rounds' trials.
 
-    The score is top-1 less the round's floor, so that rounds can be put together, the rate counts as a share
-    of the round's ceiling, and parameters that belong to one decay alone are left out. None where there are
-    too few trials, or nothing differed.
+    The importances are those of Optuna's fANOVA (Hutter et al. 2014). The score is top-1 less the round's
+    floor, so that rounds can be put together, the rate counts as a share of the round's ceiling, and
+    parameters that belong to one decay alone are left out. Return None where there are too few trials, or
+    nothing differed.
     """
     points = [p for r in record.rounds for p in _comparable(r)]
     names = set.intersection(*(set(p.params) for p in points)) if points else set()
