@@ -37,7 +37,7 @@ CHUNK = 1 << 20
 
 @dataclass(frozen=True, kw_only=True)
 class Entry:
-    """One member: where its header starts, how long it is, and its CRC-32."""
+    """One member: the position of its header, its length, and its CRC-32."""
 
     name: str
     offset: int
@@ -164,7 +164,7 @@ class Container:
             raise _damage("there are bytes between the members and the directory")
 
     def chunks(self, name: str) -> Iterator[bytes]:
-        """Yield one member, a mebibyte at a time; only the end tells whether its checksum holds.
+        """Yield one member, a mebibyte at a time; only the end shows whether the checksum holds.
 
         Raises:
             ArtifactError: the member ends early, or its checksum is wrong.
@@ -179,10 +179,10 @@ class Container:
             raise _damage(f"the checksum of {name!r} is wrong")
 
     def read(self, name: str, *, limit: int | None = None) -> bytes:
-        """Return one member whole.
+        """Return the whole of one member.
 
         Raises:
-            ArtifactError: it is larger than `limit`, or damaged.
+            ArtifactError: the member is larger than `limit`, or damaged.
         """
         entry = self.entries[name]
         if limit is not None and entry.size > limit:

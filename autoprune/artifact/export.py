@@ -1,4 +1,4 @@
-"""Export: one network as safetensors, as an exported program, and as ONNX; each checked against torch.
+"""The export of one network as safetensors, as an exported program and as ONNX, each checked against torch.
 
 All three are made from a copy on the CPU in evaluation mode, so the caller's module stays as it is. ONNX is
 made from the same exported program that is delivered. The probe is a fixed input whose answer goes into the
@@ -41,9 +41,10 @@ class Exported:
     """One network in its three delivered forms; `onnx` is None where ONNX's size limit is exceeded.
 
     Attributes:
-        input_shapes: one per input; None in place of the batch size where any goes.
-        input_dtypes: names as torch prints them, without `torch.`.
-        probe_batch: batch size of the probe; `probe` its answer, up to 64 values.
+        input_shapes: one shape per input; None stands for a batch size that is free.
+        input_dtypes: the names of the inputs' types as torch prints them, without `torch.`.
+        probe_batch: the batch size of the probe.
+        probe: the network's answer to the probe, up to 64 values.
     """
 
     safetensors: bytes
@@ -59,12 +60,12 @@ def export_model(model: nn.Module, example_inputs: ExampleInputs) -> Exported:
     """Return a network in all delivered forms.
 
     Args:
-        model: left untouched, whatever its mode and device.
+        model: the network, in any mode and on any device; it is left untouched.
         example_inputs: one tensor or a tuple of them; only shapes and types are used, never the values.
 
     Raises:
         ArtifactError: the network cannot be exported, or only to something unsafe.
-        VerificationError: ONNX Runtime or the exported program computes something else than torch.
+        VerificationError: ONNX Runtime or the exported program computes something else than torch does.
     """
     network = inference_copy(model)
     shapes, dtypes = _signature(example_inputs)
@@ -84,7 +85,7 @@ def export_model(model: nn.Module, example_inputs: ExampleInputs) -> Exported:
 
 
 def inference_copy(model: nn.Module) -> nn.Module:
-    """Return a copy on the CPU, in evaluation mode, without gradients."""
+    """Return a copy of the network on the CPU, in evaluation mode, without gradients."""
     return copy.deepcopy(model).cpu().eval().requires_grad_(False)
 
 
@@ -172,8 +173,8 @@ def to_onnx(program: ExportedProgram, network: nn.Module, shapes: Shapes, dtypes
     """Return ONNX of opset 18, compared in ONNX Runtime with `network` to 1e-5 of the largest output.
 
     Raises:
-        ArtifactError: the network has an operator that ONNX has not.
-        VerificationError: ONNX Runtime computes something else.
+        ArtifactError: the network has an operator that ONNX lacks.
+        VerificationError: ONNX Runtime computes something else than the network does.
     """
     try:
         with _quiet():
@@ -248,9 +249,9 @@ def run_onnx(data: bytes, inputs: Sequence[Tensor]) -> list[Any]:
 def silent_onnxruntime() -> Any:
     """Import `onnxruntime` so that it does not report to its maker.
 
-    Since 1.29 its builds for Linux send events (names and hashes of graph and weights among them) and keep a
-    database in the home folder, unless this variable is set before the first import (its Privacy.md). Whoever
-    set the variable decides.
+    Since 1.29 its builds for Linux send events (names and hashes of graph and weights among them) and keep
+    a database in the home folder, unless `ORT_DISABLE_TELEMETRY` is set before the first import (its
+    Privacy.md). A value that the user has set stays.
     """
     os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
     import onnxruntime

@@ -1,10 +1,10 @@
-"""The network of a delivered file again: of the user's own class where that can be built, or its program.
+"""The way back from a delivered file to its network: in the user's own class, or as the exported program.
 
-`reader` has checked the file before any tensor is built here. The own class is built from its source: the
-original from its factory, the plan applied, the weights loaded. The source is a name in a file, and a file
-may be hostile: a name is only ever called if it is a subclass of `torch.nn.Module`, or a function annotated
-to return one, outside the standard library, with plain arguments. What was built counts only if it answers
-the probe as the delivered network did.
+`reader` has checked the file before any tensor is built here. The user's class is built from its source:
+the original by its factory, then the plan is applied and the weights are loaded. The source is a name in a
+file, and a file may be hostile: a name is only ever called if it is a subclass of `torch.nn.Module`, or a
+function annotated to return one, outside the standard library, with plain arguments. What was built counts
+only if it answers the probe as the delivered network did.
 """
 
 from __future__ import annotations
@@ -47,16 +47,17 @@ def load(
 ) -> nn.Module:
     """Return the delivered network, ready to use, in evaluation mode on the CPU.
 
-    It is of the user's own class if that can be imported here and still computes the same, otherwise a module
-    around the exported program; the numbers are the same. No plaintext of an encrypted file touches the disk.
+    The network is of the user's own class if that class can be imported here and still computes the same,
+    otherwise it is a module around the exported program; the numbers are the same. No plaintext of an
+    encrypted file touches the disk.
 
     Args:
         identity: age identity file or files, or OpenSSH private key; the default identity if None.
-        passphrase: for a file that was encrypted with one.
+        passphrase: the passphrase of a file that was encrypted with one.
         require_signature: Ed25519 public key (file, or `ssh-ed25519 ...`) that must have signed the file.
 
     Raises:
-        ArtifactError: see `open_artifact`.
+        ArtifactError: the file is refused, see `open_artifact`.
     """
     with open_artifact(
         path, identity=identity, passphrase=passphrase, require_signature=require_signature
@@ -87,14 +88,14 @@ def build_program(artifact: Artifact) -> nn.Module:
 
 
 def architecture_of(model: nn.Module, factory: object = None) -> Architecture:
-    """Return what the manifest says about the original: its class, and what builds it again if anything does.
+    """Return what the manifest says about the original: its class, and its factory where there is one.
 
-    A factory is named if it can be imported under its own name and called with plain arguments. One that has
-    a method `source()`, which gives `module:qualname` and the keyword arguments, speaks for itself; any other
-    is taken to need no arguments.
+    A factory is named if it can be imported under its own name and called with plain arguments. One that
+    has a method `source()`, which gives `module:qualname` and the keyword arguments, speaks for itself; any
+    other is taken to need no arguments.
 
     Args:
-        model: the original.
+        model: the original network.
         factory: the function or class that built it, or an object that is called like one. A network is no
             factory: how it was built is not known.
     """
@@ -124,7 +125,7 @@ def _is_plain(value: object) -> bool:
 
 
 def find_factory(architecture: Architecture) -> Callable[..., nn.Module] | None:
-    """Import what builds the original; return None if it cannot be imported here or may not be called."""
+    """Import the original's factory; return None if it cannot be imported or may not be called."""
     if architecture.factory is None or not FACTORY.fullmatch(architecture.factory):
         return None
     module_name, _, qualname = architecture.factory.partition(":")
@@ -156,7 +157,7 @@ def _builds_module(factory: object) -> bool:
 def build_original(architecture: Architecture) -> nn.Module | None:
     """Build the original network, freshly initialised, on the CPU; None if its source cannot be used here.
 
-    The state of torch's random numbers is as before.
+    The state of torch's random numbers stays as it was.
     """
     factory = find_factory(architecture)
     if factory is None:
@@ -207,7 +208,7 @@ def _network_error(manifest: Manifest, why: str) -> ArtifactError:
 
 
 def input_signature(manifest: Manifest) -> tuple[list[tuple[int | None, ...]], list[str]]:
-    """Return shapes and types of the inputs."""
+    """Return the shapes and types of the inputs."""
     return [i.shape for i in manifest.inputs], [i.dtype for i in manifest.inputs]
 
 
@@ -226,7 +227,7 @@ def load_exactly_(network: nn.Module, weights: Mapping[str, Tensor]) -> None:
 
 
 def answers_probe(network: nn.Module, manifest: Manifest) -> bool:
-    """Tell whether a network gives the answer in the manifest to the probe input."""
+    """Return whether a network gives the answer in the manifest to the probe input."""
     if manifest.probe is None:
         return False
     shapes, dtypes = input_signature(manifest)
@@ -245,7 +246,7 @@ def read_weights(data: bytes) -> dict[str, Tensor]:
     """Read the tensors of a safetensors member, after a check of its header's size.
 
     Raises:
-        ArtifactError: it is no safetensors file, or its header is oversized.
+        ArtifactError: the member is no safetensors file, or its header is oversized.
     """
     size = int.from_bytes(data[:8], "little")
     try:

@@ -27,10 +27,10 @@ Plain = bool | int | float | str | None
 
 @dataclass(frozen=True, kw_only=True)
 class Architecture:
-    """What builds the original network.
+    """The class of the original network, and the call that builds it.
 
     Attributes:
-        class_name: for people.
+        class_name: the name of the class, for people.
         factory: `module:qualname` of a class or function, or None when it cannot be imported.
         arguments: keyword arguments of the factory.
     """
@@ -42,7 +42,7 @@ class Architecture:
 
 @dataclass(frozen=True, kw_only=True)
 class InputSpec:
-    """One input: its shape, None where any size goes (the batch), and its type's name."""
+    """One input: its shape, with None where any size is allowed (the batch), and its type's name."""
 
     shape: tuple[int | None, ...]
     dtype: str
@@ -50,7 +50,7 @@ class InputSpec:
 
 @dataclass(frozen=True, kw_only=True)
 class Preprocessing:
-    """Mean and standard deviation per channel, of inputs scaled to [0, 1]."""
+    """The mean and standard deviation per channel, of inputs scaled to [0, 1]."""
 
     mean: tuple[float, ...] = ()
     std: tuple[float, ...] = ()
@@ -58,7 +58,7 @@ class Preprocessing:
 
 @dataclass(frozen=True, kw_only=True)
 class TrialNote:
-    """One trial of the run, in short."""
+    """A summary of one trial of the run."""
 
     round: int
     number: int
@@ -70,7 +70,7 @@ class TrialNote:
 
 @dataclass(frozen=True, kw_only=True)
 class DecisionNote:
-    """What the controller did after one round, and why."""
+    """The controller's decision after one round, and its reason."""
 
     round: int
     action: str
@@ -79,7 +79,7 @@ class DecisionNote:
 
 @dataclass(frozen=True, kw_only=True)
 class Provenance:
-    """Where the network comes from; `study` holds the resolved settings as plain values."""
+    """The origin of the network; `study` holds the resolved settings as plain values."""
 
     run: str = ""
     created: str = ""
@@ -103,7 +103,7 @@ class Probe:
 
 @dataclass(frozen=True, kw_only=True)
 class MemberDigest:
-    """Size and SHA-256 of one member."""
+    """The size and SHA-256 of one member."""
 
     sha256: str
     size: int
@@ -111,9 +111,9 @@ class MemberDigest:
 
 @dataclass(frozen=True, kw_only=True)
 class Manifest:
-    """Everything that a delivered file says about itself.
+    """The description that a delivered file gives of itself.
 
-    `removed`, `inputs`, `probe` and `members` are filled in by the writer.
+    The writer fills in `removed`, `inputs`, `probe` and `members`.
     """
 
     name: str
@@ -138,10 +138,10 @@ class Manifest:
 
     @classmethod
     def from_json(cls, data: bytes) -> Manifest:
-        """Read what `to_json` wrote.
+        """Read a manifest from the JSON that `to_json` wrote.
 
         Raises:
-            ArtifactError: another format version, or anything that version 1 does not allow.
+            ArtifactError: the text has another format version, or anything that version 1 does not allow.
         """
         try:
             document = parse_json(data)
@@ -202,7 +202,10 @@ def _scalars(values: Mapping[str, Any]) -> dict[str, Plain]:
 
 
 def _without_paths(value: Any) -> Any:
-    """Absolute folders say who trained where; the last part of a path is enough for people."""
+    """Cut absolute paths in a plain value down to their last part.
+
+    Folders say who trained where; the last part of a path is enough for people.
+    """
     if isinstance(value, str):
         return PATH.sub("", value)
     if isinstance(value, dict):

@@ -45,7 +45,7 @@ def check_onnx(data: bytes) -> None:
     """Refuse external data, functions, metadata, and operators outside the standard domain.
 
     Raises:
-        ArtifactError: the first of these found, or the bytes are no ONNX model.
+        ArtifactError: the bytes hold one of these (the message names the first), or are no ONNX model.
     """
     try:
         _check(memoryview(data), MODEL, 0)

@@ -98,7 +98,7 @@ def check_program(data: bytes) -> None:
     """Refuse a program that could do anything but compute on its inputs.
 
     Raises:
-        ArtifactError: the first thing found that is not on the list.
+        ArtifactError: the program holds something that is not on the list; the message names the first.
     """
     archive = Container(io.BytesIO(data), max_entries=MAX_MEMBERS)
     if missing := FIXED_MEMBERS - set(archive.entries):

@@ -1,4 +1,4 @@
-"""Open a delivered file, and check all of it before anything of it is used.
+"""The reader: it opens a delivered file, and checks all of it before anything of it is used.
 
 A file is a container, or a container inside age, which is decrypted in memory. The manifest is checked
 against a signature if one is required, every member against the manifest. Nothing here knows torch.
@@ -44,8 +44,8 @@ class Artifact:
     """A delivered file that was opened: all digests hold, and the signature if there is one.
 
     Attributes:
-        header: what age shows of it; None for a plain container.
-        signer: public key of the signature as an OpenSSH line; trusted only if it was required.
+        header: the part that age shows without a key; None for a plain container.
+        signer: the public key of the signature as an OpenSSH line; trusted only if it was required.
     """
 
     manifest: Manifest
@@ -57,8 +57,8 @@ class Artifact:
         """Return one member; its digest is checked again, on the bytes that are returned.
 
         Raises:
-            ArtifactError: there is none, it has changed since the file was opened, or it is ONNX that would
-                reach for something outside itself.
+            ArtifactError: the member is missing, has changed since the file was opened, or is ONNX that
+                refers to something outside itself.
         """
         if name not in self.manifest.members:
             raise ArtifactError(f"the file has no {name}", "see autoprune inspect for what it has")
@@ -76,7 +76,7 @@ def _digest_error(name: str) -> ArtifactError:
 
 
 def digest_of(data: bytes) -> MemberDigest:
-    """Return size and SHA-256 of a member's bytes."""
+    """Return the size and SHA-256 of a member's bytes."""
     return MemberDigest(sha256=hashlib.sha256(data).hexdigest(), size=len(data))
 
 
@@ -91,8 +91,8 @@ def open_artifact(
     """Open a delivered file and check all of it; encrypted files are decrypted in memory.
 
     Raises:
-        ArtifactError: it is no delivered file, damaged, of another version, not openable by this key, or not
-            signed as required.
+        ArtifactError: the file is no delivered file, damaged, of another version, not openable by this key,
+            or not signed as required.
         UsageError: a key cannot be read, or does not go with the file.
     """
     with open_file(Path(path)) as stream:

@@ -64,7 +64,10 @@ def sparse_weights(weights: Mapping[str, Tensor], removed: Removed) -> dict[str,
 
 
 def _fill_zeros(tensor: Tensor, removed: Mapping[str, tuple[int, ...]], room: int) -> Tensor:
-    """Insert zeros along the dimensions; the indices are checked first, for few of them can ask for much."""
+    """Insert zeros along the dimensions, after a check that the indices do not ask for too much.
+
+    A few indices in a hostile file could ask for any amount of memory.
+    """
     for text, indices in removed.items():
         dim = int(text)
         size = tensor.shape[dim] + len(indices)

@@ -1,4 +1,4 @@
-"""What `autoprune inspect` prints: a delivered file in a few lines."""
+"""The output of `autoprune inspect`: a delivered file in a few lines."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ MAX_TEXT = 1000  # of a row: what a stranger wrote need not fill the screen
 
 
 def artifact_text(file: Path, header: AgeHeader | None, manifest: Manifest | None, signer: str | None) -> str:
-    """Return a delivered file in lines of text: all of its manifest, or without one what anyone can see."""
+    """Return a delivered file as text: all of its manifest, or the part that shows without a key."""
     rows = [("file", f"{file} ({size(file.stat().st_size)})"), ("encrypted to", _recipients(header))]
     if manifest is None:
         rows.append(("content", "name a key with --identity to see it"))

@@ -1,8 +1,8 @@
-"""`autoprune verify`: does a delivered file hold together, and is it what its plan says?
+"""The checks of `autoprune verify`: whether a delivered file is whole, and is what its plan says.
 
-Opening it has checked digests and signature. Here its forms are compared with each other, and, where the
-original's class can be built from its source, the network is made again from original and plan: once dense,
-once in the original's shapes with zeros. All of them have to give the same answer to the probe.
+Opening the file has checked digests and signature. Here its forms are compared with each other, and, where
+the original's class can be built from its source, the network is made again from original and plan: once
+dense, once in the original's shapes with zeros. All of them have to give the same answer to the probe.
 """
 
 from __future__ import annotations

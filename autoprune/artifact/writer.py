@@ -1,4 +1,4 @@
-"""Write the delivered file: export a network, describe it, sign and encrypt it, whole or not at all.
+"""The writer: it exports a network, describes it, signs and encrypts it, whole or not at all.
 
 `docs/format.md` is the specification.
 """
@@ -43,20 +43,20 @@ def write_artifact(
     graph: ChannelGraph | None = None,
     protection: Protection = PLAIN,
 ) -> Manifest:
-    """Export a network and write it as one delivered file; returns the manifest as written.
+    """Export a network and write it as one delivered file; return the manifest as written.
 
     No plaintext of an encrypted file touches the disk.
 
     Args:
-        model: the dense network; left as it is.
+        model: the dense network; it is left as it is.
         example_inputs: one tensor or a tuple; only shapes and types are used.
-        manifest: what the run knows; inputs, probe, removed indices and digests are filled in here.
-        graph: of the original, for which `manifest.plan` was made; needed for the sparse export.
+        manifest: the part that the run knows; this function fills in inputs, probe, removed indices, digests.
+        graph: the original's graph, for which `manifest.plan` was made; needed for the sparse export.
         protection: who may open the file, and who signs it.
 
     Raises:
-        ArtifactError: the network cannot be exported, or the file not written; nothing is left of it.
-        VerificationError: the exported forms compute something else.
+        ArtifactError: the network cannot be exported, or the file not written; nothing of it is left.
+        VerificationError: the exported forms compute something else than the network does.
         UsageError: a key cannot be used.
     """
     exported = export_model(model, example_inputs)

@@ -1,8 +1,8 @@
 """Keys, encryption and signatures, all of them standards that others read: age v1, Ed25519, OpenSSH files.
 
-A **recipient** is a public key to which a file is encrypted, an **identity** the secret key that opens it; a
-passphrase may stand in for both. Encryption does not say who made a file, a **signature** does. The room
-knows files and bytes; what is in them is the business of `autoprune.artifact` and `autoprune.storage`.
+A **recipient** is a public key to which a file is encrypted, an **identity** the secret key that opens it;
+a passphrase may stand in for both. Encryption does not say who made a file, a **signature** does. The room
+knows files and bytes; their content is the business of `autoprune.artifact` and `autoprune.storage`.
 
 - `keys` makes and reads the files that hold recipients and identities.
 - `age` encrypts and decrypts, bounds what a stranger's header may ask for, and tells one error from another.

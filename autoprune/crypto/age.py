@@ -1,7 +1,7 @@
-"""Encryption: age v1 (C2SP `age`), binary, through pyrage; nothing of it is our own.
+"""Encryption: age v1 (C2SP `age`), in its binary form, entirely by pyrage.
 
 A file is for one or more public keys, or for one passphrase, never for both. Before anything is decrypted
-the header's bounds are checked here (`docs/format.md`, section 8); what then fails, fails with one and the
+the header's bounds are checked here (`docs/format.md`, section 8). Every later failure raises one and the
 same error, so that nobody learns whether the key was wrong or the file damaged. Decryption goes to memory,
 or to a file that gets its name only after the last chunk was authenticated.
 """
@@ -41,11 +41,11 @@ MAC = re.compile(rb"--- [A-Za-z0-9+/]{43}")
 
 @dataclass(frozen=True, kw_only=True)
 class AgeHeader:
-    """What everyone can see of an encrypted file.
+    """The part of an encrypted file that everyone can see.
 
     Attributes:
-        kinds: one per recipient: `X25519`, `ssh-ed25519`, `ssh-rsa`, `scrypt` (a passphrase) or others.
-        size_bytes: of the header.
+        kinds: one a recipient: `X25519`, `ssh-ed25519`, `ssh-rsa`, `scrypt` (a passphrase) or others.
+        size_bytes: the size of the header.
     """
 
     kinds: tuple[str, ...]
@@ -66,10 +66,10 @@ def opening_error() -> ArtifactError:
 
 
 def is_encrypted(source: BinaryIO) -> bool:
-    """Tell whether a stream starts as age does; the stream is left at its start.
+    """Return whether a stream starts as age does; the stream is left at its start.
 
     Raises:
-        ArtifactError: it is age's ASCII armour, which is not a delivered file's form.
+        ArtifactError: the stream is age's ASCII armour, which is not a delivered file's form.
     """
     start = _start(source, len(MAGIC))
     if start.startswith(ARMOUR):
@@ -90,7 +90,7 @@ def read_header(source: BinaryIO) -> AgeHeader:
     """Read the recipients of an encrypted file, without any key; the stream is left at its start.
 
     Raises:
-        ArtifactError: it has no well-formed header within the bounds.
+        ArtifactError: the file has no well-formed header within the bounds.
     """
     data = _start(source, MAX_HEADER)
     if data.startswith(PLAIN):
@@ -137,7 +137,7 @@ def check_protection(recipients: Sequence[KeySource], passphrase: str | None) ->
     """Refuse what age refuses: a passphrase with keys, neither of them, or an empty passphrase.
 
     Raises:
-        UsageError: one of these, or a recipient is no public key.
+        UsageError: one of these is given, or a recipient is no public key.
     """
     if recipients and passphrase is not None:
         raise UsageError(
@@ -199,7 +199,8 @@ def encrypt_chunks(
 ) -> None:
     """Write an encrypted file from pieces of plaintext; no plaintext touches the disk.
 
-    With recipients the memory needed is that of one piece. With a passphrase pyrage wants the whole at once.
+    With recipients the memory needed is that of one piece. With a passphrase pyrage needs the whole at
+    once.
 
     Raises:
         UsageError: keys and passphrase are mixed, missing or wrong.
@@ -224,7 +225,7 @@ def open_file(path: Path) -> Iterator[BinaryIO]:
     """Open a delivered file for reading.
 
     Raises:
-        ArtifactError: there is none, it cannot be read, or it is a pipe or a device.
+        ArtifactError: there is no such file, it cannot be read, or it is a pipe or a device.
     """
     try:
         handle = os.open(path, os.O_RDONLY | NON_BLOCKING)
@@ -250,7 +251,8 @@ def decryptor(
     Without identity and passphrase the default identity is used.
 
     Raises:
-        UsageError: both were given, or the identity cannot be read, or a passphrase is needed.
+        UsageError: identity and passphrase are both given, the identity cannot be read, or a passphrase is
+            needed.
         ArtifactError: the header is out of bounds, or there is no key at all.
     """
     if identity is not None and passphrase is not None:
@@ -292,10 +294,10 @@ def decrypt_to_memory(
     identity: KeySource | Sequence[KeySource] | None = None,
     passphrase: str | None = None,
 ) -> io.BytesIO:
-    """Decrypt into memory; the plaintext is returned once all of it is authenticated.
+    """Decrypt a file into memory; return the plaintext once all of it is authenticated.
 
     Raises:
-        UsageError, ArtifactError: as `decryptor` does, or the key is wrong, or the file damaged.
+        UsageError, ArtifactError: in the cases of `decryptor`, or the key is wrong, or the file damaged.
     """
     memory = io.BytesIO()
     decryptor(source, identity=identity, passphrase=passphrase)(memory)
@@ -313,7 +315,7 @@ def decrypt_file(
     """Write the plaintext of an encrypted file; the target appears once all of it is authenticated.
 
     Raises:
-        UsageError, ArtifactError: as `decrypt_to_memory` does, or a file cannot be read or written.
+        UsageError, ArtifactError: in the cases of `decrypt_to_memory`, or a file cannot be read or written.
     """
     with open_file(source) as stream:
         decrypt = decryptor(stream, identity=identity, passphrase=passphrase)
@@ -333,7 +335,7 @@ def rewrap_file(
     """Encrypt an encrypted file anew, for other recipients, through memory.
 
     Raises:
-        UsageError, ArtifactError: as decrypting and encrypting do; the target is then left as it was.
+        UsageError, ArtifactError: decryption or encryption fails; the target is then left as it was.
     """
     check_protection(recipients, new_passphrase)
     with open_file(source) as stream:

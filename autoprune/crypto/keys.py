@@ -32,7 +32,7 @@ def default_identity_path() -> Path:
 
 
 def write_secret(path: Path, content: bytes) -> None:
-    """Write a new file that only its owner can read, with the folders above it.
+    """Write a new file that only its owner can read; missing folders above it are made.
 
     Raises:
         UsageError: the file exists, or cannot be made.
@@ -54,7 +54,7 @@ def write_secret(path: Path, content: bytes) -> None:
 
 
 def keygen(path: KeySource) -> str:
-    """Make an X25519 identity in a new file, as `age-keygen -o` does; returns its public key.
+    """Make an X25519 identity in a new file, as `age-keygen -o` does; return its public key.
 
     Raises:
         UsageError: the file exists, or cannot be made.
@@ -71,7 +71,7 @@ def default_recipient(*, create: bool = True) -> str:
     """Return the public key of the default identity, which is made on first use.
 
     Raises:
-        UsageError: there is none and `create` is false, or the file holds no X25519 identity.
+        UsageError: the identity does not exist and `create` is false, or its file holds no X25519 identity.
     """
     path = default_identity_path()
     if not path.exists():
@@ -170,10 +170,10 @@ def _is_secret(source: KeySource) -> bool:
 
 
 def read_key_file(path: Path) -> bytes:
-    """Read a key file's bytes, at most a mebibyte of them.
+    """Read the bytes of a key file, at most a mebibyte of them.
 
     Raises:
-        UsageError: it cannot be read, or is too large for a key file.
+        UsageError: the file cannot be read, or is too large for a key file.
     """
     try:
         with path.open("rb") as stream:
@@ -204,7 +204,7 @@ def default_identities() -> list[Any]:
     """Read the default identity, for a file that was given without any key.
 
     Raises:
-        ArtifactError: there is none.
+        ArtifactError: there is no default identity.
     """
     path = default_identity_path()
     if not path.exists():

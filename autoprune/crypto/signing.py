@@ -44,7 +44,7 @@ def signing_keygen(path: KeySource) -> str:
 
 
 def sign_manifest(manifest: bytes, key_file: KeySource) -> bytes:
-    """Sign a manifest's bytes; return public key and signature, 96 bytes.
+    """Sign the bytes of a manifest; return the public key and the signature, 96 bytes together.
 
     Raises:
         UsageError: the file holds no Ed25519 secret key without a passphrase.
@@ -74,7 +74,7 @@ def _secret_key(path: Path) -> Ed25519PrivateKey:
 
 
 def read_public_key(source: KeySource) -> bytes:
-    """Read the 32 bytes of an Ed25519 public key, from an `ssh-ed25519 ...` text, or a file with one, or PEM.
+    """Read the 32 bytes of an Ed25519 public key: an `ssh-ed25519 ...` text, a file with one, or PEM.
 
     Raises:
         UsageError: there is no such key.
@@ -95,7 +95,8 @@ def check_signature(manifest: bytes, signature: bytes | None, *, required: KeySo
     """Check a signature, and that it is by the required key; return its public key as an OpenSSH line.
 
     Raises:
-        ArtifactError: it is wrong; or a key was required and it is missing or by another key.
+        ArtifactError: the signature is wrong, or a key is required and the signature is missing or by
+            another key.
         UsageError: the required key cannot be read.
     """
     required_key = None if required is None else read_public_key(required)
@@ -120,10 +121,11 @@ def check_signature(manifest: bytes, signature: bytes | None, *, required: KeySo
 
 
 def _is_weak(public: bytes) -> bool:
-    """Tell whether a public key is a point of small order (RFC 8032, section 5.1): it "signs" any text.
+    """Return whether a public key is a point of small order (RFC 8032, section 5.1): it "signs" any text.
 
-    Nobody has its secret half and nobody needs it: with the signature all zeros the key of zeros holds for
-    one text in four. OpenSSL does not look. The y coordinate alone says it, whatever the sign bit.
+    Nobody has the secret half of such a key and nobody needs it: with the signature all zeros the key of
+    zeros holds for one text in four. OpenSSL does not check it. The y coordinate alone decides, whatever
+    the sign bit.
     """
     return int.from_bytes(public, "little") % 2**255 in WEAK_Y
 

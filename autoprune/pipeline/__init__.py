@@ -1,7 +1,7 @@
-"""What a command does from its first check to its last file: runs, workers, sweeps, and their status.
+"""The order of a command's steps, from its first check to its last file: runs, workers, sweeps, status.
 
-This room knows the order of things and nothing of how they are done. `run` is the story of the product; the
-others start from the same `Problem` and the same stored studies.
+This room knows the order of the steps; other rooms know how each is done. `run` is the whole of a run in
+one function; the other modules start from the same `Problem` and the same stored studies.
 
 In reading order:
 

@@ -1,6 +1,6 @@
 """The original: trained where the study asks for it, measured once, stored as `round-00`.
 
-A run that is resumed, and a worker, read it from there.
+A run that is resumed, and a worker, read the original from there.
 
 This is the one place besides `delivery` where the test split is read.
 """

@@ -65,7 +65,7 @@ class FinalModel:
 
 
 def deliver(run: RunContext, state: State, protection: Protection) -> RunResult:
-    """Finish the run: everything that a user gets is written here.
+    """Finish the run: write everything that a user gets.
 
     Raises:
         VerificationError: the dense model does not compute what the masked original computes.
@@ -178,14 +178,14 @@ def _tune(run: RunContext, best: Promotion, untuned: FinalModel) -> FinalModel:
 
 
 def _affordable_epochs(run: RunContext) -> float:
-    """Return the epochs that all of the remaining budget is enough for."""
+    """Return the epochs that the whole of the remaining budget buys."""
     remaining, speed, heuristics = run.budget.remaining(), measured_speed(run.store), run.problem.heuristics
     by_time = heuristics.time_safety * remaining.seconds / speed.epoch_s if speed else 0.0
     return min(heuristics.max_epochs, by_time, remaining.epochs)
 
 
 def _store_final(run: RunContext, state: State, final: FinalModel, began: float) -> None:
-    """Measure what is delivered, and store it as the run's final study."""
+    """Measure the model to deliver, and store it as the run's final study."""
     run.on_event(ev.StageStarted(stage="finish", round=0, detail="test, measure latency"))
     before, after, difference = _before_and_after(run, final)
     entry = FinalEntry(
@@ -203,7 +203,7 @@ def _store_final(run: RunContext, state: State, final: FinalModel, began: float)
 
 
 def _load_final(run: RunContext) -> FinalModel:
-    """Return what an earlier process finished."""
+    """Return the final model that an earlier process finished."""
     study, entry = run.store.study(FINAL), read_final(run.store)
     assert study is not None
     assert entry is not None
@@ -289,7 +289,7 @@ def is_slower(target_share: float, before: ModelSummary, after: ModelSummary) ->
 
 
 def latency_share(before: ModelSummary, after: ModelSummary) -> tuple[float, float]:
-    """Return the measured latency after over before, and how far the spreads of both can move it."""
+    """Return the latency after as a share of that before, and how far the spreads of both can move it."""
     assert before.latency_ms is not None
     assert after.latency_ms is not None
     share = after.latency_ms / before.latency_ms

@@ -1,4 +1,4 @@
-"""What a model is, in numbers: accuracy, cost, widths, and how long one example takes.
+"""The numbers of a model: accuracy, cost, widths, and how long one example takes.
 
 Latency is measured for two models in turns (`time_interleaved`). Single runs vary far more upwards than
 downwards (other work, clock changes), hence median and quartiles.
@@ -26,7 +26,7 @@ SECONDS = 2.0  # for both models together; a guess
 
 @dataclass(frozen=True, kw_only=True)
 class Latency:
-    """Median milliseconds of one forward pass; the spread is half the distance between the quartiles."""
+    """The median milliseconds of one forward pass; the spread is half the distance between the quartiles."""
 
     median_ms: float
     spread_ms: float
@@ -60,7 +60,7 @@ def with_latency(summary: ModelSummary, latency: Latency) -> ModelSummary:
 
 
 def widths(model: nn.Module) -> dict[str, int]:
-    """Return layer name -> output channels, for convolutions and linear layers."""
+    """Return the output channels of each convolution and linear layer, by layer name."""
     return {
         name: module.out_features if isinstance(module, nn.Linear) else module.out_channels
         for name, module in model.named_modules()

@@ -104,10 +104,10 @@ def prepare(
     """Check a study, its data, its network, and that it can be delivered; nothing is trained or written.
 
     Args:
-        study: what to run.
-        out: where the run is kept; None leaves it unchecked.
-        resume: there may be a run, which has measured the network already.
-        protection: of the delivered file; None leaves it unchecked.
+        study: the study to run.
+        out: the place where the run is kept; None leaves the place unchecked.
+        resume: whether a run may exist already, which has measured the network.
+        protection: the protection of the delivered file; None leaves it unchecked.
 
     Raises:
         UsageError: something is wrong; no work was lost.
@@ -150,7 +150,7 @@ def check_delivery(model: nn.Module, example: tuple[Tensor, ...]) -> None:
     Cost: about two seconds for a small network, up to a minute for one of thousands of operators.
 
     Raises:
-        UsageError: it cannot be exported, or the exported forms compute something else.
+        UsageError: the network cannot be exported, or the exported forms compute something else.
     """
     try:
         export_model(model, example)
@@ -175,8 +175,8 @@ def evaluate_original(problem: Problem) -> Evaluation:
     """Evaluate the original on the search split.
 
     Raises:
-        UsageError: it is no better than guessing.
-        RunError: it is no better than guessing though the study trained it.
+        UsageError: the original is no better than guessing.
+        RunError: the original is no better than guessing though the study trained it.
     """
     study, data = problem.study, problem.data
     evaluation = problem.evaluate_on_search(problem.original)
@@ -223,10 +223,10 @@ def forecast_run(problem: Problem) -> RunForecast:
 
 
 def check_location(out: Path | RunLocation, name: str, *, resume: bool) -> None:
-    """Check that a run may be kept here: in an empty or new folder or, to resume, where there is one.
+    """Check that a run may be kept in a place: an empty or new folder or, to resume, that of a run.
 
     Raises:
-        UsageError: it may not.
+        UsageError: the run may not be kept there.
     """
     location = out if isinstance(out, RunLocation) else RunLocation(folder=out)
     folder, exists = location.folder, has_run(location, name)

@@ -1,8 +1,8 @@
 """The whole of `autoprune run` in one file: check, measure, then rounds until done, then deliver.
 
 One round is: analyse the model it starts from, plan what it may spend, search (prune, fine-tune and score
-trial after trial), and let the controller decide. All that is decided is stored before it is acted on, so
-that this function, called again with `resume`, goes on where a process was stopped.
+trial after trial), and let the controller decide. Every decision is stored before it is acted on, so that
+this function, called again with `resume`, goes on where a process was stopped.
 """
 
 from __future__ import annotations
@@ -91,12 +91,12 @@ def run(  # noqa: PLR0913 - the whole product: each argument is a decision of it
     """Prune the study's network to its target, and deliver the result into a folder.
 
     Args:
-        study: what to do.
-        out: where the run is kept, the folder `runs/NAME` by default; it must not hold anything yet.
-        resume: go on with the run in `out`, or start it where there is none.
+        study: the network, the data, the target and the settings.
+        out: the place where the run is kept, by default the folder `runs/NAME`; it must be empty or new.
+        resume: go on with the run in `out`, or start one where there is none.
         protection: who can open the delivered file; by default your own key, made on first use.
         on_event: called with everything that happens, in order.
-        command: what to type to make this run again, for the report and for workers.
+        command: the command line that makes this run again, for the report and for workers.
         sources: SHA-256 of the files that the command names, which a worker compares.
 
     Raises:
@@ -297,7 +297,7 @@ def _round_budget(run: RunContext, state: State, start: RoundStart, analysis_s: 
 
 
 def _has_budget_left(search: RoundSearch, study: optuna.Study) -> bool:
-    """Return whether another round is affordable, and worth more than tuning what there is."""
+    """Return whether another round is affordable, and worth more than tuning the best model."""
     run = search.run
     epochs = search.settings.epochs or _worthwhile_epochs(run)
     affordable = run.budget.affords(
@@ -315,7 +315,7 @@ def _worthwhile_epochs(run: RunContext) -> float:
 
 
 def _measure_sensitivity(run: RunContext, state: State, start: RoundStart) -> SensitivityTable:
-    """Measure the table of the round's start; what a stopped process measured is not measured again."""
+    """Measure the table of the round's start, without the points that a stopped process measured."""
     problem, current = run.problem, state.current
     analysis, heuristics = problem.study.analysis, problem.heuristics
     baseline, checkpoint = run.store.study(0), checkpoint_of(run.store, current.round, current.trial)
@@ -382,7 +382,7 @@ def _earlier_table(run: RunContext, state: State, start: RoundStart) -> Sensitiv
 
 
 def _checkpoints_of_result(store: RunStore, state: State) -> set[str]:
-    """Return the checkpoints of the models that lead to the result, and the result's."""
+    """Return the checkpoints of the models that lead to the result, and the result's own."""
     final = store.study(FINAL)
     assert final is not None
     path = {checkpoint_of(store, p.round, p.trial) for p in (*state.path, state.best)}

@@ -44,8 +44,8 @@ class RunStatus:
 
     Attributes:
         record: None while the original is still being measured.
-        now: what goes on, or where the run was left; empty once it has ended.
-        seconds_left: of a budget in time; what the present trial has used of it is not counted yet.
+        now: the present activity, or the point where the run was left; empty once the run has ended.
+        seconds_left: the rest of a budget in time; the time of the present trial is not counted yet.
     """
 
     location: RunLocation

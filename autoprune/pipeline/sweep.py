@@ -1,9 +1,9 @@
 """Several runs, one after the other, each with its part of the time that is left.
 
-A job is one study with one target and one seed. Its run lives in a folder of its own, which is all the state
-that there is. A job whose run has an outcome is done, any other is started or continued. Each job runs in a
-process of its own, so that one that fails, or is killed, does not stop the others. What a job leaves of its
-time goes to those after it.
+A job is one study with one target and one seed. Its run lives in a folder of its own, which holds all the
+state of the job. A job whose run has an outcome is done, any other is started or continued. Each job runs
+in a process of its own, so that a job that fails, or is killed, does not stop the others. The time that a
+job leaves over goes to those after it.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ INTERRUPT_EVERY_S = 20  # longer than a job takes to end; a guess
 
 @dataclass(frozen=True, kw_only=True)
 class SweepDeadline:
-    """When a sweep has to end, in seconds of `time.monotonic`; infinite where time is not limited."""
+    """The end of a sweep in seconds of `time.monotonic`; infinite where time is not limited."""
 
     monotonic_s: float = math.inf
 
@@ -44,7 +44,7 @@ class SweepDeadline:
 
 
 def make_jobs(studies: Iterable[str], targets: Sequence[str], seeds: Sequence[int]) -> tuple[Job, ...]:
-    """Return every study with every target and every seed."""
+    """Return a job for every study with every target and every seed."""
     return tuple(
         Job(study=study, target=target, seed=seed)
         for seed in (seeds or (None,))
@@ -83,10 +83,10 @@ def sweep(
     """Run all jobs that are not done, and return the result of each.
 
     Args:
-        jobs: what to do, in this order.
-        out: the folder of the jobs' folders.
-        deadline: when to end.
-        command: returns the command line of a job, given when its budget ends.
+        jobs: the jobs, in the order in which they run.
+        out: the folder that holds the jobs' folders.
+        deadline: the end of the sweep.
+        command: returns the command line of a job for a given end of its budget.
         on_line: called with every line that a job writes to stderr.
 
     Raises:

@@ -1,4 +1,4 @@
-"""How fast this machine works on a study, by half a minute of the study's own training and evaluation."""
+"""The speed of this machine on a study, from half a minute of the study's own training and evaluation."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ PART = 0.4  # of the seconds, for training and for evaluating each; the rest is 
 
 @dataclass(frozen=True, kw_only=True)
 class Throughput:
-    """Images in a second, and what follows for a run.
+    """The images that this machine processes in a second, and the times that follow for a run.
 
     Attributes:
-        epoch_s: of fine-tuning, on the share of the data that trials see.
-        evaluation_s: of the search split.
+        epoch_s: the seconds of one epoch of fine-tuning, on the share of the data that trials see.
+        evaluation_s: the seconds of one evaluation of the search split.
     """
 
     network: str

@@ -151,7 +151,7 @@ class _RoundCache:
         self.points: list[TrialParams] = []
 
     def search(self, run: RunContext, study: optuna.Study) -> RoundSearch | None:
-        """Return the round of this study, None where the rounds before it are not settled yet."""
+        """Return the round of this study; None where the rounds before it are not settled yet."""
         if study.study_name == self._name:
             return self._search
         state = replay(run.goal, run.problem.study.control, round_outcomes(run.store))
@@ -163,7 +163,7 @@ class _RoundCache:
 
 
 class _CoordinatorMonitor:
-    """Notices that a run has had no coordinator for a while."""
+    """A watch that notices when a run has had no coordinator for a while."""
 
     def __init__(self, store: RunStore) -> None:
         self._store, self._last_seen = store, time.monotonic()
@@ -172,7 +172,7 @@ class _CoordinatorMonitor:
         """Look for the coordinator.
 
         Raises:
-            RunError: there was none for `MAX_WAIT_S`.
+            RunError: there was no coordinator for `MAX_WAIT_S`.
         """
         processes = list_processes(self._store)
         if any(p.role == "coordinator" and p.state == "working" for p in processes):
