@@ -1,8 +1,8 @@
-"""What a user asks for: a `Study`, and the values inside it.
+"""The settings of a run: a `Study`, and the values inside it.
 
-A study is Python. The defaults of what people set are written here and nowhere else; the numbers that shape a
-run behind them are in `heuristics`. Nothing here imports torch: a study is checked, and all its problems are
-shown together, before anything heavy starts.
+A study is Python. The defaults of the settings are written here and nowhere else; the numbers behind them,
+which shape a run, are in `heuristics`. Nothing here imports torch: a study is checked, and all its problems
+are shown together, before anything heavy starts.
 """
 
 from __future__ import annotations
@@ -43,10 +43,10 @@ MIN_SECONDS = 1.0  # of a budget whose end has passed: what was measured so far 
 
 @dataclass(frozen=True, kw_only=True)
 class Target:
-    """What the final model may cost: a fraction of the original (`relative`) or an absolute value.
+    """The allowed cost of the final model: a fraction of the original's (`relative`) or an absolute value.
 
-    Absolute values are multiply-adds (`macs`), parameters (`params`), bytes of weights (`size`), bytes of the
-    activations that one pass makes (`memory`) or seconds of one pass (`latency`).
+    Absolute values are multiply-adds (`macs`), parameters (`params`), bytes of weights (`size`), bytes of
+    the activations that one pass makes (`memory`) or seconds of one pass (`latency`).
     """
 
     metric: Metric
@@ -55,7 +55,7 @@ class Target:
 
     @classmethod
     def parse(cls, text: str) -> Target:
-        """Read `macs=0.5`, `params=300k`, `size=2MB`, `memory=0.6` or `latency=4ms`.
+        """Read a target such as `macs=0.5`, `params=300k`, `size=2MB`, `memory=0.6` or `latency=4ms`.
 
         Raises:
             UsageError: the text names no known metric, or its value is out of range.
@@ -78,7 +78,7 @@ class Target:
         return cls(metric=metric, value=value, relative=True)
 
     def absolute(self, original: float) -> float:
-        """Return the allowed cost for an original of this cost."""
+        """Return the allowed cost for an original of the given cost."""
         return self.value * original if self.relative else self.value
 
     def __str__(self) -> str:
@@ -87,10 +87,11 @@ class Target:
 
 @dataclass(frozen=True, kw_only=True)
 class Budget:
-    """How much a run may spend: wall-clock seconds, or epochs of fine-tuning in all trials together.
+    """The amount that a run may spend: wall-clock seconds, or epochs of fine-tuning in all trials together.
 
     Both count from the moment the original is measured; training a baseline, exporting and reporting come
-    on top. Or `until` when: what training a baseline takes of that is gone, and only the rest comes on top.
+    on top. Instead, `until` may name the moment at which the budget ends: the time that training a
+    baseline takes then counts, and only exporting and reporting come on top.
     """
 
     seconds: float | None = None
@@ -99,12 +100,12 @@ class Budget:
 
     @classmethod
     def parse(cls, text: str) -> Budget:
-        """Read `90s`, `30m`, `8h`, `1h30m`, `epochs=40`, `until=07:00` or `until=2027-01-31T07:00`.
+        """Read a budget: `90s`, `30m`, `8h`, `1h30m`, `epochs=40`, `until=07:00` or `until=2027-01-31T07:00`.
 
-        A time of day is the next one that this machine's clock shows.
+        A time of day means its next occurrence on this machine's clock.
 
         Raises:
-            UsageError: the text is none of them.
+            UsageError: the text has none of these forms.
         """
         error = UsageError(
             f"budget {text!r} is neither a duration nor a number of epochs nor a time to end",
@@ -135,7 +136,7 @@ class Budget:
         return cls(seconds=seconds)
 
     def counted(self, used: float = 0.0) -> Budget:
-        """Return the budget in seconds: those that were `used`, and those until its end where it has one."""
+        """Return the budget in seconds: for one that has an end, those `used` and those until its end."""
         if self.until is None:
             return self
         left = (self.until - datetime.now()).total_seconds()
@@ -143,10 +144,10 @@ class Budget:
 
 
 def next_time(text: str, now: datetime) -> datetime:
-    """Return the moment that a text such as `2027-01-31T07:00` names; for `07:00` the next one on this clock.
+    """Return the moment that a text such as `2027-01-31T07:00` names; for `07:00` its next occurrence.
 
     Raises:
-        ValueError: the text is neither.
+        ValueError: the text is neither a moment nor a time of day.
     """
     if "T" in text:
         return datetime.fromisoformat(text).astimezone().replace(tzinfo=None)
@@ -156,7 +157,7 @@ def next_time(text: str, now: datetime) -> datetime:
 
 @dataclass(frozen=True, kw_only=True)
 class Baseline:
-    """How a study trains its own baseline when it brings no weights: one-cycle learning rate.
+    """The training of a study's own baseline when it brings no weights: one-cycle learning rate.
 
     The fields are those of `Finetune`; transformers learn little by `sgd` in few epochs.
     """
@@ -170,23 +171,25 @@ class Baseline:
 
 @dataclass(frozen=True, kw_only=True)
 class Finetune:
-    """What every trial's fine-tuning has in common; the search chooses `lr` and `decay`.
+    """The settings of fine-tuning that all trials share; the search chooses `lr` and `decay`.
 
     Attributes:
-        share: part of the train split that trials see, in (0, 1].
+        share: the part of the train split that trials see, in (0, 1].
         optimizer: `muon` for the weights inside the network and SGD for the rest, or `sgd` for all of them
             (see `optimizer`).
-        momentum: of both, with Nesterov's update.
-        weight_decay: of SGD, on weights of more than one dimension; never on norms and biases.
-        warmup: share of the steps that raise the rate linearly from a tenth of it.
-        distill: highest weight of the distillation loss against the original network, in [0, 1]; it shrinks
-            as the student catches up with its teacher (`training.finetune.distillation_weight`). 0 turns it
-            off, and so does a loss of the study's own, whose outputs may not be logits.
-        temperature: of the distillation (Hinton et al. 2015, section 2).
-        ema: share of the steps that an exponential average of the weights reaches back over, in [0, 1);
+        momentum: the momentum of both optimizers, with Nesterov's update.
+        weight_decay: the weight decay of SGD, on weights of more than one dimension; never on norms and
+            biases.
+        warmup: the share of the steps that raise the rate linearly from a tenth of it.
+        distill: the highest weight of the distillation loss against the original network, in [0, 1]; the
+            weight shrinks as the student catches up with its teacher
+            (`training.finetune.distillation_weight`). 0 turns it off, and so does a loss of the
+            study's own, whose outputs may not be logits.
+        temperature: the temperature of the distillation (Hinton et al. 2015, section 2).
+        ema: the share of the steps that an exponential average of the weights reaches back over, in [0, 1);
             0 gives the last step's weights.
-        recalibrate_batches: batches that estimate the batch-norm statistics anew after pruning and after
-            fine-tuning.
+        recalibrate_batches: the number of batches that estimate the batch-norm statistics anew after
+            pruning and after fine-tuning.
     """
 
     share: float = 1.0
@@ -204,13 +207,13 @@ class Finetune:
 
 @dataclass(frozen=True, kw_only=True)
 class Analysis:
-    """Sensitivity: each group alone, on `share` of the search split (at least half).
+    """The sensitivity analysis: each group alone, on `share` of the search split (at least half).
 
     Attributes:
-        ratios: shares of a group's units that may be tried; bisection measures three of them at most.
-        exact: measure them all, by the network's own arithmetic.
-        known: the analysis.json that `autoprune analyze` wrote of this network and these data: what it holds
-            is not measured again.
+        ratios: the shares of a group's units that may be tried; bisection measures three of them at most.
+        exact: whether all ratios are measured, by the network's own arithmetic.
+        known: the analysis.json that `autoprune analyze` wrote of this network and these data; points in
+            it are not measured again.
     """
 
     ratios: tuple[float, ...] = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
@@ -221,14 +224,14 @@ class Analysis:
 
 @dataclass(frozen=True, kw_only=True)
 class Search:
-    """One round's Optuna study.
+    """The settings of the Optuna study of one round.
 
     Attributes:
-        trials: per round attempt; None lets the budget decide.
-        epochs: of one trial's fine-tuning; None lets the budget decide.
-        lr: the range searched, log-uniform.
-        criteria: ranking criteria searched.
-        strategies: allocation strategies searched.
+        trials: the number of trials per round attempt; None lets the budget decide.
+        epochs: the epochs of one trial's fine-tuning; None lets the budget decide.
+        lr: the range of learning rates that is searched, log-uniform.
+        criteria: the ranking criteria that are searched.
+        strategies: the allocation strategies that are searched.
         sampler: `tpe`, `gp` or `random`.
     """
 
@@ -243,18 +246,18 @@ class Search:
 
 @dataclass(frozen=True, kw_only=True)
 class Control:
-    """How the controller moves the ceiling of the pruning rate.
+    """The rules by which the controller moves the ceiling of the pruning rate.
 
     Rates are shares of the cost that a round's starting model has in the target's metric.
 
     Attributes:
-        first_ceiling: highest rate of the first round.
-        max_ceiling: never searched above.
-        raise_factor: after a promotion the ceiling is multiplied by this.
-        lower_factor: after a failed round the ceiling is multiplied by this.
-        min_rate: a ceiling below this is useless: go back once, then stop.
-        max_rounds: round attempts in one run.
-        budget_growth: fine-tuning epochs are multiplied by this after going back.
+        first_ceiling: the highest rate of the first round.
+        max_ceiling: the rate above which no round searches.
+        raise_factor: the factor of the ceiling after a promotion.
+        lower_factor: the factor of the ceiling after a failed round.
+        min_rate: the rate below which a ceiling is useless: the run goes back once, then stops.
+        max_rounds: the most round attempts in one run.
+        budget_growth: the factor of the fine-tuning epochs after going back.
     """
 
     first_ceiling: float = 0.7
@@ -268,24 +271,24 @@ class Control:
 
 @dataclass(frozen=True, kw_only=True)
 class Study:
-    """Everything that a run needs to know.
+    """The network, the data, the target and all settings of a run.
 
     Attributes:
-        name: of the run; its folder's and its Optuna studies' prefix.
+        name: the name of the run; the prefix of its folder and of its Optuna studies.
         model: the trained network, or a function that builds it (with its weights loaded).
         data: the three splits, or a function that makes them.
-        target: what the final model may cost, see `Target.parse`.
-        max_drop: allowed loss of top-1 against the baseline on the search split, in percentage points.
-        budget: see `Budget.parse`.
-        baseline: how to train the network first; None when it comes trained.
-        loss: (model output, target) -> scalar loss; None is cross-entropy.
-        evaluate: (model, split, device) -> score in [0, 1], higher is better; None is top-1.
+        target: the allowed cost of the final model, see `Target.parse`.
+        max_drop: the allowed loss of top-1 against the baseline on the search split, in percentage points.
+        budget: the time or the epochs that the run may spend, see `Budget.parse`.
+        baseline: the training of the network before the run; None when it comes trained.
+        loss: a function (model output, target) -> scalar loss; None is cross-entropy.
+        evaluate: a function (model, split, device) -> score in [0, 1], higher is better; None is top-1.
         exclude: module names or globs whose channels stay; unmatched patterns are an error.
         only: module names or globs whose channels alone may go.
         round_to: kept counts are multiples of this in groups at least 4 times as wide; None is that of
             `heuristics`.
-        min_keep: units that stay in every group, at least.
-        max_ratio: share of a group's units that may go in the whole run, in (0, 1).
+        min_keep: the least number of units that stay in every group.
+        max_ratio: the share of a group's units that may go in the whole run, in (0, 1).
         heuristics: the shares, thresholds and factors that shape a run; few studies change one.
     """
 
@@ -315,19 +318,20 @@ class Study:
 
 @dataclass(frozen=True, kw_only=True)
 class Protection:
-    """Who can open the delivered file, and who vouches for it.
+    """The keys or the passphrase that open the delivered file, and the key that signs it.
 
     With neither recipients nor a passphrase, and unless it is `plain`, the file is encrypted to the key of
     the default identity, which is made on first use.
 
     Attributes:
         recipients: age public keys (`age1...`, `ssh-...`) or files with one a line.
-        passphrase: instead of recipients.
-        plain: the file is not encrypted at all.
-        signing_key: file with an Ed25519 secret key that signs the delivered file.
-        run_recipients: who may open the run's checkpoints; none leaves them unencrypted.
-        run_identities: files with a key that opens the checkpoints, for the run itself; none is the default
-            identity.
+        passphrase: a passphrase that opens the file, instead of recipients.
+        plain: whether the file stays unencrypted.
+        signing_key: a file with an Ed25519 secret key that signs the delivered file.
+        run_recipients: the public keys to which the run's checkpoints are encrypted; none leaves them
+            unencrypted.
+        run_identities: the files with a key that opens the checkpoints, for the run itself; none is the
+            default identity.
     """
 
     recipients: tuple[str | Path, ...] = ()
@@ -342,7 +346,7 @@ def check_study(study: Study) -> None:
     """Check all settings of a study.
 
     Raises:
-        ConfigError: with every problem found, not only the first.
+        ConfigError: a setting is wrong; the error lists every problem, not only the first.
     """
     problems = [
         *_parse_problems(study),
@@ -421,7 +425,7 @@ def _choice_problems(study: Study) -> list[AutopruneError]:
 
 
 def _heuristics_problems(heuristics: Heuristics) -> list[AutopruneError]:
-    """Check what holds for all of them: numbers above 0, and shares up to 1."""
+    """Return an error for every heuristic that is not above 0, or is a share above 1."""
     return [
         UsageError(
             f"heuristics.{name}={value} is not allowed",

@@ -1,4 +1,4 @@
-"""Every error meant for people: what was given, what is allowed, and what to do next."""
+"""The errors meant for people: each says what was given, what is allowed, and what to do next."""
 
 from __future__ import annotations
 
@@ -7,7 +7,10 @@ from typing import Any
 
 
 def escape_control(text: str) -> str:
-    """Text for a terminal: what could steer one, or hide in it, is spelled out; files may hold anything."""
+    """Return a text for a terminal, in which characters that could steer a terminal are spelled out.
+
+    A file may hold any text; what is not printable could also hide something from the reader.
+    """
     if text.isprintable():
         return text
     return "".join(c if c.isprintable() or c in "\n\t" else c.encode("unicode_escape").decode() for c in text)
@@ -19,11 +22,11 @@ def _rebuild_error(kind: type[AutopruneError], message: str) -> AutopruneError:
 
 
 class AutopruneError(Exception):
-    """Base of all errors that a user can act on.
+    """The base of all errors that a user can act on.
 
     Args:
-        message: what is wrong, with the offending value and where it came from.
-        hint: what to do next, as an instruction.
+        message: the problem, with the offending value and where it came from.
+        hint: the next step, as an instruction.
     """
 
     exit_code = 1
@@ -42,13 +45,13 @@ class AutopruneError(Exception):
 
 
 class UsageError(AutopruneError):
-    """The command, the study, the data or a key is wrong; nothing was started or written."""
+    """An error in the command, the study, the data or a key; nothing was started or written."""
 
     exit_code = 2
 
 
 class ConfigError(UsageError):
-    """One or more settings of a study are wrong; all of them are listed together."""
+    """An error in one or more settings of a study; all of them are listed together."""
 
     def __init__(self, problems: Sequence[AutopruneError]) -> None:
         self.problems = tuple(problems)
@@ -62,27 +65,27 @@ class ConfigError(UsageError):
 
 
 class TraceError(UsageError):
-    """The network cannot be traced to an operator graph."""
+    """The error of a network that cannot be traced to an operator graph."""
 
 
 class DataError(UsageError):
-    """A data set is missing, damaged, overlapping or too small."""
+    """The error of a data set that is missing, damaged, overlapping or too small."""
 
 
 class ArtifactError(AutopruneError):
-    """A delivered or stored file is damaged, unknown, or cannot be decrypted."""
+    """The error of a delivered or stored file that is damaged, unknown, or cannot be decrypted."""
 
 
 class VerificationError(AutopruneError):
-    """The dense network does not compute what the masked original computes."""
+    """The error of a dense network that does not compute what the masked original computes."""
 
 
 class RunError(AutopruneError):
-    """A run cannot go on; everything finished so far is kept."""
+    """The error of a run that cannot go on; everything finished so far is kept."""
 
 
 class UnreachableError(UsageError):
-    """No plan costs what was asked for; `nearest_cost` is the nearest that one costs."""
+    """The error of a cost that no plan has; `nearest_cost` is the nearest that a plan has."""
 
     def __init__(self, message: str, hint: str, *, nearest_cost: float) -> None:
         super().__init__(message, hint)
@@ -90,4 +93,4 @@ class UnreachableError(UsageError):
 
 
 class TrialError(AutopruneError):
-    """One trial failed (its training diverged, for instance); the run goes on without it."""
+    """The failure of one trial (a diverged training, for instance); the run goes on without the trial."""

@@ -21,12 +21,12 @@ NEW_FILE = os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_BINARY", 0)
 def atomic_write(path: Path, *, private: bool = False) -> Iterator[BinaryIO]:
     """Open a stream that becomes the file `path` when the block ends well, and leaves nothing otherwise.
 
-    A file that was there is replaced at once, so no reader sees half of it. The content is flushed to the
+    An earlier file is replaced in one step, so no reader sees half of it. The content is flushed to the
     disk before the renaming: a crash leaves the old file or the new one.
 
     Args:
-        path: the file; its folder exists.
-        private: only the owner can read the file; otherwise the process's umask says who can.
+        path: the file, in a folder that exists.
+        private: whether only the owner can read the file; otherwise the process's umask says who can.
 
     Raises:
         OSError: the folder cannot be written, or the disk is full.
@@ -50,7 +50,7 @@ def write_private(path: Path) -> Iterator[BinaryIO]:
     """Open a stream for a delivered file: `atomic_write` for the owner alone, with errors for people.
 
     Raises:
-        ArtifactError: the folder cannot be written, or the disk is full; an `OSError` of the block, too.
+        ArtifactError: the folder cannot be written, the disk is full, or the block raises an `OSError`.
     """
     try:
         with atomic_write(path, private=True) as stream:
@@ -65,7 +65,7 @@ def write_chunks(path: Path, chunks: Iterable[Buffer]) -> None:
     """Write a delivered file from pieces.
 
     Raises:
-        ArtifactError: see `write_private`.
+        ArtifactError: the file cannot be written, see `write_private`.
     """
     with write_private(path) as stream:
         for chunk in chunks:

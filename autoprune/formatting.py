@@ -1,4 +1,4 @@
-"""How numbers are said to people: one way for each kind, in the terminal and in the report alike.
+"""The forms in which people see numbers: one for each kind, in the terminal and in the report alike.
 
 Percentages of a whole are written with a space before the sign, differences of percentages are `pp`, counts
 have SI prefixes and three digits, and a minus is a minus, not a hyphen. A missing number is a dash.
@@ -20,12 +20,12 @@ ACTIONS = {
 
 
 def percent(share: float | None, digits: int = 1) -> str:
-    """A share in [0, 1] as a percentage: 0.9173 -> `91.7 %`."""
+    """Return a share in [0, 1] as a percentage: 0.9173 -> `91.7 %`."""
     return MISSING if share is None else f"{100 * share:.{digits}f} %"
 
 
 def signed(value: float, digits: int = 1) -> str:
-    """A difference with its sign, and none on a zero: -0.23 -> `−0.2`."""
+    """Return a difference with its sign, and none on a zero: -0.23 -> `−0.2`."""
     text = f"{abs(value):.{digits}f}"
     if float(text) == 0:
         return text
@@ -33,12 +33,12 @@ def signed(value: float, digits: int = 1) -> str:
 
 
 def count(value: float | None) -> str:
-    """A count with three digits and an SI prefix: 40813184 -> `40.8 M`."""
+    """Return a count with three digits and an SI prefix: 40813184 -> `40.8 M`."""
     return MISSING if value is None else _scaled(value, ("", "k", "M", "G", "T"))
 
 
 def size(num_bytes: float | None) -> str:
-    """A file size in decimal units: 1085000 -> `1.09 MB`."""
+    """Return a file size in decimal units: 1085000 -> `1.09 MB`."""
     return MISSING if num_bytes is None else _scaled(num_bytes, ("B", "kB", "MB", "GB", "TB"))
 
 
@@ -51,14 +51,14 @@ def _scaled(value: float, units: tuple[str, ...]) -> str:
 
 
 def milliseconds(value: float | None) -> str:
-    """A latency with three digits: 4.187 -> `4.19 ms`."""
+    """Return a latency with three digits: 4.187 -> `4.19 ms`."""
     if value is None:
         return MISSING
     return f"{value:.{max(0, 3 - len(str(int(value))))}f} ms"
 
 
 def duration(seconds: float) -> str:
-    """A time span: 83 -> `1:23 min`, 4.2 -> `4.2 s`, 7325 -> `2:02 h`."""
+    """Return a time span: 83 -> `1:23 min`, 4.2 -> `4.2 s`, 7325 -> `2:02 h`."""
     if seconds < 59.95:
         return f"{seconds:.1f} s"
     rounded = round(seconds)
@@ -67,16 +67,16 @@ def duration(seconds: float) -> str:
 
 
 def clock(seconds: float) -> str:
-    """A running time that does not change its width every second: 83 -> `0:01:23`."""
+    """Return a running time in a form whose width does not change every second: 83 -> `0:01:23`."""
     total = int(seconds)
     return f"{total // 3600}:{total // 60 % 60:02d}:{total % 60:02d}"
 
 
 def plural(number: int, noun: str) -> str:
-    """A number of things: `1 trial`, `3 trials`."""
+    """Return a number with the name of its things: `1 trial`, `3 trials`."""
     return f"{number:,} {noun}" + ("" if number == 1 else "s")
 
 
 def setting(value: object) -> str:
-    """One trial parameter or setting: floats with three digits, everything else as it is."""
+    """Return a trial parameter or setting as text: floats with three digits, everything else as it is."""
     return f"{value:.3g}" if isinstance(value, float) else str(value)

@@ -1,9 +1,9 @@
-"""Where a run lives: a folder, or a PostgreSQL database with an S3-compatible artifact store.
+"""The place where a run lives: a folder, or a PostgreSQL database with an S3-compatible artifact store.
 
 `RUN` on the command line is a folder, or `postgresql://user@host/database#name`. A folder holds everything;
-with a database it holds only what can be made again (report, delivered file). Credentials come from the
-environment or the clients' own files (PGPASSWORD, ~/.pgpass, AWS_*, ~/.aws) and are never taken from a URL,
-so that no password gets into a process list or a record.
+with a database the folder holds only files that can be made again (report, delivered file). Credentials
+come from the environment or the clients' own files (PGPASSWORD, ~/.pgpass, AWS_*, ~/.aws) and are never
+taken from a URL, so that no password gets into a process list or a record.
 """
 
 from __future__ import annotations
@@ -24,12 +24,12 @@ SECRETS = ("password", "passfile", "sslpassword")
 
 @dataclass(frozen=True, kw_only=True)
 class RunLocation:
-    """Where one run is kept.
+    """The place where one run is kept.
 
     Attributes:
-        folder: of the files that people get; of everything where there is no `database`.
-        database: a PostgreSQL URL without a password; None is SQLite in the folder.
-        artifacts: `s3://bucket/prefix`, or a folder that all workers share; None is in the folder.
+        folder: the folder of the files that people get; of everything where there is no `database`.
+        database: a PostgreSQL URL without a password; None stands for SQLite in the folder.
+        artifacts: `s3://bucket/prefix`, or a folder that all workers share; None: inside `folder`.
     """
 
     folder: Path
@@ -38,7 +38,7 @@ class RunLocation:
 
     @property
     def url(self) -> str:
-        """As SQLAlchemy opens it."""
+        """The URL with which SQLAlchemy opens the database."""
         if self.database is None:
             return f"sqlite:///{(self.folder / DATABASE).resolve()}"
         return (
@@ -46,7 +46,7 @@ class RunLocation:
         )
 
     def checkpoints(self, name: str) -> str:
-        """Where the weights of the run of this name are kept: an `s3://` URL or a folder."""
+        """Return the place of the weights of the run `name`: an `s3://` URL or a folder."""
         return f"{self.artifacts}/{name}" if self.artifacts else str(self.folder / ARTIFACTS)
 
     @property
@@ -67,10 +67,10 @@ class RunReference:
 
 
 def parse_run(text: str, artifacts: str | None = None) -> RunReference:
-    """Read `RUN`.
+    """Read `RUN`, the name of a run on the command line.
 
     Raises:
-        UsageError: the text is no such location, names no run, or holds a password.
+        UsageError: the text is no location, names no run, or holds a password.
     """
     if "://" not in text:
         return RunReference(
@@ -87,10 +87,10 @@ def parse_run(text: str, artifacts: str | None = None) -> RunReference:
 
 
 def parse_database_url(text: str) -> str:
-    """A PostgreSQL URL without secrets.
+    """Read a PostgreSQL URL without secrets.
 
     Raises:
-        UsageError: it is none, or it holds a password.
+        UsageError: the text is no such URL, or holds a password.
     """
     try:
         url = make_url(text)
@@ -103,10 +103,10 @@ def parse_database_url(text: str) -> str:
 
 
 def parse_artifact_url(text: str | None) -> str | None:
-    """An `s3://bucket/prefix` or a folder.
+    """Read an `s3://bucket/prefix` URL or a folder.
 
     Raises:
-        UsageError: it is another URL.
+        UsageError: the text is another URL.
     """
     if text is None or "://" not in text:
         return None if text is None else str(Path(text).absolute())

@@ -1,9 +1,9 @@
-"""Our dataclasses as plain values (what JSON knows) and back; msgspec does the work.
+"""The conversion of dataclasses to plain values (those that JSON has) and back; msgspec does the work.
 
-Two readers use it. What a run stored itself is read leniently: attributes that a dataclass does not name
-are other readers' attributes. What a stranger may have written, a delivered file's manifest, is read
-exactly: `docs/format.md`, section 3, demands more than msgspec checks, so doubled keys, wide integers,
-deep nesting and keys that no field has are refused here.
+Two readers use it. The records of a run are read leniently: attributes that a dataclass does not name
+belong to other readers. The manifest of a delivered file, which a stranger may have written, is read
+exactly: `docs/format.md`, section 3, demands more than msgspec checks, so doubled keys, wide integers, deep
+nesting and keys that no field has are refused here.
 """
 
 from __future__ import annotations
@@ -22,23 +22,26 @@ MAX_DEPTH = 64  # a guess: what we write has less than ten levels, and Python gi
 
 
 class SerializationError(ValueError):
-    """The values are not what the dataclass says, or the text is no strict JSON; the message says where."""
+    """The error of values that a dataclass does not allow, or of a text that is no strict JSON.
+
+    The message names the place.
+    """
 
 
 def to_plain(value: Any) -> Any:
-    """A value as dicts, lists, texts and numbers; paths become texts.
+    """Return a value as dicts, lists, texts and numbers; paths become texts.
 
     Raises:
-        TypeError: something in it is none of these and no dataclass.
+        TypeError: something in the value is none of these and no dataclass.
     """
     return msgspec.to_builtins(value, str_keys=True, enc_hook=_encode)
 
 
 def json_text(value: Any, *, indent: int = 0) -> str:
-    """A value as JSON text. A number that is not finite becomes null, because JSON has no word for it.
+    """Return a value as JSON text; a number that is not finite becomes null, as JSON has none.
 
     Raises:
-        TypeError: see `to_plain`.
+        TypeError: the value cannot be converted, see `to_plain`.
     """
     data = msgspec.json.encode(value, enc_hook=_encode)
     return (msgspec.json.format(data, indent=indent) if indent else data).decode()
@@ -56,15 +59,15 @@ def _encode(value: Any) -> Any:
 
 
 def from_plain(kind: type[T], value: object, *, exact: bool = False) -> T:
-    """The value of this type, a dataclass or a collection of them, that `to_plain` made.
+    """Return the value of type `kind`, a dataclass or a collection of them, that `to_plain` converted.
 
-    Every value is checked against its annotation. Nothing is converted but lists to tuples and whole numbers
-    to floats.
+    Every value is checked against its annotation. The only conversions are those of lists to tuples and of
+    whole numbers to floats.
 
     Args:
-        kind: the type.
-        value: plain values.
-        exact: refuse keys that a dataclass has no field for, which are passed over otherwise.
+        kind: the type of the result.
+        value: the plain values.
+        exact: whether keys that a dataclass has no field for are refused; otherwise they are passed over.
 
     Raises:
         SerializationError: a key is missing, or unknown where that matters, or a value has another type.
@@ -93,11 +96,13 @@ def _check_keys(value: Any, read_back: Any, where: str) -> None:
 
 
 def parse_json(data: bytes) -> Any:
-    """Plain JSON without doubled keys, half surrogate pairs, deep nesting, or numbers that are not finite
-    or need more than 64 bits.
+    """Return the plain values of a strict JSON text.
+
+    Doubled keys, half surrogate pairs, deep nesting, and numbers that are not finite or need more than
+    64 bits are refused.
 
     Raises:
-        SerializationError: it is not.
+        SerializationError: the text is not strict JSON.
     """
     try:
         value = json.loads(

@@ -4,8 +4,8 @@
     AUTOPRUNE_DATA=DIR python benchmarks/bench_controller.py --pairs digits vgg --settings default first=0.35
 
 The target is out of reach on purpose (8 % of the multiply-adds, at most one point of top-1), so that the
-floor and the budget stop every run: what counts is the share of the multiply-adds left, less being better.
-One setting is changed at a time. Every run is whole, from analysis to the delivered file, on a tenth of
+floor and the budget stop every run. The result is the share of the multiply-adds left; less is better. One
+setting is changed at a time. Every run is whole, from analysis to the delivered file, on a tenth of
 Fashion-MNIST's training images (`digits`: all of them). Rows go to a CSV and are not made twice.
 """
 

@@ -1,4 +1,4 @@
-"""Which networks are understood, how exactly, and how fast; beside Torch-Pruning on the same networks.
+"""Which networks does autoprune understand, how exactly, and how fast? Torch-Pruning takes the same ones.
 
     python benchmarks/bench_coverage.py torchvision                # 80 classifiers, both tools
     python benchmarks/bench_coverage.py timm --no-peer             # the list in coverage_models.py

@@ -1,13 +1,14 @@
-"""Predicted against measured latency of randomly pruned networks.
+"""The latency that is predicted for randomly pruned networks, against the measured one.
 
     OMP_NUM_THREADS=2 python benchmarks/bench_latency.py         # results to benchmarks/results/
     python benchmarks/bench_latency.py resnet20 --plans 3 --cpu-time --out /tmp/few
 
-Each plan keeps a random allowed count, from a fifth of its units up, in every group. A share is what is left
-of the original's latency. "Measured" is the share of the least times of runs in turns with the original, and
-its spread how far their lower quartiles lie above that (`measure_latency_share`). The error is predicted over
-measured, less one; beside it that of a prediction by multiply-adds. `--cpu-time` takes the thread's CPU
-seconds for the wall clock's, on one thread: for machines that do other work meanwhile.
+Each plan keeps a random allowed count, from a fifth of its units up, in every group. A share is the part of
+the original's latency that is left. "Measured" is the share of the least times of runs in turns with the
+original, and its spread is how far their lower quartiles lie above that (`measure_latency_share`). The
+error is predicted over measured, less one; the error of a prediction by multiply-adds stands beside it.
+`--cpu-time` takes the thread's CPU seconds for the wall clock's, on one thread, for machines that do other
+work meanwhile.
 """
 
 from __future__ import annotations

@@ -1,17 +1,17 @@
-"""Which units does autoprune remove, and which Torch-Pruning: top-1 without any fine-tuning, at equal MACs.
+"""Which units does autoprune remove, and which Torch-Pruning? Top-1 without any fine-tuning, at equal MACs.
 
 For 30, 50 and 70 % of the multiply-adds removed: autoprune's decision (`screening.IterativeSearch`, its
-parts in further rows), and Torch-Pruning's {global, local} x {magnitude L2, L1, Taylor, Hessian}. Both sides
-see the same search and training images, and the test half is read only for the numbers of the page. Every
-variant of the rival is tried on the screening's samples first, and its best three a cell go on to the test,
-where the best of these counts. The rival's networks never cost less than autoprune's. Batch-norm statistics
-are estimated anew on the same 20 batches of 128 augmented training images on both sides; the mean over three
-such sets is told.
+parts in further rows), and Torch-Pruning's {global, local} x {magnitude L2, L1, Taylor, Hessian}. Both
+sides see the same search and training images, and the test half is read only for the numbers of the page.
+Every variant of the rival is tried on the screening's samples first, and its best three a cell go on to the
+test, where the best of these counts. The rival's networks never cost less than autoprune's. Batch-norm
+statistics are estimated anew on the same 20 batches of 128 augmented training images on both sides; the
+result is the mean over three such sets.
 
     AUTOPRUNE_DATA=DIR python benchmarks/bench_oneshot.py [--networks resnet20 vgg mobile resnet8 digits]
 
-DIR holds `cifar10/`, `weights/`, `FashionMNIST/raw/`. The small networks are trained at the first use, which
-takes minutes, and kept in --cache. Results: results/oneshot_*.md
+DIR holds `cifar10/`, `weights/`, `FashionMNIST/raw/`. The small networks are trained at the first use,
+which takes minutes, and kept in --cache. Results: results/oneshot_*.md
 """
 
 from __future__ import annotations

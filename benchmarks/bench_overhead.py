@@ -1,12 +1,12 @@
-"""What a campaign costs beside training: storage per trial, growth with trials, and a run's own overhead.
+"""The cost of a campaign beside training: storage per trial, growth with trials, and a run's own overhead.
 
     python benchmarks/bench_overhead.py storage [--postgres] [--trials 64] [--workers 1 4 8]
     python benchmarks/bench_overhead.py growth [--trials 1000] [--whole] [--sampler tpe]
     python benchmarks/bench_overhead.py run RUN
 
-`storage`: every process takes slots, is suggested five parameters, stores a record of ten epochs, and tells;
-nothing is trained. `growth`: the same alone, the first hundred trials of a study against its last hundred;
-with `--whole` all that a round does beside pruning and training, the sampler's proposals included.
+`storage`: every process takes slots, is suggested five parameters, stores a record of ten epochs, and
+tells; nothing is trained. `growth`: the same alone, the first hundred trials of a study against its last
+hundred; with `--whole` all that a round does beside pruning and training, the sampler's proposals included.
 `run`: of a finished run's time between its first trial and its last model, the share outside analyses,
 trials (pruning, training, evaluation) and the final stage, by the run's own records.
 """

@@ -3,10 +3,10 @@
     AUTOPRUNE_DATA=DIR python benchmarks/bench_quality.py --cells resnet8:0.5 resnet8:0.3 --epochs 12
     AUTOPRUNE_DATA=DIR python benchmarks/bench_quality.py --cells resnet20:0.5 --epochs 10 --seeds 0 1
 
-A cell is a network with its data and a target. Every way gets the same network, the same cut of the data and
-the same number of training samples, those of its search included; it may look at the search split as it
-likes. The test split is read once, at the end. Rows go to a CSV as they come, and a row that is there is not
-made again, so that hours of it can be run in pieces. `quality_rivals.py` holds the other ways.
+A cell is a network with its data and a target. Every way gets the same network, the same cut of the data
+and the same number of training samples, those of its search included; it may look at the search split as it
+likes. The test split is read once, at the end. Rows go to a CSV as they come, and a row that is there is
+not made again, so that hours of it can be run in pieces. `quality_rivals.py` holds the other ways.
 """
 
 from __future__ import annotations

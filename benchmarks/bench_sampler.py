@@ -1,4 +1,4 @@
-"""Which sampler, how many start-up trials, which warm start: decided on recorded real trials.
+"""Which sampler, how many start-up trials, which warm start? Recorded real trials decide.
 
     AUTOPRUNE_DATA=DIR python benchmarks/bench_sampler.py record digits --trials 128 --rungs 45
     AUTOPRUNE_DATA=DIR python benchmarks/bench_sampler.py record digits --round 2 --trials 36 --rungs 0

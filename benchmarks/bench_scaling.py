@@ -1,15 +1,16 @@
-"""How far more workers help: a simulation with a run's own trial times, and one and two workers for real.
+"""How far do more workers help? A simulation with a run's own trial times, and one and two workers for real.
 
     python benchmarks/bench_scaling.py simulate RUN [--trials 8 16 24 48] [--seed 0]
     python benchmarks/bench_scaling.py measure [--trials 24] [--workers 1 2] [--out DIR]
 
-`simulate`: rounds of a fixed number of trials whose durations are drawn from the run's finished trials, each
-given to the first worker that is free; a round ends when its last trial does, and the next begins after the
-run's mean time between two rounds, in which only the coordinator works. No trial runs ahead of its round:
-what it would start from is not decided yet. `waiting` is the share of all workers' time without a trial.
+`simulate`: rounds of a fixed number of trials whose durations are drawn from the run's finished trials,
+each given to the first worker that is free; a round ends when its last trial does, and the next begins
+after the run's mean time between two rounds, in which only the coordinator works. No trial runs ahead of
+its round, because its starting network is not decided yet. `waiting` is the share of all workers' time
+without a trial.
 
-`measure`: one round of the digits, in which no trial reaches the target and so all are run, with one and with
-two local workers, cores shared; trials per hour of the time in which all workers had a trial.
+`measure`: one round of the digits, in which no trial reaches the target and so all are run, with one and
+with two local workers, cores shared; trials per hour of the time in which all workers had a trial.
 """
 
 from __future__ import annotations

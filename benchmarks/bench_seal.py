@@ -1,9 +1,9 @@
-"""What `--encrypt-run` costs: keeping a checkpoint and taking it up again, with and without it.
+"""The cost of `--encrypt-run`: keeping a checkpoint and reading it again, with encryption and without.
 
     python benchmarks/bench_seal.py      # table to stdout, and to benchmarks/results/seal.md
 
-Medians of `--repeat` turns, the ways interleaved; each save is of other weights, since equal content is kept
-once.
+The numbers are medians of `--repeat` turns, with the two ways interleaved. Each turn saves other weights,
+since equal content is kept once.
 """
 
 from __future__ import annotations

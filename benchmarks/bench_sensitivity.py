@@ -2,10 +2,10 @@
 
 The plain loop is what tools do: each group masked at nine ratios, the whole network evaluated on the whole
 search split for each, 9 x groups + 1 evaluations. All of them cost the same, so some are timed, before and
-after the run of the other side, and the sum is told. The loop gets the batch size that suits it best; what it
-takes with the product's own (512) is told beside it. Both sides run in one process on one thread; CPU seconds
-are compared, since other work on the machine does not count in them. Curves are compared at the points that
-both measured.
+after the run of the other side, and the sum is reported. The loop gets the batch size that suits it best;
+its time with the product's own (512) is reported beside it. Both sides run in one process on one thread;
+CPU seconds are compared, since other work on the machine does not count in them. Curves are compared at the
+points that both measured.
 
     AUTOPRUNE_DATA=DIR python benchmarks/bench_sensitivity.py            # a quarter of an hour on one core
 

@@ -5,8 +5,8 @@
 Both sides share one SQLite file that is opened as `storage.database` opens it, have the same planned number
 of trials, and lose the same processes to SIGKILL in the middle of a trial. Optuna's own way is
 `Study.optimize` with heartbeats, `RetryHeartbeatStaleTrialCallback` and `MaxTrialsCallback`; ours is
-`storage.trial_slots` with a coordinator that releases the slots of dead processes. Wanted are exactly the
-planned number of completed trials, and every lost trial tried again once.
+`storage.trial_slots` with a coordinator that releases the slots of dead processes. The goal is exactly the
+planned number of completed trials, with every lost trial tried again once.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """One network under one tool, in a process of its own: `coverage_worker.py TOOL NETWORK OUT NORMS`.
 
-What is known is appended to OUT as JSON lines as soon as it is known, with a line at the start of every
-phase, so that a process that is killed leaves its findings behind. `bench_coverage.py` reads them.
+Every result is appended to OUT as a JSON line as soon as it is known, with a line at the start of every
+phase, so that a process that is killed leaves its results behind. `bench_coverage.py` reads them.
 """
 
 from __future__ import annotations

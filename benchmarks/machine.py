@@ -1,6 +1,7 @@
-"""What a results page says about where it was measured: hardware, versions, commit, load.
+"""The origin of a results page: the hardware, versions, commit and load of the machine that measured it.
 
-torch is imported only where threads or a GPU are named: the coverage benchmark's own process does without it.
+torch is imported only where threads or a GPU are named: the coverage benchmark's own process does without
+it.
 """
 
 from __future__ import annotations

@@ -1,14 +1,15 @@
 """Torch-Pruning's side of bench_oneshot.py: one network, one variant, as many multiply-adds as asked for.
 
-A variant is a scope (one threshold for all layers, or one ratio in each) and an importance. The tool takes a
-ratio and no cost, so the ratio is bisected until the network costs what it may; it never removes more than
-the other side did. What its examples do is done: the classifier's outputs are left alone, the importances
-that want gradients get them from training images.
+A variant is a scope (one threshold for all layers, or one ratio in each) and an importance. The tool takes
+a ratio and no cost, so the ratio is bisected until the network costs what it may; it never removes more
+than the other side did. The tool is used as in its examples: the classifier's outputs are left alone, and
+the importances that need gradients get them from training images.
 
 Two things are done in its favour. The option-A shortcuts of a ResNet-20 break it (it pads to a fixed number
-of channels), so it gets them as convolutions that pick, whose multiply-adds do not count, and once more with
-only the channels inside the blocks to prune. And its `GroupHessianImportance.accumulate_grad` keeps the last
-sample alone (it looks up by name what it keeps by parameter), so the mean over all samples is filled in here.
+of channels), so it gets them as convolutions that pick, whose multiply-adds do not count, and once more
+with only the channels inside the blocks to prune. And its `GroupHessianImportance.accumulate_grad` keeps
+the last sample alone (it looks up by name what it keeps by parameter), so the mean over all samples is
+filled in here.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Rounds played against a surrogate of recorded trials, as the product proposes (`search.proposals`).
 
-A way is a sampler with its start-up trials, the points that it begins with, and what it is told. All ways
-play with the same seeds, so that differences are paired. What is asked of a round:
+A way is a sampler with its start-up trials, the points that it begins with, and the results that it gets.
+All ways play with the same seeds, so that differences are paired. The tasks of a round are:
 
 * `deepest`: one in twenty keeps the floor at four fifths of the ceiling; the loss is the rate that the best
   trial falls short of the best rate that keeps the floor, in points of the starting network's MACs;
