@@ -1,4 +1,7 @@
-"""From ties to groups: classes of labels with as many positions in the same slots are units of one group."""
+"""From ties to groups: classes of labels with as many positions in the same slots are units of one group.
+
+`build` propagates the labels and returns the graph of groups with its costs, not yet verified.
+"""
 
 from __future__ import annotations
 
@@ -35,7 +38,7 @@ from autoprune.structure.rules.table import TABLE
 
 @dataclass(frozen=True, kw_only=True)
 class TraceOptions:
-    """What the user asked of a graph.
+    """The options that a user gives for a graph.
 
     Attributes:
         exclusions: module -> why the channels that it makes stay.
@@ -60,7 +63,7 @@ def build(
     """Propagate labels over the recording and sort its labels into groups.
 
     Args:
-        choices: of reshape operators, see `Propagation`.
+        choices: reshape operator -> axis that may shrink, see `Propagation`.
         refused: labels of groups that failed verification, with reasons.
         ragged: modules whose shuffles tie nothing, besides those of an earlier pruning.
     """
@@ -88,7 +91,7 @@ WIDE = 4  # from so many multiples on a group is rounded: fewer would leave too 
 
 
 class _GroupBuilder:
-    """Turns the ties of one propagation into groups."""
+    """The conversion of one propagation's ties into groups."""
 
     def __init__(self, model: nn.Module, propagation: Propagation) -> None:
         self.model, self.propagation, self.slots = model, propagation, propagation.labels.slots
@@ -116,7 +119,7 @@ class _GroupBuilder:
         self.rank = np.zeros(len(self.is_frozen), np.int64)
 
     def _group_of_classes(self) -> NDArray[np.int64]:
-        """Group number of every class, -1 where frozen or alone; names the groups."""
+        """Return the group number of every class, -1 where it is frozen or alone, and name the groups."""
         rng = np.random.default_rng(0)  # a fixed hash: equal multisets of slots get equal sums
         keys = rng.integers(1, 2**62, size=max(1, len(self.slots)), dtype=np.uint64)
         keys[[n for n, s in enumerate(self.slots) if s.is_open]] = 0  # nothing is sliced there
@@ -144,7 +147,7 @@ class _GroupBuilder:
         return group_of
 
     def _numbered(self, starts: LabelArray, widths: NDArray[np.int64]) -> NDArray[np.int64]:
-        """Number of every set of like units in the order in which they are made, -1 for a unit alone.
+        """Return the number of every set of like units, in the order of their making; -1 for a unit alone.
 
         Names do not change when units go: sets are sorted by their slots before their positions, and a unit
         alone has a name too, as it may be what an earlier pruning left of a group.
@@ -193,12 +196,12 @@ class _GroupBuilder:
         )
 
     def _units(self) -> list[NDArray[np.int64]]:
-        """Class numbers of every group's units, ordered by first label."""
+        """Return the class numbers of every group's units, ordered by first label."""
         order = np.lexsort((self.first, self.group_of))
         return _runs(order, self.group_of[order])
 
     def _members(self, units: list[NDArray[np.int64]]) -> list[tuple[int, list[SlotPositions]]]:
-        """Per group its width, and for every slot that it owns positions of, which unit owns which."""
+        """Return for each group its width, and its positions in every slot, by unit."""
         rank = self.rank
         for classes in units:
             rank[classes] = np.arange(len(classes))
@@ -251,7 +254,7 @@ class _GroupBuilder:
         return groups
 
     def _needing_two(self) -> set[int]:
-        """Groups that own the whole of an axis of which two units must stay."""
+        """Return the groups that own the whole of an axis on which two units must stay."""
         axes = [self._axis(labels) for labels in self.propagation.two_unit_axes]
         return {g for a in axes if a.fixed == 0 for g, per in a.per_unit.items() if per == 1}
 
@@ -267,11 +270,14 @@ class _GroupBuilder:
         return np.bincount(self.group_of[self.group_of >= 0])
 
     def _row(self, axis: Axis) -> int:
-        """Return the axis' row in the cost model; axes that are equally long under every plan share one."""
+        """Return the axis' row in the cost model; axes equally long under every plan share one row."""
         return self.rows.setdefault((axis.fixed, *sorted(axis.per_unit.items())), len(self.rows))
 
     def _row_of(self, labels: LabelArray) -> int:
-        """Return the row of an axis by its labels; cached, as many tensors share one array of labels."""
+        """Return the row of an axis by its labels.
+
+        The row is cached, as many tensors share one array of labels.
+        """
         if id(labels) not in self.row_of:
             self.row_of[id(labels)] = self._row(self._axis(labels))
         return self.row_of[id(labels)]
@@ -311,7 +317,7 @@ class _GroupBuilder:
         return terms
 
     def _products(self) -> tuple[Product, ...]:
-        """The operators that the propagation counted multiply-adds of, with the axes of what they read."""
+        """Return the operators that have multiply-adds, with the axes of the tensors that they read."""
         numbers = dict.fromkeys(t.op for t in self.propagation.cost_terms)
         ops = self.propagation.recording.ops
         return tuple(
@@ -325,7 +331,7 @@ class _GroupBuilder:
         )
 
     def _stored_terms(self) -> tuple[list[Term], list[Term]]:
-        """Elements of every parameter; bytes of every parameter and buffer."""
+        """Return the elements of every parameter, and the bytes of every parameter and buffer."""
         by_name: dict[str, list[Slot]] = {}
         for slot in self.slots:
             if slot.pad_op is None:
@@ -359,7 +365,10 @@ class _GroupBuilder:
         return tuple(frozen)
 
     def _split_axes(self) -> dict[str, dict[int, int]]:
-        """Module -> which of its reshapes shrinks along which axis of what it makes; -number: it reads."""
+        """Return for each module which axis of a reshape may shrink, by the reshape's number in the module.
+
+        Under its number stands an axis of what it makes, under minus its number one of what it reads.
+        """
         axes: dict[str, dict[int, int]] = {}
         for site in self.propagation.reshape_splits:
             axes.setdefault(self.propagation.recording.ops[site.op].module, {})[site.ordinal] = site.chosen
@@ -368,7 +377,7 @@ class _GroupBuilder:
         return axes
 
     def _reshaped(self) -> dict[str, tuple[Reshape, ...]]:
-        """Module that reshapes what holds channels -> all of its reshapes, in order."""
+        """Return all reshapes, in order, of each module that reshapes what holds channels."""
         ops = self.propagation.recording.ops
         modules = {
             op.module for op in ops if TABLE.get(op.name) is reshape and self._holds_units(op.outputs[0])
@@ -397,7 +406,7 @@ class _GroupBuilder:
         )
 
     def _split(self) -> dict[str, tuple[tuple[Axis, ...], ...]]:
-        """Module -> the pieces of each of its splits."""
+        """Return for each module the pieces of each of its splits."""
         splits: dict[str, list[tuple[Axis, ...]]] = {}
         for op, pieces in self.propagation.splits:
             axes = tuple(self._axis(p) for p in pieces)
@@ -445,13 +454,13 @@ class _GroupBuilder:
 
 
 def _runs(values: NDArray[np.int64], keys: NDArray[np.int64]) -> list[NDArray[np.int64]]:
-    """Values with equal keys together; the keys are sorted, and those below 0 are left out."""
+    """Return runs of values with equal keys, which are sorted; values with keys below 0 are left out."""
     values, keys = values[keys >= 0], keys[keys >= 0]
     return np.split(values, np.flatnonzero(np.diff(keys)) + 1) if len(values) else []
 
 
 def _tensors(model: nn.Module) -> list[tuple[str, Tensor, bool]]:
-    """Every parameter and buffer once, under its first name."""
+    """Return every parameter and buffer once, under its first name, and whether it is a buffer."""
     tensors_by_id: dict[int, tuple[str, Tensor, bool]] = {}
     for are_buffers, tensors in enumerate((model.named_parameters(), model.named_buffers())):
         for name, tensor in tensors:

@@ -1,9 +1,9 @@
-"""How long one forward pass takes under a plan, predicted from what was timed on the device at hand.
+"""How long one forward pass takes under a plan, predicted from timings on the device at hand.
 
-The operators that multiply (convolutions, matrix products, attention) are timed alone, at a quarter, a half,
-three quarters and all of each axis that can shrink, with straight lines between. Everything else (norms,
-activations, pooling, the interpreter) is a straight line in the bytes of activations made, through two
-networks measured as a whole: this one and one with half of every group. So the prediction for the whole
+The operators that multiply (convolutions, matrix products, attention) are timed alone, at a quarter, a
+half, three quarters and all of each axis that can shrink, with straight lines between. Everything else
+(norms, activations, pooling, the interpreter) is a straight line in the bytes of activations made, through
+two networks measured as a whole: this one and one with half of every group. So the prediction for the whole
 network is its measurement.
 
 A shape that was timed once is not timed again (`timings`).
@@ -44,14 +44,16 @@ NETWORK_RUNS, NETWORK_S = 200, 1.0
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class LatencyModel:
-    """Seconds of one pass: operators interpolated in their axes, and the rest by activation bytes.
+    """A model of the seconds of one pass: operators interpolated in their axes, the rest by bytes.
 
     Attributes:
-        rows: (P, K) for each of P operators K axes of the cost model; `fixed` and `span` (P, K) are the part
-            of their length that stays and the part that can go.
-        knots: (P, K, 4) shares of the span at which the operator was timed, rising.
-        seconds: (P, 4, ..., 4) at the knots, an axis of this array for each of the K.
-        scale: of the operators' seconds; below 1 where alone they took longer than in the network.
+        rows: (P, K), for each of P operators K axes of the cost model.
+        fixed: (P, K), the part of each axis' length that stays.
+        span: (P, K), the part that can go.
+        knots: (P, K, 4), shares of the span at which the operator was timed, rising.
+        seconds: (P, 4, ..., 4), the seconds at the knots; this array has an axis for each of the K.
+        scale: the factor of the operators' seconds; below 1 where alone they took longer than in the
+            network.
         base_s, per_byte_s: the straight line of everything else.
     """
 
@@ -69,7 +71,7 @@ class LatencyModel:
         return self.scale * self.products_s(lengths) + self.base_s + self.per_byte_s * activation_bytes
 
     def products_s(self, lengths: Lengths) -> float:
-        """Seconds of the timed operators, alone."""
+        """Return the seconds of the timed operators, as if each ran alone."""
         knots, table = self._from_zero
         shares = np.where(self.span > 0, (lengths[self.rows] - self.fixed) / np.maximum(self.span, 1), 1.0)
         at = np.clip((shares[..., None] >= knots).sum(-1) - 1, 0, knots.shape[-1] - 2)
@@ -83,10 +85,10 @@ class LatencyModel:
 
     @cached_property
     def _from_zero(self) -> tuple[Seconds, Seconds]:
-        """Knots and seconds with a knot at zero before them, where the lowest line ends, at zero or above.
+        """The knots and seconds with a knot at zero before them, where the lowest line ends, at least zero.
 
-        How steep it is on the edge where the other axes are whole holds for all of them, so that on a rising
-        table fewer channels never take longer.
+        The relative slope on the edge where the other axes are whole serves for all of them, so that on a
+        rising table fewer channels never take longer.
         """
         table = self.seconds
         for axis in range(self.rows.shape[1]):
@@ -100,11 +102,11 @@ class LatencyModel:
         return np.concatenate([np.zeros((*self.rows.shape, 1)), self.knots], -1), table
 
     def fitted(self, points: Sequence[tuple[Lengths, int, float]]) -> LatencyModel:
-        """The same operators, with the line of everything else through measured networks.
+        """Return the same operators, with the line of everything else through measured networks.
 
         Args:
-            points: axis lengths, activation bytes and measured seconds of the whole network, and of a smaller
-                one where there is one.
+            points: axis lengths, activation bytes and measured seconds of the whole network, and of a
+                smaller one where there is one.
         """
         (lengths, whole_bytes, whole_s), *smaller = points
         alone_s = self.products_s(lengths)
@@ -132,13 +134,13 @@ class Kernel:
 
     @property
     def key(self) -> str:
-        """What tells it from others in the table."""
+        """The text that tells this call from others in the table."""
         arguments = {n: v for n, v in self.op.arguments.items() if not isinstance(v, Ref) and n != "groups"}
         shapes = list(zip(map(list, self.shapes), map(str, self.dtypes), map(list, self.orders), strict=True))
         return json.dumps([self.op.name, self.op.overload, shapes, self.groups, arguments], default=str)
 
     def call(self, device: torch.device) -> Call:
-        """The operator with operands of this shape, ready to run."""
+        """Return the operator with operands of this shape, ready to run."""
         operands = iter(
             _operand(*operand, device) for operand in zip(self.shapes, self.dtypes, self.orders, strict=True)
         )
@@ -159,13 +161,15 @@ def with_latency_model(
     beside: tuple[nn.Module, float] | None = None,
     timings: Timings | None = None,
 ) -> ChannelGraph:
-    """The graph of `model`, with costs that tell predicted seconds of one pass on `device`.
+    """Return the graph of `model` with costs that include the predicted seconds of one pass on `device`.
 
-    Takes some 20 ms for each shape that was not timed before, and about a second for whole networks.
+    It takes some 20 ms for each shape that was not timed before, and about a second for whole networks.
+    `model` and `graph` are left as they were.
 
     Args:
-        beside: a network and its seconds as they were measured earlier; it is measured again in turns with
-            this one, and seconds are told on that scale, so that a machine whose speed drifts does no harm.
+        beside: a network and its seconds as they were measured earlier. It is measured again in turns with
+            this one, and predictions are scaled to the earlier measurement, so that a machine whose speed
+            drifts does no harm.
         timings: the table to use; by default the user's own, on disk.
     """
     timings = timings or Timings.of(device)
@@ -186,9 +190,9 @@ def with_latency_model(
 def measure_networks_s(
     models: Sequence[nn.Module], example_inputs: tuple[Any, ...], device: torch.device
 ) -> list[float]:
-    """Least seconds of one pass of each network, measured in turns on copies in evaluation mode.
+    """Return the least seconds of one pass of each network, measured in turns on copies in evaluation mode.
 
-    The least, because other work on the machine only ever adds.
+    The least time counts, because other work on the machine only ever adds to it.
     """
     calls = _ready(models, example_inputs, device)
     times = time_interleaved(calls, device, runs=NETWORK_RUNS, seconds=NETWORK_S)
@@ -198,10 +202,11 @@ def measure_networks_s(
 def measure_latency_share(
     before: nn.Module, after: nn.Module, example_inputs: tuple[Any, ...], device: torch.device
 ) -> tuple[float, float]:
-    """What is left of one network's latency in another, measured in turns, and its spread.
+    """Return the share of one network's latency that is left in another, measured in turns, and its spread.
 
-    The share is that of the least times. Its spread is how far the lower quartiles lie above them: small on a
-    quiet machine, and so large on a busy one that nothing follows from the share.
+    The share is that of the least times. Its spread is how far the lower quartiles lie above them: small on
+    a quiet machine, and so large on a busy one that nothing follows from the share. The networks are
+    copied, not changed. This takes about a second, and longer where `timings.MIN_RUNS` runs need more.
     """
     calls = _ready([before, after], example_inputs, device)
     times = time_interleaved(calls, device, runs=NETWORK_RUNS, seconds=NETWORK_S)
@@ -211,7 +216,10 @@ def measure_latency_share(
 
 
 def time_products(graph: ChannelGraph, device: torch.device, timings: Timings) -> LatencyModel:
-    """Every operator that multiplies, timed alone; one that does not run alone is left to the rest."""
+    """Time every operator that multiplies, alone, and return the model of these timings.
+
+    An operator that does not run alone is left to the rest. `timings` gets the shapes that it lacked.
+    """
     assert graph.recording is not None
     curves = []
     for product in graph.products:
@@ -231,7 +239,7 @@ def time_products(graph: ChannelGraph, device: torch.device, timings: Timings) -
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class _Curve:
-    """One operator's timings, an axis of `seconds` for each of its own that can shrink."""
+    """One operator's timings, an axis of `seconds` for each of the operator's axes that can shrink."""
 
     rows: list[int]
     fixed: list[int]
@@ -267,7 +275,7 @@ def _curve(graph: ChannelGraph, product: Product, device: torch.device, timings:
 
 
 def kernel_of(recording: Recording, product: Product, lengths: Lengths) -> Kernel:
-    """The call that an operator of the recording becomes when axes have these lengths."""
+    """Return the call that an operator of the recording becomes when axes have these lengths."""
     op = recording.ops[product.op]
     refs = op.inputs
     shapes = tuple(tuple(int(lengths[r]) for r in rows) for rows in product.operands)
@@ -283,7 +291,7 @@ def kernel_of(recording: Recording, product: Product, lengths: Lengths) -> Kerne
 
 
 def _varying(costs: CostModel, product: Product) -> list[list[int]]:
-    """Axes that can shrink; those that depend on the same groups shrink together."""
+    """Return the axes that can shrink; axes that depend on the same groups shrink together."""
     varying: dict[frozenset[int], list[int]] = {}
     for row in dict.fromkeys(r for rows in product.operands for r in rows):
         if costs.axes[row].per_unit:
@@ -292,7 +300,7 @@ def _varying(costs: CostModel, product: Product) -> list[list[int]]:
 
 
 def _steps(graph: ChannelGraph, costs: CostModel, row: int) -> list[float]:
-    """The shares at which an axis is timed: whole units of the groups that it depends on."""
+    """Return the shares at which an axis is timed: whole units of the groups that it depends on."""
     units = sum(graph.groups[g].num_units for g in costs.axes[row].per_unit)
     return [max(1, round(f * units)) / units for f in FRACTIONS]
 
@@ -302,7 +310,7 @@ def _stacked(rows: Iterable[list[int]], width: int, filler: int) -> Lengths:
 
 
 def _half(group: Group) -> int:
-    """A count about half of a group's, as a plan may have it."""
+    """Return a count of about half of a group's units, as a plan may have it."""
     counts = group.allowed_counts
     return int(counts[np.argmin(np.abs(counts - group.num_units / 2))])
 
@@ -325,7 +333,7 @@ def _kernel_s(kernel: Kernel, device: torch.device) -> float:
 def _operand(
     shape: tuple[int, ...], dtype: torch.dtype, order: tuple[int, ...], device: torch.device
 ) -> Tensor:
-    """A tensor whose dimensions lie in memory in this order, the outermost first."""
+    """Return a tensor whose dimensions lie in memory in this order, the outermost first."""
     tensor = torch.ones([shape[d] for d in order], device=device).to(dtype)
     return tensor.permute([order.index(d) for d in range(len(shape))])
 
@@ -337,7 +345,7 @@ def _order(strides: tuple[int, ...]) -> tuple[int, ...]:
 
 
 def _attention(arguments: dict[str, Any]) -> Tensor:
-    """Fused attention by the operator that this device has."""
+    """Run fused attention by the operator that this device has."""
     mask = arguments.get("attn_mask", arguments.get("attn_bias"))
     return F.scaled_dot_product_attention(
         arguments["query"], arguments["key"], arguments["value"], attn_mask=mask,

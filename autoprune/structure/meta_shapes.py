@@ -26,7 +26,7 @@ BINARY = "add sub mul div"
 
 
 def shape_rule(name: str, overload: str) -> ShapeRule | None:
-    """The rule of an ATen operator, or None.
+    """Return the rule of an ATen operator, or None where it has no rule.
 
     Args:
         name: without overload, with the underscore of an operator in place (`relu_`).
@@ -51,7 +51,7 @@ def _is_plain(x: Any) -> bool:
 
 
 def _fits(x: Tensor, others: tuple[Any, ...]) -> bool:
-    """Return whether every other tensor broadcasts to `x` and changes nothing about it; numbers are real."""
+    """Return whether every other tensor broadcasts to `x` without changing it, and all numbers are real."""
     for other in others:
         if isinstance(other, Tensor):
             if other.dtype is not x.dtype and other.dtype is not torch.bool:

@@ -1,11 +1,11 @@
-"""Does the pruned program do what the labels say? Two recorded passes compared, operator by operator.
+"""Does the pruned program do what the labels say? Two recorded passes are compared, operator by operator.
 
 The pruned network runs the same operators in the same order, on the same tensors with the same numbers and
 of the lengths that the labels predict. If it does, it computes what the masked network computes. Anything
-else, such as a scale that is derived from a pruned width, is a mismatch. Inside
-modules whose class was exchanged for one of ours (`patches`) other operators run;
-these are left out, and what such a module gives out is compared by its shape. Behind it strides may differ,
-and with them the operators; then only the network's outputs are compared.
+else, such as a scale that is derived from a pruned width, is a mismatch. Modules whose class was exchanged
+for one of ours (`patches`) run other operators; these are left out, and the outputs of such a module are
+compared by their shapes. Behind such a module strides may differ, and with them the operators; then only
+the network's outputs are compared.
 """
 
 from __future__ import annotations
@@ -69,7 +69,7 @@ def find_mismatch(
     groups: Mapping[str, Group],
     others: ReplacedModules,
 ) -> str:
-    """Where the pruned pass differs from what the original's labels predict; empty where nowhere.
+    """Return where the pruned pass differs from what the original's labels predict; empty if it does not.
 
     Args:
         others: the modules whose operators are left out.
@@ -95,10 +95,10 @@ def find_mismatch(
 
 
 def _steps(recording: Recording, source: dict[int, int], others: ReplacedModules) -> list[tuple[int, Op]]:
-    """The operators with their positions. Mere copies, which strides decide on, are left out.
+    """Return the operators with their positions, without mere copies, which depend on strides alone.
 
     Args:
-        source: gets what each copy is a copy of.
+        source: this function enters, for each copy, what it is a copy of.
     """
     outside = {name for name in {op.module for op in recording.ops} if others.has(name)}
     written = {r.index for op in recording.ops if op.is_in_place for r in op.outputs if r is not None}
@@ -123,10 +123,11 @@ def _name(op: Op) -> str:
 
 @dataclass(frozen=True)
 class ReplacedModules:
-    """Modules of a pruned copy whose class is another now, and not only by corrected reshapes.
+    """Modules of a pruned copy that have another class than before, and not only for corrected reshapes.
 
     Attributes:
-        alone: modules whose own operators are others; `whole` modules with all that is in them.
+        alone: modules that run other operators of their own.
+        whole: modules that run other operators, with all modules in them.
         gather_modules: modules in which channels are gathered by index.
     """
 
@@ -135,13 +136,13 @@ class ReplacedModules:
     gather_modules: frozenset[str]
 
     def has(self, name: str) -> bool:
-        """Return whether the operators of a module of that name are others now."""
+        """Return whether the module of that name runs other operators than before."""
         parts = name.split(".")
         return name in self.alone or any(".".join(parts[: n + 1]) in self.whole for n in range(len(parts)))
 
 
 def find_replaced_modules(original: nn.Module, dense: nn.Module) -> ReplacedModules:
-    """Which modules of a pruned copy were exchanged for ours."""
+    """Return the modules of a pruned copy that were exchanged for ours."""
     kinds = {name: _own_class(module) for name, module in original.named_modules()}
     replaced = {n: m for n, m in dense.named_modules() if _own_class(m) is not kinds.get(n)}
     alone = frozenset(n for n, m in replaced.items() if isinstance(m, NormPatch))
@@ -150,7 +151,7 @@ def find_replaced_modules(original: nn.Module, dense: nn.Module) -> ReplacedModu
 
 
 def output_shape_mismatch(propagation: Propagation, pruned: Recording) -> str:
-    """Return how the pruned network's outputs differ in shape from their labels; empty where they do not."""
+    """Return how the pruned network's outputs differ in shape from their labels; empty if they do not."""
     expected = [propagation.shape(r) for r in propagation.recording.outputs]
     actual = [pruned.shapes[r.index] for r in pruned.outputs]
     return f"its output becomes {actual}" if actual != expected else ""
@@ -164,7 +165,7 @@ def _own_class(module: nn.Module) -> type:
 
 
 class _Lengths:
-    """How long every axis of labels is under a plan."""
+    """The length of every axis of labels under a plan."""
 
     def __init__(self, propagation: Propagation, plan: PruningPlan, groups: Mapping[str, Group]) -> None:
         self.stays = np.ones(propagation.labels.size + 1, bool)  # the last is FIXED's
@@ -184,23 +185,24 @@ class _Lengths:
             self._follow_ties(propagation.labels.classes())
 
     def _follow_ties(self, classes: NDArray[np.int32]) -> None:
-        """Let labels go that no member owns, but that are tied to what goes."""
+        """Remove labels that no member owns, but that are tied to a removed label."""
         is_gone = np.zeros(int(classes.max()) + 1, bool)
         is_gone[classes[~self.stays[:-1]]] = True
         self.stays[:-1] = ~is_gone[classes]
 
     def of(self, axis: LabelArray) -> int:
-        """The length of one of the propagation's arrays."""
+        """Return the length under the plan of one of the propagation's label arrays."""
         if id(axis) not in self._known:
             self._known[id(axis)] = int(np.count_nonzero(self.stays[axis]))
         return self._known[id(axis)]
 
 
 class _TensorMap:
-    """Which tensor of the pruned pass stands for which of the original's.
+    """A map from each tensor of the original pass to the tensor of the pruned pass that stands for it.
 
     Attributes:
-        source: what a copy that is left out is a copy of; `source_pruned` likewise.
+        source: Ref index of a copy that is left out -> Ref index of what it is a copy of.
+        source_pruned: the same, of the pruned pass.
     """
 
     def __init__(self, propagation: Propagation, pruned: Recording, lengths: _Lengths) -> None:
@@ -224,7 +226,8 @@ class _TensorMap:
     def changed(self, old: Op, new: Op, *, is_live: bool) -> str:
         """Return why the operator reads other tensors than its twin; empty where it does not.
 
-        Constants are matched when they are used."""
+        Constants are matched when they are used.
+        """
         if len(old.inputs) != len(new.inputs):
             return "it reads another number of tensors"
         for left, right in zip(old.inputs, new.inputs, strict=True):
@@ -245,7 +248,7 @@ class _TensorMap:
         return self.of.get(self.source.get(old.index, old.index))
 
     def changed_outputs(self) -> str:
-        """Return that the network gives out other tensors, in words; empty where it does not."""
+        """Return that the network's outputs are other tensors, in words; empty where they are not."""
         for left, right in zip(self.original.outputs, self.pruned.outputs, strict=False):
             if self._found(left) not in (None, self.source_pruned.get(right.index, right.index)):
                 return "it gives out other tensors"
@@ -270,7 +273,7 @@ def _changed_number(old: Op, new: Op) -> str:
 
 
 def _numbers(value: Any) -> Any:
-    """What of an argument must not change: numbers and words, not tensors."""
+    """Return the part of an argument that must not change: numbers and words, not tensors."""
     if isinstance(value, (bool, int, float, str)) or value is None:
         return value
     return tuple(_numbers(v) for v in value) if isinstance(value, list) else ()
@@ -293,7 +296,10 @@ def _other_shape(propagation: Propagation, pruned: Recording, old: Op, new: Op, 
 def _lengths_without_ones(
     propagation: Propagation, pruned: Recording, left: Ref, right: Ref, lengths: _Lengths
 ) -> bool:
-    """Whether a tensor that an einsum moves is as predicted but for axes of length 1; what follows tells."""
+    """Return whether a tensor that an einsum moves is as predicted but for axes of length 1.
+
+    The operators that follow show whether such a tensor is right.
+    """
     expected = _expected(propagation, left, lengths)
     return [n for n in expected if n != 1] == [n for n in pruned.shapes[right.index] if n != 1]
 
@@ -312,7 +318,10 @@ def _length_apart(
 
 
 def _other_stretch(propagation: Propagation, pruned: Recording, old: Op, new: Op, lengths: _Lengths) -> str:
-    """Sizes that no shape shows: where a slice begins, and how wide a normalisation group is."""
+    """Return how sizes that no shape shows differ from their prediction; empty where they do not.
+
+    These are the position where a slice begins, and the width of a normalisation group.
+    """
     if old.name == "slice":
         dim = old.arg("dim", 0) % len(propagation.shape(old.inputs[0]))
         axis, length = propagation.get(old.inputs[0])[dim], pruned.shapes[new.inputs[0].index][dim]

@@ -1,8 +1,8 @@
 """Propagation over a recording: labels travel with the tensors, one operator at a time.
 
-Every tensor carries, for each of its axes, an array of labels (which channel lies at which position) or None
-(an axis that no pruning may change). For each operator a rule (`rules.table`) says which labels tie, which
-freeze, and what the axes of its outputs carry. Besides ties a propagation collects
+Every tensor carries, for each of its axes, an array of labels (which channel lies at which position) or
+None (an axis that no pruning may change). For each operator a rule (`rules.table`) says which labels tie,
+which freeze, and what the axes of its outputs carry. Besides ties a propagation collects
 
 * `cost_terms`, the multiply-adds of each operator as a product of axis lengths,
 * `reshape_splits`, `splits` and `reshape_merges`, where a program may have a size written in that labels
@@ -47,7 +47,7 @@ WEIGHT_OPS = frozenset(ZERO_KEEPING.split())
 
 @dataclass(frozen=True, slots=True)
 class CostTerm:
-    """Multiply-adds of one operator: `constant` times the lengths of `axes`.
+    """The multiply-adds of one operator: `constant` times the lengths of `axes`.
 
     Attributes:
         op: position of the operator in the recording, here and in the classes below.
@@ -60,11 +60,11 @@ class CostTerm:
 
 @dataclass(frozen=True, slots=True)
 class ReshapeSplit:
-    """A reshape that splits a channel axis into several, of which one may shrink.
+    """A reshape that splits a channel axis into several axes, one of which may shrink.
 
     Attributes:
         ordinal: how many reshapes its module had made in the pass, this one included.
-        labels: of the axis that may shrink; the others keep their lengths.
+        labels: the labels of the axis that may shrink; the others keep their lengths.
         options: the axes that could have been chosen, best first.
         chosen: the axis that may shrink.
     """
@@ -113,18 +113,18 @@ class Propagation:
         axes: Ref index -> labels of the tensor's axes, for tensors that have any.
         cost_terms: multiply-adds of every operator that multiplies.
         reshape_splits: reshapes that split a channel axis.
-        kept_axes: reshape operator -> its ordinal, and the one axis of channels that may shrink of those that
-            it merges.
+        kept_axes: reshape operator -> its ordinal, and the axis of its input that may shrink where it
+            merges several axes of channels.
         reshape_merges: (operator, labels) of every channel axis that a reshape merged with others.
-        two_unit_axes: axes of which two units must stay, because with one another operator would run.
+        two_unit_axes: axes on which two units must stay, because with one unit another operator would run.
         splits: (operator, labels of each piece) where an axis is split into pieces of written lengths.
         unit_counts: integers on modules that count units.
         ragged: modules in which the parts of shuffles and splits may shrink unequally, see
             `rules.channel_shuffle`.
         shuffles: (module, labels, parts) of every channel shuffle whose parts were tied.
         reorderings: operator -> what it does to the order of channels, in ragged modules.
-        shuffle_interior: Ref index of each tensor inside a ragged shuffle -> the axes that hold the channels,
-            and their labels.
+        shuffle_interior: Ref index of each tensor inside a ragged shuffle -> the axes that hold the
+            channels, and their labels.
         shuffle_results: Ref index of the tensor in which a ragged shuffle ends -> the axis and its labels.
         weight_refs: Ref indices of parameters and of what is derived from them by `WEIGHT_OPS`.
         conv_group_policies: module -> "whole" or "positions", how the groups of its convolution shrink.
@@ -140,7 +140,7 @@ class Propagation:
         live: per operator whether its result reaches an output.
         readers: Ref index -> positions of the operators that read it.
         reshapes: module -> reshapes that it has made so far.
-        position: of the operator at hand.
+        position: the position of the present operator.
     """
 
     recording: Recording
@@ -177,7 +177,7 @@ class Propagation:
 
     @property
     def is_lookahead(self) -> bool:
-        """Whether only one axis is followed, so that an axis without labels need not be a fixed one."""
+        """The mark of a lookahead, in which an axis without labels need not be a fixed one."""
         return self.lookahead_depth > 0
 
     def run(self) -> None:
@@ -195,13 +195,13 @@ class Propagation:
 
     @cached_property
     def maskable(self) -> frozenset[str]:
-        """Parameters that the masked network may hold zeros in."""
+        """The parameters that the masked network may hold zeros in."""
         return maskable(self.recording)
 
     def look_ahead(
         self, ref: Ref, axis: int, alike: LabelArray, *, includes_present: bool = False
     ) -> tuple[str, int]:
-        """The first reason to freeze that an axis meets further on, and how often it is a batch axis.
+        """Return the first reason to freeze that an axis meets later, and how often it is a batch axis.
 
         Args:
             alike: for each position of the axis a number, equal where positions are one unit, int64.
@@ -269,7 +269,7 @@ class Propagation:
             self.axes.pop(ref.index, None)
 
     def get(self, ref: Ref | None) -> Axes:
-        """The label arrays of a tensor's axes. A parameter's are made when it is first asked for."""
+        """Return the label arrays of a tensor's axes; a parameter gets its labels at the first call."""
         if ref is None:
             return []
         axes = self.axes.get(ref.index)
@@ -288,11 +288,11 @@ class Propagation:
         return axes
 
     def shape(self, ref: Ref) -> tuple[int, ...]:
-        """The shape of a tensor."""
+        """Return the shape of a tensor."""
         return self.recording.shapes[ref.index]
 
     def extents(self, ref: Ref) -> list[int | LabelArray]:
-        """Per axis its labels, or its length where that is the same in every pruned network."""
+        """Return for each axis its labels, or its length where that is the same in every pruned network."""
         shape = self.shape(ref)
         if ref.index in self.shuffle_interior:
             dims, labels = self.shuffle_interior[ref.index]
@@ -301,7 +301,10 @@ class Propagation:
         return [n if a is None else a for n, a in zip(shape, axes, strict=True)]
 
     def open_axis(self, dim: int, size: int) -> LabelArray | None:
-        """Labels for an axis along which a tensor is the same everywhere; it is as long as what it meets."""
+        """Make labels for an axis along which a tensor is the same everywhere, and return them.
+
+        Such an axis is as long as what it meets. The result is None in a lookahead and for a length of 1.
+        """
         if self.is_lookahead or size <= 1:
             return None
         return self.labels.new("", dim, size, is_open=True)
@@ -311,18 +314,24 @@ class Propagation:
         return ref.index in self.weight_refs
 
     def owner(self, weight: Ref) -> str:
-        """Name of the module that holds a parameter; empty for the network itself and for no parameter."""
+        """Return the name of the module that holds a parameter.
+
+        The name is empty for the network itself, and where the tensor is no parameter.
+        """
         return self.recording.parameters.get(weight.index, "").rpartition(".")[0]
 
     def integer_attributes(self, module: str, words: Sequence[str], value: int | None) -> list[str]:
-        """Integer attributes of a module named with one of the words, that hold `value` if it is given."""
+        """Return the names of a module's integer attributes that contain one of the words and hold `value`.
+
+        With a `value` of None any integer counts.
+        """
         owner = self.modules.get(module)
         attributes = vars(owner) if owner is not None else {}
         numbers = {n: v for n, v in attributes.items() if type(v) is int and any(w in n for w in words)}
         return [n for n, v in numbers.items() if value is None or v == value]
 
     def with_location(self, text: str) -> str:
-        """A reason with the operator, module and line where it arose."""
+        """Return a reason with the operator, module and line where it arose."""
         op = self.recording.ops[self.position]
         return f"{text} ({op.name} in {op.module or 'the network'}, {op.where})"
 
@@ -334,7 +343,7 @@ class Propagation:
     def join(
         self, parts: Sequence[LabelArray | None], text: str = "meets an axis of fixed length"
     ) -> LabelArray | None:
-        """One axis out of several that meet position by position: they tie.
+        """Merge several axes that meet position by position into one; their labels tie.
 
         If one of them has no labels, its length is fixed, and the others freeze with the reason `text`.
         """
@@ -373,12 +382,15 @@ class Propagation:
         self.join(axes, "reads an axis of fixed length, such as the model's input")
 
     def mark(self, axis: LabelArray | None, role: Role) -> None:
-        """Note what the slots of an axis do, see `graph.Member`."""
+        """Note the role of the slots of an axis, see `graph.Member`."""
         if not self.is_lookahead:
             self.labels.mark(axis, role)
 
     def earlier_choice(self, module: str, name: str, default: Any = None) -> Any:
-        """What an earlier pruning chose for a module and `densify` wrote on it, so that plans compose."""
+        """Return what an earlier pruning chose for a module, so that plans compose.
+
+        `densify` wrote it on the module as the attribute `name`.
+        """
         return getattr(self.modules.get(module), name, default)
 
     def cost(self, constant: int, axes: Sequence[tuple[int, LabelArray | None]]) -> None:
@@ -388,7 +400,7 @@ class Propagation:
         self.cost_terms.append(CostTerm(self.position, constant * fixed, tracked))
 
     def tie_rows(self, table: LabelArray) -> LabelArray:
-        """Tie all entries of each row of a two-dimensional array, (units, k); the rows' labels, (units,)."""
+        """Tie all entries of each row of an array (units, k), and return the rows' labels, (units,)."""
         units = np.where((table < 0).any(axis=1), FIXED, table[:, 0])
         others = table[:, 1:]
         self.labels.tie(
@@ -400,17 +412,17 @@ class Propagation:
 
 
 def untracked(ctx: Propagation, op: Op) -> list[Axes]:
-    """Outputs whose axes carry no labels."""
+    """Return outputs whose axes carry no labels."""
     return [[None] * len(ctx.shape(r)) for r in op.outputs if r is not None]
 
 
 def only_first(ctx: Propagation, op: Op, axes: Axes) -> list[Axes]:
-    """`axes` for the first output; the others are statistics that nothing reads."""
+    """Return `axes` for the first output; the others are statistics that nothing reads."""
     return [axes, *untracked(ctx, op)[1:]]
 
 
 def fixed_axis(size: int) -> LabelArray:
-    """Labels of an axis whose positions always stay."""
+    """Return labels of an axis whose positions always stay."""
     return np.full(size, FIXED, np.int64)
 
 

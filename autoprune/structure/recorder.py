@@ -1,9 +1,10 @@
 """One recorded forward pass: the operators that a network runs, with every parameter under its name.
 
 The network runs once, on tensors without storage (the `meta` device), under a dispatch mode that notes each
-ATen operator with its arguments. No weight is read and nothing is computed, so this costs milliseconds where
-`torch.export` costs seconds, and `forward` may be any Python. What cannot run without values (`.item()`,
-tensors kept outside the module's registry) is recorded with fake tensors, and if that fails with real ones.
+ATen operator with its arguments. No weight is read and nothing is computed, so this costs milliseconds
+where `torch.export` costs seconds, and `forward` may be any Python. A network that cannot run without
+values (`.item()`, tensors kept outside the module's registry) is recorded with fake tensors, and if that
+fails with real ones.
 
 A tensor of the recorded pass is a `Ref`, an index into `Recording.shapes`. An operator that works in place
 returns the Ref that it was given.
@@ -49,8 +50,9 @@ class Op:
     """One operator call.
 
     Attributes:
-        name: of the operator without namespace, overload and in-place underscore (`add`, `convolution`).
-        overload: of the schema (`Tensor`, `default`).
+        name: the operator's name without namespace, overload and in-place underscore (`add`,
+            `convolution`).
+        overload: the overload of the schema (`Tensor`, `default`).
         arguments: by the schema's names, tensors as `Ref`.
         outputs: the results in order, None where an output is no tensor.
         module: qualified name of the innermost module whose forward was running.
@@ -78,7 +80,7 @@ class Op:
         self.inputs = list(_refs(self.arguments.values()))
 
     def arg(self, name: str, default: Any = None) -> Any:
-        """The argument called `name`, or `default` where the call left it out."""
+        """Return the argument called `name`, or `default` where the call left it out."""
         return self.arguments.get(name, default)
 
 
@@ -87,7 +89,7 @@ class Recording:
     """A recorded forward pass.
 
     Attributes:
-        ops: in the order in which they ran.
+        ops: the operators, in the order in which they ran.
         shapes: shape of every Ref; `strides` and `dtypes` likewise.
         parameters: Ref index -> qualified name of the parameter or buffer, the first name where it is tied.
         inputs: Refs of the example inputs' tensors.
@@ -109,7 +111,7 @@ class Recording:
     is_meta: bool = True
 
     def readers(self) -> dict[int, list[int]]:
-        """Ref index -> positions of the operators that read it, in order."""
+        """Return for each Ref index the positions of the operators that read it, in order."""
         readers: dict[int, list[int]] = {}
         for position, op in enumerate(self.ops):
             for index in {r.index for r in op.inputs}:
@@ -117,7 +119,7 @@ class Recording:
         return readers
 
     def live(self) -> list[bool]:
-        """Per operator whether its result reaches an output; operators in place always count."""
+        """Return for each operator whether its result reaches an output; one in place always counts."""
         needed = {r.index for r in self.outputs}
         live = []
         for op in reversed(self.ops):
@@ -133,6 +135,9 @@ def record(model: nn.Module, example_inputs: tuple[Any, ...]) -> Recording:
 
     The model is left as it was: modes, parameters, buffers, attributes. Cost: one pass without arithmetic,
     and without memory for tensors, where the forward runs without values.
+
+    Args:
+        example_inputs: the tuple of forward's arguments.
 
     Raises:
         TraceError: the forward pass fails on these inputs, with the module and the line.
@@ -158,10 +163,10 @@ def record(model: nn.Module, example_inputs: tuple[Any, ...]) -> Recording:
 
 
 def record_on_meta(model: nn.Module, example_inputs: tuple[Any, ...]) -> Recording:
-    """As `record`, for a network whose parameters are on the meta device; errors of its forward pass through.
+    """Record a network whose parameters are on the meta device, as `record` does.
 
-    The network is a throw-away copy: it is left in evaluation mode, without gradients, with whatever
-    attributes its forward has set.
+    Errors of its forward pass through. The network is a throw-away copy: it is left in evaluation mode,
+    without gradients, with whatever attributes its forward has set.
     """
     recorder = _Recorder(model)
     recorder.is_meta = True
@@ -211,10 +216,11 @@ def _named_tensors(model: nn.Module) -> list[tuple[str, Tensor]]:
 
 @contextmanager
 def _evaluating(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode without fused attention; afterwards every module has the attributes it had before.
+    """Run the block in evaluation mode without fused attention, and then restore every module's attributes.
 
     The flags are set directly, as a user's `train` may do more. A forward pass may keep tensors on its
-    modules (weight_norm's weight, a cached position table); here these have no values, so they must not stay.
+    modules (weight_norm's weight, a cached position table); here these have no values, so they must not
+    stay.
     """
     before = [(module, _attributes(module)) for module in model.modules()]
     try:
@@ -238,7 +244,7 @@ def _unfused_attention() -> Iterator[None]:
 
 
 def _attributes(module: nn.Module) -> dict[str, tuple[Any, Any]]:
-    """Every attribute, and the contents of those that are containers."""
+    """Return every attribute, and a copy of the contents of those that are containers."""
     return {n: (v, copy(v) if type(v) in (dict, list, set) else None) for n, v in vars(module).items()}
 
 
@@ -253,7 +259,7 @@ def _put_back(module: nn.Module, attributes: dict[str, tuple[Any, Any]]) -> None
 
 
 class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Notes every operator of one forward pass."""
+    """The dispatch mode that notes every operator of one forward pass."""
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
@@ -335,9 +341,10 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         return result
 
     def _called(self, func: Any, kind: _Kind, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
-        """The operator's own result. Without values, new tensors have none, and constants lose theirs.
+        """Return the operator's own result.
 
-        A constant that the program keeps to itself is computed as it is, until it meets what has no values.
+        Without values, new tensors have none, and constants lose theirs. A constant that the program keeps
+        to itself is computed as it is, until it meets a tensor without values.
         """
         if not self.is_meta:
             return func(*args, **kwargs)
@@ -360,12 +367,12 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
 @dataclass(frozen=True, slots=True)
 class _Kind:
-    """What is the same for all calls of an operator; see `Op`.
+    """The facts that are the same for all calls of an operator; see `Op`.
 
     Attributes:
         is_prim: whether it is no ATen operator, and is not recorded.
         makes_new: whether it makes a tensor from nothing, on a device that it is given.
-        shape_rule: makes its result without values.
+        shape_rule: the function that makes its result without values, if there is one.
     """
 
     name: str
@@ -413,7 +420,7 @@ def _refs(values: Any) -> Iterator[Ref]:
 
 
 def _last_line(error: BaseException | None) -> str:
-    """Where an error without a message arose: the innermost line that is not torch's."""
+    """Return where an error without a message arose: the innermost line that is not torch's."""
     frames = list(traceback.walk_tb(error.__traceback__ if error else None))
     own = [(f, line) for f, line in frames if not _passes_on(f)] or frames
     if not own:
@@ -424,11 +431,11 @@ def _last_line(error: BaseException | None) -> str:
 
 
 def source_line(frame: FrameType) -> str:
-    """`file:line` of the innermost frame that is neither torch's own nor passes a call on.
+    """Return `file:line` of the innermost frame that is neither torch's own nor passes a call on.
 
-    Functions pass calls on if their module has a global `PASSES_CALLS_ON`: the modes that replace calls in a
-    patched forward (`patches.forward_mode`). Without skipping them, all calls of such a module would seem to
-    be on a few lines of ours. "in torch" where no line of the user's is on the way.
+    Functions pass calls on if their module has a global `PASSES_CALLS_ON`: the modes that replace calls in
+    a patched forward (`patches.forward_mode`). Without skipping them, all calls of such a module would seem
+    to be on a few lines of ours. The result is "in torch" where no line of the user's is on the way.
     """
     while frame.f_back is not None and _passes_on(frame):
         frame = frame.f_back

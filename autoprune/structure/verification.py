@@ -1,10 +1,10 @@
-"""Does the pruned program do what the labels say? A graph is given out only after its pruned network has run.
+"""Does the pruned program do what the labels say? No graph is returned before its pruned network ran.
 
 Sizes can be written into `forward` where no label sees them: a reshape to 64 channels, a slice of the first
-half, a scale taken from a width. So a pruned copy runs once without values, and must do operator by operator
-what the labels say (`program_match`). Where channels are split or modules corrected, cheap networks are also
-compared with the masked original in numbers. Groups that fail are found by bisection. Each is tried with
-another axis where a reshape left the choice, and frozen with its reason otherwise.
+half, a scale taken from a width. So a pruned copy runs once without values, and must do operator by
+operator what the labels say (`program_match`). Where channels are split or modules corrected, cheap
+networks are also compared with the masked original in numbers. Groups that fail are found by bisection.
+Each is tried with another axis where a reshape left the choice, and frozen with its reason otherwise.
 """
 
 from __future__ import annotations
@@ -50,10 +50,10 @@ Check = Callable[[Sequence[Group]], str | None]
 def verify_graph(
     model: nn.Module, inputs: tuple[Any, ...], recording: Recording, options: TraceOptions
 ) -> ChannelGraph:
-    """The graph of a recorded network, without the groups that its program does not allow to shrink.
+    """Return the graph of a recorded network, without the groups that its program does not allow to shrink.
 
-    Each round builds the graph, prunes a copy and compares it; groups that fail get another axis of a reshape
-    or are frozen before the next round. After `ROUNDS` everything is frozen: no group is given out
+    Each round builds the graph, prunes a copy and compares it; groups that fail get another axis of a
+    reshape or are frozen before the next round. After `ROUNDS` everything is frozen: no group is returned
     unverified.
     """
     choices: dict[int, int] = {}
@@ -86,7 +86,7 @@ def verify_graph(
 def _ragged(
     model: nn.Module, recording: Recording, options: TraceOptions, built: Built
 ) -> tuple[frozenset[str], Built]:
-    """The modules that should be ragged, where that gains units, and the graph with them."""
+    """Return the modules that should be ragged, where that gains units, and the graph with them."""
     graph, propagation = built
     modules = find_ragged_modules(propagation) if recording.is_meta and propagation.shuffles else frozenset()
     if modules:
@@ -110,7 +110,7 @@ class _Verifier:
         self.is_doubtful = False
 
     def program(self, graph: ChannelGraph, groups: Sequence[Group]) -> str | None:
-        """What goes wrong when a copy with these groups pruned runs without values."""
+        """Return what goes wrong when a copy with these groups pruned runs without values, or None."""
         return self._run(graph, groups)[0]
 
     def _run(self, graph: ChannelGraph, groups: Sequence[Group]) -> tuple[str | None, nn.Module]:
@@ -129,10 +129,10 @@ class _Verifier:
 
     @cached_property
     def subject(self) -> tuple[nn.Module, tuple[Any, ...], float]:
-        """What the numbers are compared on: a network, its inputs, and the difference that is noise.
+        """The network on which numbers are compared, its inputs, and the difference that counts as noise.
 
-        The weights leave no part of the network silent, such as branches that start at zero. In float64,
-        where the network runs in that; a network that does not keeps its own type.
+        The weights leave no part of the network silent, such as branches that start at zero. The network
+        runs in float64 where it can, and otherwise in its own type.
         """
         inputs = tree_map_only(Tensor, lambda x: x.double() if x.is_floating_point() else x, self.inputs)
         strong = copy_model(self.model, _strengthen).double().eval()
@@ -143,7 +143,10 @@ class _Verifier:
         return strong, inputs, NOISE_DOUBLE
 
     def numbers(self, graph: ChannelGraph, groups: Sequence[Group]) -> str | None:
-        """What goes wrong when the copy is compared with the masked network. One of them lives at a time."""
+        """Return what goes wrong when the copy is compared with the masked network, or None.
+
+        Only one of the two networks is in memory at a time.
+        """
         plan = _verification_plan(graph, groups)
         network, inputs, noise = self.subject
         try:
@@ -154,7 +157,7 @@ class _Verifier:
         return None if gap < noise else f"the pruned network computes something else ({gap:.1e} apart)"
 
     def with_corrections(self, graph: ChannelGraph) -> tuple[ChannelGraph, str | None]:
-        """The graph with the reshape corrections without which it fails, and what goes wrong even then."""
+        """Return the graph with the reshape corrections it needs, and what goes wrong even with them."""
         if not self.propagation.recording.is_meta or not graph.groups:
             return graph, None
         reason, dense = self._run(graph, graph.groups)
@@ -172,7 +175,7 @@ class _Verifier:
     def failing(
         self, graph: ChannelGraph, spent: list[int], *, reason: str | None
     ) -> list[tuple[Group, str]]:
-        """The groups whose pruning fails, with what happens.
+        """Return the groups whose pruning fails, with what happens.
 
         Args:
             spent: one entry for every run made so far.
@@ -191,7 +194,11 @@ class _Verifier:
         return _bisect(graph.groups, lambda groups: self.numbers(graph, groups), spent)
 
     def _needs_numbers(self, graph: ChannelGraph) -> bool:
-        """Where the program was not compared operator by operator; or where channels split and it is free."""
+        """Return whether the network must be compared in numbers.
+
+        A network that was recorded with values always must. One whose program was not compared operator by
+        operator must if it is cheap, and one that splits channels if the comparison costs nothing.
+        """
         cost = graph.cost()
         if not self.propagation.recording.is_meta:
             return True
@@ -211,7 +218,10 @@ class _Verifier:
 
 
 def _strengthen(name: str, tensor: Tensor) -> Tensor:
-    """A parameter as it is, or between 0.5 and 1.5 where it is one-dimensional or starts at zero."""
+    """Return a copy of a parameter, or values between 0.5 and 1.5 in its shape where it is weak.
+
+    A parameter other than a running mean is weak if it is one-dimensional or starts at zero.
+    """
     is_weak = tensor.ndim <= 1 or not tensor.numel() or float(tensor.abs().max()) < SILENT
     if not tensor.is_floating_point() or not is_weak or "running_mean" in name:
         return tensor.clone()
@@ -239,7 +249,7 @@ def _bisect(
 
 
 def _named_in(reason: str, groups: Sequence[Group]) -> Group | None:
-    """The one group that is made in the module in which something went wrong, if there is one."""
+    """Return the one group that is made in the module in which something went wrong, if there is one."""
     match = MODULE_AT_END.search(reason)
     inside = f"{match[1]}." if match else ""
     makers = [g for g in groups if any(m.role == "out" and m.name.startswith(inside) for m in g.members)]
@@ -247,9 +257,10 @@ def _named_in(reason: str, groups: Sequence[Group]) -> Group | None:
 
 
 def _verification_plan(graph: ChannelGraph, groups: Sequence[Group]) -> PruningPlan:
-    """About a third of some groups' units removed, at least one, from all over them.
+    """Return a plan that removes about a third of some groups' units, at least one, from all over them.
 
-    Groups of one width lose different numbers, so that a program that takes one's width for another's fails.
+    Groups of one width lose different numbers, so that a program that takes one's width for another's
+    fails.
     """
     turns = {g.name: turn for turn, g in enumerate(graph.groups)}
     keep = {}
@@ -278,7 +289,10 @@ def _passes(propagation: Propagation, modules: Collection[str], group: Group) ->
 
 
 def _choose_again(propagation: Propagation, labels: LabelArray, choices: dict[int, int]) -> bool:
-    """Let the reshapes that these channels pass shrink along their next axis; False where none has one."""
+    """Let the reshapes that these channels pass shrink along their next axis.
+
+    Return whether any of them had a next axis.
+    """
     changed = False
     for site in propagation.reshape_splits:
         later = site.options[site.options.index(site.chosen) + 1 :] if site.chosen in site.options else ()
