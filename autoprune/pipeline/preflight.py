@@ -52,7 +52,7 @@ class ForecastRound:
 
 @dataclass(frozen=True, kw_only=True)
 class RunForecast:
-    """What a run would do; floors are known where the network comes trained."""
+    """The forecast of a run; floors are known where the network comes trained."""
 
     name: str
     target: str

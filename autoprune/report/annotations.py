@@ -34,7 +34,7 @@ TOP1 = "top-1 on the search split"
 
 @dataclass(frozen=True, kw_only=True)
 class Annotation:
-    """What one study shows: `figures` is called only if the study does not have this `summary` yet."""
+    """The content that one study shows; `figures` is called only if the study lacks this `summary`."""
 
     summary: str
     objective: str
