@@ -328,5 +328,5 @@ def _update_recurrent_sizes_(module: nn.RNNBase | nn.RNNCellBase) -> None:
         module.hidden_size, module.input_size = module.weight_hh.shape[1], module.weight_ih.shape[1]
         return
     rows, module.input_size = getattr(module, "weight_ih_l0").shape  # noqa: B009 (untyped attribute)
-    if not module.proj_size:  # torch tells a projection by another width, and pruning could make them equal
+    if not module.proj_size:  # pruning could make the widths equal by which torch recognises one
         module.hidden_size = rows // GATES[module.mode]

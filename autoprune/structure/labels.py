@@ -62,7 +62,7 @@ class Freeze:
 
 
 class Labels:
-    """The collected ties and freezes of one network."""
+    """The ties and freezes of one network, as a propagation collects them."""
 
     def __init__(self) -> None:
         self.slots: list[Slot] = []

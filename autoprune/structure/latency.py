@@ -339,7 +339,7 @@ def _operand(
 
 
 def _order(strides: tuple[int, ...]) -> tuple[int, ...]:
-    if 0 in strides:  # expanded
+    if 0 in strides:  # an expanded axis has no place in memory of its own
         return tuple(range(len(strides)))
     return tuple(sorted(range(len(strides)), key=lambda d: -strides[d]))
 

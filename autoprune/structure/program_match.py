@@ -59,7 +59,7 @@ SAME = {
     "split_with_sizes": "split",
 }  # pieces are compared by their shapes
 MOVES = frozenset({"permute", "view", "_unsafe_view", "bmm"})
-GATHERS = frozenset({"index_select", "native_channel_shuffle", "channel_shuffle"})  # in ragged modules ours
+GATHERS = frozenset({"index_select", "native_channel_shuffle", "channel_shuffle"})  # ours in ragged modules
 
 
 def find_mismatch(

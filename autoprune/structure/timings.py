@@ -28,7 +28,7 @@ Call = Callable[[], object]
 Seconds = NDArray[np.float64]
 
 WARM_UP = 3  # calls before the clock counts: libraries load, caches fill, cuDNN chooses its algorithm
-MIN_RUNS = 9  # a guess: the fewest of which a least value or a quartile says something
+MIN_RUNS = 9  # a guess: the fewest runs whose minimum or quartile says something
 SAMPLE_S = 2e-4  # shorter calls are timed several at a time: reading the clock costs microseconds
 VERSION = 1
 

@@ -1,9 +1,9 @@
-"""Attention whose own forward ties the number of heads to the model's width, taught to have fewer heads.
+"""Attention with fewer heads, where its own forward ties the number of heads to the model's width.
 
 torch's and torchvision's attention compute the width of a head as the model's width over the number of
-heads, so a module with some heads removed needs a forward that takes both as given. Each class is a subclass
-of the original with the same parameters under the same names; a pruned module changes to it in place and
-stays an instance of the user's class.
+heads, so a module with some heads removed needs a forward that takes both as given. Each class is a
+subclass of the original with the same parameters under the same names; a pruned module changes to it in
+place and stays an instance of the user's class.
 """
 
 from __future__ import annotations
@@ -31,7 +31,11 @@ class PrunedMultiheadAttention(nn.MultiheadAttention):
         average_attn_weights: bool = True,
         is_causal: bool = False,
     ) -> tuple[Tensor, Tensor | None]:
-        """As `nn.MultiheadAttention.forward`: (B, N, E), (N, B, E) or (N, E) -> the same, and the weights."""
+        """Attend as `nn.MultiheadAttention.forward` does, with any number of heads.
+
+        The inputs are (B, N, E), (N, B, E) or (N, E). The result has the same shape; the attention weights
+        come second.
+        """
         is_batched = query.dim() == 3
         swap = is_batched and not self.batch_first
         query, key, value = (
@@ -65,7 +69,7 @@ class PrunedMultiheadAttention(nn.MultiheadAttention):
     def _mask(
         self, attn_mask: Tensor | None, padding: Tensor | None, q: Tensor, k: Tensor, is_causal: bool
     ) -> Tensor | None:
-        """All masks as one additive one that broadcasts to (B, H, N, M)."""
+        """Merge all masks into one additive mask that broadcasts to (B, H, N, M)."""
         parts = []
         if attn_mask is not None:
             mask = _additive(attn_mask, q.dtype)

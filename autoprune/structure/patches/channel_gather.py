@@ -1,10 +1,10 @@
 """Modules that split and shuffle channels unevenly: their dense forward gathers channels by index.
 
 A ragged module (`channel_shuffle`) changes to a patched class (`forward_mode`). In its forward, a reshape
-that begins a shuffle reads its channels by index, already in their new order, and makes one part of them all;
-the reshapes and permutations that follow then only move an axis of length 1. Splits get the lengths that the
-labels predict. Which call is which is found out by a pass without values: the calls on each line come in the
-order in which the propagation met them.
+that begins a shuffle reads its channels by index, already in their new order, and makes one part of them
+all; the reshapes and permutations that follow then only move an axis of length 1. Splits get the lengths
+that the labels predict. A pass without values finds out which call is which: the calls on each line come in
+the order in which the propagation met them.
 """
 
 from __future__ import annotations
@@ -34,8 +34,8 @@ class PrunedCall:
     Attributes:
         sizes: the shape that a reshape makes of the example, or the lengths of a split's pieces.
         labelled_axes: the axes of a reshape that hold channels; their lengths are those in `sizes`.
-        dim: the axis that is gathered, by the positions `order`, int64 (kept,); None where nothing is
-            gathered.
+        dim: the axis that is gathered.
+        order: the positions to gather, int64 (kept,); None where nothing is gathered.
     """
 
     sizes: tuple[int, ...]
@@ -44,7 +44,7 @@ class PrunedCall:
     order: Tensor | None = None
 
     def run(self, func: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
-        """The call `func(*args, **kwargs)` with the pruned lengths."""
+        """Make the call `func(*args, **kwargs)` with the pruned lengths."""
         if func in ALL_SPLITS:
             return _split(self.sizes, func, *args, **kwargs)
         x, *rest = args
@@ -69,11 +69,11 @@ def _split(sizes: Sequence[int], func: Callable[..., Any], x: Tensor, lengths: A
 
 @dataclass
 class PrunedCalls:
-    """All watched calls of a ragged module.
+    """The watched calls of a ragged module.
 
     Attributes:
         by_line: line -> its calls, in the order in which they come in a pass; None where nothing changes.
-        numbers: number of the call in a pass -> its site; None while that is found out.
+        numbers: number of the call in a pass -> its site; None while that is not known yet.
         sites: the same, as the last pass had it.
     """
 
@@ -82,31 +82,31 @@ class PrunedCalls:
     sites: dict[int, CallSite] = field(default_factory=dict)
 
     def gather_by(self, index: Tensor) -> PrunedCall | None:
-        """The call that gathers channels by this very tensor."""
+        """Return the call that gathers channels by this very tensor, or None."""
         calls = (c for calls in self.by_line.values() for c in calls)
         return next((c for c in calls if c is not None and c.order is index), None)
 
 
 class GatherPatch:
-    """Mixed in before the user's class: its forward splits and shuffles what pruning has left."""
+    """A class that is mixed in before the user's: its forward splits and shuffles what pruning has left."""
 
     autoprune_calls: PrunedCalls
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """The user's forward, under the mode."""
+        """Run the user's forward under the mode."""
         with _GatherMode(self.autoprune_calls):
             return super().forward(*args, **kwargs)  # type: ignore[misc]
 
 
 class _GatherMode(PatchMode):
-    """Replaces the reshapes, splits and shuffles of one forward pass."""
+    """The mode that replaces the reshapes, splits and shuffles of one forward pass."""
 
     def __init__(self, calls: PrunedCalls) -> None:
         super().__init__()
         self.calls = calls
 
     def replace(self, func: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
-        """The pruned call, where the call is one that changes."""
+        """Make the pruned call, where the call is one that changes."""
         if func in WATCHED:
             site = self._known_site(self.count_call())
             call = self.calls.by_line[site[0]][site[1]] if site is not None else None

@@ -1,7 +1,8 @@
 """Numbers on modules that count what pruning removes: heads, groups, the width of pieces.
 
-Where a forward computes with `self.num_heads`, the dense network needs another number there. Which attributes
-these are is told by their value and by a word in their name; the verifier finds out whether it was right.
+Where a forward computes with `self.num_heads`, the dense network needs another number there. The value of
+an attribute and a word in its name say whether it is one of these; the verifier finds out whether that was
+right.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ WIDTHS = ("attn", "inner", "all_head", "hidden", "out_dim", "dim_out", "val")
 def find_count_attributes(
     propagation: Propagation, axis_of: Callable[[LabelArray], Axis]
 ) -> tuple[CountAttribute, ...]:
-    """All attributes that count channels of a group."""
+    """Return all attributes that count channels of a group."""
     rules = [(r.module, r.attribute, r.labels, r.per) for r in propagation.unit_counts]
     by_rule = [CountAttribute(module=m, attribute=a, axis=axis_of(x), per=p) for m, a, x, p in rules]
     return (*by_rule, *_where_axes_split(propagation, axis_of))
@@ -33,7 +34,7 @@ def find_count_attributes(
 def _where_axes_split(
     propagation: Propagation, axis_of: Callable[[LabelArray], Axis]
 ) -> list[CountAttribute]:
-    """Attributes of modules that split a channel axis and put it together: how many pieces, how wide."""
+    """Return the attributes of modules that split and merge a channel axis: how many pieces, how wide."""
     axes = [(s.op, np.unique(s.labels[s.labels >= 0]), PIECES) for s in propagation.reshape_splits]
     axes += [(op, labels, WIDTHS) for op, labels in propagation.reshape_merges]
     axes += [(op, pieces[0], PARTS) for op, pieces in propagation.splits]
@@ -47,7 +48,7 @@ def _where_axes_split(
 
 
 def _counting_attributes(module: nn.Module, length: int, words: tuple[str, ...]) -> list[str]:
-    """Integers of that value on a module, named with one of the words."""
+    """Return the integers of that value on a module that have one of the words in their name."""
     names = [n for n, v in vars(module).items() if type(v) is int and v == length]
     named = [n for n in names if any(w in n for w in words)]
     plain = [n for n in named if not any(w in n for w in ("dim", "size", "width", "channels"))]

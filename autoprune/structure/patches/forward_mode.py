@@ -1,13 +1,13 @@
-"""What all patches of a forward pass share: a mode that replaces calls, and where calls are written.
+"""The parts that all patches of a forward pass share: a mode that replaces calls, and call sites.
 
-A patched module keeps the user's class and parameters. It becomes an instance of a subclass (`mix_in_`) whose
-forward runs the user's own forward under a `PatchMode`, a `torch.overrides.TorchFunctionMode` that sees every
-torch function before it runs and may run another one instead.
+A patched module keeps the user's class and parameters. It becomes an instance of a subclass (`mix_in_`)
+whose forward runs the user's own forward under a `PatchMode`, a `torch.overrides.TorchFunctionMode` that
+sees every torch function before it runs and may run another one instead.
 
-Which call is which is told by its *call site*: the line of source it is written on, and how many watched
-calls the pass has made from that line before. The line is the same in the recorded pass (`recorder`) and in
-every later one, whatever module the call passes through on its way. A compiler cannot see lines; there the
-number of the call in the pass tells.
+A *call site* identifies a call: the line of source on which it is written, and how many watched calls the
+pass has made from that line before. The line is the same in the recorded pass (`recorder`) and in every
+later one, whatever module the call passes through on its way. A compiler cannot see lines; there the number
+of the call in the pass identifies it.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ PASSES_CALLS_ON = True  # see `recorder.source_line`
 
 
 class PatchMode(TorchFunctionMode):
-    """Gives every torch function of one forward pass to `replace`.
+    """A mode that gives every torch function of one forward pass to `replace`.
 
     The modules that define subclasses must set `PASSES_CALLS_ON`, or the calls that they pass on would seem
     to be written in them; a subclass in a module without it is refused when it is defined.
@@ -58,7 +58,7 @@ class PatchMode(TorchFunctionMode):
         return self.replace(func, args, kwargs or {})
 
     def replace(self, func: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
-        """The result of the call, or of what runs in its place."""
+        """Return the result of the call, or of what runs in its place."""
         raise NotImplementedError
 
     def count_call(self) -> CallSite:

@@ -27,25 +27,25 @@ MEANS = (torch.mean, Tensor.mean)
 
 
 class NormPatch:
-    """Mixed in before the user's class: statistics are taken over `autoprune_norm_width` channels."""
+    """A class that is mixed in before the user's: statistics count `autoprune_norm_width` channels."""
 
     autoprune_norm_width: int
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """The user's forward, under the mode."""
+        """Run the user's forward under the mode."""
         with _NormMode(self.autoprune_norm_width, is_norm=isinstance(self, nn.LayerNorm)):
             return super().forward(*args, **kwargs)  # type: ignore[misc]
 
 
 class _NormMode(PatchMode):
-    """Replaces layer norm over the last axis, and means over what is left of the channels."""
+    """The mode that replaces layer norm over the last axis, and means over what is left of the channels."""
 
     def __init__(self, width: int, *, is_norm: bool) -> None:
         super().__init__()
         self.width, self.is_norm = width, is_norm
 
     def replace(self, func: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
-        """Means and layer norms that count the original width."""
+        """Make means and layer norms count the original width."""
         if func is F.layer_norm and self.is_norm:  # not those of modules in a module that takes a mean
             return layer_norm_of_width(*args, width=self.width, **kwargs)
         if func in MEANS:
@@ -54,7 +54,7 @@ class _NormMode(PatchMode):
 
 
 def mean_of_width(x: Tensor, dim: Any = None, keepdim: bool = False, *, width: int) -> Tensor:
-    """Mean over an axis of `x` as if it held `width` channels, the missing ones zero."""
+    """Return the mean over an axis of `x` as if it held `width` channels, the missing ones zero."""
     return x.sum(dim, keepdim=keepdim) / width
 
 
@@ -67,7 +67,7 @@ def layer_norm_of_width(
     *,
     width: int,
 ) -> Tensor:
-    """Layer norm of (..., C) as if there were `width` channels, the missing ones zero."""
+    """Normalise the last axis of (..., C) as if there were `width` channels, the missing ones zero."""
     mean = x.sum(-1, keepdim=True) / width
     centred = x - mean
     missing = width - x.shape[-1]
@@ -78,7 +78,7 @@ def layer_norm_of_width(
 
 
 def patch_norm_(module: nn.Module, width: int) -> None:
-    """Change a module whose parameters are sliced already, so that its statistics count `width` channels."""
+    """Change a module with sliced parameters, so that its statistics count `width` channels."""
     if not isinstance(module, NormPatch):  # one of an earlier pruning counts the original's width for good
         vars(module)["autoprune_norm_width"] = width
         mix_in_(module, NormPatch)

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 
 class ChannelPadding(nn.Module):
-    """Replays a chain of slices, pools and paddings on one tensor.
+    """A chain of slices, pools and paddings that is replayed on one tensor.
 
     Args:
         steps: (ATen operator, its arguments after the tensor), in order.
@@ -30,13 +30,13 @@ class ChannelPadding(nn.Module):
         self.steps = tuple(steps)
 
     def forward(self, x: Tensor) -> Tensor:
-        """(B, C, ...) -> (B, C + padded channels, ...)."""
+        """Replay the steps: (B, C, ...) -> (B, C + padded channels, ...)."""
         for name, arguments in self.steps:
             x = getattr(torch.ops.aten, name)(x, *arguments)
         return x
 
     def extra_repr(self) -> str:
-        """The steps, for printing."""
+        """Return the steps, for printing."""
         return "; ".join(f"{name}{arguments}" for name, arguments in self.steps)
 
 

@@ -2,9 +2,9 @@
 
 Many attention modules end in `x.reshape(B, N, C)` with C taken from their input, which is only right while
 all heads are there. A patched module (`forward_mode`) gives such reshapes the lengths that the labels
-predict. Which ones need it is found out by one pass without values, in which every reshape is compared with
-the shape that the propagation recorded for its line. The patch is used where the plain dense copy does not
-run, and is kept only if the patched network then computes what the masked one does (`verification`).
+predict. One pass without values finds out which reshapes need it: every reshape is compared with the shape
+that the propagation recorded for its line. The patch is used where the plain dense copy does not run, and
+is kept only if the patched network then computes what the masked one does (`verification`).
 """
 
 from __future__ import annotations
@@ -31,7 +31,8 @@ class SizeCorrection:
     """A reshape whose own arithmetic is wrong after pruning.
 
     Attributes:
-        line: where it is written; `number` is that of its shape among those that the line makes.
+        line: the line on which it is written.
+        number: the number of its shape among those that the line makes.
         dims: the axes whose lengths must be given.
         call: its number among all reshapes of the pass in which it was found.
     """
@@ -44,11 +45,11 @@ class SizeCorrection:
 
 @dataclass
 class PrunedSizes:
-    """What a patched module's reshapes and splits make.
+    """The lengths that a patched module's reshapes and splits make.
 
     Attributes:
         shapes: line -> the shapes that its reshapes make, pruned, for the example input.
-        corrections: call site -> what to correct; None while that is found out.
+        corrections: call site -> what to correct; None while that is not known yet.
         pieces: old -> new lengths of the pieces of its splits.
         needed: the corrections that a pass with `corrections=None` needed.
         corrects_split: whether a split had to be corrected in any pass.
@@ -61,14 +62,17 @@ class PrunedSizes:
     corrects_split: bool = False
 
     def correction_at(self, site: CallSite, call: int) -> SizeCorrection | None:
-        """What to correct in a reshape, by its site, or by its number in the pass under a compiler."""
+        """Return the correction of a reshape by its site, or by its number in the pass under a compiler."""
         corrections = self.corrections or {}
         if torch.compiler.is_dynamo_compiling():
             return next((c for c in corrections.values() if c.call == call), None)
         return corrections.get(site)
 
     def closest(self, line: str, sizes: Sequence[int], numel: int) -> SizeCorrection | None:
-        """What to correct in a reshape to `sizes`: the shape of its line that differs in the fewest axes."""
+        """Return the correction of a reshape to `sizes`.
+
+        It leads to the shape of its line that differs in the fewest axes.
+        """
         best, most_equal = None, -1
         for number, shape in enumerate(self.shapes.get(line, ())):
             if len(shape) == len(sizes) and math.prod(shape) == numel:
@@ -79,25 +83,25 @@ class PrunedSizes:
 
 
 class ReshapePatch:
-    """Mixed in before the user's class: its reshapes and splits make the pruned lengths."""
+    """A class that is mixed in before the user's: its reshapes and splits make the pruned lengths."""
 
     autoprune_sizes: PrunedSizes
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """The user's forward, under the mode."""
+        """Run the user's forward under the mode."""
         with _ReshapeMode(self.autoprune_sizes):
             return super().forward(*args, **kwargs)  # type: ignore[misc]
 
 
 class _ReshapeMode(PatchMode):
-    """Corrects the sizes of reshapes and splits in one forward pass."""
+    """The mode that corrects the sizes of reshapes and splits in one forward pass."""
 
     def __init__(self, sizes: PrunedSizes) -> None:
         super().__init__()
         self.sizes = sizes
 
     def replace(self, func: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
-        """Reshapes and splits with other sizes where these are wrong; everything else as it is."""
+        """Make reshapes and splits with other sizes where these are wrong, and everything else as it is."""
         if func in RESHAPES and not kwargs:
             sizes = list(args[1]) if isinstance(args[1], (tuple, list)) else list(args[1:])
             if all(isinstance(n, (int, torch.SymInt)) for n in sizes):

@@ -1,6 +1,7 @@
-"""torchvision's window attention (Swin, Swin V2, MaxViT) with any number of heads.
+"""The window attention of torchvision (Swin, Swin V2, MaxViT) with any number of heads.
 
-See `attention`; these are apart so that torchvision is only imported for networks that come from it.
+`attention` has the same for torch's own. These classes are apart so that torchvision is only imported for
+networks that come from it.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ LOG_100 = 4.605170185988092  # the cap of Swin V2's logit scale
 
 
 def _swin_forward(self: Any, x: Tensor) -> Any:
-    """Shifted-window attention (Liu et al. 2021, 3.2) over (B, H, W, C) for any number of heads."""
+    """Attend in shifted windows (Liu et al. 2021, section 3.2) on (B, H, W, C), any number of heads."""
     batch, height, width, channels = x.shape
     size = self.window_size
     pad_h, pad_w = -height % size[0], -width % size[1]
@@ -38,7 +39,10 @@ def _swin_forward(self: Any, x: Tensor) -> Any:
 
 
 def _shift_mask(x: Tensor, size: list[int], shift: list[int]) -> Tensor:
-    """(windows, 1, tokens, tokens): -100 between tokens that were not neighbours before the shift."""
+    """Return the mask of shifted windows, (windows, 1, tokens, tokens).
+
+    It is -100 between tokens that were not neighbours before the shift, and 0 elsewhere.
+    """
     _, height, width, _ = x.shape
     bands = []
     for length, window, step in ((height, size[0], shift[0]), (width, size[1], shift[1])):
@@ -52,7 +56,7 @@ def _shift_mask(x: Tensor, size: list[int], shift: list[int]) -> Tensor:
 
 
 def _swin_attend(self: Any, tokens: Tensor, mask: Tensor | None) -> Any:
-    """(windows, tokens, C) -> (windows, tokens, heads x head_dim)."""
+    """Attend inside windows: (windows, tokens, C) -> (windows, tokens, heads x head_dim)."""
     qkv = self._qkv(tokens).unflatten(-1, (3, self.num_heads, self.head_dim))
     q, k, v = qkv.permute(2, 0, 3, 1, 4)
     scores = self._scores(q, k) + self.get_relative_position_bias()
@@ -98,7 +102,7 @@ class PrunedRelativeAttention(RelativePositionalMultiHeadAttention):  # type: ig
     """MaxViT attention (Tu et al. 2022, section 3.1) with any number of heads."""
 
     def forward(self, x: Tensor) -> Tensor:
-        """(B, G, P, D) -> (B, G, P, D)."""
+        """Attend inside groups: (B, G, P, D) -> (B, G, P, D)."""
         qkv = self.to_qkv(x).unflatten(-1, (3, self.n_heads, self.head_dim))
         q, k, v = qkv.permute(3, 0, 1, 4, 2, 5)
         scores = q @ (k * self.scale_factor).transpose(-2, -1) + self.get_relative_positional_bias()

@@ -1,9 +1,9 @@
 """Channel shuffles whose parts need not shrink alike.
 
 A reshape to (parts, width), a permutation and a reshape back tie equal positions of the parts, because what
-lies between must stay a rectangle. In a trunk that is halved and shuffled block after block (Ma et al. 2018,
-"ShuffleNet V2", section 3.2) these ties end in a handful of units, or in one. There a shuffle is taken for
-what it is, a rearrangement of channels: nothing ties, and the dense network gathers its channels by index
+lies between must stay a rectangle. In a trunk that is halved and shuffled block after block (Ma et al.
+2018, "ShuffleNet V2", section 3.2) these ties end in a handful of units, or in one. There a shuffle is
+treated as a rearrangement of channels: nothing ties, and the dense network gathers its channels by index
 (`patches.channel_gather`). A module in which this is done is *ragged*; its halves may differ too.
 """
 
@@ -26,12 +26,14 @@ COPIES = frozenset({"clone", "contiguous", "alias"})
 
 @dataclass(frozen=True, slots=True)
 class Shuffle:
-    """A channel axis that a reshape split and another puts together again, with nothing but moves between.
+    """A channel axis that a reshape splits and another one merges again, with nothing but moves between.
 
     Attributes:
-        inside: Ref of each tensor between the two -> the axes that hold the channels, the one that holds them
-            all in the dense network first.
-        merged: the tensor in which they are one axis again, `dim`; position i of it was `index[i]`.
+        inside: Ref of each tensor between the two -> the axes that hold the channels, the one that holds
+            them all in the dense network first.
+        merged: the tensor in which the channels are one axis again.
+        dim: that axis.
+        index: position i of that axis was `index[i]` before the shuffle.
     """
 
     inside: dict[int, tuple[int, ...]]
@@ -41,7 +43,7 @@ class Shuffle:
 
 
 def match_axes(before: tuple[int, ...], after: tuple[int, ...]) -> Iterator[tuple[list[int], list[int]]]:
-    """Smallest runs of axes of equal product; axes of length 1 are left out."""
+    """Yield the smallest runs of axes of equal product; axes of length 1 are left out."""
     left = [d for d, n in enumerate(before) if n > 1]
     right = [d for d, n in enumerate(after) if n > 1]
     i = j = 0
@@ -60,7 +62,7 @@ def match_axes(before: tuple[int, ...], after: tuple[int, ...]) -> Iterator[tupl
 
 
 def _shuffle_from(ctx: Propagation, ref: Ref, targets: list[int]) -> Shuffle | None:
-    """The shuffle that begins with the axes `targets` of a reshape's result, if it is one."""
+    """Return the shuffle that begins with the axes `targets` of a reshape's result, if it is one."""
     shape = ctx.shape(ref)
     size = int(np.prod([shape[d] for d in targets]))
     numbers = np.arange(size).reshape([n if d in targets else 1 for d, n in enumerate(shape)])
@@ -95,10 +97,13 @@ def _order(op: Op, rank: int) -> list[int]:
 
 
 def begins_ragged_shuffle(ctx: Propagation, op: Op, dim: int, targets: list[int]) -> bool:
-    """Whether a reshape begins a shuffle in a ragged module; then its channels come out in their new order.
+    """Return whether a reshape begins a shuffle in a ragged module.
+
+    It notes such a shuffle with its channels in their new order, and one in another module with its parts.
 
     Args:
-        dim: the axis that the reshape splits; `targets` is what it becomes.
+        dim: the axis that the reshape splits.
+        targets: the axes that it becomes.
     """
     out, axis = op.outputs[0], ctx.get(op.inputs[0])[dim]
     assert out is not None
@@ -119,7 +124,7 @@ def begins_ragged_shuffle(ctx: Propagation, op: Op, dim: int, targets: list[int]
 
 
 def channel_shuffle(ctx: Propagation, op: Op) -> Axes:
-    """(g x n) channels become (n x g): equal positions of the g parts tie, if their module is not ragged."""
+    """Tie equal positions of the g parts of a shuffle, (g x n) to (n x g), unless the module is ragged."""
     axes, groups = list(ctx.get(op.inputs[0])), op.arg("groups")
     axis = axes[1]
     if axis is None:
@@ -136,7 +141,7 @@ def channel_shuffle(ctx: Propagation, op: Op) -> Axes:
 
 
 def index_select(ctx: Propagation, op: Op) -> Axes:
-    """Positions of one axis taken by a tensor of indices. They stay, unless an earlier pruning took them."""
+    """Freeze an axis whose positions are taken by index, unless an earlier pruning took them."""
     axes, dim = list(ctx.get(op.inputs[0])), op.arg("dim")
     axis, out = axes[dim], op.outputs[0]
     assert out is not None
@@ -156,7 +161,7 @@ def index_select(ctx: Propagation, op: Op) -> Axes:
 
 
 def _own_call(ctx: Propagation, op: Op) -> Any:
-    """The gather that an earlier pruning put into a ragged module (a `PrunedCall`)."""
+    """Return the gather that an earlier pruning put into a ragged module (a `PrunedCall`)."""
     constant, calls = (
         ctx.recording.constants.get(op.arg("index").index),
         ctx.earlier_choice(op.module, "autoprune_calls"),
@@ -184,7 +189,7 @@ def find_ragged_modules(ctx: Propagation) -> frozenset[str]:
 
 
 def _has_lines_of_its_own(ctx: Propagation, module: str) -> bool:
-    """Return whether a module runs once, and its reshapes and splits are on no line of a module in it."""
+    """Return whether a module runs once and has no reshape or split on a line of a module inside it."""
     ops = ctx.recording.ops
     inner_lines = {op.where for op in ops if op.module.startswith(f"{module}.") or not module}
     own_lines = {ops[n].where for n, _ in ctx.splits if ops[n].module == module}

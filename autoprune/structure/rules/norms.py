@@ -16,7 +16,7 @@ from autoprune.structure.recorder import Op, Ref
 
 
 def batch_norm(ctx: Propagation, op: Op) -> list[Axes]:
-    """Each channel on its own: scale, shift and statistics follow the channel axis."""
+    """Tie scale, shift and statistics to the channel axis, as each channel is normalised on its own."""
     x = op.arg("input")
     axes = list(ctx.get(x))
     uses_batch = bool(op.arg("training", op.arg("use_input_stats", False))) or op.arg("running_mean") is None
@@ -36,7 +36,10 @@ def batch_norm(ctx: Propagation, op: Op) -> list[Axes]:
 
 
 def weight_norm(ctx: Propagation, op: Op) -> list[Axes]:
-    """Direction over its norm, times a length (Salimans & Kingma 2016): the axes of the norm stay."""
+    """Freeze the axes that the norm sums over, and tie the length to the remaining axis.
+
+    Weight norm (Salimans & Kingma 2016) divides a direction by its norm and multiplies it by a length.
+    """
     direction, length, dim = op.arg("v"), op.arg("g"), op.arg("dim", 0)
     axes = list(ctx.get(direction))
     for index, axis in enumerate(axes):
@@ -48,7 +51,7 @@ def weight_norm(ctx: Propagation, op: Op) -> list[Axes]:
 
 
 def group_norm(ctx: Propagation, op: Op) -> list[Axes]:
-    """Whole normalisation groups go, because statistics over the kept part of one would differ."""
+    """Tie whole normalisation groups, because statistics over the kept part of one would differ."""
     x, groups = op.arg("input"), op.arg("group", op.arg("num_groups"))
     axes = list(ctx.get(x))
     for index, axis in enumerate(axes):
@@ -75,7 +78,10 @@ def group_norm(ctx: Propagation, op: Op) -> list[Axes]:
 
 
 def layer_norm(ctx: Propagation, op: Op) -> list[Axes]:
-    """The normalised axes stay, unless asked for: statistics over fewer channels are others."""
+    """Freeze the normalised axes, as statistics over fewer channels differ.
+
+    Where the user asks for rescaled norms, channels that are zero when removed may go.
+    """
     x, count = op.arg("input"), len(op.arg("normalized_shape"))
     axes = list(ctx.get(x))
     scales = [op.arg(n) for n in ("weight", "bias") if op.arg(n) is not None]
@@ -87,13 +93,13 @@ def layer_norm(ctx: Propagation, op: Op) -> list[Axes]:
             return only_first(ctx, op, axes)
     for axis in (*axes[-count:], *[a for s in scales for a in ctx.get(s)]):
         ctx.freeze(axis, BEHIND_LAYER_NORM)
-    if count == 1 and axes[-1] is not None:  # what scales them and what reads them stays for one reason
+    if count == 1 and axes[-1] is not None:  # its scales and readers freeze for the same reason
         axes[-1] = ctx.join([axes[-1], *[ctx.get(s)[0] for s in scales]])
     return only_first(ctx, op, axes)
 
 
 def reduction(ctx: Propagation, op: Op) -> list[Axes]:
-    """Sums, means, norms, extremes over some axes: those stay, the others go on."""
+    """Freeze axes over which a sum, mean, norm or extreme is taken; the others keep their labels."""
     x = op.arg("self")
     rank = len(ctx.shape(x))
     dims = op.arg("dim")
@@ -109,7 +115,10 @@ def reduction(ctx: Propagation, op: Op) -> list[Axes]:
 
 
 def _counts_zeros(ctx: Propagation, op: Op, x: Ref) -> bool:
-    """Return whether a sum, mean or maximum over channels is the same without zeros; `norm_patch` divides."""
+    """Return whether a sum, mean or maximum over channels is the same without zeros.
+
+    A mean is the same once `norm_patch` divides it by the original width.
+    """
     width = ctx.earlier_choice(op.module, "autoprune_norm_width")
     if x.index not in ctx.zero_refs or ctx.is_lookahead:
         return False
@@ -131,7 +140,7 @@ def _counts_zeros(ctx: Propagation, op: Op, x: Ref) -> bool:
 
 
 def along(ctx: Propagation, op: Op) -> list[Axes]:
-    """Softmax, cumulative sums, sorting: the axis worked along stays, the others go on."""
+    """Freeze the axis along which a softmax, cumulative sum or sort works; the others keep their labels."""
     x = op.arg("self", op.arg("input"))
     axes = list(ctx.get(x))
     dim = op.arg("dim", -1)

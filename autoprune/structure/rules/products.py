@@ -1,7 +1,7 @@
 """Rules of operators that multiply and sum over channels: convolutions, products, attention, embeddings.
 
 The axis that is summed over ties on both sides, as a channel that is removed must be removed in the weight
-that reads it; the other axes of the weight make new channels. These operators alone have multiply-adds.
+that reads it; the other axes of the weight make new channels. Only these operators have multiply-adds.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from autoprune.structure.recorder import Op, Ref
 
 
 def convolution(ctx: Propagation, op: Op) -> Axes:
-    """Reads the input's channels with the weight's second axis, makes new ones from the first."""
+    """Tie the input's channels to the weight's second axis, which reads them; the first makes new ones."""
     x, weight, bias = op.arg("input"), op.arg("weight"), op.arg("bias")
     groups, transposed = op.arg("groups"), op.arg("transposed")
     out = op.outputs[0]
@@ -47,7 +47,7 @@ def _convolution_cost(ctx: Propagation, op: Op, over: Ref) -> None:
 
 
 def _grouped(ctx: Propagation, op: Op) -> LabelArray | None:
-    """Whole groups go, or equal positions inside every group, whichever leaves more units.
+    """Tie whole groups, or equal positions inside every group, whichever leaves more units.
 
     An earlier pruning's choice stands (`autoprune_conv_groups` on the module), so that plans compose.
     """
@@ -77,7 +77,7 @@ def _grouped(ctx: Propagation, op: Op) -> LabelArray | None:
 
 
 def _grouped_transposed(ctx: Propagation, op: Op) -> LabelArray | None:
-    """Whole groups go: the weight is (in, out per group)."""
+    """Tie whole groups of a weight (in, out per group)."""
     x, weight, groups = op.arg("input"), op.arg("weight"), op.arg("groups")
     ctx.freeze(ctx.get(weight)[1], "a group's own width", is_structural=True)
     axis = ctx.join([ctx.get(x)[1], ctx.get(weight)[0]])
@@ -92,7 +92,7 @@ def _grouped_transposed(ctx: Propagation, op: Op) -> LabelArray | None:
 
 
 def matrix_product(ctx: Propagation, op: Op) -> Axes:
-    """(..., n, k) x (..., k, m), with an optional addend: the inner axes tie, batch axes tie."""
+    """Tie the inner axes, and the batch axes, of (..., n, k) x (..., k, m) with an optional addend."""
     names = ("batch1", "batch2") if op.name == "baddbmm" else ("mat1", "mat2")
     left, right = (op.arg(n, op.arg(s)) for n, s in zip(names, ("self", "mat2"), strict=True))
     a, b = ctx.get(left), ctx.get(right)
@@ -100,7 +100,7 @@ def matrix_product(ctx: Propagation, op: Op) -> Axes:
     ctx.contract((left, len(a) - 1), (right, len(b) - 2))
     summed = a[-1] if op.name == "bmm" else None
     if summed is not None and (ctx.is_weight(left) or ctx.is_weight(right)):
-        ctx.two_unit_axes.append(summed)  # einsum multiplies position by position where one is left
+        ctx.two_unit_axes.append(summed)  # where one unit is left, einsum multiplies position by position
     for ref, axis in ((left, len(a) - 2), (right, len(b) - 1)):
         if ctx.is_weight(ref):
             ctx.mark(ctx.get(ref)[axis], "out")
@@ -133,14 +133,14 @@ def _with_addend(ctx: Propagation, op: Op, result: Axes) -> Axes:
 
 
 def matrix_vector(ctx: Propagation, op: Op) -> Axes:
-    """(n, k) x (k,)."""
+    """Tie the summed axes of (n, k) x (k,)."""
     matrix, vector = op.arg("self", op.arg("mat")), op.arg("vec")
     ctx.contract((matrix, 1), (vector, 0))
     return [ctx.get(matrix)[0]]
 
 
 def bilinear(ctx: Propagation, op: Op) -> Axes:
-    """(..., i) x (o, i, j) x (..., j) -> (..., o), as `nn.Bilinear` asks for it."""
+    """Tie both inputs of `nn.Bilinear` to the weight: (..., i) x (o, i, j) x (..., j) -> (..., o)."""
     left, weight, right = op.arg("i1"), op.arg("i2"), op.arg("i3")
     if (op.arg("expand1"), op.arg("expand2"), op.arg("sumdim")) != ([1, 3], [0], [2, 3]):
         for axis in (a for ref in op.inputs for a in ctx.get(ref)):
@@ -154,7 +154,7 @@ def bilinear(ctx: Propagation, op: Op) -> Axes:
 
 
 def attention(ctx: Propagation, op: Op) -> list[Axes]:
-    """Fused scaled dot-product attention: batch and head axes tie, the value's width goes on."""
+    """Tie batch and head axes of fused scaled dot-product attention; the value's width goes on."""
     query, key, value = (op.arg(n) for n in ("query", "key", "value"))
     q, k, v = ctx.get(query), ctx.get(key), ctx.get(value)
     for axis in (*q[-2:], *k[-2:], v[-2]):
@@ -182,7 +182,7 @@ def _tie_mask(ctx: Propagation, mask: Ref, batch: Axes) -> None:
 
 
 def embedding(ctx: Propagation, op: Op) -> Axes:
-    """Rows are looked up, so their number stays; the width goes on."""
+    """Freeze the rows, which are looked up by index; the width goes on."""
     weight, indices = op.arg("weight"), op.arg("indices")
     rows, width = ctx.get(weight)
     ctx.freeze(rows, "rows are looked up by index", is_structural=True)
@@ -191,7 +191,7 @@ def embedding(ctx: Propagation, op: Op) -> Axes:
 
 
 def embedding_bag(ctx: Propagation, op: Op) -> list[Axes]:
-    """Sums, means or maxima of rows that are looked up."""
+    """Freeze the rows, which are looked up and then summed, averaged or compared; the width goes on."""
     weight = op.arg("weight")
     rows, width = ctx.get(weight)
     ctx.freeze(rows, "rows are looked up by index", is_structural=True)

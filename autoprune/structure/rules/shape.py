@@ -1,9 +1,10 @@
-"""Operators that move axes: reshape, permute, split, concatenate, pad, index.
+"""Rules of operators that move axes: reshape, permute, split, concatenate, pad, index.
 
-The hard one is a reshape that splits a channel axis, such as attention heads or a channel shuffle. The pieces
-must stay a rectangle, so only one of the new axes can shrink; positions along the others are tied. Which one
-is found by probing where each would end: an axis that is summed over, normalised or indexed later cannot
-shrink, one that ends as the batch axis of a product (heads) should, otherwise the longest does.
+The hard one is a reshape that splits a channel axis, such as attention heads or a channel shuffle. The
+pieces must stay a rectangle, so only one of the new axes can shrink; positions along the others are tied.
+The rule finds that axis by probing where each would end: an axis that is summed over, normalised or indexed
+later cannot shrink, one that ends as the batch axis of a product (heads) should, otherwise the longest
+does.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from autoprune.structure.rules.channel_shuffle import (
 
 
 def reshape(ctx: Propagation, op: Op) -> Axes:
-    """Any change of shape that keeps the order of elements."""
+    """Match the axes of a reshape, and choose the axis that may shrink where channels split or merge."""
     x, out = op.inputs[0], op.outputs[0]
     assert out is not None
     before, after, axes = ctx.shape(x), ctx.shape(out), ctx.get(x)
@@ -54,9 +55,11 @@ def reshape(ctx: Propagation, op: Op) -> Axes:
 
 
 def _tracked(ctx: Propagation, axes: Axes, sources: list[int]) -> list[int]:
-    """The axis of channels among those that become one, if there is one; of several, all but one stay.
+    """Return the axis of channels that may shrink among axes that become one, in a list.
 
-    One that an earlier pruning let shrink does so again, or none.
+    Of several axes of channels all but one freeze; a lookahead returns all of them.
+
+    An axis that an earlier pruning let shrink does so again, or no axis does.
     """
     tracked = [d for d in sources if axes[d] is not None]
     op = ctx.recording.ops[ctx.position]
@@ -85,7 +88,7 @@ def _tracked(ctx: Propagation, axes: Axes, sources: list[int]) -> list[int]:
 def _regrouped(
     ctx: Propagation, op: Op, axis: LabelArray, run: tuple[list[int], list[int]], earlier: int | None
 ) -> tuple[int | None, LabelArray | None]:
-    """Channels among axes that become other axes: the one that may shrink, with its labels."""
+    """Return the axis that may shrink where channels among axes become other axes, with its labels."""
     (sources, targets), x, out = run, op.inputs[0], op.outputs[0]
     assert out is not None
     ctx.splits_channels = True
@@ -102,7 +105,7 @@ def _regrouped(
 def _shrinking_axis(
     ctx: Propagation, out: Ref, targets: list[int], block: LabelArray, earlier: int | None
 ) -> tuple[int | None, LabelArray | None]:
-    """The one axis of the block that may shrink, with its labels; the positions along the others are tied."""
+    """Return the one axis of the block that may shrink, with its labels, and tie the others' positions."""
     varying = [d for d in range(block.ndim) if (block != block.take([0], axis=d)).any()]
     if not varying:
         ctx.freeze(block.ravel(), "all its channels are tied into one")
@@ -131,7 +134,7 @@ def _shrinking_axis(
 def _ranked(
     ctx: Propagation, out: Ref, targets: list[int], varying: list[int], block: LabelArray
 ) -> tuple[list[int], str]:
-    """The axes that may shrink, best first; and what stops the others."""
+    """Return the axes that may shrink, best first, and what stops the others."""
     if ctx.lookahead_depth >= 2:  # deep enough for fused projections split into parts and then into heads
         return [targets[max(varying, key=lambda d: ctx.shape(out)[targets[d]])]], ""
     alike = {d: np.moveaxis(block, d, 0).reshape(block.shape[d], -1)[:, 0] for d in varying}
@@ -142,13 +145,13 @@ def _ranked(
 
 
 def permute(ctx: Propagation, op: Op) -> Axes:
-    """Axes in another order."""
+    """Put the labels of the axes in another order."""
     axes = ctx.get(op.inputs[0])
     return [axes[d] for d in op.arg("dims")]
 
 
 def transpose(ctx: Propagation, op: Op) -> Axes:
-    """Two axes swapped."""
+    """Swap the labels of two axes."""
     axes = list(ctx.get(op.inputs[0]))
     if len(axes) < 2:
         return axes
@@ -158,7 +161,7 @@ def transpose(ctx: Propagation, op: Op) -> Axes:
 
 
 def squeeze(ctx: Propagation, op: Op) -> Axes:
-    """Axes of length 1 dropped."""
+    """Drop axes of length 1."""
     x = op.inputs[0]
     shape, axes, dims = ctx.shape(x), ctx.get(x), op.arg("dim")
     if dims is None:
@@ -169,14 +172,14 @@ def squeeze(ctx: Propagation, op: Op) -> Axes:
 
 
 def unsqueeze(ctx: Propagation, op: Op) -> Axes:
-    """An axis of length 1 inserted."""
+    """Insert an axis of length 1."""
     axes = list(ctx.get(op.inputs[0]))
     axes.insert(op.arg("dim") % (len(axes) + 1), None)
     return axes
 
 
 def expand(ctx: Propagation, op: Op) -> Axes:
-    """Axes of length 1 repeated without a copy; the others go on."""
+    """Repeat axes of length 1 without a copy; the others keep their labels."""
     x, out = op.inputs[0], op.outputs[0]
     assert out is not None
     before, after, axes = ctx.shape(x), ctx.shape(out), ctx.get(x)
@@ -188,7 +191,7 @@ def expand(ctx: Propagation, op: Op) -> Axes:
 
 
 def repeat(ctx: Propagation, op: Op) -> Axes:
-    """Axes tiled a number of times."""
+    """Tile the labels of axes a number of times."""
     x, times = op.inputs[0], op.arg("repeats")
     axes = ctx.get(x)
     lead = len(times) - len(axes)
@@ -198,7 +201,7 @@ def repeat(ctx: Propagation, op: Op) -> Axes:
 
 
 def concatenate(ctx: Propagation, op: Op) -> Axes:
-    """Labels one after the other along one axis, tied along the others."""
+    """Put labels one after the other along one axis, and tie them along the others."""
     parts = [r for r in op.arg("tensors") if ctx.shape(r) != (0,)]
     rank = len(ctx.shape(parts[0]))
     dim = op.arg("dim", 0) % rank
@@ -220,7 +223,7 @@ def concatenate(ctx: Propagation, op: Op) -> Axes:
 
 
 def stack(ctx: Propagation, op: Op) -> Axes:
-    """A new axis; the others tie."""
+    """Insert a new axis, and tie the parts along the others."""
     parts = op.arg("tensors")
     result = [ctx.join([ctx.get(r)[d] for r in parts]) for d in range(len(ctx.shape(parts[0])))]
     result.insert(op.arg("dim", 0) % (len(result) + 1), None)
@@ -228,7 +231,7 @@ def stack(ctx: Propagation, op: Op) -> Axes:
 
 
 def split(ctx: Propagation, op: Op) -> list[Axes]:
-    """Equal parts of a channel axis tie to each other; unequal ones shrink by themselves.
+    """Tie equal parts of a channel axis to each other; unequal parts shrink by themselves.
 
     The lengths may be written in the program; `patches.reshape_patch` puts the pruned ones there.
     """
@@ -251,7 +254,7 @@ def split(ctx: Propagation, op: Op) -> list[Axes]:
 
 
 def glu(ctx: Propagation, op: Op) -> Axes:
-    """The first half of an axis gated by the second: the halves tie."""
+    """Tie the first half of an axis to the second, which gates it."""
     axes = list(ctx.get(op.inputs[0]))
     dim = op.arg("dim", -1)
     axis = axes[dim]
@@ -260,7 +263,7 @@ def glu(ctx: Propagation, op: Op) -> Axes:
 
 
 def unbind(ctx: Propagation, op: Op) -> list[Axes]:
-    """Every position of one axis becomes a tensor of its own."""
+    """Freeze the axis whose positions become tensors of their own."""
     axes = ctx.get(op.inputs[0])
     dim = op.arg("dim", 0) % len(axes)
     ctx.freeze(axes[dim], "taken apart by position")
@@ -269,7 +272,7 @@ def unbind(ctx: Propagation, op: Op) -> list[Axes]:
 
 
 def select(ctx: Propagation, op: Op) -> Axes:
-    """One position of one axis."""
+    """Freeze the axis that is read at one position."""
     axes = ctx.get(op.inputs[0])
     dim = op.arg("dim", 0) % len(axes)
     ctx.freeze(axes[dim], "one channel is taken by its position")
@@ -277,7 +280,10 @@ def select(ctx: Propagation, op: Op) -> Axes:
 
 
 def slice_(ctx: Propagation, op: Op) -> Axes:
-    """A stretch of one axis: all of it, or one of a few equal parts (they tie), or a fixed one (it stays)."""
+    """Tie or freeze the labels of an axis that is read in one stretch.
+
+    The whole axis keeps its labels, one of a few equal parts ties them, and any other stretch freezes them.
+    """
     x = op.inputs[0]
     axes, dim = list(ctx.get(x)), op.arg("dim", 0) % len(ctx.shape(x))
     axis, size = axes[dim], ctx.shape(x)[dim]
@@ -298,7 +304,7 @@ def slice_(ctx: Propagation, op: Op) -> Axes:
 
 
 def as_strided(ctx: Propagation, op: Op) -> Axes:
-    """Only what adaptive pooling does: other strides for the same (N, C, 1, ...) tensor."""
+    """Keep the labels where adaptive pooling changes the strides of (N, C, 1, ...) alone; else freeze."""
     x, out = op.inputs[0], op.outputs[0]
     assert out is not None
     shape, strides = ctx.shape(x), op.arg("stride")
@@ -310,7 +316,7 @@ def as_strided(ctx: Propagation, op: Op) -> Axes:
 
 
 def flip(ctx: Propagation, op: Op) -> Axes:
-    """The order of positions reversed."""
+    """Reverse the order of positions."""
     axes = list(ctx.get(op.inputs[0]))
     for d in op.arg("dims"):
         axis = axes[d]
@@ -319,7 +325,7 @@ def flip(ctx: Propagation, op: Op) -> Axes:
 
 
 def roll(ctx: Propagation, op: Op) -> Axes:
-    """Positions shifted by a fixed number: of channels, that number would have to change."""
+    """Freeze axes whose positions are shifted: for channels the fixed number would have to change."""
     axes = list(ctx.get(op.inputs[0]))
     dims = op.arg("dims") or list(range(len(axes)))
     for d in dims:
@@ -329,7 +335,7 @@ def roll(ctx: Propagation, op: Op) -> Axes:
 
 
 def index(ctx: Propagation, op: Op) -> Axes:
-    """Positions taken by a tensor of indices: those axes stay, the others go on."""
+    """Freeze axes whose positions are taken by a tensor of indices; the others keep their labels."""
     x, out = op.inputs[0], op.outputs[0]
     assert out is not None
     axes, chosen = ctx.get(x), list(op.arg("indices"))
@@ -345,7 +351,7 @@ def index(ctx: Propagation, op: Op) -> Axes:
 
 
 def pad(ctx: Propagation, op: Op) -> Axes:
-    """Constant padding: padded channels are positions of their own that a pruned module can pad fewer of."""
+    """Make labels for padded channels, so that a pruned module can pad fewer of them."""
     x, amounts = op.inputs[0], op.arg("pad")
     axes = list(ctx.get(x))
     for back in range(len(amounts) // 2):
@@ -367,7 +373,7 @@ PADDING_OPS = frozenset({"slice", "constant_pad_nd", "alias", "avg_pool2d"})
 
 
 def _edge(ctx: Propagation, op: Op, size: int, dim: int, side: Literal["left", "right"]) -> LabelArray:
-    """Fresh labels where a module of its own does the padding and can be replaced; fixed ones elsewhere."""
+    """Return fresh labels where a module only pads and can be replaced, and fixed labels elsewhere."""
     module = ctx.modules.get(op.module)
     is_alone = module is not None and op.module != "" and not any(True for _ in module.children())
     has_state = (
@@ -390,7 +396,7 @@ def _edge(ctx: Propagation, op: Op, size: int, dim: int, side: Literal["left", "
 
 
 def pixel_shuffle(ctx: Propagation, op: Op) -> Axes:
-    """(C r^2, H, W) -> (C, H r, W r): r^2 neighbours make one channel, and the other way round."""
+    """Tie the r^2 neighbours of one channel: (C r^2, H, W) -> (C, H r, W r), or the other way round."""
     x, out = op.inputs[0], op.outputs[0]
     assert out is not None
     axes = list(ctx.get(x))
@@ -407,7 +413,7 @@ def pixel_shuffle(ctx: Propagation, op: Op) -> Axes:
 
 
 def unfold(ctx: Propagation, op: Op) -> Axes:
-    """im2col: every channel appears once for each position of the kernel."""
+    """Repeat every channel once for each position of the kernel (im2col)."""
     x, out = op.inputs[0], op.outputs[0]
     assert out is not None
     axes = ctx.get(x)

@@ -1,4 +1,4 @@
-"""Operators that work over space: pooling, resizing, padding by reflection, sampling, Fourier transforms."""
+"""Rules of operators over space: pooling, resizing, padding by reflection, sampling, Fourier transforms."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from autoprune.structure.recorder import Op
 
 
 def spatial(ctx: Propagation, op: Op) -> list[Axes]:
-    """Pooling, resizing, padding by reflection: batch and channel axes go on, the rest is space."""
+    """Freeze the spatial axes of pooling, resizing and reflective padding; batch and channels go on."""
     x = op.inputs[0]
     axes = ctx.get(x)
     lead = len(axes) - SPACE[op.name]
@@ -17,7 +17,7 @@ def spatial(ctx: Propagation, op: Op) -> list[Axes]:
 
 
 def grid_sample(ctx: Propagation, op: Op) -> Axes:
-    """Every channel read at the positions of a grid."""
+    """Freeze the spatial axes; every channel is read at the positions of a grid, and batch axes tie."""
     x, grid, out = op.arg("input"), op.arg("grid"), op.outputs[0]
     assert out is not None
     for axis in (*ctx.get(x)[2:], *ctx.get(grid)[1:]):
@@ -27,7 +27,7 @@ def grid_sample(ctx: Propagation, op: Op) -> Axes:
 
 
 def fourier(ctx: Propagation, op: Op) -> Axes:
-    """Fourier transforms: the axes transformed stay, the others go on."""
+    """Freeze the axes that a Fourier transform works on; the others keep their labels."""
     axes = list(ctx.get(op.inputs[0]))
     for d in op.arg("dim"):
         ctx.freeze(axes[d], "a Fourier transform along the channels")
@@ -36,7 +36,7 @@ def fourier(ctx: Propagation, op: Op) -> Axes:
 
 
 def real_pair(ctx: Propagation, op: Op) -> Axes:
-    """Complex numbers as pairs of real ones along a last axis, and back."""
+    """Add a last axis for the two parts of complex numbers, or freeze and drop it on the way back."""
     axes = list(ctx.get(op.inputs[0]))
     if op.name == "view_as_real":
         return [*axes, None]

@@ -1,8 +1,8 @@
 """The operator table: which rule tells what an operator does to labels.
 
 A rule is a small function for a family of operators. It gets the propagation (`ctx`) and the operator, ties
-or freezes labels, and returns those of the outputs' axes. Here are the rules of operators that work position
-by position or make fresh tensors; the others are in `products`, `norms`, `shape`, `spatial` and
+or freezes labels, and returns those of the outputs' axes. Here are the rules of operators that work
+position by position or make fresh tensors; the others are in `products`, `norms`, `shape`, `spatial` and
 `channel_shuffle`.
 
 An operator that is in no table freezes what it touches: unknown operators cost prunable channels, never
@@ -28,18 +28,18 @@ def unknown(ctx: Propagation, op: Op) -> list[Axes]:
 
 
 def constant(ctx: Propagation, op: Op) -> list[Axes]:
-    """A result that does not depend on the values of its inputs."""
+    """Return no labels, for a result that does not depend on the values of its inputs."""
     return untracked(ctx, op)
 
 
 def uniform(ctx: Propagation, op: Op) -> list[Axes]:
-    """A fresh tensor with the same value everywhere."""
+    """Make open labels for a fresh tensor with the same value everywhere."""
     shapes = [ctx.shape(r) for r in op.outputs if r is not None]
     return [[ctx.open_axis(d, n) for d, n in enumerate(shape)] for shape in shapes]
 
 
 def pointwise(ctx: Propagation, op: Op) -> Axes:
-    """Position by position, with broadcasting: axes of the same length tie."""
+    """Tie axes of the same length that an operator broadcasts and combines position by position."""
     out = op.outputs[0]
     assert out is not None
     shape = ctx.shape(out)
@@ -58,7 +58,7 @@ def pointwise(ctx: Propagation, op: Op) -> Axes:
 
 
 def like(ctx: Propagation, op: Op) -> Axes:
-    """A fresh tensor of the same shape."""
+    """Return the input's labels, for a fresh tensor of the same shape."""
     return list(ctx.get(op.inputs[0]))
 
 
