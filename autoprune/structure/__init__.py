@@ -3,7 +3,7 @@
 A *unit* is the smallest thing that can be removed: the same positions in all parameter dimensions that must
 shrink together. Units that are alike form a *group*. A `ChannelGraph` holds the groups of one network, what
 must stay and why, and the exact cost of every plan. `trace` records one forward pass, propagates labels
-over it, and gives out the graph only after a pruned copy has run and done what the labels say. A *plan*
+over it, and returns the graph only after a pruned copy has run and done what the labels say. A *plan*
 (`autoprune.plan`) says which units stay; `densify` makes the smaller network, `masked` the same function in
 the original's shapes.
 
