@@ -1,6 +1,6 @@
-"""What a run reports while it works: frozen values, given to the `on_event` callback in order.
+"""The events that a run reports while it works: frozen values, given to the `on_event` callback in order.
 
-The pipeline and the search emit them, the terminal draws them, and nothing depends on anyone listening. An
+The pipeline and the search emit events, the terminal draws them, and nothing depends on a listener. An
 exception raised by a listener (Ctrl-C above all) stops the run with its state intact.
 """
 
@@ -18,7 +18,7 @@ Stage = Literal["check", "baseline", "analysis", "search", "finish"]
 
 @dataclass(frozen=True, kw_only=True)
 class RunStarted:
-    """Everything was checked; the run's folder exists."""
+    """The event that everything was checked and the run's folder exists."""
 
     name: str
     out: Path
@@ -31,7 +31,7 @@ class RunStarted:
 
 @dataclass(frozen=True, kw_only=True)
 class StageStarted:
-    """A stage began; `round` is 0 outside rounds, `detail` says in a few words what it does."""
+    """The start of a stage; `round` is 0 outside rounds, `detail` is a short description of the stage."""
 
     stage: Stage
     round: int
@@ -40,7 +40,7 @@ class StageStarted:
 
 @dataclass(frozen=True, kw_only=True)
 class StageProgress:
-    """The current stage has done `done` of `total` steps (sensitivity points, baseline epochs, ...)."""
+    """The progress of a stage: `done` of `total` steps (sensitivity points, baseline epochs, ...)."""
 
     stage: Stage
     round: int
@@ -51,11 +51,11 @@ class StageProgress:
 
 @dataclass(frozen=True, kw_only=True)
 class BaselineMeasured:
-    """The original on the search split, and what the run aims at.
+    """The measurement of the original on the search split, and the aim of the run.
 
     Attributes:
-        cost: of the original in the target's metric; `target_share` of it is allowed.
-        floor: lowest acceptable top-1 on the search split.
+        floor: the lowest acceptable top-1 on the search split.
+        cost: the cost of the original in the target's metric; `target_share` of it is allowed.
     """
 
     top1: float
@@ -70,7 +70,7 @@ class BaselineMeasured:
 
 @dataclass(frozen=True, kw_only=True)
 class RoundStarted:
-    """A round attempt was planned: `trials` trials of `epochs` epochs, rates up to `ceiling`."""
+    """The plan of a round attempt: `trials` trials of `epochs` epochs, pruning rates up to `ceiling`."""
 
     round: int
     started_from: int
@@ -83,7 +83,7 @@ class RoundStarted:
 
 @dataclass(frozen=True, kw_only=True)
 class TrialStarted:
-    """A trial's parameters were chosen."""
+    """The start of a trial, whose parameters were chosen."""
 
     round: int
     trial: int
@@ -92,7 +92,7 @@ class TrialStarted:
 
 @dataclass(frozen=True, kw_only=True)
 class EpochFinished:
-    """One epoch (or the last part of one) of fine-tuning; `trial` is None in the final tuning."""
+    """The end of an epoch of fine-tuning, or of its last part; `trial` is None in the final tuning."""
 
     round: int
     trial: int | None
@@ -105,7 +105,7 @@ class EpochFinished:
 
 @dataclass(frozen=True, kw_only=True)
 class TrialFinished:
-    """A trial was scored, or failed (`record.state`)."""
+    """The end of a trial, which was scored or failed (`record.state`)."""
 
     round: int
     record: TrialRecord
@@ -113,7 +113,7 @@ class TrialFinished:
 
 @dataclass(frozen=True, kw_only=True)
 class RoundDecided:
-    """The controller decided; `ceiling`, `cost_share` and `top1` are those after the decision."""
+    """The controller's decision; `ceiling`, `cost_share` and `top1` are the values after it."""
 
     round: int
     action: Action
@@ -125,7 +125,7 @@ class RoundDecided:
 
 @dataclass(frozen=True, kw_only=True)
 class BudgetUsed:
-    """How much of the budget is used; totals are None where the budget does not limit them."""
+    """The used part of the budget; a total is None where the budget does not limit it."""
 
     seconds: float
     seconds_total: float | None
@@ -135,14 +135,14 @@ class BudgetUsed:
 
 @dataclass(frozen=True, kw_only=True)
 class Note:
-    """A remark for people: something was adapted, and why."""
+    """A remark for people on something that was adapted, and why."""
 
     message: str
 
 
 @dataclass(frozen=True, kw_only=True)
 class RunFinished:
-    """The run's files are written."""
+    """The end of the run, whose files are written."""
 
     outcome: Outcome
     before: ModelSummary
@@ -169,4 +169,4 @@ OnEvent = Callable[[Event], None]
 
 
 def ignore_event(event: Event) -> None:
-    """Do nothing with an event."""
+    """Ignore an event: do nothing with it."""

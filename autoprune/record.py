@@ -1,8 +1,8 @@
-"""What a run did, as plain values: the report, the terminal and `--json` are made from a `RunRecord` alone.
+"""The record of a run as plain values; the report, the terminal and `--json` are made from it alone.
 
-A record is derived: `storage.RunStore` holds the truth, and `search.read_run` makes one of these from it at
-any time, also for a run that was interrupted. Accuracies of trials and rounds are on the search split; those
-in `before` and `after` are on the test split, which nothing else has seen.
+A `RunRecord` is derived: `storage.RunStore` holds the truth, and `search.read_run` makes a record from it
+at any time, also for a run that was interrupted. Accuracies of trials and rounds are on the search split;
+accuracies in `before` and `after` are on the test split, which nothing else has seen.
 """
 
 from __future__ import annotations
@@ -18,15 +18,17 @@ TrialState = Literal["complete", "failed", "running"]
 
 @dataclass(frozen=True, kw_only=True)
 class ModelSummary:
-    """One model, measured.
+    """The measurements of one model.
 
     Attributes:
-        top1: on the test split; `low` and `high` are its 95 % interval over `num_samples`.
-        loss: mean on the test split; None where the study brings a score but no loss.
-        search_top1: the same model on the search split, where the floor lives.
-        latency_ms: median over interleaved runs of one example on this machine; None where not measured.
+        top1: the top-1 on the test split, in [0, 1]; `low` and `high` are its 95 % interval over
+            `num_samples`.
+        loss: the mean loss on the test split; None where the study brings a score but no loss.
+        search_top1: the top-1 of the same model on the search split, which the floor applies to.
+        latency_ms: the median over interleaved runs of one example on this machine; None where it was not
+            measured.
         latency_spread_ms: half the distance between the quartiles of those runs.
-        widths: layer name -> output channels.
+        widths: layer name -> number of output channels.
     """
 
     top1: float
@@ -45,7 +47,7 @@ class ModelSummary:
 
 @dataclass(frozen=True, kw_only=True)
 class EpochPoint:
-    """One epoch of a trial's fine-tuning."""
+    """The record of one epoch of a fine-tuning."""
 
     epoch: float
     lr: float
@@ -58,8 +60,8 @@ class Rung:
     """The end of a complete learning-rate schedule inside a trial.
 
     Attributes:
-        epochs: of fine-tuning up to here.
-        top1: on the search split.
+        epochs: the number of epochs of fine-tuning up to this rung.
+        top1: the top-1 on the search split.
     """
 
     epochs: float
@@ -68,19 +70,20 @@ class Rung:
 
 @dataclass(frozen=True, kw_only=True)
 class TrialRecord:
-    """One trial of a round.
+    """The record of one trial of a round.
 
     Attributes:
-        params: what was tried (`prune_rate`, `lr`, `decay`, `criterion`, ...).
-        prune_rate: removed of the round's starting model, achieved, in the target's metric.
-        cost_share: what is left of the original's cost in the target's metric.
-        top1: on the search split after fine-tuning; None when the trial failed or still runs.
-        before_tuning: the same before fine-tuning, after batch-norm recalibration.
-        rungs: how far it climbed; the last one's top-1 is `top1`.
-        recovered: at or above the round's floor.
-        promoted: became the next round's baseline.
-        seconds: all of the trial; `tuning_seconds` of them went into fine-tuning.
-        failure: why it failed, in one sentence; empty otherwise.
+        params: the parameters that were tried (`prune_rate`, `lr`, `decay`, `criterion`, ...).
+        prune_rate: the achieved share that was removed of the round's starting model, in the target's
+            metric.
+        cost_share: the share of the original's cost that is left, in the target's metric.
+        top1: the top-1 on the search split after fine-tuning; None when the trial failed or still runs.
+        before_tuning: the same top-1 before fine-tuning, after batch-norm recalibration.
+        rungs: the rungs that the trial reached; the top-1 of the last rung is `top1`.
+        recovered: whether the top-1 is at or above the round's floor.
+        promoted: whether the model became the next round's baseline.
+        seconds: the time of the whole trial; `tuning_seconds` of them went into fine-tuning.
+        failure: why the trial failed, in one sentence; empty otherwise.
     """
 
     number: int
@@ -106,7 +109,7 @@ class TrialRecord:
 
 @dataclass(frozen=True, kw_only=True)
 class SensitivityCell:
-    """One group alone, pruned by `ratio`: accuracy lost in percentage points (negative: gained)."""
+    """The top-1 lost when one group alone is pruned by `ratio`, in percentage points (negative: gained)."""
 
     group: str
     ratio: float
@@ -118,16 +121,17 @@ class SensitivityCell:
 
 @dataclass(frozen=True, kw_only=True)
 class RoundRecord:
-    """One round attempt.
+    """The record of one round attempt.
 
     Attributes:
-        number: of the attempt, from 1.
-        started_from: round whose promoted model it started from; 0 is the baseline.
-        ceiling: highest pruning rate searched, of the starting model's cost.
-        floor: lowest acceptable top-1 of this round.
-        planned_trials: how many trials were planned; `epochs` of fine-tuning each.
-        cost_share: of the starting model, in the target's metric.
-        action: the controller's decision, None while the round runs; `reason` says why in plain words.
+        number: the number of the attempt, from 1.
+        started_from: the round whose promoted model the attempt started from; 0 is the baseline.
+        ceiling: the highest pruning rate searched, as a share of the starting model's cost.
+        floor: the lowest acceptable top-1 of this round.
+        planned_trials: the number of planned trials, with `epochs` of fine-tuning each.
+        cost_share: the cost of the starting model over the original's, in the target's metric.
+        action: the controller's decision; None while the round runs.
+        reason: the reason for the action, in plain words.
     """
 
     number: int
@@ -149,8 +153,9 @@ class Tuning:
     """The final, longer fine-tuning.
 
     Attributes:
-        search_top1: after it, `before` it, on the search split.
-        kept: the delivered model is the tuned one.
+        before: the top-1 on the search split before this fine-tuning.
+        search_top1: the top-1 on the search split after this fine-tuning.
+        kept: whether the delivered model is the tuned one.
     """
 
     epochs: tuple[EpochPoint, ...]
@@ -161,7 +166,7 @@ class Tuning:
 
 @dataclass(frozen=True, kw_only=True)
 class StageTime:
-    """Wall-clock seconds of one stage, all rounds together (`baseline`, `analysis`, `search`, `finish`)."""
+    """The wall-clock seconds of one stage (`baseline`, `analysis`, `search`, `finish`), over all rounds."""
 
     stage: str
     seconds: float
@@ -169,7 +174,7 @@ class StageTime:
 
 @dataclass(frozen=True, kw_only=True)
 class SplitSummary:
-    """One split of the data: its size, and the digest that pins its content."""
+    """The size of one split of the data, and the digest that pins the split's content."""
 
     name: str
     num_samples: int
@@ -178,7 +183,7 @@ class SplitSummary:
 
 @dataclass(frozen=True, kw_only=True)
 class FrozenPart:
-    """A parameter dimension that may not shrink, and why."""
+    """A parameter dimension that may not shrink, and the reason."""
 
     parameter: str
     dim: int
@@ -187,7 +192,7 @@ class FrozenPart:
 
 @dataclass(frozen=True, kw_only=True)
 class Difference:
-    """Test accuracy after minus before, on the same samples, with its paired 95 % interval."""
+    """The test accuracy after minus before, on the same samples, with its paired 95 % interval."""
 
     delta_pp: float
     low_pp: float
@@ -196,12 +201,13 @@ class Difference:
 
 @dataclass(frozen=True, kw_only=True)
 class Outcome:
-    """How the run ended.
+    """The end of a run.
 
     Attributes:
-        reached: the target was met inside the floor.
-        stopped_by: what ended it.
-        message: one sentence: what was reached, what stopped it, and what to change if it fell short.
+        reached: whether the target was met inside the floor.
+        stopped_by: the cause of the end.
+        message: one sentence on the result, the cause of the end, and the changes to make if the run fell
+            short.
     """
 
     reached: bool
@@ -211,16 +217,17 @@ class Outcome:
 
 @dataclass(frozen=True, kw_only=True)
 class RunRecord:
-    """Everything about one run that people want to read.
+    """The record of one run, with everything that people want to read.
 
     Attributes:
-        study: the resolved settings as plain values.
-        target: as given; `target_share` is the same as a fraction of the original's cost.
-        max_drop_pp: allowed loss of top-1 on the search split; `floor` is the top-1 that follows.
-        before: the original; `after`: the delivered model, None until the run is finished.
-        environment: versions, device, machine.
-        tuning: the final one; None where there was none.
         command: the command line that makes this run again.
+        study: the resolved settings as plain values.
+        target: the target as given; `target_share` is the same as a fraction of the original's cost.
+        max_drop_pp: the allowed loss of top-1 on the search split; `floor` is the top-1 that follows.
+        before: the original model.
+        after: the delivered model; None until the run is finished.
+        environment: the versions, the device and the machine.
+        tuning: the final fine-tuning; None where there was none.
     """
 
     name: str
@@ -247,14 +254,19 @@ class RunRecord:
 
 @dataclass(frozen=True, kw_only=True)
 class RunResult:
-    """What `run` gives back; `record` holds every number.
+    """The result of `run`.
 
     Attributes:
-        reached: the target was met inside the floor; otherwise the deepest model inside the floor is
-            delivered, and `message` says in one sentence what stopped the run and what to change.
+        reached: whether the target was met inside the floor. Otherwise the deepest model inside the floor
+            is delivered.
+        stopped_by: the cause of the run's end.
+        message: one sentence on the result, the cause of the end, and the changes to make if the run fell
+            short.
         before, after: the original and the delivered model, on the test split.
+        out: the folder of the run.
         model_file: the delivered file, encrypted unless asked otherwise.
-        report: the page.
+        report: the report, an HTML page.
+        record: the record of the run, which holds every number.
     """
 
     reached: bool

@@ -1,18 +1,20 @@
-"""Deciding what to remove: how much each group is worth, which units go first, and how many of each group.
+"""The decision what to remove: the worth of each group, the order of its units, and how many of them go.
 
-Three concepts carry the room. A *criterion* scores every unit of a group, and the lowest scores go first. The
-*sensitivity* of a group is the accuracy that is lost when that group alone is pruned by a ratio. An
-*allocation* decides from both how many units each group keeps, so that the network costs what was asked for.
+The room has three concepts. A *criterion* scores every unit of a group, and the lowest scores go first.
+The *sensitivity* of a group is the accuracy that is lost when that group alone is pruned by a ratio. An
+*allocation* decides from both how many units each group keeps, so that the network has a requested cost.
 
 Modules, in reading order:
 
-- `criteria`: one function per ranking criterion, and `score`, which applies one to all groups.
-- `partial_forward`: a recorded pass as a program that runs again only what changed weights reach.
+- `criteria`: defines one function per ranking criterion, and `score`, which applies a criterion to all
+  groups.
+- `partial_forward`: makes a recorded pass a program that runs again only the steps that changed weights
+  reach.
 - `variants`: evaluates many pruned variants of one network on the same samples.
-- `sensitivity`: the sensitivity table; decides by bisection which ratios are measured.
-- `allocation`: a pruning plan of a given cost, from scores and a sensitivity table.
+- `sensitivity`: measures the sensitivity table, at ratios that bisection chooses.
+- `allocation`: makes a pruning plan of a given cost, from scores and a sensitivity table.
 - `screening`: compares plans of one cost by evaluating them, and searches for better ones.
-- `prunability`: how far a network can be pruned in one step, and which groups are fragile.
+- `prunability`: says how far a network can be pruned in one step, and which groups are fragile.
 """
 
 from autoprune.pruning.allocation import STRATEGIES, allocate

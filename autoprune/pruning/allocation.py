@@ -1,14 +1,14 @@
-"""How many units each group keeps, and which, so that the network costs what was asked for.
+"""Allocation: how many units each group keeps, and which units, so that the network has a requested cost.
 
-Every group has a *ladder* of counts that it may keep. A strategy gives each step down a price; taking steps
-in the order of their price is a path from the whole network to the smallest, and the shortest stretch of it
-that meets the limit is the plan (a search over whole steps, so it cannot stall between two equal plans).
-What the last step took too much is given back where it is worth most.
+Every group has a *ladder* of counts that it may keep. A strategy gives each step down a price. The steps in
+the order of their price are a path from the whole network to the smallest, and the shortest stretch of the
+path that meets the limit is the plan (a search over whole steps, so it cannot stall between two equal
+plans). The excess of the last step is given back where it is worth most.
 
-`uniform` removes the same ratio everywhere; `global` puts one threshold on the scores of all groups;
-`isomorphic` puts one on the scores of groups that are coupled alike, so that each such kind loses the same
-share (Fang et al. 2024, "Isomorphic Pruning for Vision Models", section 3.2); `sensitivity` pays the least
-predicted loss per unit of cost saved. Costs are the graph's own.
+`uniform` removes the same ratio everywhere. `global` puts one threshold on the scores of all groups.
+`isomorphic` puts one threshold on the scores of groups that are coupled alike, so that each such kind loses
+the same share (Fang et al. 2024, "Isomorphic Pruning for Vision Models", section 3.2). `sensitivity` pays
+the least predicted loss per unit of cost saved. Costs are the graph's own.
 """
 
 from __future__ import annotations
@@ -35,9 +35,9 @@ Counts = NDArray[np.int64]
 Prices = NDArray[np.float64]
 
 TOLERANCE = 0.01  # of the whole network's cost, from below; the promise of README's `--target`
-NUM_WAYPOINTS = 24  # costs at which `sensitivity` looks anew at what a unit of each group saves; a guess
+NUM_WAYPOINTS = 24  # costs at which `sensitivity` computes anew the saving of a unit of each group; a guess
 PRIOR = 0.05  # of the typical loss, times the squared ratio: decides where no loss was measured; a guess
-LEAST = 1e-9  # of the whole cost: what a step is taken to save that saves nothing, or less (latency)
+LEAST = 1e-9  # of the whole cost: the assumed saving of a step that saves nothing, or less (latency)
 MAX_EXCHANGE = 3  # further steps of one group tried to come closer to the limit; a guess
 
 
@@ -45,20 +45,20 @@ def allocate(  # noqa: PLR0913 - a plan has that many conditions
     graph: ChannelGraph, scores: Scores, *, metric: Metric, limit: float, strategy: str = "sensitivity",
     table: SensitivityTable | None = None, emphasis: Mapping[str, float] | None = None,
 ) -> PruningPlan:  # fmt: skip
-    """The plan that costs at most `limit`, and at most 1 % of the network's cost less.
+    """Return the plan that costs at most `limit`, and at most 1 % of the network's cost less.
 
     Args:
-        graph: of the network; each group keeps a count of its `allowed_counts`.
-        scores: which units of a group go first: the lowest.
-        metric: what `limit` speaks of; latency needs a graph `with_latency_model`.
-        limit: in that metric, absolute.
+        graph: the graph of the network; each group keeps one of its `allowed_counts`.
+        scores: the score of every unit, by group; the units with the lowest scores go first.
+        metric: the metric of `limit`; latency needs a graph `with_latency_model`.
+        limit: the highest cost allowed, absolute, in the unit of the metric.
         strategy: one of `STRATEGIES`.
-        table: measured on this graph; needed by `sensitivity` only.
-        emphasis: factors on the price of removing from these groups, each above 0.
+        table: the sensitivities measured on this graph; needed by `sensitivity` only.
+        emphasis: factors, each above 0, on the price of removing units, by group; 1 for groups without one.
 
     Raises:
-        UnreachableError: no plan is that close; it names the nearest cost.
-        UsageError: the metric or the strategy is not known, or the table is missing.
+        UnreachableError: no plan is that close to the limit; the error names the nearest cost.
+        UsageError: the metric or the strategy is not known, or the table or a latency model is missing.
     """
     _check(graph, metric, strategy, table)
     problem = _Problem(graph=graph, scores=scores, metric=metric)
@@ -94,7 +94,7 @@ def _check(graph: ChannelGraph, metric: str, strategy: str, table: SensitivityTa
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class _Problem:
-    """The ladders of all groups and what their steps cost; step 0 keeps everything."""
+    """The ladders of all groups and the costs of their steps; step 0 keeps all units."""
 
     graph: ChannelGraph
     scores: Scores
@@ -113,13 +113,13 @@ class _Problem:
         return self.cost(np.zeros(len(self.ladders), dtype=np.int64))
 
     def cost(self, steps: Counts) -> float:
-        """Return what the network costs with each group that many steps down its ladder of widths."""
+        """Return the cost of the network with each group `steps` (num_groups,) down its ladder."""
         names = (g.name for g in self.graph.groups)
         counts = {n: int(x[s]) for n, x, s in zip(names, self.ladders, steps, strict=True)}
         return self.graph.cost_of_counts(counts).of(self.metric)
 
     def savings(self, steps: Counts) -> Prices:
-        """Return what one more removed unit of each group would save."""
+        """Return the cost that one more removed unit of each group saves, (num_groups,), above 0."""
         present_cost = self.cost(steps)
         savings = np.ones(len(steps))
         for index, ladder in enumerate(self.ladders):
@@ -131,11 +131,11 @@ class _Problem:
         return savings
 
     def order(self, index: int) -> Counts:
-        """A group's units, the least important first."""
+        """Return the positions of a group's units, the least important unit first, (num_units,)."""
         return np.argsort(self.scores[self.graph.groups[index].name], kind="stable")
 
     def plan(self, steps: Counts) -> PruningPlan:
-        """Keep the most important units of each group."""
+        """Return the plan that keeps the most important units of each group, `steps` down its ladder."""
         keep = {
             group.name: np.sort(self.order(i)[group.num_units - ladder[s] :])
             for i, (group, ladder, s) in enumerate(zip(self.graph.groups, self.ladders, steps, strict=True))
@@ -144,7 +144,7 @@ class _Problem:
 
 
 def _prices(problem: _Problem, strategy: str, table: SensitivityTable | None) -> list[Prices]:
-    """The price of each step of each ladder, rising down the ladder; for `sensitivity`, per unit removed."""
+    """Return the price of each step of each ladder, rising down it; for `sensitivity`, per removed unit."""
     if strategy == "sensitivity":
         assert table is not None  # _check saw to it
         return _loss_prices(problem, table)
@@ -155,7 +155,7 @@ def _prices(problem: _Problem, strategy: str, table: SensitivityTable | None) ->
 
 
 def _score_prices(problem: _Problem, index: int) -> Prices:
-    """The mean score of the units that go with each step."""
+    """Return the mean score of the units that each step of a group's ladder removes."""
     group, ladder = problem.graph.groups[index], problem.ladders[index]
     total = np.concatenate([[0.0], np.cumsum(problem.scores[group.name][problem.order(index)])])
     removed = group.num_units - ladder
@@ -163,7 +163,7 @@ def _score_prices(problem: _Problem, index: int) -> Prices:
 
 
 def _ranks(problem: _Problem, prices: list[Prices]) -> list[Prices]:
-    """Instead of each price the share of units that are cheaper, among groups that are coupled alike."""
+    """Replace each price by the share of units that are no dearer, among groups that are coupled alike."""
     kinds: dict[Hashable, list[int]] = {}
     for index, group in enumerate(problem.graph.groups):
         kinds.setdefault(_coupling(group), []).append(index)
@@ -181,12 +181,12 @@ def _ranks(problem: _Problem, prices: list[Prices]) -> list[Prices]:
 
 
 def _coupling(group: Group) -> Hashable:
-    """What is coupled in a group, but for its width: equal for structurally equal groups."""
+    """Return a key of a group's coupled members without its width; structurally equal groups share it."""
     return tuple(sorted((m.role, m.dim, m.name.rpartition(".")[2], m.index.shape[1]) for m in group.members))
 
 
 def _loss_prices(problem: _Problem, table: SensitivityTable) -> list[Prices]:
-    """Predicted loss per unit removed, made to rise: a dear step with cheap ones behind it is one stretch."""
+    """Return the predicted loss per removed unit, made to rise: a dear step joins cheap steps behind it."""
     groups = [(g, x) for g, x in zip(problem.graph.groups, problem.ladders, strict=True) if len(x) > 1]
     typical = float(np.median([table.loss_at(g.name, 0.5) for g, _ in groups])) if groups else 0.0
     prices = []
@@ -201,7 +201,7 @@ def _loss_prices(problem: _Problem, table: SensitivityTable) -> list[Prices]:
 
 
 def _waypoints(problem: _Problem, limit: float) -> Iterator[float]:
-    """Costs on the way down. They do not depend on the limit, so plans for lower limits go on from here."""
+    """Give the costs on the way down; all limits share them, so plans for lower limits go on from here."""
     for waypoint in problem.full_cost * (1 - np.arange(1, NUM_WAYPOINTS) / NUM_WAYPOINTS):
         if waypoint <= limit:
             break
@@ -210,7 +210,7 @@ def _waypoints(problem: _Problem, limit: float) -> Iterator[float]:
 
 
 def _descend(problem: _Problem, priced: list[Prices], steps: Counts, limit: float) -> Counts:
-    """Go on from `steps`, the cheapest step first, just until the cost is within the limit."""
+    """Descend by the cheapest step first until the cost meets the limit, and return the steps."""
     ahead = [np.full(problem.num_steps[i] - s, i) for i, s in enumerate(steps)]
     groups = np.concatenate(ahead).astype(np.int64)
     prices = np.concatenate([p[s:] for p, s in zip(priced, steps, strict=True)])
@@ -227,7 +227,7 @@ def _descend(problem: _Problem, priced: list[Prices], steps: Counts, limit: floa
 
 
 def _close_in(problem: _Problem, priced: list[Prices], steps: Counts, limit: float) -> Counts:
-    """Give back what fits; where too much is left over, take more of one group and give back again."""
+    """Undo the steps that fit the limit; far below it, remove more of one group and undo steps again."""
     best = _give_back(problem, priced, steps, limit)
     cost, enough = problem.cost(best), limit - TOLERANCE * problem.full_cost
     for further in range(1, MAX_EXCHANGE + 1):
@@ -245,7 +245,7 @@ def _close_in(problem: _Problem, priced: list[Prices], steps: Counts, limit: flo
 def _give_back(
     problem: _Problem, priced: list[Prices], steps: Counts, limit: float, spared: int | None = None
 ) -> Counts:
-    """Undo steps while the limit allows, the dearest first; a group that no longer fits is out."""
+    """Undo steps while the limit allows, the dearest first; a group whose step does not fit is left."""
     steps = steps.copy()
     heap = [(-priced[i][s - 1], i) for i, s in enumerate(steps) if s > 0 and i != spared]
     heapq.heapify(heap)
@@ -260,7 +260,10 @@ def _give_back(
 
 
 def rising(values: Prices, weights: Prices) -> Prices:
-    """The rising sequence nearest in weighted squares (pool adjacent violators; Ayer et al. 1955)."""
+    """Return the rising sequence (n,) that is nearest in weighted squares (pool adjacent violators).
+
+    Ayer et al. 1955, "An empirical distribution function for sampling with incomplete information".
+    """
     blocks: list[tuple[float, float, int]] = []  # mean, weight, length
     for value, weight in zip(values.tolist(), weights.tolist(), strict=True):
         block = (value, weight, 1)

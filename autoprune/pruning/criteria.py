@@ -1,10 +1,10 @@
-"""Which units matter: one function per ranking criterion, higher is more important.
+"""The importance of units: one function per ranking criterion, where a higher score is more important.
 
 A score judges a whole unit: all parameters that would go with it, in every layer of its group (Fang et al.
 2023, "DepGraph", section 3.3). Scores are divided by their group's mean, so that groups compare.
 
-`bn_scale` has nothing to look at in a group without batch norm; such groups are ranked by `l2` instead,
-and `fallback_groups` names them.
+`bn_scale` cannot rank a group without batch norm; such groups are ranked by `l2` instead, and
+`fallback_groups` names them.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ FISHER_BATCHES, FISHER_BATCH = (
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class ScoringContext:
-    """What a criterion may look at."""
+    """The network, the data and the settings that a criterion may use."""
 
     model: nn.Module
     graph: ChannelGraph
@@ -48,7 +48,10 @@ class ScoringContext:
     seed: int
 
     def weights(self, group: Group, *roles: str) -> Iterator[tuple[Member, Tensor]]:
-        """The group's parameters in these roles, without biases: a bias makes no feature."""
+        """Give the group's parameters in these roles, on the CPU in float64, without biases.
+
+        Biases are left out because a bias makes no feature.
+        """
         named = dict(self.model.named_parameters(remove_duplicate=False))
         for member in group.members:
             parameter = named.get(member.name)
@@ -60,16 +63,19 @@ def score(  # noqa: PLR0913 - where and on what to compute are the caller's to s
     model: nn.Module, graph: ChannelGraph, criterion: str, *, split: Split | None = None,
     device: torch.device | str = "cpu", task: Task = CLASSIFICATION, seed: int = 0,
 ) -> Scores:  # fmt: skip
-    """Score every unit: group name -> (num_units,), mean 1 in each group, higher is to be kept.
+    """Score every unit of every group; the units with the highest scores are to be kept.
 
     Args:
-        model: the network that `graph` was traced from; left as it was found.
-        graph: its groups.
+        model: the network that `graph` was traced from; it is left unchanged.
+        graph: the groups of the network.
         criterion: one of `CRITERIA`.
-        split: samples for `taylor`, `fisher` and `jacobian`; a small fixed part of them is used.
-        device: where to run those.
-        task: its loss is what `taylor`, `fisher` and `jacobian` look at.
-        seed: chooses the samples, and the scores of `random`.
+        split: the samples for `taylor`, `fisher` and `jacobian`, which use a small fixed part of them.
+        device: the device on which these three run.
+        task: the task whose loss `taylor`, `fisher` and `jacobian` differentiate.
+        seed: the seed that chooses the samples, and the scores of `random`.
+
+    Returns:
+        Group name -> scores (num_units,) in float64, with mean 1 in each group.
 
     Raises:
         UsageError: the criterion is not known, or needs a split that is not given.
@@ -85,10 +91,10 @@ def score(  # noqa: PLR0913 - where and on what to compute are the caller's to s
 
 
 def check_criterion(criterion: str) -> None:
-    """See that a criterion exists.
+    """Check that a criterion exists.
 
     Raises:
-        UsageError: it does not; the hint names the nearest.
+        UsageError: the criterion does not exist; the hint names the nearest.
     """
     if criterion not in _CRITERIA:
         near = difflib.get_close_matches(criterion, CRITERIA, n=1)
@@ -100,7 +106,7 @@ def check_criterion(criterion: str) -> None:
 
 
 def fallback_groups(model: nn.Module, graph: ChannelGraph, criterion: str) -> tuple[str, ...]:
-    """The groups in which `criterion` has nothing to look at, so that `l2` ranks them."""
+    """Return the names of the groups that `criterion` cannot rank, so that `l2` ranks them."""
     if criterion != "bn_scale":
         return ()
     scales = _batch_norm_scales(model)
@@ -108,26 +114,35 @@ def fallback_groups(model: nn.Module, graph: ChannelGraph, criterion: str) -> tu
 
 
 def l1(context: ScoringContext) -> Scores:
-    """Sum of absolute weights (Li et al. 2017, "Pruning Filters", section 3.1), over the whole group."""
+    """Sum the absolute weights of each unit, over the whole group.
+
+    Li et al. 2017, "Pruning Filters", section 3.1.
+    """
     return _each_group(context, lambda g: _sum_of(context, g, torch.abs))
 
 
 def l2(context: ScoringContext) -> Scores:
-    """Root of the sum of squared weights, over the whole group (DepGraph, equation 4)."""
+    """Return the root of the sum of squared weights of each unit, over the whole group.
+
+    Fang et al. 2023, "DepGraph", equation 4.
+    """
     return _each_group(context, lambda g: np.sqrt(_sum_of(context, g, torch.square)))
 
 
 def fpgm(context: ScoringContext) -> Scores:
-    """Sum of distances to the group's other filters: the ones near the middle are the replaceable ones.
+    """Sum the distances of each filter to the group's others: filters near the middle are replaceable.
 
-    He et al. 2019, "Filter Pruning via Geometric Median", equation 8. Filters are what makes the channels;
-    in a group that nothing in the network makes, what reads them.
+    He et al. 2019, "Filter Pruning via Geometric Median", equation 8. A filter is the weights that make a
+    channel; in a group that no layer of the network makes, it is the weights that read the channel.
     """
     return _each_group(context, lambda g: _distances(context, g))
 
 
 def bn_scale(context: ScoringContext) -> Scores:
-    """Absolute batch-norm scale (Liu et al. 2017, "Network Slimming", section 3); see `fallback_groups`."""
+    """Return the absolute batch-norm scale of each unit; see `fallback_groups`.
+
+    Liu et al. 2017, "Network Slimming", section 3.
+    """
     scales = _batch_norm_scales(context.model)
     missing = fallback_groups(context.model, context.graph, "bn_scale")
 
@@ -141,34 +156,35 @@ def bn_scale(context: ScoringContext) -> Scores:
 
 
 def taylor(context: ScoringContext) -> Scores:
-    """|sum of gradient x weight| over what reads a unit, the mean over batches.
+    """Return |sum of gradient x weight| over the parameters that read each unit, the mean over batches.
 
-    First order in the loss change when the unit goes (Molchanov et al. 2017, equation 7, on parameters as
-    in Molchanov et al. 2019, equation 8). The absolute value is taken per batch: at the end of a training
-    the gradient of all the data together is nearly zero.
+    The score is the first order of the loss change when the unit goes (Molchanov et al. 2017, equation 7,
+    on parameters as in Molchanov et al. 2019, equation 8). The absolute value is taken per batch: at the
+    end of a training the gradient of all the data together is nearly zero.
     """
     return _mean_over_batches(context, TAYLOR_BATCHES, TAYLOR_BATCH, np.abs, _readers)
 
 
 def fisher(context: ScoringContext) -> Scores:
-    """(sum of gradient x weight)² over what reads a unit, the mean over small batches.
+    """Return (sum of gradient x weight)² over the parameters that read each unit, the mean over batches.
 
-    Liu et al. 2021, "Group Fisher Pruning", equation 5, without its division by memory.
+    Liu et al. 2021, "Group Fisher Pruning", equation 5, without its division by memory; the batches are
+    small.
     """
     return _mean_over_batches(context, FISHER_BATCHES, FISHER_BATCH, np.square, _readers)
 
 
 def jacobian(context: ScoringContext) -> Scores:
-    """(sum of gradient x weight)² over everything coupled in a unit, the mean over batches.
+    """Return (sum of gradient x weight)² over all parameters of each unit, the mean over batches.
 
-    wᵀJᵀJw, where a row of J is a batch's gradient by all parameters of the unit, so that what they do
-    together counts (Chen et al. 2025, "Optimal Brain Connection"). Biases are left out.
+    The score is wᵀJᵀJw, where a row of J is a batch's gradient by all parameters of the unit, so that their
+    joint effect counts (Chen et al. 2025, "Optimal Brain Connection"). Biases are left out.
     """
     return _mean_over_batches(context, TAYLOR_BATCHES, TAYLOR_BATCH, np.square, _coupled)
 
 
 def random(context: ScoringContext) -> Scores:
-    """The control: any criterion worth its name does better."""
+    """Return random scores, the control: any criterion worth its name does better."""
     rng = np.random.default_rng(context.seed)
     return _each_group(context, lambda g: rng.uniform(0.5, 1.5, g.num_units))
 
@@ -182,7 +198,7 @@ NEEDS_SPLIT = ("taylor", "fisher", "jacobian")
 
 
 def _relative(values: Values) -> Values:
-    """Divided by the group's mean; all ones where that is zero."""
+    """Divide the scores of a group by their mean; return ones where the mean is zero."""
     mean = float(values.mean())
     return values / mean if mean > 0 else np.ones_like(values)
 
@@ -220,10 +236,11 @@ def _mean_over_batches(
     context: ScoringContext, num_batches: int, batch_size: int, function: Callable[[Values], Values],
     members_of: Callable[[Group, Mapping[str, nn.Parameter]], list[Member]],
 ) -> Scores:  # fmt: skip
-    """Mean over batches of function(sum of gradient x weight over the unit), in evaluation mode.
+    """Return the mean over batches of function(sum of gradient x weight over each unit).
 
-    But batch norms use their batch's statistics: a pruned network has them estimated anew, which takes back
-    what a channel adds to a mean and a variance, and the gradient should know (figures: docs/analysis.md).
+    The network is in evaluation mode, but batch norms use their batch's statistics: a pruned network has
+    them estimated anew, which undoes the effect of a channel on a mean and a variance, and the gradient
+    should reflect this (figures: docs/analysis.md).
     """
     assert context.split is not None  # `score` checked it
     named = dict(context.model.named_parameters(remove_duplicate=False))
@@ -249,15 +266,15 @@ def _mean_over_batches(
 
 
 def _coupled(group: Group, named: Mapping[str, nn.Parameter]) -> list[Member]:
-    """All parameters of a group but its biases."""
+    """Return all parameters of a group but its biases."""
     return [m for m in group.members if m.name in named and not m.name.endswith("bias")]
 
 
 def _readers(group: Group, named: Mapping[str, nn.Parameter]) -> list[Member]:
-    """The parameters that read a group; where none does, all that it has.
+    """Return the parameters that read a group; where none reads it, return all its parameters.
 
-    The sum over them is the derivative by a factor on the channel. What makes the channel goes with it and
-    would count the same effect again.
+    The sum over the readers is the derivative by a factor on the channel. The parameters that make the
+    channel go with it and would count the same effect again.
     """
     members = [m for m in group.members if m.name in named]
     return [m for m in members if m.role == "in"] or members
@@ -265,7 +282,7 @@ def _readers(group: Group, named: Mapping[str, nn.Parameter]) -> list[Member]:
 
 @contextmanager
 def _batch_statistics(model: nn.Module) -> Iterator[None]:
-    """Let batch norms use their batch's statistics for a while, and remember nothing of it."""
+    """Let batch norms use their batch's statistics inside the context, and keep the running ones."""
     norms = [m for m in model.modules() if isinstance(m, BatchNormBase) and m.track_running_stats]
     try:
         for norm in norms:
@@ -278,7 +295,7 @@ def _batch_statistics(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def _differentiable(parameters: list[nn.Parameter]) -> Iterator[None]:
-    """Let gradients flow to these parameters, frozen ones too, for a while."""
+    """Let gradients flow to these parameters, frozen ones too, inside the context."""
     before = [p.requires_grad for p in parameters]
     try:
         for parameter in parameters:

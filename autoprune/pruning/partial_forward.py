@@ -1,22 +1,23 @@
-"""Partial forward passes: running a recorded network again from where changed weights first matter.
+"""Partial forward passes: a recorded network runs again from the first steps that changed weights reach.
 
 `make_program` turns a recording into a *program*: steps in which every value is made once (an operator in
 place makes a new value). A step that depends on weights alone is *constant* and runs once per set of
-weights. When some weights change, the *suffix* is what must run again: the constant steps and the others
-that these weights reach. The values that such steps read from outside the suffix are the *cut*; they are
-taken from one run of the whole program on the same batch. An `Executor` runs either.
+weights. When some weights change, the *suffix* must run again: all steps, constant or not, that these
+weights reach. The values that the suffix reads from outside itself are the *cut*; they are taken from one
+run of the whole program on the same batch. An `Executor` runs a program or a suffix.
 
-`fuse` gives a program that computes the same in fewer and faster steps, in float32:
+`fuse` returns a program that computes the same in fewer and faster steps, in float32:
 
-* A batch norm behind a convolution is folded into its weights (Jacob et al. 2018, section 3.2). Folding is a
-  constant step, so it runs again by itself when the weights or the statistics change.
-* On a CPU, the activation and the addition behind a convolution run inside it (oneDNN's post-operations).
+* A batch norm behind a convolution is folded into the convolution's weights (Jacob et al. 2018, section
+  3.2). Folding is a constant step, so it runs again by itself when the weights or the statistics change.
+* On a CPU, the activation and the addition behind a convolution run inside the convolution (oneDNN's
+  post-operations).
 * Convolutions keep channels last in memory.
 
 Figures: docs/log.md, 2026-11-28.
 
-A pass that draws random numbers, that reads values (`.item()`), or that writes into a tensor which is seen
-through another cannot be repeated; `make_program` says why.
+A pass cannot be repeated if it draws random numbers, reads values (`.item()`), or writes into a tensor that
+has another view; `make_program` then says why.
 """
 
 from __future__ import annotations
@@ -39,12 +40,18 @@ BATCH_NORMS = (aten.native_batch_norm.default, aten._native_batch_norm_legit_no_
 
 
 class NotRepeatableError(Exception):
-    """Why a recorded pass cannot be run again."""
+    """The reason why a recorded pass cannot be run again."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Step:
-    """One call: tensors among its arguments are Refs, `makes` are the values of its results."""
+    """One call of an operator.
+
+    Attributes:
+        args, kwargs: the arguments, in which tensors are Refs.
+        makes: the values of the results; None for a result without one.
+        reads: the values among the arguments.
+    """
 
     call: Callable[..., Any]
     args: tuple[Any, ...]
@@ -53,7 +60,7 @@ class Step:
     reads: tuple[int, ...]
 
     def run(self, values: Values) -> None:
-        """Compute the results from the values read, and add them."""
+        """Compute the results from the values that the step reads, and add them to `values`."""
         args = [_filled(a, values) for a in self.args]
         kwargs = {n: _filled(a, values) for n, a in self.kwargs.items()}
         result = self.call(*args, **kwargs)
@@ -66,19 +73,19 @@ class Step:
 def make_step(
     call: Callable[..., Any], args: Sequence[Any], makes: Sequence[int | None], **kwargs: Any
 ) -> Step:
-    """A step that reads whatever tensors are among its arguments."""
+    """Return a step that reads all tensors among its arguments."""
     reads = tuple(dict.fromkeys(_refs([*args, *kwargs.values()])))
     return Step(call=call, args=tuple(args), kwargs=kwargs, makes=tuple(makes), reads=reads)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Program:
-    """A pass without writing in place.
+    """A forward pass without writing in place, as steps in the order in which they run.
 
     Attributes:
-        parameters: value -> qualified name.
-        shapes: of the values that the recording knows.
-        num_values: all values are below.
+        parameters: value -> the qualified name of its parameter or buffer.
+        shapes: the shapes of the values that the recording has.
+        num_values: a bound that all values are below.
     """
 
     steps: tuple[Step, ...]
@@ -89,15 +96,15 @@ class Program:
     num_values: int
 
     def varying(self) -> set[int]:
-        """The values that depend on the input."""
+        """Return the values that depend on the input."""
         return dependent_values(self.steps, set(self.inputs))
 
     def makers(self) -> dict[int, Step]:
-        """The step that makes each value."""
+        """Return the step that makes each value."""
         return {v: s for s in self.steps for v in s.makes if v is not None}
 
     def readers(self) -> dict[int, int]:
-        """Return how many steps read each value; an output has one reader more."""
+        """Return the number of steps that read each value; an output has one reader more."""
         counts = dict.fromkeys(self.outputs, 1)
         for step in self.steps:
             for value in step.reads:
@@ -105,18 +112,18 @@ class Program:
         return counts
 
     def with_steps(self, steps: Iterable[Step], num_values: int) -> Program:
-        """The same program by other steps; what no output needs is left out."""
+        """Return the same program with other steps, without those that no output needs."""
         return replace(self, steps=_needed(tuple(steps), self.outputs), num_values=num_values)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Suffix:
-    """What must run again when some weights change.
+    """The steps of a program that must run again when some weights change.
 
     Attributes:
-        constant: steps that depend on weights alone.
-        steps: the others, each with the values that nobody needs after it.
-        cut: values of the whole run that these read.
+        constant: the steps that depend on weights alone.
+        steps: the other steps, each with the values that no later step needs.
+        cut: the values of the whole run that `steps` read.
         outputs: the program's outputs that change, by position.
     """
 
@@ -151,10 +158,13 @@ def make_program(recording: Recording, device: torch.device) -> Program:
 
 
 def make_calibration_program(program: Program) -> tuple[Program, dict[int, str]]:
-    """The program whose batch norms use their batch's statistics, and give these out: value -> buffer name.
+    """Return a program whose batch norms use their batch's statistics, and whose outputs these are.
 
-    Variances are unbiased, as running variances are. A suffix of it can start from what a run of the given
-    program kept: then the norms above it stay as they are.
+    Variances are unbiased, as running variances are. A suffix of the new program can start from the values
+    that a run of the given program kept: then the norms before the suffix keep their statistics.
+
+    Returns:
+        The program, and the name of the buffer of each output value.
     """
     steps, names, number = [], dict[int, str](), program.num_values
     for step in program.steps:
@@ -170,14 +180,14 @@ def make_calibration_program(program: Program) -> tuple[Program, dict[int, str]]
 
 
 def batch_normalize(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> tuple[Tensor, ...]:
-    """Batch norm by the batch's own statistics: the result, the mean (C,), the unbiased variance (C,)."""
+    """Return the batch norm of x by its own statistics, the mean (C,) and the unbiased variance (C,)."""
     y, mean, deviation = torch.native_batch_norm(x, weight, bias, None, None, True, 0.0, eps)
     count = x.numel() // x.shape[1]
     return y, mean, (deviation**-2 - eps) * (count / max(count - 1, 1))
 
 
 def find_suffix(program: Program, changed: Iterable[str]) -> Suffix:
-    """What must run again when the weights of these names change."""
+    """Return the suffix that must run again when the weights of these names change."""
     names, varying = set(changed), program.varying()
     dirty = dependent_values(program.steps, {v for v, n in program.parameters.items() if n in names})
     steps = [s for s in program.steps if any(v in dirty for v in s.reads)]
@@ -192,12 +202,12 @@ def find_suffix(program: Program, changed: Iterable[str]) -> Suffix:
 
 
 class Executor:
-    """A program with one set of weights; `run` it whole, or a suffix of it with some weights changed.
+    """A program with one set of weights, which runs whole or as a suffix with some weights changed.
 
     Args:
-        program: what to run.
-        weights: by qualified name, on the device where it runs.
-        keep: values to keep from a whole run: the cuts of the suffixes to come.
+        program: the program to run.
+        weights: the weights by qualified name, on the device where the program runs.
+        keep: the values that a whole run keeps: the cuts of the suffixes to come.
     """
 
     def __init__(self, program: Program, weights: Mapping[str, Tensor], keep: Iterable[int] = ()) -> None:
@@ -211,7 +221,7 @@ class Executor:
         self.steps = _with_releases(moving, {*keep, *program.outputs, *self.constants})
 
     def restricted_to(self, values: Iterable[int]) -> Executor:
-        """Return an executor of only those steps that these values need."""
+        """Return an executor of only the steps that these values need."""
         restricted, targets = copy(self), set(values)
         restricted.steps = _with_releases(
             _needed(tuple(s for s, _ in self.steps), targets), {*targets, *self.constants}
@@ -219,12 +229,12 @@ class Executor:
         return restricted
 
     def run(self, *inputs: Tensor) -> Values:
-        """Run the program, and return every output and every value that is to be kept."""
+        """Run the program on these inputs, and return all outputs and all values to keep."""
         values = dict(zip(self.program.inputs, inputs, strict=True))
         return _run(self.steps, {**self.constants, **values})
 
     def bind(self, suffix: Suffix, weights: Mapping[str, Tensor]) -> Values:
-        """The constants that change with these weights."""
+        """Return all constants, computed anew where they depend on these changed weights."""
         values = {**self.constants}
         values |= {v: weights[n] for v, n in self.program.parameters.items() if n in weights}
         for step in suffix.constant:
@@ -232,13 +242,13 @@ class Executor:
         return values
 
     def run_suffix(self, suffix: Suffix, bound: Values, cut_values: Values) -> dict[int, Tensor]:
-        """The outputs that change, by position."""
+        """Run a suffix, and return the outputs that change, by position."""
         values = _run(suffix.steps, {**bound, **{v: cut_values[v] for v in suffix.cut}})
         return {i: values[v] for i, v in suffix.outputs.items()}
 
 
 def dependent_values(steps: Iterable[Step], start: set[int]) -> set[int]:
-    """All values that depend on these."""
+    """Return all values that depend on the values of `start`, these included."""
     values = set(start)
     for step in steps:
         if any(v in values for v in step.reads):
@@ -255,7 +265,7 @@ def _run(steps: Iterable[tuple[Step, tuple[int, ...]]], values: Values) -> Value
 
 
 def _with_releases(steps: Sequence[Step], keep: set[int]) -> tuple[tuple[Step, tuple[int, ...]], ...]:
-    """Return each step with the values that no later step needs."""
+    """Return each step with the values that no later step needs, except those to keep."""
     needed_later, result = set(keep), []
     for step in reversed(steps):
         touched = {v for v in (*step.reads, *step.makes) if v is not None}
@@ -274,13 +284,13 @@ def _needed(steps: tuple[Step, ...], outputs: Iterable[int]) -> tuple[Step, ...]
 
 
 class _ProgramBuilder:
-    """Rewrites a recording's operators, one after the other."""
+    """The steps of a program, made from a recording's operators one after the other."""
 
     def __init__(self, recording: Recording, device: torch.device) -> None:
         self.recording, self.device = recording, device
         self.steps: list[Step] = []
         self.current: dict[int, int] = {}  # Ref -> its value now, where that is not the Ref's own
-        self.root: dict[int, int] = {}  # view -> what it looks into
+        self.root: dict[int, int] = {}  # view -> the tensor whose memory it shows
         self.num_values = len(recording.shapes)
         self.shapes = dict(enumerate(recording.shapes))
         self.last_read = {r.index: i for i, op in enumerate(recording.ops) for r in op.inputs}
@@ -307,7 +317,7 @@ class _ProgramBuilder:
         self.steps.append(make_step(call, args, makes, **kwargs))
 
     def _call(self, op: Op) -> tuple[Any, list[Any], dict[str, Any]]:
-        """The operator, its positional arguments and the others, in terms of values."""
+        """Return the operator, its positional and its other arguments, with values in the place of Refs."""
         args, kwargs, is_positional = [], {}, True
         for argument in schema_of(op.call).arguments:
             if argument.name not in op.arguments:
@@ -328,7 +338,7 @@ class _ProgramBuilder:
         return self.device if argument == torch.device("meta") else argument
 
     def _functional(self, op: Op, written: list[str], position: int) -> Any:
-        """The operator that gives its result out where this one writes it into its first input."""
+        """Return the operator that returns the result which this operator writes into its first input."""
         packet = getattr(aten, op.name, None)
         if written != [schema_of(op.call).arguments[0].name] or not hasattr(packet, op.overload):
             raise NotRepeatableError(f"{op.name} in {op.module or 'the network'} writes in place")
@@ -373,7 +383,7 @@ ACTIVATIONS: dict[Any, Callable[[Step], tuple[str, list[float]]]] = {
 
 
 def fuse(program: Program, weights: dict[str, Tensor], device: torch.device) -> Program:
-    """The faster program; results differ by rounding only. float32 on a CPU fuses most."""
+    """Return a faster program whose results differ by rounding only; float32 on a CPU fuses most."""
     rewriting = _Fuser(program)
     rewriting.fold_norms()
     is_float32 = all(w.dtype == torch.float32 for w in weights.values() if w.is_floating_point())
@@ -383,7 +393,7 @@ def fuse(program: Program, weights: dict[str, Tensor], device: torch.device) -> 
 
 
 def to_channels_last(weights: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The same weights, those of two-dimensional convolutions with channels last."""
+    """Return the same weights, those of two-dimensional convolutions with channels last in memory."""
     return {
         n: w.contiguous(memory_format=torch.channels_last) if w.ndim == 4 else w for n, w in weights.items()
     }
@@ -391,7 +401,12 @@ def to_channels_last(weights: dict[str, Tensor]) -> dict[str, Tensor]:
 
 @dataclass(eq=False)
 class _Convolution:
-    """A convolution on its way to be one fused step; `value` is what it makes so far."""
+    """A convolution that is becoming one fused step.
+
+    Attributes:
+        value: the result of the parts that are fused so far.
+        other: the value that is added to the convolution's result; None for no addition.
+    """
 
     step: Step
     value: int
@@ -411,7 +426,7 @@ class _Fuser:
         return self.program.with_steps(self.steps, self.num_values)
 
     def fold_norms(self) -> None:
-        """Fold every batch norm that alone reads a convolution with constant weights."""
+        """Fold each batch norm that is the only reader of a convolution with constant weights."""
         makers, readers, folded = self.program.makers(), self.program.readers(), dict[int, list[Step]]()
         for step in self.steps:
             before = makers.get(step.reads[0]) if step.call in BATCH_NORMS and step.reads else None
@@ -434,7 +449,7 @@ class _Fuser:
         return not is_training and not any(isinstance(a, Ref) and a.index in self.varying for a in constants)
 
     def fuse_convolutions(self) -> None:
-        """Give convolutions of images the additions and activations that follow them."""
+        """Fuse convolutions of images with the additions and activations that follow them."""
         program = self.result()
         self.steps, readers = list(program.steps), program.readers()
         growing: dict[int, _Convolution] = {}
@@ -451,7 +466,7 @@ class _Fuser:
             if earlier is None:
                 steps.append(step)
                 continue
-            steps.remove(earlier)  # it runs where its last part ran: by then all that it reads is there
+            steps.remove(earlier)  # it runs where its last part ran: by then all values that it reads exist
             steps.append(earlier)
             del growing[earlier.value]
             earlier.value = _made(step)
@@ -469,7 +484,7 @@ class _Fuser:
     def _grown(
         self, step: Step, candidates: dict[int, _Convolution], readers: dict[int, int]
     ) -> Iterator[_Convolution]:
-        """The convolution that can do this step as well, changed so that it does."""
+        """Give the convolution that can include this step, after changing it so that it does."""
         for value in step.reads:
             convolution = candidates.get(value)
             if convolution is None or readers[value] > 1:
@@ -493,7 +508,10 @@ def fold_weights(  # noqa: PLR0913 - a convolution's and a norm's own arguments
     weight: Tensor, bias: Tensor | None, scale: Tensor | None, shift: Tensor | None, mean: Tensor,
     var: Tensor, eps: float,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """Weight and bias of the one convolution that does what a convolution and a batch norm do."""
+    """Return the weight and bias of the convolution that equals a convolution and a batch norm behind it.
+
+    Jacob et al. 2018, section 3.2.
+    """
     factor = torch.rsqrt(var + eps) if scale is None else scale * torch.rsqrt(var + eps)
     offset = -mean * factor if bias is None else (bias - mean) * factor
     return (
@@ -509,7 +527,7 @@ def _made(step: Step) -> int:
 
 
 def _pointwise(convolution: _Convolution) -> Step:
-    """The fused step, or the convolution as it was where nothing was fused into it."""
+    """Return the fused step, or the unchanged convolution where nothing was fused into it."""
     (name, scalars), old = convolution.activation, convolution.step
     if name == "none" and convolution.other is None:
         return old

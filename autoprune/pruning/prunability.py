@@ -1,10 +1,10 @@
-"""How far a network can be pruned in one step, and which groups are fragile: what an analysis says to people.
+"""Prunability: how far a network can be pruned in one step, and which groups are fragile.
 
-For falling shares of its multiply-adds the network is pruned as a trial would prune it, without fine-tuning:
-several criteria make a plan each, and the one that is best on a part of the samples is measured on all of
-them, with batch-norm statistics estimated anew. A share is *safe* where that loses little; *marginal* where
-at least half of what the network can do beyond guessing is left to start a fine-tuning from; *hopeless*
-below. The borders are guesses that fit ResNet-20 on CIFAR-10.
+For falling shares of its multiply-adds the network is pruned as a trial would prune it, without
+fine-tuning: several criteria make a plan each, and the plan that is best on a part of the samples is
+measured on all samples, with batch-norm statistics estimated anew. A share is *safe* where little accuracy
+is lost; *marginal* where at least half of the accuracy above guessing is left for a fine-tuning to start
+from; *hopeless* below. The borders are guesses that fit ResNet-20 on CIFAR-10.
 """
 
 from __future__ import annotations
@@ -27,34 +27,34 @@ from autoprune.structure import ChannelGraph, densify
 from autoprune.training import evaluate, recalibrate_
 
 Region = Literal["safe", "marginal", "hopeless"]
-SAFE_PP = 5.0  # lost without fine-tuning; one epoch brings such a network back. A guess
-MARGINAL = 0.5  # of what is above guessing; a guess that fits ResNet-20 on CIFAR-10
+SAFE_PP = 5.0  # top-1 lost without fine-tuning; one epoch brings such a network back. A guess
+MARGINAL = 0.5  # of the accuracy above guessing; a guess that fits ResNet-20 on CIFAR-10
 COLUMNS = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
-NEAR = 0.05  # half the distance of two columns: a point this close to a column is what the column shows
-FREE_PP, FRAGILE_PP = 1.0, 10.0  # lost when half of a group goes; guesses
+NEAR = 0.05  # half the distance of two columns: a column shows the point that is this close to it
+FREE_PP, FRAGILE_PP = 1.0, 10.0  # top-1 lost when half of a group goes; guesses
 SHARES = (0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3, 0.2)  # of the multiply-adds
-RECALIBRATE_BATCHES = 10  # of 128: one result is measured with more care than the plans compared; a guess
+RECALIBRATE_BATCHES = 10  # of 128: the chosen plan is measured with more care than its rivals; a guess
 
 
 class MeasuredPoint(Protocol):
-    """A measured point, as a table or a record has it."""
+    """A measured point of a group, as a sensitivity table or a run's record holds it."""
 
     @property
     def group(self) -> str:
-        """The group's name."""
+        """The name of the group."""
 
     @property
     def ratio(self) -> float:
-        """Share of the units removed."""
+        """The share of the group's units that is removed."""
 
     @property
     def drop_pp(self) -> float:
-        """Top-1 lost, in percentage points."""
+        """The loss of top-1, in percentage points; negative for a gain."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Cell:
-    """The drop of one group at one ratio, measured or read off its curve."""
+    """The drop of one group at one ratio, in percentage points, measured or read off the group's curve."""
 
     drop_pp: float
     is_measured: bool
@@ -62,7 +62,13 @@ class Cell:
 
 @dataclass(frozen=True, kw_only=True)
 class Prospect:
-    """The whole network pruned to a share of its multiply-adds, without fine-tuning."""
+    """The result of pruning the whole network to a share of its multiply-adds, without fine-tuning.
+
+    Attributes:
+        macs_share: the share of the multiply-adds that is left.
+        top1: the top-1 on all samples; `low` and `high` are its 95 % interval.
+        region: the region of the top-1.
+    """
 
     macs_share: float
     top1: float
@@ -74,7 +80,10 @@ class Prospect:
 def cells(
     points: Iterable[MeasuredPoint], columns: Sequence[float] = COLUMNS
 ) -> dict[str, list[Cell | None]]:
-    """Per group its drops at these ratios: measured ones, and a rising line between them; None beyond."""
+    """Return the drops of each group at these ratios, by group name.
+
+    A drop is measured or lies on a rising line between measured points; it is None beyond the last point.
+    """
     by_group: dict[str, list[MeasuredPoint]] = {}
     for point in points:
         by_group.setdefault(point.group, []).append(point)
@@ -90,7 +99,7 @@ def _cell(points: list[MeasuredPoint], column: float) -> Cell | None:
 
 
 def drop_at(points: Iterable[MeasuredPoint], ratio: float) -> float | None:
-    """Return the drop at a ratio, on a rising line through one group's points; None beyond the last."""
+    """Return the drop at a ratio, on a rising line through one group's points, or None beyond the last."""
     ordered = sorted(points, key=lambda p: p.ratio)
     if not ordered or ratio > ordered[-1].ratio:
         return None
@@ -99,7 +108,11 @@ def drop_at(points: Iterable[MeasuredPoint], ratio: float) -> float | None:
 
 
 def free_and_fragile(points: Iterable[MeasuredPoint]) -> tuple[list[str], list[str]]:
-    """The free groups and the fragile ones: losing half of them costs next to nothing, or very much."""
+    """Return the names of the free groups and of the fragile groups.
+
+    Losing half of a free group costs at most 1 percentage point of top-1. A group is fragile if losing half
+    of it costs more than 10 points, or if half lies beyond its measured ratios.
+    """
     half = {g: row[0] for g, row in cells(points, (0.5,)).items()}
     free = [g for g, c in half.items() if c is not None and c.drop_pp <= FREE_PP]
     fragile = [g for g, c in half.items() if c is None or c.drop_pp > FRAGILE_PP]
@@ -107,7 +120,7 @@ def free_and_fragile(points: Iterable[MeasuredPoint]) -> tuple[list[str], list[s
 
 
 def region(top1: float, intact: float, num_classes: int) -> Region:
-    """Return the region of a score, by where it lies between the intact network's and guessing."""
+    """Return the region of a score, by its place between the intact network's score and guessing."""
     chance = 1 / max(num_classes, 2)
     if 100 * (intact - top1) <= SAFE_PP:
         return "safe"
@@ -144,16 +157,20 @@ def one_shot_prospects(
     tries: int = 0,
     retrace: Callable[[nn.Module], ChannelGraph] | None = None,
 ) -> tuple[Prospect, ...]:
-    """Prune to ever smaller shares of the multiply-adds and measure, until it is hopeless.
+    """Prune a network to ever smaller shares of its multiply-adds, and measure each pruned network.
+
+    The first hopeless share ends the series; shares that no plan reaches are left out. The model is left
+    unchanged.
 
     Args:
         setup: the network, and the samples on which plans are compared.
         split: all samples, on which the chosen plan of every share is measured.
-        table: of the network.
-        num_classes: of the data; 0 where the targets are no classes.
-        tries: 0 compares one plan a criterion. With more, better plans are searched for in steps, that many
-            varied ones at every share: ten times slower and more (figures: docs/analysis.md).
-        retrace: needed with `tries`: the graph of a pruned network, under the bounds of the setup's.
+        table: the sensitivity table of the network.
+        num_classes: the number of classes of the data; 0 where the targets are no classes.
+        tries: 0 compares one plan for each criterion. Above 0, better plans are searched for in steps, with
+            that many varied plans at every share: ten times slower and more (figures: docs/analysis.md).
+        retrace: returns the graph of a pruned network, under the bounds of the setup's graph; needed with
+            `tries`.
     """
     model, graph, device, calibration = setup.model, setup.graph, setup.device, setup.calibration
     assert calibration is not None, "a pruned network needs its statistics estimated anew"

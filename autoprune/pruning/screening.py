@@ -1,17 +1,17 @@
-"""Choosing among plans of one cost by trying them: predictions add up what each group costs alone.
+"""Screening: a choice among plans of one cost by trying them, as predictions only add up single groups.
 
-A plan is tried by building its network, estimating the batch-norm statistics anew and evaluating it on the
-setup's samples; a smaller network costs less to try than the whole one. `rank_plans` does this with given
-plans.
+A plan is tried by building its network, estimating the batch-norm statistics anew and evaluating the
+network on the setup's samples; a smaller network costs less to try than the whole one. `rank_plans` tries
+given plans.
 
 `refine` looks for better plans than the allocation's own: an evolution strategy with one parent (Rechenberg
-1973) varies the price of each group by a factor, the allocation makes a plan of the same cost from them, and
-the best one tried is the next parent. The width of the variation grows with a success and shrinks with a
-failure, so that one try in five succeeds.
+1973) varies the price of each group by a factor, the allocation makes a plan of the same cost from these
+prices, and the best plan tried is the next parent. The width of the variation grows with a success and
+shrinks with a failure, so that one try in five succeeds.
 
-An `IterativeSearch` goes to a low cost in steps: scores and curves are measured anew on what each step
-leaves, because they say little about a network of which half is gone. Plans straight from the first network
-compete at every step.
+An `IterativeSearch` goes to a low cost in steps: scores and curves are measured anew on the network that
+each step leaves, because those of the first network say little about a network that has lost half of
+itself. Plans straight from the first network compete at every step.
 """
 
 from __future__ import annotations
@@ -49,22 +49,22 @@ SAMPLES = 1024  # a guess: differences are paired, so a thousand tell more than 
 
 @dataclass(frozen=True, kw_only=True)
 class SearchSettings:
-    """How plans of one cost are searched for. Values without another origin are guesses.
+    """The settings of a search for plans of one cost; values without another origin are guesses.
 
     Attributes:
         criteria, strategies: each pair makes a first plan; measured together: benchmarks/bench_oneshot.py.
-        tries: varied plans beyond the first ones; 0 only chooses among these.
-        seed: of the variation, and of the samples that criteria see.
-        width: of the first variation, in the logarithm of a price.
-        growth, shrinkage: factors of the width after a success and a failure. 1.5 * 0.9**4 is about 1, so
-            that one success in five keeps the width (Rechenberg 1973).
-        switch_share: share of the tries that take another criterion's scores.
-        num_finalists: the best of the tries that are compared again, on more samples.
-        spared_factor: on the price of channels that sums join, where a first plan leaves them alone.
-        step: of an `IterativeSearch`: the share of the cost that one step leaves.
+        tries: the number of varied plans beyond the first plans; 0 only chooses among the first plans.
+        seed: the seed of the variation, and of the samples that criteria see.
+        width: the width of the first variation, in the logarithm of a price.
+        growth, shrinkage: the factors of the width after a success and a failure. 1.5 * 0.9**4 is about 1,
+            so that one success in five keeps the width (Rechenberg 1973).
+        switch_share: the share of the tries that take another criterion's scores.
+        num_finalists: the number of the best plans that are compared again, on more samples.
+        spared_factor: the factor on the price of channels that sums join, where a first plan spares them.
+        step: the share of the cost that one step of an `IterativeSearch` leaves.
         nearest: a limit closer to a step's cost than this share starts from the step before.
-        step_tries: as `tries`, on the way.
-        step_share: of the samples that curves are measured on after the first step.
+        step_tries: the number of varied plans, as `tries`, at each step on the way.
+        step_share: the share of the samples that curves are measured on after the first step.
     """
 
     criteria: tuple[str, ...] = ("l1", "l2", "taylor", "jacobian")
@@ -88,7 +88,7 @@ SEARCH = SearchSettings()
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Candidate:
-    """A plan, what its network does before any fine-tuning, and which criterion and strategy made it."""
+    """A plan, its network's evaluation before any fine-tuning, and its criterion and strategy."""
 
     plan: PruningPlan
     evaluation: Evaluation
@@ -97,7 +97,7 @@ class Candidate:
 
     @property
     def loss_key(self) -> float:
-        """What plans are compared by, lower is better: the loss, or the missing score where there is none."""
+        """The key of comparisons, lower is better: the loss, or 1e9 times (1 - score) without one."""
         loss = self.evaluation.loss
         return loss if math.isfinite(loss) else 1e9 * (1 - self.evaluation.top1)
 
@@ -106,7 +106,7 @@ def make_setup(  # noqa: PLR0913 - where and on what to try are the caller's to 
     model: nn.Module, graph: ChannelGraph, split: Split, *, calibration: Split | None,
     num_samples: int = SAMPLES, device: torch.device | str = "cpu", task: Task = CLASSIFICATION,
 ) -> VariantSetup:  # fmt: skip
-    """Return the setup to try plans on: `num_samples` of a split, and data that estimate statistics anew."""
+    """Return the setup to try plans on: `num_samples` of a split, and data that estimate statistics."""
     part = split.subset(min(1.0, num_samples / len(split)), seed=0)
     return VariantSetup(
         model=model, graph=graph, split=cache_batches(part), device=torch.device(device),
@@ -116,7 +116,10 @@ def make_setup(  # noqa: PLR0913 - where and on what to try are the caller's to 
 
 
 def rank_plans(setup: VariantSetup, plans: Sequence[PruningPlan]) -> tuple[Candidate, ...]:
-    """Evaluate every plan on the setup's samples, and return them best first; the model is left unchanged."""
+    """Evaluate each plan on the setup's samples, and return all as candidates, the best first.
+
+    The model is left unchanged. Each plan costs a recalibration and an evaluation of its network.
+    """
     candidates = [Candidate(plan=p, evaluation=evaluate_fast(setup, _built(setup, p))) for p in plans]
     return tuple(sorted(candidates, key=lambda s: s.loss_key))
 
@@ -125,15 +128,16 @@ def refine(
     setup: VariantSetup, rankings: Mapping[str, Scores], target: Target, *,
     table: SensitivityTable | None = None, settings: SearchSettings = SEARCH, finals: Split | None = None,
 ) -> Candidate:  # fmt: skip
-    """Return the best plan within a target: on the setup's samples never worse than the allocation's own.
+    """Return the best plan within a target; on the setup's samples it is never worse than the allocation's.
 
     Args:
-        setup: the samples, and the data that estimate statistics anew.
-        rankings: scores by criterion.
-        target: what the plan may cost.
-        table: for the strategy `sensitivity`.
-        settings: of the search; which criteria compete is said by `rankings`.
-        finals: more samples, on which the best candidates are compared again; None lets the setup's decide.
+        setup: the network, the samples, and the data that estimate statistics anew.
+        rankings: the scores by criterion.
+        target: the highest cost of the plan.
+        table: the sensitivity table, for the strategy `sensitivity`.
+        settings: the settings of the search; the keys of `rankings` say which criteria compete.
+        finals: more samples, on which the best candidates are compared again; None lets the setup's samples
+            decide.
 
     Raises:
         UnreachableError: no criterion makes a plan of that cost.
@@ -145,16 +149,16 @@ def refine(
 
 
 class IterativeSearch:
-    """Plans of ever lower cost, found in steps; what was measured on the way serves the next cost.
+    """A search for plans of ever lower cost in steps; the measurements of one cost serve the next.
 
     Args:
-        setup: the samples, and the data that estimate statistics and feed criteria.
-        retrace: the graph of a network that a plan leaves, under the bounds of the setup's.
-        table: of the setup's network.
-        metric: of the costs.
-        settings: of the search.
+        setup: the network, the samples, and the data that estimate statistics and feed criteria.
+        retrace: returns the graph of a network that a plan leaves, under the bounds of the setup's graph.
+        table: the sensitivity table of the setup's network.
+        metric: the metric of the costs.
+        settings: the settings of the search.
         finals: more samples, on which the best plans of a cost are compared again; None lets the setup's
-            decide.
+            samples decide.
     """
 
     def __init__(
@@ -170,10 +174,10 @@ class IterativeSearch:
         self.stages: list[_Stage] = []  # the network after each step
 
     def at(self, limit: float) -> Candidate:
-        """Return the best plan that costs `limit`.
+        """Return the best plan that costs `limit`, absolute in the search's metric.
 
         Raises:
-            UnreachableError: no plan costs that.
+            UnreachableError: no plan has that cost.
         """
         depth = num_steps(self.full_cost, limit, self.settings)
         while len(self.stages) < depth:
@@ -184,7 +188,7 @@ class IterativeSearch:
         return _select_best(_evolve(stages, goal, rng), self.finals).candidate
 
     def _step(self) -> None:
-        """Prune one step further."""
+        """Append the stage of the network that one more step leaves."""
         number, settings = len(self.stages) + 1, self.settings
         stages = [self.first, *self.stages[-1:]]
         goal = _Goal(
@@ -201,14 +205,14 @@ class IterativeSearch:
 
 
 def num_steps(full_cost: float, limit: float, settings: SearchSettings = SEARCH) -> int:
-    """Return how many steps lead to the last cost from which the limit is still worth a step of its own."""
+    """Return the number of steps to the last cost from which the limit is worth a step of its own."""
     share = limit / full_cost / settings.nearest
     return max(0, math.floor(math.log(share) / math.log(settings.step) + 1e-9))
 
 
 @dataclass(frozen=True, kw_only=True)
 class _Goal:
-    """The allowed cost of a plan, and how plans are searched for."""
+    """The highest cost of a plan, and the settings of the search for plans."""
 
     metric: Metric
     limit: float
@@ -217,7 +221,7 @@ class _Goal:
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class _Stage:
-    """A network to start from; `before` leads to it from the first one."""
+    """A network to start from; the plan `before` leads to it from the first network."""
 
     setup: VariantSetup
     rankings: Mapping[str, Scores]
@@ -225,9 +229,9 @@ class _Stage:
     before: PruningPlan
 
     def first_plans(self, goal: _Goal) -> list[_Individual]:
-        """Each criterion's plan by each strategy, once more without the channels that sums join.
+        """Evaluate each criterion's plan by each strategy, and by `global` sparing channels that sums join.
 
-        A curve knows how much such channels matter; a threshold on scores does not.
+        A curve shows how much such channels matter; a threshold on scores does not.
         """
         groups = self.setup.graph.groups
         joined = np.array([sum(m.role == "out" for m in g.members) > 1 for g in groups])
@@ -240,7 +244,7 @@ class _Stage:
     def evaluate(
         self, goal: _Goal, criterion: str, strategy: str, factors: NDArray[np.float64]
     ) -> _Individual | None:
-        """Evaluate the plan by prices varied by factors, given as logarithms; None if none fits the cost."""
+        """Evaluate the plan at prices varied by factors (logarithms); return None if no plan fits."""
         names = [g.name for g in self.setup.graph.groups]
         emphasis = dict(zip(names, np.exp(factors).tolist(), strict=True))
         try:
@@ -265,7 +269,7 @@ class _Stage:
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class _Individual:
-    """A plan tried, the stage that it starts from, and its network with new statistics."""
+    """A plan that was tried, the stage that it starts from, and its network with new statistics."""
 
     stage: _Stage
     candidate: Candidate
@@ -276,7 +280,7 @@ class _Individual:
 def _evolve(
     stages: Sequence[_Stage], goal: _Goal, rng: np.random.Generator
 ) -> list[_Individual]:  # fmt: skip
-    """Try every stage's first plans, then variations of the best so far; return the best few of all."""
+    """Try each stage's first plans, then variations of the best so far, and return the best few of all."""
     settings = goal.settings
     population = [individual for stage in stages for individual in stage.first_plans(goal)]
     if not population:
@@ -300,7 +304,7 @@ def _evolve(
 
 
 def _select_best(population: Sequence[_Individual], finals: Split | None) -> _Individual:
-    """Return the best, judged on the final samples where there are any."""
+    """Return the best individual, by the final samples where there are any."""
     if finals is None or len(population) == 1:
         return population[0]
     finalists = []

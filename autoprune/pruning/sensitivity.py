@@ -1,12 +1,13 @@
-"""Sensitivity: how much accuracy goes when one group alone is pruned by a ratio.
+"""Sensitivity: the accuracy that is lost when one group alone is pruned by a ratio.
 
-Each probe is the network with one group shrunk, its batch-norm statistics estimated anew where a calibration
-split is given, measured on the search split against the intact network on the same samples (`variants`).
-Which ratios are measured is found by bisection. A probe also says whether it changed the forward pass at all:
-one that did not measured nothing.
+Each probe is the network with one group shrunk, and with batch-norm statistics estimated anew where a
+calibration split is given. It is measured on the search split against the intact network on the same
+samples (`variants`). Bisection chooses the ratios that are measured. A probe also says whether it changed
+the forward pass at all: a probe that changed nothing measured nothing.
 
-The table answers `loss_at(group, ratio)`: the measured loss increases, made to rise with the ratio (a gain
-counts as no loss, never as a loss) and joined by a monotone cubic (Fritsch & Carlson 1980).
+`SensitivityTable.loss_at` predicts the loss of a group at any ratio: the measured loss increases are made
+to rise with the ratio (a gain counts as no loss, never as a loss) and are joined by a monotone cubic
+(Fritsch and Carlson 1980).
 """
 
 from __future__ import annotations
@@ -42,20 +43,21 @@ from autoprune.tasks import CLASSIFICATION, Task
 MIN_SHARE = 0.5  # of the search split; config.Analysis.share has the same bound
 RECALIBRATE_BATCHES, RECALIBRATE_BATCH = 4, 128  # measured: 10 choose no better (docs/analysis.md)
 ANALYSIS = Analysis()
-CRITERION = "l2"  # of the units that go first; any other ranks them much alike alone in a group: a guess
+CRITERION = "l2"  # of the units that go first; in a group alone other criteria order much alike: a guess
 
 
 @dataclass(frozen=True, kw_only=True)
 class Bisection:
-    """Which ratios of a group are measured.
+    """The rule that chooses which ratios of a group are measured.
 
     Attributes:
-        first: where a curve is measured first, as a share of its ratios; a guess.
-        min_points, max_points: per group; measured: nine choose no better (docs/analysis.md).
-        worth: for a third point, the rise of the drop in percentage points times the share of the ratios
-            between its neighbours; measured: docs/analysis.md.
-        collapse_pp: drop of top-1, in percentage points, beyond which a curve is not followed: such a network
-            is broken, whatever the figure. A guess.
+        first: the position of a curve's first measurement, as a share of its ratios; a guess.
+        min_points, max_points: the numbers of points per group; measured: nine choose no better
+            (docs/analysis.md).
+        worth: the least area that is worth a third point: the rise of the drop in percentage points times
+            the share of the ratios between the point's neighbours; measured: docs/analysis.md.
+        collapse_pp: the drop of top-1, in percentage points, beyond which a curve is not followed: such a
+            network is broken, whatever the figure. A guess.
     """
 
     first: float = 0.4
@@ -73,15 +75,16 @@ BEYOND = 2.0
 
 @dataclass(frozen=True, kw_only=True)
 class SensitivityPoint:
-    """One group alone, pruned by `ratio`.
+    """The measurement of a network in which one group alone is pruned by `ratio`.
 
     Attributes:
-        ratio: share of the units removed, as it came out in whole units.
-        top1, loss: of the pruned network on the search split.
-        drop_pp: top-1 lost against the intact network, in percentage points; negative is a gain.
-        low_pp, high_pp: its 95 % interval, from the paired samples.
-        num_samples: how many samples were evaluated.
-        macs_share_removed: share of the network's multiply-adds that goes with these units.
+        group: the name of the group.
+        ratio: the share of the group's units that is removed, rounded to whole units.
+        top1, loss: the top-1 and the mean loss of the pruned network on the search split.
+        drop_pp: the loss of top-1 against the intact network, in percentage points; negative for a gain.
+        low_pp, high_pp: the 95 % interval of `drop_pp`, from the paired samples.
+        num_samples: the number of samples that were evaluated.
+        macs_share_removed: the share of the network's multiply-adds that goes with these units.
         changed: whether the output changed; False means that the point says nothing.
     """
 
@@ -99,13 +102,16 @@ class SensitivityPoint:
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class SensitivityTable:
-    """All measured points, and the intact network on the same samples.
+    """All measured points of a network, and the intact network on the same samples.
 
     Attributes:
-        method: `partial` or `whole` (see `variants`); `reason` says why not the first.
-        seconds: that the measurement took.
-        miscounted: groups whose pruned network does not cost what was predicted.
-        of: digest of the network and the data that were measured; empty in tables stored without it.
+        points: the measured points.
+        baseline: the result of the intact network.
+        method: `partial` or `whole` (see `variants`).
+        reason: why the method is not `partial`; empty where it is.
+        seconds: the time that the measurement took.
+        miscounted: the groups whose pruned network does not have the predicted cost.
+        of: the digest of the network and the data that were measured; empty in tables stored without it.
     """
 
     points: tuple[SensitivityPoint, ...]
@@ -123,8 +129,8 @@ class SensitivityTable:
     def loss_at(self, group: str, ratio: float | NDArray[np.float64]) -> float | NDArray[np.float64]:
         """Return the predicted increase of the loss: 0 at ratio 0, never falling; (n,) for ratios (n,).
 
-        Where there is no loss (a study's own score without a loss), it is the drop of the score. Beyond the
-        last ratio that was measured it rises more steeply than before it (see `BEYOND`).
+        Where there is no loss (a study's own score without a loss), the result is the drop of the score.
+        Beyond the last measured ratio the curve rises more steeply than before that ratio (see `BEYOND`).
 
         Raises:
             UsageError: the group was not measured.
@@ -147,7 +153,7 @@ class SensitivityTable:
         return {group: _Curve.through(rises) for group, rises in measured.items()}
 
     def to_frame(self) -> pd.DataFrame:
-        """Return the points as a table, one row each."""
+        """Return the points as a data frame, one row for each point."""
         return pd.DataFrame(
             [asdict(p) for p in self.points], columns=[f.name for f in fields(SensitivityPoint)]
         )
@@ -161,7 +167,7 @@ class SensitivityTable:
 
     @classmethod
     def from_json(cls, text: str) -> SensitivityTable:
-        """Read what `to_json` wrote.
+        """Return the table that `to_json` wrote as this text.
 
         Raises:
             ArtifactError: the text is no sensitivity table of a known version.
@@ -209,30 +215,31 @@ def sensitivity(  # noqa: PLR0913 - public: the network, the data, and what a ca
     known: SensitivityTable | None = None, seconds: float = math.inf,
     on_point: Callable[[SensitivityPoint], None] | None = None,
 ) -> SensitivityTable:  # fmt: skip
-    """Measure how much accuracy each group alone is worth; its units of the least l2 norm go first.
+    """Measure the accuracy that pruning each group alone loses; its units of the least l2 norm go first.
 
     Of a group's ratios two or three are measured, chosen by bisection, each on all samples; the curve
-    between them is interpolated. Cost: about a tenth of evaluating the network once per group and ratio;
-    see docs/analysis.md.
+    between them is interpolated. The cost is about a tenth of evaluating the network once per group and
+    ratio; see docs/analysis.md.
 
     Args:
-        model: the network that `graph` was traced from; left as it was found.
-        graph: its groups.
+        model: the network that `graph` was traced from; it is left unchanged.
+        graph: the groups of the network.
         split: the search split.
-        settings: which ratios, on which share of the split. With `exact` every ratio is measured, by the
+        settings: the ratios, and the share of the split. With `exact` every ratio is measured, by the
             network's own arithmetic: the result is that of masking each group and evaluating the whole
-            network, to the sample. Its field `known` is a run's, which hands over the table as `known`.
+            network, to the sample. The field `known` is for a run, which passes the table as `known`.
         calibration: training data that estimate the batch-norm statistics of each variant anew; None leaves
             the statistics alone.
-        device: where to run.
-        task: its loss and score are measured.
-        known: points of this very network that were measured before; they are not measured again. Where they
-            are all that is wanted and their table has a baseline, nothing is measured.
-        seconds: the time allowed: once each group has a point, further ones are measured only within it.
+        device: the device to run on.
+        task: the task whose loss and score are measured.
+        known: the points of this very network that were measured before; they are not measured again. Where
+            no other point is requested and their table has a baseline, nothing is measured.
+        seconds: the time allowed: once each group has a point, further points are measured only within it.
         on_point: called with every point as it is measured.
 
     Raises:
-        UsageError: the share is less than half, a ratio is no ratio, or `known` is of something else.
+        UsageError: the share is below half or above 1, a ratio is not between 0 and 1, or `known` is of
+            another network or of other data.
     """
     _check(settings)
     began = time.perf_counter()
@@ -271,7 +278,7 @@ def sensitivity(  # noqa: PLR0913 - public: the network, the data, and what a ca
 
 
 def fingerprint(setup: VariantSetup) -> str:
-    """Return a SHA-256 of what a point depends on besides its group and ratio: weights, samples, method."""
+    """Return the SHA-256 of what a point depends on beside group and ratio: weights, samples, method."""
     splits = [s.digest() for s in (setup.split, setup.calibration) if s is not None]
     digest = hashlib.sha256(" ".join((*splits, CRITERION, str(setup.exact))).encode())
     for name, tensor in setup.model.state_dict().items():
@@ -283,20 +290,20 @@ def fingerprint(setup: VariantSetup) -> str:
 
 @dataclass(frozen=True, kw_only=True)
 class PlannedPoint:
-    """A group and how many of its units a probe removes."""
+    """A group, and the number of its units that a probe removes."""
 
     group: str
     num_removed: int
 
 
 def max_num_points(graph: ChannelGraph, ratios: Sequence[float], *, exact: bool = False) -> int:
-    """Return how many points `sensitivity` measures at most."""
+    """Return the highest number of points that `sensitivity` measures at these ratios."""
     per_group = ratio_counts(graph, ratios).values()
     return sum(len(counts) if exact else min(BISECTION.max_points, len(counts)) for counts in per_group)
 
 
 def ratio_counts(graph: ChannelGraph, ratios: Sequence[float]) -> dict[str, list[int]]:
-    """Return for each group the numbers of removed units that these ratios mean, rising."""
+    """Return for each group the numbers of removed units that these ratios round to, rising."""
     per_group = {}
     for group in graph.groups:
         highest = group.num_units - group.min_keep
@@ -306,12 +313,13 @@ def ratio_counts(graph: ChannelGraph, ratios: Sequence[float]) -> dict[str, list
 
 
 def next_counts(counts: Sequence[int], drops: Mapping[int, float], bisection: Bisection | None) -> list[int]:
-    """Return what to measure next of one group: the middle of the interval in which its curve says least.
+    """Return the counts of one group to measure next: the middle of the least certain interval.
 
     Args:
-        counts: numbers of removed units, rising.
-        drops: those measured, and their drop.
-        bisection: None measures all counts; so do `max_points` of them or fewer.
+        counts: the numbers of removed units, rising.
+        drops: the measured counts and their drops, in percentage points.
+        bisection: the rule of choice; None measures all counts, as does a rule for `max_points` counts or
+            fewer.
     """
     if bisection is None or len(counts) <= bisection.max_points:
         return [n for n in counts if n not in drops]
@@ -332,7 +340,7 @@ def next_counts(counts: Sequence[int], drops: Mapping[int, float], bisection: Bi
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class _Survey:
-    """A table that is being measured: the counts that may be measured, and the points so far."""
+    """The state of a measurement: the counts that may be measured, and the points so far."""
 
     graph: ChannelGraph
     counts: dict[str, list[int]]
@@ -341,7 +349,7 @@ class _Survey:
     points: dict[tuple[str, float], SensitivityPoint]
 
     def next_points(self) -> list[PlannedPoint]:
-        """Return what to measure in the next pass: for each group where its curve says least."""
+        """Return the points of the next pass: for each group where its curve is least certain."""
         pending = []
         for group in self.graph.groups:
             counts, width = self.counts[group.name], group.num_units

@@ -1,12 +1,13 @@
-"""Evaluating many pruned variants of one network on the same samples, each against the intact network.
+"""The evaluation of many pruned variants of one network on the same samples, each against the intact one.
 
-There are two ways, with one result. `DenseEvaluator` builds each variant and evaluates it, whatever the
-network does. `PartialEvaluator` records the network once: per batch it runs the intact network and keeps the
-values that the variants need, and per variant it runs again only what the masked weights reach
-(`partial_forward`). Its variants are the masked networks, which compute what the dense ones do.
+Two evaluators give one result. `DenseEvaluator` builds each variant and evaluates it, whatever the network
+does. `PartialEvaluator` records the network once: per batch it runs the intact network and keeps the values
+that the variants need, and per variant it runs again only the steps that the masked weights reach
+(`partial_forward`). Its variants are the masked networks, which compute the same as the dense networks.
 
-Where variants have their batch-norm statistics estimated anew, `PartialEvaluator` does so for the norms that
-the change reaches, `DenseEvaluator` for all. `evaluate_fast` evaluates one network by the same faster steps.
+Where variants have their batch-norm statistics estimated anew, `PartialEvaluator` does so for the norms
+that the change reaches, and `DenseEvaluator` for all norms. `evaluate_fast` evaluates one network by the
+same faster steps.
 """
 
 from __future__ import annotations
@@ -49,23 +50,25 @@ from autoprune.training import (
     recalibrate_,
 )
 
-CHANGED = 1e-6  # relative; float32 rounding of another channel count stays below
-CHANGE_BATCH = 64  # samples on which a change of the output is looked for; a guess
-CORE_BATCH = 64  # samples per core and batch: what a batch makes stays in the caches; measured: 2x over 512
+CHANGED = 1e-6  # relative; the float32 rounding of another channel count stays below this
+CHANGE_BATCH = 64  # samples whose outputs are compared to detect a change; a guess
+CORE_BATCH = 64  # samples per core and batch, whose activations stay in the caches; measured: 2x over 512
 CUT_BYTES = 2**29  # of kept values per batch; a guess that fits beside anything
 WEIGHT_BYTES = 2**29  # of changed weights in one pass; more variants take further passes. A guess
-ROUNDING = 1e-3  # of the largest output, the program's against the network's own; rounding is 1e-6 on ResNets
+ROUNDING = 1e-3  # of the largest output, between program and network; rounding is 1e-6 on ResNets
 NUM_CHECKED = 3  # variants compared with masked networks first: of the first, middle and last group
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class VariantSetup:
-    """What all variants of one network are measured by.
+    """The network, the samples and the settings by which all variants of one network are measured.
 
     Attributes:
+        model: the intact network that `graph` was traced from.
+        split: the samples that the variants are evaluated on.
         calibration: training data that estimate the batch-norm statistics anew; None leaves them alone.
-        num_batches, batch_size: of the calibration.
-        exact: repeat the network's own arithmetic instead of faster steps.
+        num_batches, batch_size: the number and the size of the calibration's batches.
+        exact: whether to repeat the network's own arithmetic instead of faster steps.
     """
 
     model: nn.Module
@@ -81,25 +84,25 @@ class VariantSetup:
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class VariantResult:
-    """One variant: what it scores, and whether its output differs from the intact network's at all."""
+    """The evaluation of one variant, and whether its output differs from the intact network's at all."""
 
     evaluation: Evaluation
     changed: bool
 
 
 class VariantEvaluator(Protocol):
-    """A way to evaluate variants."""
+    """An evaluator of the pruned variants of one network."""
 
     @property
     def baseline(self) -> Evaluation:
-        """The intact network on the same samples."""
+        """The evaluation of the intact network on the same samples."""
 
     def measure(self, plans: Sequence[PruningPlan]) -> Iterator[VariantResult]:
-        """Each variant in turn."""
+        """Measure each variant in turn, and give the results in the order of the plans."""
 
 
 def choose_evaluator(setup: VariantSetup) -> tuple[VariantEvaluator, str]:
-    """The faster way if it reproduces this network, otherwise the general one and why."""
+    """Return the faster evaluator if it reproduces the network, otherwise the general one and why."""
     if setup.task.score is not None:
         return DenseEvaluator(setup), "the study has its own evaluate"
     if not setup.graph.groups:
@@ -118,18 +121,18 @@ def choose_evaluator(setup: VariantSetup) -> tuple[VariantEvaluator, str]:
 
 
 class DenseEvaluator:
-    """Each variant as a dense network of its own."""
+    """An evaluator that builds each variant as a dense network of its own."""
 
     def __init__(self, setup: VariantSetup) -> None:
         self.setup = setup
 
     @cached_property
     def baseline(self) -> Evaluation:
-        """The intact network."""
+        """The evaluation of the intact network."""
         return self._evaluate(self.setup.model)
 
     def measure(self, plans: Sequence[PruningPlan]) -> Iterator[VariantResult]:
-        """Build, recalibrate, evaluate, forget."""
+        """Build, recalibrate and evaluate each variant in turn."""
         setup = self.setup
         for plan in plans:
             pruned = densify(setup.model, setup.graph, plan)
@@ -159,13 +162,13 @@ class DenseEvaluator:
 
 
 def flat_output(output: Any) -> Tensor:
-    """All tensors of an output in one row, in float64."""
+    """Return all tensors of an output as one vector (N,), in float64."""
     leaves = [x for x in tree_leaves(output) if isinstance(x, Tensor)]
     return torch.cat([x.detach().flatten().double() for x in leaves]) if leaves else torch.zeros(0)
 
 
 def differs(output: Tensor, intact: Tensor) -> bool:
-    """Return whether an output is another one, beyond rounding."""
+    """Return whether an output differs from the intact network's, beyond rounding."""
     if output.shape != intact.shape:
         return True
     scale = float(intact.abs().max()) if len(intact) else 0.0
@@ -174,7 +177,7 @@ def differs(output: Tensor, intact: Tensor) -> bool:
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class _Compiled:
-    """A program for one batch size, ready to run, with the names of the statistics that it gives out."""
+    """A program for one batch size, ready to run, with the names of the statistics among its outputs."""
 
     program: Program
     executor: Executor
@@ -182,18 +185,18 @@ class _Compiled:
     suffixes: dict[frozenset[str], Suffix] = field(default_factory=dict)
 
     def suffix(self, names: Iterable[str]) -> Suffix:
-        """What these weights reach."""
+        """Return the suffix that the weights of these names reach."""
         key = frozenset(names)
         if key not in self.suffixes:
             self.suffixes[key] = find_suffix(self.program, key)
         return self.suffixes[key]
 
     def needed(self, part: Suffix) -> set[int]:
-        """What `outputs` takes from a run of the whole program."""
+        """Return the values that `outputs` takes from a run of the whole program."""
         return {*part.cut, *(v for i, v in enumerate(self.program.outputs) if i not in part.outputs)}
 
     def outputs(self, part: Suffix, bound: Values, cut_values: Values) -> list[Tensor]:
-        """All outputs with some weights changed."""
+        """Return all outputs of the program with some weights changed."""
         new = self.executor.run_suffix(part, bound, cut_values)
         return [new.get(i, cut_values.get(v)) for i, v in enumerate(self.program.outputs)]  # type: ignore[misc]
 
@@ -207,13 +210,13 @@ class Tally:
     changed: bool = False
 
     def add(self, output: Any, targets: Tensor, loss: Loss) -> None:
-        """Count one batch."""
+        """Add the loss and the correct samples of one batch."""
         self.losses += float(loss(output, targets)) * len(targets)
         self.correct.append((logits_of(output).argmax(1) == targets).cpu().numpy())
 
     @property
     def evaluation(self) -> Evaluation:
-        """Of all batches so far."""
+        """The evaluation of all batches so far."""
         hits = np.concatenate(self.correct)
         return Evaluation(
             top1=float(hits.mean()), loss=self.losses / len(hits), num_samples=len(hits), correct=hits
@@ -221,7 +224,7 @@ class Tally:
 
 
 class PartialEvaluator:
-    """Each variant as the part of the recorded pass that its masked weights reach."""
+    """An evaluator that runs only the part of a recorded pass that a variant's masked weights reach."""
 
     def __init__(self, setup: VariantSetup) -> None:
         self.setup, self.loss = setup, setup.task.loss
@@ -236,17 +239,17 @@ class PartialEvaluator:
 
     @property
     def baseline(self) -> Evaluation:
-        """The intact network, by the same steps."""
+        """The evaluation of the intact network, by the same steps."""
         if self._baseline is None:
             list(self.measure([]))
         assert self._baseline is not None
         return self._baseline
 
     def check(self) -> None:
-        """Check that the program gives what the network gives, intact and masked.
+        """Check that the program gives the same outputs as the network, intact and masked.
 
         Raises:
-            NotRepeatableError: it does not.
+            NotRepeatableError: an output differs beyond rounding.
         """
         setup, groups = self.setup, self.setup.graph.groups
         spread = np.unique(np.linspace(0, len(groups) - 1, NUM_CHECKED).round().astype(int))
@@ -267,7 +270,7 @@ class PartialEvaluator:
                     raise NotRepeatableError("its recorded pass does not give what the network gives")
 
     def measure(self, plans: Sequence[PruningPlan]) -> Iterator[VariantResult]:
-        """All variants in one pass over the split, or in as few as memory allows."""
+        """Measure all variants in one pass over the split, or in as few passes as memory allows."""
         with self._weights() as weights, torch.no_grad():
             for chunk in self._chunks(plans, weights) or [[]]:
                 yield from self._measure(chunk, weights)
@@ -302,7 +305,7 @@ class PartialEvaluator:
     def _recalibrated(
         self, plans: list[dict[str, Tensor]], weights: dict[str, Tensor]
     ) -> list[dict[str, Tensor]]:
-        """Each variant's changed weights with the statistics of the norms that they reach."""
+        """Return each variant's changed weights with the statistics of the norms that they reach."""
         setup = self.setup
         if setup.calibration is None or not plans:
             return plans
@@ -326,7 +329,7 @@ class PartialEvaluator:
         ]
 
     def _output(self, outputs: list[Tensor]) -> Any:
-        """The model's output as its own forward would give it."""
+        """Return the outputs in the structure that the model's own forward returns."""
         new = iter(outputs)
         return tree_unflatten(
             [next(new) if isinstance(x, Tensor) else x for x in self.leaves], self.structure
@@ -334,7 +337,7 @@ class PartialEvaluator:
 
     @contextmanager
     def _weights(self) -> Iterator[dict[str, Tensor]]:
-        """Parameters and buffers by name, where and as the program wants them."""
+        """Give the parameters and buffers by name, on the device and in the layout of the program."""
         setup = self.setup
         with model_mode(setup.model, setup.device, training=False), torch.no_grad():
             named = [
@@ -357,7 +360,7 @@ class PartialEvaluator:
     def _chunks(
         self, plans: Sequence[PruningPlan], weights: dict[str, Tensor]
     ) -> list[list[dict[str, Tensor]]]:
-        """The variants' changed weights, in parts that fit into memory together."""
+        """Return the variants' changed weights, in chunks that fit into memory."""
         chunks: list[list[dict[str, Tensor]]] = []
         num_bytes = 0
         for plan in plans:
@@ -371,7 +374,7 @@ class PartialEvaluator:
         return chunks
 
     def _fitting_batch(self, weights: dict[str, Tensor]) -> int:
-        """The usual batch, halved until what is kept of one fits."""
+        """Return the usual batch size, halved until the values kept of one batch fit into memory."""
         setup, on_cpu = self.setup, self.setup.device.type == "cpu"
         size = EVAL_BATCH if setup.exact or not on_cpu else CORE_BATCH * torch.get_num_threads()
         size = min(size, len(setup.split))
@@ -384,7 +387,7 @@ class PartialEvaluator:
             size //= 2
 
     def _for(self, size: int, weights: dict[str, Tensor], *, calibrates: bool = False) -> _Compiled:
-        """The program for batches of this size, compiled once."""
+        """Return the program for batches of this size, which is compiled once."""
         if (size, calibrates) not in self.compiled:
             self.compiled[size, calibrates] = self._compile(size, weights, calibrates)
         return self.compiled[size, calibrates]
@@ -404,9 +407,9 @@ class PartialEvaluator:
 
 
 def miscounted(setup: VariantSetup, plans: Sequence[PruningPlan]) -> tuple[str, ...]:
-    """The groups whose pruned network does not cost what was predicted, by torch's own counter.
+    """Return the names of groups whose pruned network does not have the predicted cost, by torch's counter.
 
-    Empty where the counter does not agree about the intact network: then it sees other operators.
+    The result is empty where the counter disagrees about the intact network: then it sees other operators.
     """
     graph, inputs = setup.graph, next(setup.split.batches(1, device=setup.device))[0]
 
@@ -431,7 +434,7 @@ def _half(name: str, num_units: int) -> PruningPlan:
 
 
 def outputs_match(actual: Tensor, expected: Tensor) -> bool:
-    """Return whether two flat outputs are the same but for rounding."""
+    """Return whether two flat outputs of one length are the same but for rounding."""
     scale = float(expected.abs().max()) if len(expected) else 0.0
     return len(expected) == 0 or float((actual - expected).abs().max()) <= ROUNDING * scale
 
@@ -439,8 +442,9 @@ def outputs_match(actual: Tensor, expected: Tensor) -> bool:
 def evaluate_fast(setup: VariantSetup, model: nn.Module) -> Evaluation:
     """Evaluate a network on the setup's samples, recorded and run in fewer, faster steps where that works.
 
-    Worth its recording, about a tenth of a second, on a CPU only. The first batch is compared with the
-    network's own output; where they differ, or the pass cannot be repeated, it is evaluated as it is.
+    The recording, about a tenth of a second, pays on a CPU only. The first batch is compared with the
+    network's own output; where they differ, or the pass cannot be repeated, the network is evaluated as it
+    is.
     """
     if setup.device.type == "cpu" and setup.task.score is None and not setup.exact:
         with suppress(NotRepeatableError, TraceError, RuntimeError, NotImplementedError, TypeError, KeyError):
