@@ -45,7 +45,7 @@ class NotRepeatableError(Exception):
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Step:
-    """One call of an operator.
+    """A call of one operator within a program.
 
     Attributes:
         args, kwargs: the arguments, in which tensors are Refs.
