@@ -324,7 +324,7 @@ def test_a_latency_is_a_target_and_is_measured_at_the_end(
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     study = tiny_study(
         model=wide_net, target="latency=0.7", max_drop=30.0, search=Search(trials=1, epochs=1),
-        control=Control(first_ceiling=0.5, max_rounds=3),
+        control=Control(first_ceiling=0.5, max_rounds=3), budget="epochs=6",
     )  # fmt: skip
     result = run(study, out=tmp_path / "r", protection=PLAIN)
     record = result.record
