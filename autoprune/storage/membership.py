@@ -106,6 +106,8 @@ class Member:
         while not self._stop.wait(HEARTBEAT_S):
             with suppress(Exception):  # the main thread's next operation reports what is wrong
                 self.store.storage.record_heartbeat(self._trial_id)
+        with suppress(Exception):
+            self.store.storage.remove_session()  # sessions are per thread: no other can close it
 
 
 class StaleMonitor:
